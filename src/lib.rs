@@ -1,6 +1,13 @@
 //! Prismgrad: deep learning with factored gradients.
 #![warn(missing_docs)]
 
+pub mod autograd;
+pub mod check;
+pub mod device;
 pub mod error;
+pub mod ops;
+pub mod tensor;
 
+pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
 pub use error::{Error, Result};
+pub use tensor::{Array, DType, Element, Float};

@@ -1,0 +1,18 @@
+//! History and the walk back: [`Tensor`], backward rules, factored parameter gradients, samples.
+
+mod backward;
+pub mod factor;
+mod param;
+mod param_grad;
+mod rule;
+mod samples;
+mod tensor;
+
+pub use backward::{GradHook, Gradients};
+pub use factor::Factor;
+pub use param::Param;
+pub use param_grad::ParamGrad;
+pub use rule::{Flow, Rule};
+pub use samples::{Ragged, Samples};
+pub(crate) use tensor::samples_or_leading;
+pub use tensor::{Tensor, no_grad};

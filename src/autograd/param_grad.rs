@@ -1,0 +1,192 @@
+//! [`ParamGrad`]: a parameter's gradient, factored, and what can be asked of it.
+
+use super::{Factor, Param};
+use crate::device::cpu::factored as cpu;
+use crate::error::{Error, Result};
+use crate::tensor::{Array, DType, Float};
+use crate::with_float;
+use smallvec::SmallVec;
+
+/// The gradient of one parameter over a batch, as the sum of one factor per use.
+///
+/// | query | costs (linear layer, N rows of B samples with T rows, d × p) |
+/// |---|---|
+/// | [`sum`](ParamGrad::sum) | the ordinary 2·N·d·p |
+/// | [`weighted_sum`](ParamGrad::weighted_sum) | the same |
+/// | [`sample_sq_norms`](ParamGrad::sample_sq_norms) | the smaller of N·T·(d + p) and 2·N·d·p, O(B) memory |
+/// | [`clipped_sum`](ParamGrad::clipped_sum) | norms and sum in one pass: 2·N·d·p |
+/// | [`per_sample`](ParamGrad::per_sample) | 2·N·d·p, and B·d·p memory |
+/// | [`gram`](ParamGrad::gram) | 2·T²·(d + p) per pair |
+#[derive(Clone, Debug)]
+pub struct ParamGrad {
+    param: Param,
+    samples: usize,
+    factors: SmallVec<[Factor; 1]>,
+}
+
+impl ParamGrad {
+    /// A zero gradient over `samples` samples; add factors with [`ParamGrad::push`].
+    pub fn new(param: Param, samples: usize) -> ParamGrad {
+        ParamGrad { param, samples, factors: SmallVec::new() }
+    }
+    /// Adds one use's factor.
+    pub fn push(&mut self, factor: Factor) -> Result<()> {
+        self.factors.push(factor.checked(self.param.name(), self.param.shape(), self.dtype())?);
+        Ok(())
+    }
+    /// The parameter.
+    pub fn param(&self) -> &Param {
+        &self.param
+    }
+    /// The factors, one per use.
+    pub fn factors(&self) -> &[Factor] {
+        &self.factors
+    }
+    /// Number of samples of the batch: the length of the losses.
+    pub fn samples(&self) -> usize {
+        self.samples
+    }
+    /// Bytes held by the operands.
+    pub fn bytes(&self) -> usize {
+        self.factors.iter().map(Factor::bytes).sum()
+    }
+    fn dtype(&self) -> DType {
+        self.param.dtype().compute()
+    }
+    fn numel(&self) -> usize {
+        self.param.numel()
+    }
+    /// Fails, naming the parameter, if some factor cannot tell this batch's samples apart.
+    pub fn expect_samples(&self) -> Result<()> {
+        for f in &self.factors {
+            match f.samples() {
+                Some(n) if n == self.samples => {}
+                Some(n) => {
+                    return Err(Error::privacy(format!(
+                        "{} saw {n} samples where the losses have {}: give the layer a Samples map, or return one loss per sample",
+                        self.param.name(),
+                        self.samples
+                    )));
+                }
+                None => {
+                    return Err(Error::privacy(format!(
+                        "{} entered as a dense tensor, which has no per-sample gradient: use a factored layer, \
+                         Param::per_sample, or freeze it",
+                        self.param.name()
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The batch gradient, in the parameter's shape (f32, or f64 for f64 parameters).
+    pub fn sum(&self) -> Result<Array> {
+        let mut out = Array::zeros(self.param.shape(), self.dtype());
+        with_float!("sum", self.dtype(), T => self.add_sum::<T>(None, out.as_mut_slice::<T>()?))?;
+        Ok(out)
+    }
+    /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to a slice of the parameter's size.
+    pub(crate) fn add_sum<T: Float>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
+        self.factors.iter().try_for_each(|f| f.add_to::<T>(weights, out))
+    }
+    /// Σᵢ wᵢ·gᵢ, one weight per sample. A zero weight removes a sample, even a non-finite one.
+    pub fn weighted_sum(&self, weights: &[f64]) -> Result<Array> {
+        let mut out = Array::zeros(self.param.shape(), self.dtype());
+        with_float!("weighted_sum", self.dtype(), T => self.add_weighted::<T>(weights, out.as_mut_slice::<T>()?))?;
+        Ok(out)
+    }
+    pub(crate) fn add_weighted<T: Float>(&self, weights: &[f64], out: &mut [T]) -> Result<()> {
+        self.expect_samples()?;
+        if weights.len() != self.samples {
+            return Err(Error::shape(
+                "weighted_sum",
+                format!("{} weights for {} samples of {}", weights.len(), self.samples, self.param.name()),
+            ));
+        }
+        self.add_sum(Some(weights), out)
+    }
+    /// |gᵢ|² per sample, exactly, for parameters used twice or tied as well.
+    pub fn sample_sq_norms(&self) -> Result<Vec<f64>> {
+        self.expect_samples()?;
+        let factors = self.sorted()?;
+        with_float!("sample_sq_norms", self.dtype(), T => {
+            cpu::collect(self.samples, |i| {
+                let mut sum = 0.0;
+                for (k, f) in factors.iter().enumerate() {
+                    sum += f.sq_norm::<T>(i, self.numel())?;
+                    for other in &factors[k + 1..] {
+                        sum += 2.0 * f.inner::<T>(i, other, i, self.numel())?;
+                    }
+                }
+                Ok(sum.max(0.0))
+            })
+        })
+    }
+    /// Norms and clipped sum in one pass, for a group whose other members' squared norms are already in `base`:
+    /// totalᵢ = baseᵢ + |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
+    pub fn clipped_sum(&self, base: &[f64], clip: &(dyn Fn(f64) -> f64 + Sync)) -> Result<(Array, Vec<f64>)> {
+        let mut out = Array::zeros(self.param.shape(), self.dtype());
+        let totals = with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
+        Ok((out, totals))
+    }
+    pub(crate) fn add_clipped<T: Float>(
+        &self,
+        base: &[f64],
+        clip: &(dyn Fn(f64) -> f64 + Sync),
+        out: &mut [T],
+    ) -> Result<Vec<f64>> {
+        self.expect_samples()?;
+        if base.len() != self.samples {
+            return Err(Error::shape("clipped_sum", format!("{} norms for {} samples", base.len(), self.samples)));
+        }
+        if let [Factor::Outer { left, right, samples }] = &self.factors[..]
+            && let Some(totals) = cpu::outer_clipped_add::<T>(left, right, samples, base, clip, out)?
+        {
+            return Ok(totals);
+        }
+        let totals: Vec<f64> = self.sample_sq_norms()?.iter().zip(base).map(|(n, b)| n + b).collect();
+        let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
+        self.add_sum(Some(&weights), out)?;
+        Ok(totals)
+    }
+    /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
+    pub fn per_sample(&self) -> Result<Array> {
+        self.expect_samples()?;
+        let factors = self.sorted()?;
+        let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
+        let mut out = Array::zeros(&shape, self.dtype());
+        with_float!("per_sample", self.dtype(), T => {
+            for (i, g) in out.as_mut_slice::<T>()?.chunks_exact_mut(self.numel().max(1)).enumerate() {
+                factors.iter().try_for_each(|f| f.sample_add::<T>(i, g))?;
+            }
+            Ok(())
+        })?;
+        Ok(out)
+    }
+    /// ⟨gᵢ, g′ⱼ⟩ for every sample i of this batch and j of `other`'s (the same parameter): `[B, B′]` f64, without
+    /// forming a gradient. Influence and data attribution.
+    pub fn gram(&self, other: &ParamGrad) -> Result<Array> {
+        if self.param != other.param {
+            return Err(Error::invalid("gram", format!("{} against {}", self.param.name(), other.param.name())));
+        }
+        self.expect_samples()?;
+        other.expect_samples()?;
+        let (a, b, n) = (self.sorted()?, other.sorted()?, other.samples);
+        let pairs = with_float!("gram", self.dtype(), T => {
+            cpu::collect(self.samples * n, |k| {
+                let mut sum = 0.0;
+                for f in &a {
+                    for h in &b {
+                        sum += f.inner::<T>(k / n, h, k % n, self.numel())?;
+                    }
+                }
+                Ok(sum)
+            })
+        })?;
+        Array::from_slice(&pairs, &[self.samples, n])
+    }
+    fn sorted(&self) -> Result<SmallVec<[Factor; 1]>> {
+        self.factors.iter().map(Factor::sorted).collect()
+    }
+}

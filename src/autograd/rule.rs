@@ -1,0 +1,49 @@
+//! Backward rules, and what they return.
+
+use super::{Factor, Param};
+use crate::error::Result;
+use crate::ops::OpInfo;
+use crate::tensor::Array;
+use smallvec::{SmallVec, smallvec};
+
+/// The backward rule of one recorded operation, with the operands it saved.
+///
+/// Rules compute on [`Array`]s, so a backward pass never builds a graph. They return gradients through [`Flow`]; only
+/// the engine adds gradients up.
+pub trait Rule: Send + Sync + 'static {
+    /// The operation's entry in the registry; its name appears in errors.
+    fn info(&self) -> &'static OpInfo;
+    /// Given the gradient of the output, hands over the gradient of each wanted input and the factor of each
+    /// trainable parameter.
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()>;
+}
+
+/// What a rule returns: input gradients and parameter factors.
+pub struct Flow {
+    pub(crate) wanted: SmallVec<[bool; 3]>,
+    pub(crate) inputs: SmallVec<[Option<Array>; 3]>,
+    pub(crate) factors: SmallVec<[(Param, Factor); 2]>,
+}
+
+impl Flow {
+    pub(crate) fn new(wanted: SmallVec<[bool; 3]>) -> Flow {
+        let n = wanted.len();
+        Flow { wanted, inputs: smallvec![None; n], factors: SmallVec::new() }
+    }
+    /// Whether input `i`'s gradient is wanted; skip the work otherwise.
+    pub fn wants(&self, i: usize) -> bool {
+        self.wanted.get(i).copied().unwrap_or(false)
+    }
+    /// Hands over the gradient of input `i`, in the shape and dtype of that input.
+    pub fn input(&mut self, i: usize, grad: Array) {
+        if let Some(slot) = self.inputs.get_mut(i) {
+            *slot = Some(grad);
+        }
+    }
+    /// Hands over one use's factor of a parameter; dropped if the parameter is frozen.
+    pub fn param(&mut self, param: &Param, factor: Factor) {
+        if param.trainable() {
+            self.factors.push((param.clone(), factor));
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Which rows belong to which sample.
+
+use crate::error::{Error, Result};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Maps rows to samples. A *sample* is the unit whose gradient is told apart: a sequence, an image, a table, all
+/// records of one user. Layers see rows; this says whose they are.
+///
+/// ```
+/// use prismgrad::Samples;
+/// let s = Samples::ragged(&[0, 2, 2, 5]).unwrap(); // three samples of 2, 0 and 3 rows
+/// assert_eq!((s.count(), s.rows()), (3, 5));
+/// assert_eq!(s.owner(4), 2);
+/// ```
+#[derive(Clone, Debug)]
+pub enum Samples {
+    /// `count` samples of `each` consecutive rows.
+    Uniform {
+        /// Number of samples.
+        count: usize,
+        /// Rows of each.
+        each: usize,
+    },
+    /// Any number of rows each, in any order.
+    Ragged(Arc<Ragged>),
+}
+
+/// Owner of each row, and the rows sorted by owner.
+#[derive(Debug)]
+pub struct Ragged {
+    count: usize,
+    owner: Vec<u32>,
+    /// Rows sorted by owner, each owner's in ascending order; `None` if they are sorted already.
+    order: Option<Vec<u32>>,
+    offsets: Vec<usize>,
+}
+
+impl Samples {
+    /// `count` samples of `each` consecutive rows.
+    pub fn uniform(count: usize, each: usize) -> Samples {
+        Samples::Uniform { count, each }
+    }
+    /// Sample `i` owns rows `offsets[i]..offsets[i + 1]`.
+    pub fn ragged(offsets: &[usize]) -> Result<Samples> {
+        if offsets.first() != Some(&0) || offsets.windows(2).any(|w| w[0] > w[1]) {
+            return Err(Error::invalid("Samples::ragged", "offsets must begin with 0 and never fall"));
+        }
+        let owner = offsets.windows(2).enumerate().flat_map(|(i, w)| std::iter::repeat_n(i as u32, w[1] - w[0])).collect();
+        Ok(Samples::Ragged(Arc::new(Ragged {
+            count: offsets.len() - 1,
+            owner,
+            order: None,
+            offsets: offsets.to_vec(),
+        })))
+    }
+    /// Row `r` belongs to sample `owner[r]`, of `count` samples in all. Rows may come in any order (routed tokens,
+    /// several records of one user); samples may own none.
+    pub fn owners(owner: Vec<u32>, count: usize) -> Result<Samples> {
+        if let Some(bad) = owner.iter().find(|&&o| o as usize >= count) {
+            return Err(Error::invalid("Samples::owners", format!("owner {bad} of only {count} samples")));
+        }
+        let mut offsets = vec![0usize; count + 1];
+        owner.iter().for_each(|&o| offsets[o as usize + 1] += 1);
+        (0..count).for_each(|i| offsets[i + 1] += offsets[i]);
+        let order = (!owner.is_sorted()).then(|| {
+            let mut next = offsets.clone();
+            let mut order = vec![0u32; owner.len()];
+            for (row, &o) in owner.iter().enumerate() {
+                order[next[o as usize]] = row as u32;
+                next[o as usize] += 1;
+            }
+            order
+        });
+        Ok(Samples::Ragged(Arc::new(Ragged { count, owner, order, offsets })))
+    }
+    /// Dimension 0 is the sample axis; the dimensions before the last `row_dims` count rows.
+    /// `[B, T, d]` with one row dimension is `B` samples of `T` rows.
+    pub fn leading(shape: &[usize], row_dims: usize) -> Samples {
+        let lead = &shape[..shape.len().saturating_sub(row_dims)];
+        match lead.split_first() {
+            Some((&b, rest)) => Samples::uniform(b, rest.iter().product()),
+            None => Samples::uniform(1, 1),
+        }
+    }
+    /// Number of samples.
+    pub fn count(&self) -> usize {
+        match self {
+            Samples::Uniform { count, .. } => *count,
+            Samples::Ragged(r) => r.count,
+        }
+    }
+    /// Number of rows in all.
+    pub fn rows(&self) -> usize {
+        match self {
+            Samples::Uniform { count, each } => count * each,
+            Samples::Ragged(r) => r.owner.len(),
+        }
+    }
+    /// The sample that owns row `row`.
+    pub fn owner(&self, row: usize) -> usize {
+        match self {
+            Samples::Uniform { each, .. } => row / each.max(&1),
+            Samples::Ragged(r) => r.owner[row] as usize,
+        }
+    }
+    /// The owner of every row.
+    pub fn owner_ids(&self) -> Vec<u32> {
+        match self {
+            Samples::Uniform { count, each } => {
+                (0..*count).flat_map(|i| std::iter::repeat_n(i as u32, *each)).collect()
+            }
+            Samples::Ragged(r) => r.owner.clone(),
+        }
+    }
+    /// Every sample's rows are consecutive: [`Samples::range`] works.
+    pub fn is_sorted(&self) -> bool {
+        match self {
+            Samples::Uniform { .. } => true,
+            Samples::Ragged(r) => r.order.is_none(),
+        }
+    }
+    /// Places of sample `i` in [`Samples::order`]; its very rows if the samples are sorted.
+    pub fn range(&self, i: usize) -> Range<usize> {
+        match self {
+            Samples::Uniform { each, .. } => i * each..(i + 1) * each,
+            Samples::Ragged(r) => r.offsets[i]..r.offsets[i + 1],
+        }
+    }
+    /// Rows sorted by sample, or `None` if they are sorted already.
+    pub fn order(&self) -> Option<&[u32]> {
+        match self {
+            Samples::Uniform { .. } => None,
+            Samples::Ragged(r) => r.order.as_deref(),
+        }
+    }
+    /// Each row becomes `k` consecutive rows of the same sample (attention heads, unfolded pixels).
+    pub fn repeat_rows(&self, k: usize) -> Result<Samples> {
+        match self {
+            Samples::Uniform { count, each } => Ok(Samples::uniform(*count, each * k)),
+            Samples::Ragged(r) => {
+                let owner = r.owner.iter().flat_map(|&o| std::iter::repeat_n(o, k)).collect();
+                Samples::owners(owner, r.count)
+            }
+        }
+    }
+    /// The map of rows taken by index: new row `j` is old row `rows[j]` (dispatch to experts, gathered nodes).
+    pub fn select(&self, rows: &[u32]) -> Result<Samples> {
+        let n = self.rows();
+        if let Some(bad) = rows.iter().find(|&&r| r as usize >= n) {
+            return Err(Error::invalid("Samples::select", format!("row {bad} of only {n}")));
+        }
+        Samples::owners(rows.iter().map(|&r| self.owner(r as usize) as u32).collect(), self.count())
+    }
+    /// The map of two row blocks laid one after the other (a parameter used twice).
+    pub fn concat(&self, other: &Samples) -> Result<Samples> {
+        let mut owner = self.owner_ids();
+        owner.extend(other.owner_ids());
+        Samples::owners(owner, self.count().max(other.count()))
+    }
+}

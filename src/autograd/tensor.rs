@@ -1,0 +1,197 @@
+//! [`Tensor`]: an array and the history that leads back from it.
+
+use super::rule::{Flow, Rule};
+use super::{Param, Samples};
+use crate::error::Result;
+use crate::tensor::{Array, DType, Element};
+use smallvec::SmallVec;
+use std::cell::Cell;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    static RECORDING: Cell<bool> = const { Cell::new(true) };
+}
+
+/// An [`Array`] with the history needed to differentiate it. Cheap to clone.
+///
+/// The history holds only what backward rules ask for: an activation nobody saved is freed when its last handle goes.
+#[derive(Clone)]
+pub struct Tensor {
+    value: Array,
+    node: Option<Arc<Node>>,
+}
+
+/// One recorded operation, or a leaf.
+pub(crate) struct Node {
+    /// Creation order: a node's parents have smaller ids, so descending ids are a backward order.
+    pub id: u64,
+    pub parents: SmallVec<[Option<Arc<Node>>; 3]>,
+    pub params: SmallVec<[Param; 2]>,
+    /// `None` for leaves, and after a backward pass that did not keep the graph.
+    pub rule: Mutex<Option<Arc<dyn Rule>>>,
+    pub leaf: bool,
+}
+
+impl Drop for Node {
+    /// Takes long chains apart in a loop: a graph of any depth is dropped without recursion.
+    fn drop(&mut self) {
+        let mut todo: Vec<Arc<Node>> = self.parents.drain(..).flatten().collect();
+        while let Some(node) = todo.pop() {
+            if let Some(mut last) = Arc::into_inner(node) {
+                todo.extend(last.parents.drain(..).flatten());
+            }
+        }
+    }
+}
+
+/// Runs `f` without recording: nothing inside is differentiable, nothing is saved.
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            RECORDING.with(|r| r.set(self.0));
+        }
+    }
+    let _restore = Restore(RECORDING.with(|r| r.replace(false)));
+    f()
+}
+
+impl Tensor {
+    /// A tensor without history: data, labels, masks.
+    pub fn new(value: Array) -> Tensor {
+        Tensor { value, node: None }
+    }
+    /// A tensor whose gradient is wanted; read it from [`Gradients::of`](crate::Gradients::of) after backward.
+    pub fn leaf(value: Array) -> Tensor {
+        let node = Node {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            parents: SmallVec::new(),
+            params: SmallVec::new(),
+            rule: Mutex::new(None),
+            leaf: true,
+        };
+        Tensor { value, node: Some(Arc::new(node)) }
+    }
+    /// Copies a slice, row-major, into a tensor without history.
+    pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::new(Array::from_slice(data, shape)?))
+    }
+    /// Zeros, without history.
+    pub fn zeros(shape: &[usize], dtype: DType) -> Tensor {
+        Tensor::new(Array::zeros(shape, dtype))
+    }
+    /// The data.
+    pub fn array(&self) -> &Array {
+        &self.value
+    }
+    /// The data, giving up the history.
+    pub fn into_array(self) -> Array {
+        self.value
+    }
+    /// The same data without history.
+    pub fn detach(&self) -> Tensor {
+        Tensor::new(self.value.clone())
+    }
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        self.value.shape()
+    }
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.value.dtype()
+    }
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        self.value.numel()
+    }
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.value.rank()
+    }
+    /// Whether backward can reach something through this tensor.
+    pub fn requires_grad(&self) -> bool {
+        self.node.is_some()
+    }
+    /// The one element as f64.
+    pub fn item(&self) -> Result<f64> {
+        self.value.item()
+    }
+    pub(crate) fn node(&self) -> Option<&Arc<Node>> {
+        self.node.as_ref()
+    }
+
+    /// Records an operation: `value` was computed from `parents` and `params`, and `rule` leads back. The rule (and
+    /// with it whatever it saves) is only built if a gradient can be asked for. This is how every op of the crate,
+    /// and every op of a user, enters the history.
+    ///
+    /// List a parameter once per use, in the order in which the rule hands over its factors.
+    pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
+        let live = RECORDING.with(|r| r.get())
+            && (parents.iter().any(|p| p.node.is_some()) || params.iter().any(|p| p.trainable()));
+        if !live {
+            return Tensor::new(value);
+        }
+        let node = Node {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            parents: parents.iter().map(|p| p.node.clone()).collect(),
+            params: params.iter().filter(|p| p.trainable()).map(|&p| p.clone()).collect(),
+            rule: Mutex::new(Some(Arc::new(rule()))),
+            leaf: false,
+        };
+        Tensor { value, node: Some(Arc::new(node)) }
+    }
+}
+
+impl Param {
+    /// The parameter repeated along a new sample axis: `[count, shape…]` without a copy. Its gradient stays apart per
+    /// sample, whatever is done with the tensor afterwards, as long as that keeps samples apart. Exact for any op.
+    pub fn per_sample(&self, count: usize) -> Result<Tensor> {
+        let shape: Vec<usize> = std::iter::once(count).chain(self.shape().iter().copied()).collect();
+        let value = self.value().expand(&shape)?;
+        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), per_sample: true }))
+    }
+    /// The parameter as a plain tensor. Its gradient has no per-sample meaning: plain training works, private training
+    /// refuses it by name. Prefer the factored layers, or [`Param::per_sample`].
+    pub fn dense(&self) -> Tensor {
+        Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), per_sample: false })
+    }
+}
+
+/// A parameter entering the history as a tensor.
+struct LeafUse {
+    param: Param,
+    per_sample: bool,
+}
+
+impl Rule for LeafUse {
+    fn info(&self) -> &'static crate::ops::OpInfo {
+        &crate::ops::params::INFO
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        use super::Factor;
+        let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
+        flow.param(&self.param, factor);
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}{}", self.value, if self.node.is_some() { " with history" } else { "" })
+    }
+}
+
+impl From<Array> for Tensor {
+    fn from(value: Array) -> Tensor {
+        Tensor::new(value)
+    }
+}
+
+/// The rows of `x`'s leading dimensions as samples, unless the caller says otherwise.
+pub(crate) fn samples_or_leading(samples: Option<&Samples>, shape: &[usize], row_dims: usize) -> Samples {
+    samples.cloned().unwrap_or_else(|| Samples::leading(shape, row_dims))
+}

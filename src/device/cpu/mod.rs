@@ -1,0 +1,9 @@
+//! CPU.
+pub mod elementwise;
+pub mod factored;
+pub mod par;
+pub mod pool;
+pub mod reduce;
+pub mod shared;
+pub mod simd;
+pub mod vmath;

@@ -1,0 +1,1 @@
+pub fn simd<R>(f: impl FnOnce() -> R) -> R { f() }

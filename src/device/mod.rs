@@ -1,0 +1,3 @@
+//! Devices.
+#![allow(missing_docs)]
+pub mod cpu;

@@ -1,0 +1,398 @@
+//! The strided array.
+
+use super::dtype::{DType, Element};
+use super::shape::{self, Dims, Nest};
+use crate::device::cpu::{par, pool::Buffer, shared::Shared};
+use crate::error::{Error, Result};
+use crate::with_dtype;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Shape, strides and dtype over shared storage. Views (transpose, slice, expand) share it; writing copies first
+/// unless this handle is the only one, so nobody sees a value change under them.
+#[derive(Clone)]
+pub struct Array {
+    storage: Arc<Buffer>,
+    dtype: DType,
+    shape: Dims,
+    strides: Dims,
+    offset: usize,
+}
+
+impl Array {
+    // ---- making ----
+
+    /// An array with unspecified contents; the caller writes every element.
+    pub(crate) fn uninit(shape: &[usize], dtype: DType) -> Array {
+        let bytes = shape::numel(shape) * dtype.size();
+        Array::over(Arc::new(Buffer::uninit(bytes)), shape, dtype)
+    }
+    fn over(storage: Arc<Buffer>, shape: &[usize], dtype: DType) -> Array {
+        Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
+    }
+    /// All zeros.
+    pub fn zeros(shape: &[usize], dtype: DType) -> Array {
+        let bytes = shape::numel(shape) * dtype.size();
+        Array::over(Arc::new(Buffer::zeroed(bytes)), shape, dtype)
+    }
+    /// All equal to `value`, rounded to `dtype`.
+    pub fn full(shape: &[usize], value: f64, dtype: DType) -> Array {
+        let mut a = Array::uninit(shape, dtype);
+        with_dtype!(dtype, T => a.fresh_mut::<T>().fill(T::from_f64(value)));
+        a
+    }
+    /// All ones.
+    pub fn ones(shape: &[usize], dtype: DType) -> Array {
+        Array::full(shape, 1.0, dtype)
+    }
+    /// A scalar (no dimensions).
+    pub fn scalar(value: f64, dtype: DType) -> Array {
+        Array::full(&[], value, dtype)
+    }
+    /// Copies a slice, row-major. Fails if the length is not the product of `shape`.
+    pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Array> {
+        if data.len() != shape::numel(shape) {
+            return Err(Error::shape(
+                "from_slice",
+                format!("{} elements given for shape {shape:?}, which has {}", data.len(), shape::numel(shape)),
+            ));
+        }
+        let mut a = Array::uninit(shape, T::DTYPE);
+        a.fresh_mut::<T>().copy_from_slice(data);
+        Ok(a)
+    }
+    /// 0, 1, … n−1.
+    pub fn arange(n: usize, dtype: DType) -> Array {
+        Array::generate(&[n], dtype, |i| i as f64)
+    }
+    /// Element `i` (row-major) is `f(i)`, rounded to `dtype`.
+    pub fn generate(shape: &[usize], dtype: DType, f: impl Fn(usize) -> f64) -> Array {
+        let mut a = Array::uninit(shape, dtype);
+        with_dtype!(dtype, T => a.fresh_mut::<T>().iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(f(i))));
+        a
+    }
+    /// Little-endian bytes, row-major, as in safetensors.
+    pub fn from_bytes(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Array> {
+        let want = shape::numel(shape) * dtype.size();
+        if bytes.len() != want {
+            return Err(Error::shape("from_bytes", format!("{} bytes given, {shape:?} {dtype} needs {want}", bytes.len())));
+        }
+        let mut a = Array::uninit(shape, dtype);
+        a.fresh_mut_bytes().copy_from_slice(bytes);
+        Ok(a)
+    }
+
+    // ---- looking ----
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    /// Steps between neighbours along each dimension, in elements; 0 where expanded.
+    pub fn strides(&self) -> &[usize] {
+        &self.strides
+    }
+    /// First element's place in the storage, in elements.
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
+    }
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.shape.len()
+    }
+    /// Number of elements.
+    pub fn numel(&self) -> usize {
+        shape::numel(&self.shape)
+    }
+    /// Row-major without gaps.
+    pub fn is_contiguous(&self) -> bool {
+        let mut want = 1;
+        for d in (0..self.rank()).rev() {
+            if self.shape[d] != 1 && self.strides[d] != want {
+                return self.numel() == 0;
+            }
+            want *= self.shape[d];
+        }
+        true
+    }
+    /// This handle is the only one on its storage.
+    pub(crate) fn is_unique(&mut self) -> bool {
+        Arc::get_mut(&mut self.storage).is_some()
+    }
+    /// The elements of a contiguous array. Fails on another dtype or a strided view: call [`Array::contiguous`] first.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
+        self.expect_dtype::<T>("as_slice")?;
+        if !self.is_contiguous() {
+            return Err(Error::shape("as_slice", "the array is a strided view; call .contiguous() first"));
+        }
+        Ok(&self.raw::<T>()[..self.numel()])
+    }
+    /// The storage from this array's first element on; for strided kernels.
+    pub(crate) fn raw<T: Element>(&self) -> &[T] {
+        debug_assert_eq!(T::DTYPE, self.dtype);
+        if self.numel() == 0 { &[] } else { &self.storage.as_slice::<T>()[self.offset..] }
+    }
+    /// The elements, row-major.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        self.expect_dtype::<T>("to_vec")?;
+        Ok(self.contiguous().as_slice::<T>()?.to_vec())
+    }
+    /// The elements converted to f64, row-major.
+    pub fn to_f64(&self) -> Vec<f64> {
+        let a = self.contiguous();
+        with_dtype!(a.dtype, T => a.raw::<T>()[..a.numel()].iter().map(|x| x.to_f64()).collect())
+    }
+    /// The one element of an array with one element.
+    pub fn item(&self) -> Result<f64> {
+        if self.numel() != 1 {
+            return Err(Error::shape("item", format!("{:?} has {} elements, not one", self.shape, self.numel())));
+        }
+        Ok(with_dtype!(self.dtype, T => self.raw::<T>()[0].to_f64()))
+    }
+    /// Little-endian bytes, row-major.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let a = self.contiguous();
+        with_dtype!(a.dtype, T => bytemuck::cast_slice(&a.raw::<T>()[..a.numel()]).to_vec())
+    }
+    fn expect_dtype<T: Element>(&self, op: &'static str) -> Result<()> {
+        if T::DTYPE == self.dtype {
+            Ok(())
+        } else {
+            Err(Error::dtype(op, format!("asked for {}, the array holds {}; use .cast()", T::DTYPE, self.dtype)))
+        }
+    }
+
+    // ---- writing ----
+
+    /// The elements for writing, row-major; copies first if the storage is shared or strided.
+    pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
+        self.expect_dtype::<T>("as_mut_slice")?;
+        self.make_unique();
+        let (n, o) = (self.numel(), self.offset);
+        let buffer = Arc::get_mut(&mut self.storage).ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
+        Ok(&mut buffer.as_mut_slice::<T>()[o..o + n])
+    }
+    pub(crate) fn make_unique(&mut self) {
+        if !self.is_contiguous() {
+            *self = self.contiguous();
+        }
+        if !self.is_unique() {
+            *self = self.copy();
+        }
+    }
+    /// The elements of an array made a moment ago, known to be unshared and contiguous.
+    pub(crate) fn fresh_mut<T: Element>(&mut self) -> &mut [T] {
+        debug_assert_eq!(T::DTYPE, self.dtype);
+        let n = shape::numel(&self.shape);
+        match Arc::get_mut(&mut self.storage) {
+            Some(b) => &mut b.as_mut_slice::<T>()[self.offset..self.offset + n],
+            None => &mut [],
+        }
+    }
+    fn fresh_mut_bytes(&mut self) -> &mut [u8] {
+        match Arc::get_mut(&mut self.storage) {
+            Some(b) => b.as_mut_slice::<u8>(),
+            None => &mut [],
+        }
+    }
+    /// Adds `other` (same shape and dtype) in place where this storage is unshared, into a new array otherwise.
+    pub(crate) fn add_in_place(&mut self, other: &Array) -> Result<()> {
+        if self.shape != other.shape || self.dtype != other.dtype {
+            return Err(Error::shape(
+                "accumulate",
+                format!("{:?} {} and {:?} {} differ", self.shape, self.dtype, other.shape, other.dtype),
+            ));
+        }
+        self.make_unique();
+        with_dtype!(self.dtype, T => {
+            let other = other.contiguous();
+            let src = &other.raw::<T>()[..other.numel()];
+            crate::device::cpu::elementwise::add_assign(self.as_mut_slice::<T>()?, src);
+        });
+        Ok(())
+    }
+
+    // ---- views ----
+
+    /// Same storage, dimensions in another order.
+    pub fn permute(&self, order: &[usize]) -> Result<Array> {
+        let mut seen = vec![false; self.rank()];
+        let ok = order.len() == self.rank()
+            && order.iter().all(|&d| d < seen.len() && !std::mem::replace(&mut seen[d], true));
+        if !ok {
+            return Err(Error::shape("permute", format!("{order:?} is not an order of {} dimensions", self.rank())));
+        }
+        let mut a = self.clone();
+        a.shape = order.iter().map(|&d| self.shape[d]).collect();
+        a.strides = order.iter().map(|&d| self.strides[d]).collect();
+        Ok(a)
+    }
+    /// Two dimensions exchanged; negative counts from the end.
+    pub fn transpose(&self, a: isize, b: isize) -> Result<Array> {
+        let (a, b) = (shape::dim("transpose", a, self.rank())?, shape::dim("transpose", b, self.rank())?);
+        let mut out = self.clone();
+        out.shape.swap(a, b);
+        out.strides.swap(a, b);
+        Ok(out)
+    }
+    /// Elements `range` of dimension `d`.
+    pub fn slice(&self, d: isize, range: Range<usize>) -> Result<Array> {
+        let d = shape::dim("slice", d, self.rank())?;
+        if range.start > range.end || range.end > self.shape[d] {
+            return Err(Error::shape("slice", format!("{range:?} of dimension {d} with size {}", self.shape[d])));
+        }
+        let mut a = self.clone();
+        a.offset += range.start * a.strides[d];
+        a.shape[d] = range.len();
+        Ok(a)
+    }
+    /// Every `step`-th element of dimension `d`.
+    pub fn step(&self, d: isize, step: usize) -> Result<Array> {
+        let d = shape::dim("step", d, self.rank())?;
+        if step == 0 {
+            return Err(Error::invalid("step", "a step of 0; use 1 or more"));
+        }
+        let mut a = self.clone();
+        a.shape[d] = a.shape[d].div_ceil(step);
+        a.strides[d] *= step;
+        Ok(a)
+    }
+    /// Repeated along dimensions of size 1 (and new leading ones) without a copy.
+    pub fn expand(&self, shape: &[usize]) -> Result<Array> {
+        let strides = shape::broadcast_strides("expand", &self.shape, &self.strides, shape)?;
+        Ok(Array { shape: shape.into(), strides, ..self.clone() })
+    }
+    /// Another shape with as many elements; shares storage where the strides allow it, copies otherwise.
+    pub fn reshape(&self, shape: &[usize]) -> Result<Array> {
+        if shape::numel(shape) != self.numel() {
+            return Err(Error::shape(
+                "reshape",
+                format!("{:?} has {} elements, {shape:?} has {}", self.shape, self.numel(), shape::numel(shape)),
+            ));
+        }
+        if let Some(strides) = self.view_strides(shape) {
+            return Ok(Array { shape: shape.into(), strides, ..self.clone() });
+        }
+        let mut a = self.contiguous();
+        a.strides = shape::contiguous_strides(shape);
+        a.shape = shape.into();
+        Ok(a)
+    }
+    /// Strides that let `shape` be a view of this array, if there are any.
+    fn view_strides(&self, shape: &[usize]) -> Option<Dims> {
+        if self.is_contiguous() {
+            return Some(shape::contiguous_strides(shape));
+        }
+        // Merge the old dimensions that run together, then cut each merged run into new dimensions.
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for d in 0..self.rank() {
+            let (size, stride) = (self.shape[d], self.strides[d]);
+            if size == 1 {
+                continue;
+            }
+            match runs.last_mut() {
+                Some((s, st)) if *st == stride * size => {
+                    *s *= size;
+                    *st = stride;
+                }
+                _ => runs.push((size, stride)),
+            }
+        }
+        let mut strides: Dims = smallvec::smallvec![1; shape.len()];
+        let mut d = shape.len();
+        for &(size, stride) in runs.iter().rev() {
+            let (mut left, mut step) = (size, stride);
+            while left > 1 {
+                d = d.checked_sub(1)?;
+                if left % shape[d] != 0 {
+                    return None;
+                }
+                strides[d] = step;
+                step *= shape[d];
+                left /= shape[d];
+            }
+        }
+        Some(strides)
+    }
+    /// A dimension of size 1 put in at `d`.
+    pub fn unsqueeze(&self, d: isize) -> Result<Array> {
+        let d = shape::dim("unsqueeze", d, self.rank() + 1)?;
+        let mut a = self.clone();
+        a.shape.insert(d, 1);
+        a.strides.insert(d, 0);
+        Ok(a)
+    }
+    /// The same data under its row-major strides; copies only if needed.
+    pub fn contiguous(&self) -> Array {
+        if self.is_contiguous() {
+            let mut a = self.clone();
+            a.strides = shape::contiguous_strides(&a.shape);
+            a
+        } else {
+            self.copy()
+        }
+    }
+    /// A fresh row-major copy.
+    pub fn copy(&self) -> Array {
+        let mut out = Array::uninit(&self.shape, self.dtype);
+        with_dtype!(self.dtype, T => self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
+        out
+    }
+    /// Converted to `dtype`: rounded to nearest even for floats, truncated for integers.
+    pub fn cast(&self, dtype: DType) -> Array {
+        if dtype == self.dtype {
+            return self.clone();
+        }
+        let mut out = Array::uninit(&self.shape, dtype);
+        with_dtype!(self.dtype, S => with_dtype!(dtype, D => {
+            self.copy_to::<S, D>(out.fresh_mut::<D>(), |x| D::from_f64(x.to_f64()))
+        }));
+        out
+    }
+    fn copy_to<S: Element, D: Element>(&self, out: &mut [D], f: impl Fn(S) -> D + Sync) {
+        if out.is_empty() {
+            return;
+        }
+        let src = self.raw::<S>();
+        let nest = Nest::new(&self.shape, [&self.strides]);
+        let n = nest.inner;
+        let out = Shared::new(out);
+        par::par_chunks(nest.rows() * n, 1 << 15, |range| {
+            // A chunk may begin and end inside a run.
+            let mut at = range.start;
+            while at < range.end {
+                let (row, col) = (at / n, at % n);
+                let len = (n - col).min(range.end - at);
+                let [o] = nest.offsets(row);
+                // SAFETY: chunks are disjoint ranges of `out`.
+                let dst = unsafe { out.slice(at..at + len) };
+                if nest.step[0] == 1 {
+                    dst.iter_mut().zip(&src[o + col..o + col + len]).for_each(|(d, &s)| *d = f(s));
+                } else {
+                    let base = o + col * nest.step[0];
+                    dst.iter_mut().enumerate().for_each(|(i, d)| *d = f(src[base + i * nest.step[0]]));
+                }
+                at += len;
+            }
+        });
+    }
+    /// Two float arrays agree: |a − b| ≤ atol + rtol·|b| everywhere, NaN nowhere.
+    pub fn all_close(&self, other: &Array, rtol: f64, atol: f64) -> bool {
+        self.shape == other.shape
+            && self.to_f64().iter().zip(other.to_f64()).all(|(a, b)| (a - b).abs() <= atol + rtol * b.abs())
+    }
+}
+
+impl fmt::Debug for Array {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let v = self.to_f64();
+        let shown: Vec<String> = v.iter().take(8).map(|x| format!("{x:.5}")).collect();
+        let more = if v.len() > 8 { ", …" } else { "" };
+        write!(f, "Array{:?} {} [{}{more}]", &self.shape[..], self.dtype, shown.join(", "))
+    }
+}
