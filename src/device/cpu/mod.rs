@@ -1,6 +1,7 @@
 //! CPU.
 pub mod elementwise;
 pub mod factored;
+pub mod linalg;
 pub mod par;
 pub mod pool;
 pub mod reduce;

@@ -1,0 +1,241 @@
+//! The factored linear map, with bias and activation: the op most parameters live in.
+//!
+//! y = act(x·Wᵀ + b). FLOPs 2·N·d·p forward; backward 2·N·d·p for x, and the weight's gradient stays an outer factor.
+
+use super::{Differentiable, FactorRule, OpInfo};
+use crate::autograd::{Factor, Flow, Rule, samples_or_leading};
+use crate::check::{Case, Gen};
+use crate::device::cpu::elementwise as ew;
+use crate::device::cpu::linalg::{Mat, matmul};
+use crate::error::{Error, Result};
+use crate::tensor::shape::Dims;
+use crate::tensor::{Array, DType, Float};
+use crate::{Param, Samples, Tensor, with_float};
+
+/// How a weight lies in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// `[out, in]`, as in PyTorch's `Linear`.
+    OutIn,
+    /// `[in, out]`, as in GPT-2's `Conv1D`.
+    InOut,
+}
+
+/// An activation fused into the product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// The identity.
+    None,
+    /// max(x, 0).
+    Relu,
+    /// x·Φ(x), exact.
+    Gelu,
+    /// Tanh approximation of GELU (`gelu_new` in Hugging Face configurations).
+    GeluTanh,
+    /// x·sigmoid(x).
+    Silu,
+    /// tanh x.
+    Tanh,
+}
+
+impl Activation {
+    #[inline(always)]
+    pub(crate) fn of<T: Float>(self, x: T) -> T {
+        match self {
+            Activation::None => x,
+            Activation::Relu => x.maximum(T::ZERO),
+            Activation::Gelu => x.gelu(),
+            Activation::GeluTanh => x.gelu_tanh(),
+            Activation::Silu => x * x.sigmoid(),
+            Activation::Tanh => x.tanh(),
+        }
+    }
+}
+
+/// grad ⊙ act′(z), in grad's buffer.
+pub(crate) fn activation_grad(act: Activation, grad: Array, z: &Array) -> Result<Array> {
+    with_float!("linear", grad.dtype(), T => {
+        let d = grad;
+        let one = T::ONE;
+        match act {
+            Activation::None => Ok(d),
+            Activation::Relu => ew::zip_owned::<T, T>("linear", d, z, |g, z| if z > T::ZERO { g } else { T::ZERO }),
+            Activation::Gelu => ew::zip_owned::<T, T>("linear", d, z, |g, z: T| g * z.gelu_grad()),
+            Activation::GeluTanh => ew::zip_owned::<T, T>("linear", d, z, |g, z: T| g * z.gelu_tanh_grad()),
+            Activation::Silu => ew::zip_owned::<T, T>("linear", d, z, move |g, z: T| {
+                let y = z.sigmoid();
+                g * (y * (one + z * (one - y)))
+            }),
+            Activation::Tanh => ew::zip_owned::<T, T>("linear", d, z, move |g, z: T| {
+                let y = z.tanh();
+                g * (one - y * y)
+            }),
+        }
+    })
+}
+
+static LINEAR: OpInfo = OpInfo {
+    name: "linear",
+    differentiable: Differentiable::Yes,
+    factor: FactorRule::Kinds(&["outer", "row sum"]),
+    cases: &[
+        |g: &mut Gen| {
+            let (b, t, d, p) = (g.size(1, 3), g.size(1, 4), g.size(1, 5), g.size(1, 5));
+            let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };
+            let act = [Activation::None, Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Tanh]
+                [g.size(0, 4)];
+            let shape = if layout == Layout::OutIn { [p, d] } else { [d, p] };
+            let (w, bias) = (Param::new("weight", g.array(&shape)), Param::new("bias", g.array(&[p])));
+            let params = vec![w.clone(), bias.clone()];
+            let x = g.array(&[b, t, d]);
+            Ok(Case::new(vec![x], move |x| linear(&x[0], &w, layout, Some(&bias), act, None)).params(params).samples(b))
+        },
+        // Ragged samples in any order, some empty; the weight used twice.
+        |g: &mut Gen| {
+            let (n, d, b) = (g.size(0, 6), g.size(1, 4), g.size(1, 4));
+            let w = Param::new("weight", g.array(&[d, d]));
+            let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
+            let samples = Samples::owners(owner.clone(), b)?;
+            let x = g.array(&[n, d]);
+            let p = w.clone();
+            let pick = Array::generate(&[b, n], DType::F64, |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            Ok(Case::new(vec![x], move |x| {
+                let s = Some(&samples);
+                let y = linear(&x[0], &w, Layout::OutIn, None, Activation::Tanh, s)?;
+                let y = linear(&y, &w, Layout::InOut, None, Activation::None, s)?;
+                Tensor::new(pick.clone()).matmul(&y)
+            })
+            .params(vec![p])
+            .samples(b))
+        },
+    ],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&LINEAR];
+
+struct Back {
+    x: Array,
+    z: Option<Array>,
+    w: Param,
+    bias: Option<Param>,
+    layout: Layout,
+    act: Activation,
+    samples: Samples,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &LINEAR
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (n, d) = (self.samples.rows(), *self.x.shape().last().unwrap_or(&1));
+        let p = *grad.shape().last().unwrap_or(&1);
+        let mut dz = grad.contiguous().reshape(&[n, p])?;
+        if let Some(z) = &self.z {
+            dz = activation_grad(self.act, dz, z)?;
+        }
+        if flow.wants(0) {
+            // Fetched again, not kept: a gathered weight lives only while it is used.
+            let w = self.w.value().cast(dz.dtype());
+            let mut dx = Array::uninit(self.x.shape(), dz.dtype());
+            with_float!("linear", dz.dtype(), T => {
+                let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, self.layout, d, p)?);
+                matmul(g, wm.t(), false, dx.fresh_mut::<T>());
+                Ok(())
+            })?;
+            flow.input(0, dx);
+        }
+        if self.w.trainable() {
+            let x = self.x.reshape(&[n, d])?;
+            let (left, right) = if self.layout == Layout::OutIn { (dz.clone(), x) } else { (x, dz.clone()) };
+            flow.param(&self.w, Factor::Outer { left, right, samples: self.samples.clone() });
+        }
+        if let Some(b) = &self.bias {
+            flow.param(b, Factor::RowSum { grad: dz, samples: self.samples.clone() });
+        }
+        Ok(())
+    }
+}
+
+/// The weight as a `d × p` matrix.
+fn weight<T: Float>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Mat<'_, T>> {
+    let data = w.as_slice::<T>()?;
+    Ok(match layout {
+        Layout::InOut => Mat::new(data, d, p),
+        Layout::OutIn => Mat::new(data, p, d).t(),
+    })
+}
+
+/// y = act(x·Wᵀ + b) over the last dimension of `x [B, …, d]`, giving `[B, …, p]`.
+///
+/// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. bf16 and f16 inputs are
+/// computed in f32 and the result rounded back.
+pub fn linear(
+    x: &Tensor,
+    w: &Param,
+    layout: Layout,
+    bias: Option<&Param>,
+    act: Activation,
+    samples: Option<&Samples>,
+) -> Result<Tensor> {
+    x.dtype().expect_float("linear")?;
+    if x.dtype().is_half() {
+        return linear(&x.cast(DType::F32)?, w, layout, bias, act, samples)?.cast(x.dtype());
+    }
+    let [a, b] = w.shape() else {
+        return Err(Error::shape("linear", format!("weight {} is {:?}, not a matrix", w.name(), w.shape())));
+    };
+    let (d, p) = if layout == Layout::OutIn { (*b, *a) } else { (*a, *b) };
+    if x.shape().last() != Some(&d) {
+        return Err(Error::shape(
+            "linear",
+            format!("input {:?} into {} {:?}: the last dimension must be {d}", x.shape(), w.name(), w.shape()),
+        ));
+    }
+    if let Some(b) = bias
+        && b.shape() != [p]
+    {
+        return Err(Error::shape("linear", format!("bias {} is {:?}, not [{p}]", b.name(), b.shape())));
+    }
+    let samples = samples_or_leading(samples, x.shape(), 1);
+    let n = x.numel() / d.max(1);
+    if samples.rows() != n {
+        return Err(Error::shape("linear", format!("the samples map {} rows, the input has {n}", samples.rows())));
+    }
+    let mut shape: Dims = x.shape().into();
+    if let Some(last) = shape.last_mut() {
+        *last = p;
+    }
+    let dtype = x.dtype();
+    let xa = x.array().contiguous();
+    let wv = w.value().cast(dtype);
+    let mut z = Array::uninit(&[n, p], dtype);
+    with_float!("linear", dtype, T => {
+        let out = z.fresh_mut::<T>();
+        matmul(Mat::new(xa.as_slice::<T>()?, n, d), weight::<T>(&wv, layout, d, p)?, false, out);
+        if let Some(b) = bias {
+            let b = b.value().cast(dtype);
+            let b = b.as_slice::<T>()?;
+            out.chunks_exact_mut(p.max(1)).for_each(|r| r.iter_mut().zip(b).for_each(|(r, &b)| *r += b));
+        }
+        Ok(())
+    })?;
+    let (y, z) = if act == Activation::None {
+        (z.reshape(&shape)?, None)
+    } else {
+        let y = with_float!("linear", dtype, T => Ok(ew::map::<T, T>(&z, move |x: T| act.of(x))))?;
+        (y.reshape(&shape)?, Some(z))
+    };
+    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
+    Ok(Tensor::record(y, &[x], &params, || Back {
+        x: xa,
+        z,
+        w: w.clone(),
+        bias: bias.cloned(),
+        layout,
+        act,
+        samples,
+    }))
+}

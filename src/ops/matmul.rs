@@ -1,0 +1,115 @@
+//! Batched matrix products of tensors.
+
+use super::{Differentiable, NO_PARAMS, OpInfo};
+use crate::autograd::{Flow, Rule};
+use crate::check::{Case, Gen};
+use crate::device::cpu::linalg::{Mat, matmul as product};
+use crate::error::{Error, Result};
+use crate::tensor::shape::{Dims, broadcast, numel};
+use crate::tensor::{Array, DType};
+use crate::{Tensor, with_float};
+
+static MATMUL: OpInfo = OpInfo {
+    name: "matmul",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g: &mut Gen| {
+        let (m, k, n) = (g.size(1, 4), g.size(0, 4), g.size(1, 4));
+        let lead_rank = g.size(0, 2);
+        let lead = g.shape(lead_rank);
+        let cut = |g: &mut Gen| -> Vec<usize> {
+            lead[g.size(0, lead.len())..].iter().map(|&s| if g.chance(0.3) { 1 } else { s }).collect()
+        };
+        let (mut a, mut b) = (cut(g), cut(g));
+        a.extend([m, k]);
+        b.extend([k, n]);
+        Ok(Case::new(vec![g.array(&a), g.array(&b)], |t| t[0].matmul(&t[1])))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&MATMUL];
+
+struct Back {
+    a: Array,
+    b: Array,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &MATMUL
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        if flow.wants(0) {
+            let da = batched(&grad, &self.b.transpose(-1, -2)?)?;
+            flow.input(0, super::reduce::sum_to(&da, self.a.shape())?);
+        }
+        if flow.wants(1) {
+            let db = batched(&self.a.transpose(-1, -2)?, &grad)?;
+            flow.input(1, super::reduce::sum_to(&db, self.b.shape())?);
+        }
+        Ok(())
+    }
+}
+
+/// Products over broadcast leading dimensions, on any strides.
+fn batched(a: &Array, b: &Array) -> Result<Array> {
+    let (ra, rb) = (a.rank() - 2, b.rank() - 2);
+    let lead = broadcast("matmul", &a.shape()[..ra], &b.shape()[..rb])?;
+    let (m, k, n) = (a.shape()[ra], a.shape()[ra + 1], b.shape()[rb + 1]);
+    let full = |x: &Array, tail: [usize; 2]| {
+        let shape: Dims = lead.iter().copied().chain(tail).collect();
+        x.expand(&shape)
+    };
+    let (a, b) = (full(a, [m, k])?, full(b, [k, n])?);
+    let shape: Dims = lead.iter().copied().chain([m, n]).collect();
+    let mut out = Array::uninit(&shape, a.dtype());
+    let r = lead.len();
+    with_float!("matmul", a.dtype(), T => {
+        let (x, y) = (a.raw::<T>(), b.raw::<T>());
+        let c = out.fresh_mut::<T>();
+        if m * n == 0 {
+            return Ok(out);
+        }
+        if k == 0 {
+            c.fill(<T as crate::Float>::ZERO);
+            return Ok(out);
+        }
+        for i in 0..numel(&lead) {
+            let (mut at, mut oa, mut ob) = (i, 0, 0);
+            for d in (0..r).rev() {
+                let j = at % lead[d];
+                at /= lead[d];
+                oa += j * a.strides()[d];
+                ob += j * b.strides()[d];
+            }
+            let ma = Mat { data: &x[oa..], rows: m, cols: k, rs: a.strides()[r], cs: a.strides()[r + 1] };
+            let mb = Mat { data: &y[ob..], rows: k, cols: n, rs: b.strides()[r], cs: b.strides()[r + 1] };
+            product(ma, mb, false, &mut c[i * m * n..(i + 1) * m * n]);
+        }
+        Ok(out)
+    })
+}
+
+impl Tensor {
+    /// Matrix product over the last two dimensions, `[…, m, k]·[…, k, n]`; leading dimensions broadcast. Transposed and
+    /// sliced operands are read in place. 2·m·k·n FLOPs per product.
+    pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
+        self.dtype().expect_float("matmul")?;
+        let bad = |why: &str| Err(Error::shape("matmul", format!("{:?} times {:?}: {why}", self.shape(), other.shape())));
+        if self.dtype() != other.dtype() {
+            return Err(Error::dtype("matmul", format!("{} and {} differ; cast one", self.dtype(), other.dtype())));
+        }
+        if self.rank() < 2 || other.rank() < 2 {
+            return bad("both need at least two dimensions");
+        }
+        if self.shape()[self.rank() - 1] != other.shape()[other.rank() - 2] {
+            return bad("the last dimension of the first must equal the second to last of the second");
+        }
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.matmul(&other.cast(DType::F32)?)?.cast(self.dtype());
+        }
+        let y = batched(self.array(), other.array())?;
+        Ok(Tensor::record(y, &[self, other], &[], || Back { a: self.array().clone(), b: other.array().clone() }))
+    }
+}
