@@ -6,6 +6,7 @@ pub mod check;
 pub mod device;
 pub mod error;
 pub mod ops;
+pub mod optim;
 pub mod tensor;
 
 pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};

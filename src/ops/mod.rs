@@ -4,6 +4,7 @@
 use crate::check::{Case, Gen};
 use crate::error::Result;
 
+pub mod attention;
 pub mod binary;
 pub mod linear;
 pub mod matmul;
@@ -44,7 +45,7 @@ pub enum FactorRule {
 pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");
 
 /// Every operation of the crate.
-pub static REGISTRY: &[&[&OpInfo]] = &[params::OPS, unary::OPS, binary::OPS, reduce::OPS, view::OPS, matmul::OPS, linear::OPS];
+pub static REGISTRY: &[&[&OpInfo]] = &[params::OPS, unary::OPS, binary::OPS, reduce::OPS, view::OPS, matmul::OPS, linear::OPS, attention::OPS];
 
 /// All registry entries in a row.
 pub fn registry() -> impl Iterator<Item = &'static OpInfo> {

@@ -124,6 +124,10 @@ impl Array {
     pub(crate) fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.storage).is_some()
     }
+    /// Both are views of the same storage at the same place.
+    pub(crate) fn same_storage(&self, other: &Array) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage) && self.offset == other.offset
+    }
     /// The elements of a contiguous array. Fails on another dtype or a strided view: call [`Array::contiguous`] first.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         self.expect_dtype::<T>("as_slice")?;

@@ -153,3 +153,17 @@ fn runs(n: usize, inner: usize, f: impl Fn(usize, usize, usize, usize) + Sync) {
         }
     });
 }
+
+/// x ← f(x) over a slice.
+pub fn for_each_mut<T: Element>(x: &mut [T], f: impl Fn(T) -> T + Sync + Copy) {
+    let n = x.len();
+    let x = Shared::new(x);
+    par_chunks(n, GRAIN, |r| {
+        // SAFETY: chunks are disjoint.
+        let x = unsafe { x.slice(r) };
+        simd(
+            #[inline(always)]
+            || x.iter_mut().for_each(|x| *x = f(*x)),
+        );
+    });
+}

@@ -1,4 +1,5 @@
 //! CPU.
+pub mod attention;
 pub mod elementwise;
 pub mod factored;
 pub mod linalg;

@@ -1,0 +1,95 @@
+//! Multi-head self-attention with a span per layer.
+
+use super::{Ctx, Init, Linear, Params};
+use crate::error::{Error, Result};
+use crate::ops::attention::{AttentionOptions, Span, attention};
+use crate::ops::linear::Layout;
+use crate::Tensor;
+
+/// Keys and values of the positions seen so far, for generation: `[B, S, H, D]` each.
+#[derive(Clone, Default)]
+pub struct KvCache {
+    kv: Option<(Tensor, Tensor)>,
+}
+
+impl KvCache {
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.kv.as_ref().map_or(0, |(k, _)| k.shape()[1])
+    }
+    /// Nothing held.
+    pub fn is_empty(&self) -> bool {
+        self.kv.is_none()
+    }
+    /// Appends new positions and drops those no later query can see; returns what the new queries see.
+    fn extend(&mut self, k: Tensor, v: Tensor, span: Span) -> Result<(Tensor, Tensor)> {
+        let (k, v) = match self.kv.take() {
+            Some((pk, pv)) => (Tensor::concat(&[&pk, &k], 1)?, Tensor::concat(&[&pv, &v], 1)?),
+            None => (k, v),
+        };
+        // Block spans count positions from the start, so they keep everything; windows forget.
+        let n = k.shape()[1];
+        let keep = match span {
+            Span::Window(w) => n.min(w.saturating_sub(1)),
+            _ => n,
+        };
+        self.kv = Some((k.slice(1, n - keep..n)?, v.slice(1, n - keep..n)?));
+        Ok((k, v))
+    }
+}
+
+/// Multi-head self-attention: one fused projection to Q, K and V, attention within the layer's span, one projection
+/// back. Parameters `c_attn` `[d, 3d]` and `c_proj` `[d, d]`, as in GPT-2.
+pub struct MultiHeadAttention {
+    qkv: Linear,
+    out: Linear,
+    heads: usize,
+    /// Which keys a query sees.
+    pub span: Span,
+    /// Dropout of the attention probabilities while training.
+    pub dropout: f64,
+    id: u64,
+}
+
+impl MultiHeadAttention {
+    /// A layer of width `d` with `heads` heads; `init` and `init_out` fill the two projections.
+    pub fn new(params: &Params, d: usize, heads: usize, span: Span, init: Init, init_out: Init) -> Result<Self> {
+        if heads == 0 || !d.is_multiple_of(heads) {
+            return Err(Error::invalid("MultiHeadAttention", format!("width {d} does not divide into {heads} heads")));
+        }
+        Ok(MultiHeadAttention {
+            qkv: Linear::new(&params.at("c_attn"), d, 3 * d, true, Layout::InOut, init)?,
+            out: Linear::new(&params.at("c_proj"), d, d, true, Layout::InOut, init_out)?,
+            heads,
+            span,
+            dropout: 0.0,
+            id: params.id("attn_dropout"),
+        })
+    }
+    /// `[B, T, d]` → `[B, T, d]`.
+    pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+        self.run(x, None, ctx)
+    }
+    /// As [`MultiHeadAttention::forward`] for positions that continue those in the cache.
+    pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache, ctx: &Ctx) -> Result<Tensor> {
+        self.run(x, Some(cache), ctx)
+    }
+    fn run(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<Tensor> {
+        let [b, t, d] = x.shape()[..] else {
+            return Err(Error::shape("MultiHeadAttention", format!("input {:?}; it must be [B, T, d]", x.shape())));
+        };
+        let qkv = self.qkv.forward(x, ctx)?.reshape(&[b, t, 3, self.heads, d / self.heads])?;
+        let part = |i: usize| qkv.slice(2, i..i + 1)?.squeeze(2);
+        let (q, mut k, mut v) = (part(0)?, part(1)?, part(2)?);
+        let mut options = AttentionOptions::new(self.span);
+        if ctx.train && self.dropout > 0.0 {
+            options.dropout = Some((self.dropout, ctx.dropout_seed(self.id)));
+        }
+        if let Some(cache) = cache {
+            (k, v) = cache.extend(k, v, self.span)?;
+        }
+        let y = attention(&q, &k, &v, &options)?;
+        self.out.forward(&y.reshape(&[b, t, d])?, ctx)
+    }
+}
+

@@ -1,0 +1,197 @@
+//! Scaled dot-product attention with spans, grouped queries and packed documents, forward and backward without ever
+//! holding a T × T matrix.
+//!
+//! softmax(Q·Kᵀ·scale + mask)·V, mask by [`Span`]. FLOPs 4·pairs·D forward and 10·pairs·D backward, pairs the number of
+//! visible (query, key) pairs: a narrower span costs proportionally less.
+
+use super::{Differentiable, NO_PARAMS, OpInfo};
+use crate::autograd::{Flow, Rule};
+use crate::check::{Case, Gen};
+use crate::device::cpu::attention as cpu;
+use crate::error::{Error, Result};
+use crate::tensor::{Array, DType};
+use crate::{Tensor, with_float};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Which keys a query sees. Positions are counted from the end: with S keys and T queries, query i stands at i + S − T.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Span {
+    /// All keys.
+    Full,
+    /// Keys at or before the query.
+    Causal,
+    /// The last w keys up to the query (sliding window).
+    Window(usize),
+    /// Keys at or before the query within its block of b positions.
+    Block(usize),
+}
+
+/// What attention needs besides Q, K and V.
+#[derive(Clone, Debug)]
+pub struct AttentionOptions {
+    /// Which keys a query sees.
+    pub span: Span,
+    /// Factor of the scores; 1/√D if not given.
+    pub scale: Option<f64>,
+    /// Document boundaries of packed sequences: offsets 0 … T, the same for every sequence of the batch. Attention
+    /// stays within a document.
+    pub documents: Option<Arc<Vec<usize>>>,
+    /// Dropout of the probabilities, with the seed of its mask.
+    pub dropout: Option<(f64, u64)>,
+}
+
+impl AttentionOptions {
+    /// A span with the usual scale, one document, no dropout.
+    pub fn new(span: Span) -> Self {
+        AttentionOptions { span, scale: None, documents: None, dropout: None }
+    }
+}
+
+static ATTENTION: OpInfo = OpInfo {
+    name: "attention",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[
+        |g: &mut Gen| {
+            let (b, t, d) = (g.size(1, 2), g.size(1, 9), g.size(1, 4));
+            let (kv, group) = (g.size(1, 2), g.size(1, 2));
+            let s = t + g.size(0, 3);
+            let span = [Span::Full, Span::Causal, Span::Window(g.size(1, 4)), Span::Block(g.size(1, 4))][g.size(0, 3)];
+            let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
+        },
+        // Packed documents, dropout, a scale of one's own.
+        |g: &mut Gen| {
+            let (b, t, d, h) = (g.size(1, 2), g.size(2, 9), g.size(1, 4), g.size(1, 2));
+            let cut = g.size(0, t);
+            let o = AttentionOptions {
+                span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
+                scale: Some(0.4),
+                documents: Some(Arc::new(vec![0, cut, t])),
+                dropout: g.chance(0.5).then_some((0.3, g.bits())),
+            };
+            let inputs = (0..3).map(|_| g.array(&[b, t, h, d])).collect();
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
+        },
+    ],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&ATTENTION];
+
+struct Back {
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    options: AttentionOptions,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &ATTENTION
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let fresh = |a: &Array| Array::uninit(a.shape(), a.dtype());
+        let (mut dq, mut dk, mut dv) = (fresh(&self.q), fresh(&self.k), fresh(&self.v));
+        let grad = unit_last(&grad);
+        with_float!("attention", self.q.dtype(), T => {
+            cpu::backward::<T>(
+                &problem(&self.q, &self.k, &self.options),
+                (cpu::view::<T>(&self.q), cpu::view(&self.k), cpu::view(&self.v)),
+                (cpu::view(&self.out), self.lse.as_slice::<T>()?, cpu::view(&grad)),
+                (dq.fresh_mut(), dk.fresh_mut(), dv.fresh_mut()),
+            );
+            Ok(())
+        })?;
+        flow.input(0, dq);
+        flow.input(1, dk);
+        flow.input(2, dv);
+        Ok(())
+    }
+}
+
+fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
+    let [b, t, h, d] = [q.shape()[0], q.shape()[1], q.shape()[2], q.shape()[3]];
+    cpu::Problem {
+        batch: b,
+        queries: t,
+        keys: k.shape()[1],
+        heads: h,
+        kv_heads: k.shape()[2],
+        dim: d,
+        span: o.span,
+        scale: o.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt()),
+        documents: o.documents.clone(),
+        dropout: o.dropout,
+    }
+}
+
+/// Kernels step along D by one; other strides are free.
+fn unit_last(a: &Array) -> Array {
+    if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
+}
+
+/// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
+/// fused projection are read in place. A query that sees no key gives zeros.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    q.dtype().expect_float("attention")?;
+    let bad = |why: String| {
+        Err(Error::shape("attention", format!("q {:?}, k {:?}, v {:?}: {why}", q.shape(), k.shape(), v.shape())))
+    };
+    if q.rank() != 4 || k.rank() != 4 || k.shape() != v.shape() {
+        return bad("q is [B, T, H, D], k and v are [B, S, H_kv, D]".into());
+    }
+    if q.shape()[0] != k.shape()[0] || q.shape()[3] != k.shape()[3] {
+        return bad("batch and head dimension must agree".into());
+    }
+    if k.shape()[2] == 0 || q.shape()[2] % k.shape()[2] != 0 {
+        return bad("the query heads must be a multiple of the key heads".into());
+    }
+    if q.dtype() != k.dtype() || q.dtype() != v.dtype() {
+        return Err(Error::dtype("attention", format!("{}, {} and {} differ", q.dtype(), k.dtype(), v.dtype())));
+    }
+    let (t, s) = (q.shape()[1], k.shape()[1]);
+    if options.span != Span::Full && s < t {
+        return bad("a causal span needs at least as many keys as queries".into());
+    }
+    if matches!(options.span, Span::Window(0) | Span::Block(0)) {
+        return Err(Error::invalid("attention", "a span of 0 positions; use 1 or more"));
+    }
+    if let Some(o) = &options.documents
+        && (s != t || o.first() != Some(&0) || o.last() != Some(&t) || o.windows(2).any(|w| w[0] > w[1]))
+    {
+        return bad(format!("document offsets {o:?} must rise from 0 to T, with S = T"));
+    }
+    if let Some((p, _)) = options.dropout
+        && !(0.0..1.0).contains(&p)
+    {
+        return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
+    }
+    if q.dtype().is_half() {
+        let f = |t: &Tensor| t.cast(DType::F32);
+        return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
+    }
+    let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
+    let mut out = Array::uninit(q.shape(), q.dtype());
+    let mut lse = Array::uninit(&[q.shape()[0], q.shape()[2], t], q.dtype());
+    with_float!("attention", q.dtype(), T => {
+        cpu::forward::<T>(
+            &problem(&qa, &ka, options),
+            (cpu::view::<T>(&qa), cpu::view(&ka), cpu::view(&va)),
+            (out.fresh_mut(), lse.fresh_mut()),
+        );
+        Ok(())
+    })?;
+    Ok(Tensor::record(out.clone(), &[q, k, v], &[], || Back {
+        q: qa,
+        k: ka,
+        v: va,
+        out,
+        lse,
+        options: options.clone(),
+    }))
+}

@@ -1,0 +1,76 @@
+//! Stochastic gradient descent.
+
+use super::{Optimizer, Segment, check, pieces};
+use crate::device::cpu::{par::par_chunks, shared::Shared, simd::simd};
+use crate::error::Result;
+use crate::tensor::Array;
+use crate::with_float;
+
+/// SGD with momentum and decoupled weight decay: b ← μb + g, p ← p − lr·(b + λp).
+#[derive(Clone, Debug, Default)]
+pub struct Sgd {
+    /// μ; 0 for none.
+    pub momentum: f64,
+    /// λ, applied to matrices only.
+    pub weight_decay: f64,
+}
+
+impl Optimizer for Sgd {
+    fn describe(&self) -> String {
+        format!("SGD(momentum {}, weight decay {})", self.momentum, self.weight_decay)
+    }
+    fn slots(&self) -> &'static [&'static str] {
+        if self.momentum == 0.0 { &[] } else { &["momentum_buffer"] }
+    }
+    fn update(
+        &self,
+        _step: u64,
+        lr: f64,
+        params: &mut Array,
+        grads: &Array,
+        state: &mut [Array],
+        segments: &[Segment],
+    ) -> Result<()> {
+        check("SGD", "momentum", self.momentum, (0.0..1.0).contains(&self.momentum))?;
+        let n = params.numel();
+        with_float!("SGD", params.dtype(), T => {
+            let g = grads.as_slice::<T>()?;
+            let p = Shared::new(params.as_mut_slice::<T>()?);
+            let f = <T as crate::Element>::from_f64;
+            let (lr_t, mu) = (f(lr), f(self.momentum));
+            let buffer = match state.first_mut() {
+                Some(b) => Some(Shared::new(b.as_mut_slice::<T>()?)),
+                None => None,
+            };
+            for (range, decay) in pieces(n, segments) {
+                let keep = f(if decay { 1.0 - lr * self.weight_decay } else { 1.0 });
+                par_chunks(range.len(), 1 << 14, |r| {
+                    let r = range.start + r.start..range.start + r.end;
+                    // SAFETY: chunks are disjoint.
+                    let p = unsafe { p.slice(r.clone()) };
+                    let g = &g[r.clone()];
+                    match buffer {
+                        Some(b) => {
+                            // SAFETY: chunks are disjoint.
+                            let b = unsafe { b.slice(r) };
+                            simd(
+                                #[inline(always)]
+                                || {
+                                    for ((p, b), &g) in p.iter_mut().zip(b).zip(g) {
+                                        *b = mu * *b + g;
+                                        *p = keep * *p - lr_t * *b;
+                                    }
+                                },
+                            )
+                        }
+                        None => simd(
+                            #[inline(always)]
+                            || p.iter_mut().zip(g).for_each(|(p, &g)| *p = keep * *p - lr_t * g),
+                        ),
+                    }
+                });
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,103 @@
+//! All trainable parameters in one buffer.
+
+use crate::autograd::Param;
+use crate::error::{Error, Result};
+use crate::optim::Segment;
+use crate::tensor::{Array, DType};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; whoever still holds
+/// an older value keeps it (the buffer is then copied once).
+pub struct Flat {
+    params: Vec<Param>,
+    segments: Vec<Segment>,
+    at: HashMap<u64, usize>,
+    buffer: Array,
+}
+
+impl Flat {
+    /// Gathers the trainable ones of `params`, which must share a dtype, f32 or f64.
+    pub fn new(params: &[Param]) -> Result<Flat> {
+        let params: Vec<Param> = params.iter().filter(|p| p.trainable()).cloned().collect();
+        let Some(first) = params.first() else {
+            return Err(Error::invalid("TrainStep", "no trainable parameters"));
+        };
+        let dtype = first.dtype();
+        if let Some(p) = params.iter().find(|p| p.dtype() != dtype || dtype.is_half() || !dtype.is_float()) {
+            return Err(Error::dtype(
+                "TrainStep",
+                format!("{} is {}: trained parameters are all f32 or all f64", p.name(), p.dtype()),
+            ));
+        }
+        let (mut segments, mut at, mut n) = (Vec::new(), HashMap::new(), 0);
+        for (i, p) in params.iter().enumerate() {
+            if at.insert(p.id(), i).is_some() {
+                return Err(Error::invalid("TrainStep", format!("{} is listed twice", p.name())));
+            }
+            segments.push(Segment { range: n..n + p.numel(), decay: p.shape().len() > 1 });
+            n += p.numel();
+        }
+        let mut buffer = Array::zeros(&[n], dtype);
+        crate::with_float!("TrainStep", dtype, T => {
+            let dst = buffer.as_mut_slice::<T>()?;
+            for (p, s) in params.iter().zip(&segments) {
+                dst[s.range.clone()].copy_from_slice(p.value().as_slice::<T>()?);
+            }
+            Ok(())
+        })?;
+        let flat = Flat { params, segments, at, buffer };
+        flat.attach()?;
+        Ok(flat)
+    }
+    fn attach(&self) -> Result<()> {
+        for (p, s) in self.params.iter().zip(&self.segments) {
+            p.set(self.buffer.slice(0, s.range.clone())?.reshape(p.shape())?)?;
+        }
+        Ok(())
+    }
+    /// Changes the buffer in place. Parameters set from outside since the last update are taken over first.
+    pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array) -> Result<()>) -> Result<()> {
+        for i in 0..self.params.len() {
+            let value = self.params[i].value();
+            let here = self.buffer.slice(0, self.segments[i].range.clone())?;
+            if !value.same_storage(&here) {
+                let r = self.segments[i].range.clone();
+                crate::with_float!("TrainStep", value.dtype(), T => {
+                    let value = value.contiguous();
+                    drop(here);
+                    self.buffer.as_mut_slice::<T>()?[r].copy_from_slice(value.as_slice::<T>()?);
+                    Ok(())
+                })?;
+            }
+        }
+        self.params.iter().for_each(Param::release);
+        let done = f(&mut self.buffer);
+        self.attach()?;
+        done
+    }
+    /// The trainable parameters, in flat order.
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+    /// Where each parameter lies.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+    /// Index of a parameter in flat order.
+    pub fn index(&self, p: &Param) -> Option<usize> {
+        self.at.get(&p.id()).copied()
+    }
+    /// Where one parameter lies.
+    pub fn range(&self, p: &Param) -> Option<Range<usize>> {
+        self.index(p).map(|i| self.segments[i].range.clone())
+    }
+    /// Number of trainable elements.
+    pub fn numel(&self) -> usize {
+        self.buffer.numel()
+    }
+    /// f32 or f64.
+    pub fn dtype(&self) -> DType {
+        self.buffer.dtype()
+    }
+}

@@ -1,0 +1,215 @@
+//! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
+
+use crate::autograd::Param;
+use crate::error::{Error, Result};
+use crate::privacy::{Accountant, ClipFn, ClipStyle, PoissonSampler};
+use crate::random::{NoiseKey, add_gaussian};
+use crate::tensor::{Array, DType};
+use serde::{Deserialize, Serialize};
+
+/// What private training is asked to do. Everything else follows from it.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct PrivacyConfig {
+    /// Target ε. The run stops before it is exceeded.
+    pub epsilon: f64,
+    /// δ; below 1/records.
+    pub delta: f64,
+    /// Number of records, the units protected (add or remove one).
+    pub records: usize,
+    /// Expected size of a Poisson batch; the sampling rate is `batch / records`.
+    pub batch: f64,
+    /// Planned number of steps.
+    pub steps: u64,
+    /// Clipping groups.
+    pub style: ClipStyle,
+    /// Clip function.
+    pub clip: ClipFn,
+    /// Total clipping threshold R; group thresholds compose to it: √(Σ R_m²) = R.
+    pub threshold: f64,
+    /// Noise multiplier; calibrated to ε, δ and the plan if not given.
+    pub noise_multiplier: Option<f64>,
+}
+
+impl PrivacyConfig {
+    /// A target with the defaults that work without tuning: layer-wise groups, AUTO-S (Bu et al. 2023), threshold 1.
+    pub fn new(epsilon: f64, delta: f64, records: usize, batch: f64, steps: u64) -> PrivacyConfig {
+        PrivacyConfig {
+            epsilon,
+            delta,
+            records,
+            batch,
+            steps,
+            style: ClipStyle::LayerWise,
+            clip: ClipFn::AutoS { gamma: 0.01 },
+            threshold: 1.0,
+            noise_multiplier: None,
+        }
+    }
+    fn validate(&self) -> Result<()> {
+        let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
+        need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
+        need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {}; it must lie between 0 and 1", self.delta))?;
+        need(self.records > 0, "no records to protect".into())?;
+        need(
+            self.delta < 1.0 / self.records as f64,
+            format!("δ = {} with {} records: choose it below 1/records, such as {:.1e}", self.delta, self.records, 0.1 / self.records as f64),
+        )?;
+        need(
+            self.batch > 0.0 && self.batch <= self.records as f64,
+            format!("an expected batch of {} from {} records", self.batch, self.records),
+        )?;
+        need(self.steps > 0, "0 planned steps".into())?;
+        need(
+            self.threshold.is_finite() && self.threshold > 0.0,
+            format!("a clipping threshold of {}; it must be positive", self.threshold),
+        )?;
+        if let Some(s) = self.noise_multiplier {
+            need(s.is_finite() && s > 0.0, format!("a noise multiplier of {s}: without noise there is no privacy"))?;
+        }
+        Ok(())
+    }
+}
+
+/// A clipping group: which share of the threshold, how many parameters.
+#[derive(Clone, Debug)]
+pub(crate) struct ClipGroup {
+    pub threshold: f64,
+    pub members: usize,
+}
+
+/// The private half of a [`TrainStep`](super::TrainStep): Poisson sampler, clipper, noise and accountant.
+pub struct Privacy {
+    config: PrivacyConfig,
+    sigma: f64,
+    key: NoiseKey,
+    sampler: PoissonSampler,
+    accountant: Accountant,
+    groups: Vec<ClipGroup>,
+    group_of: Vec<usize>,
+    sensitivity: f64,
+}
+
+impl Privacy {
+    /// Validates the target and calibrates the noise. `key` must be secret and fresh for every run
+    /// ([`NoiseKey::from_os`]); sampling and noise are derived from it.
+    pub fn new(config: PrivacyConfig, key: NoiseKey) -> Result<Privacy> {
+        config.validate()?;
+        let q = config.batch / config.records as f64;
+        let sigma = match config.noise_multiplier {
+            Some(s) => s,
+            None => Accountant::calibrate(config.epsilon, config.delta, q, config.steps)?,
+        };
+        let sampler = PoissonSampler::new(config.records, q, key.clone())?;
+        Ok(Privacy {
+            sigma,
+            sampler,
+            accountant: Accountant::new(),
+            groups: Vec::new(),
+            group_of: Vec::new(),
+            sensitivity: 0.0,
+            key,
+            config,
+        })
+    }
+    /// Forms the clipping groups over the parameters of a step.
+    pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
+        let mut names: Vec<String> = Vec::new();
+        let mut members: Vec<usize> = Vec::new();
+        self.group_of.clear();
+        for p in params {
+            let name = group_name(self.config.style, p.name())?;
+            let gi = names.iter().position(|n| *n == name).unwrap_or_else(|| {
+                names.push(name);
+                members.push(0);
+                names.len() - 1
+            });
+            members[gi] += 1;
+            self.group_of.push(gi);
+        }
+        let each = self.config.threshold / (names.len() as f64).sqrt();
+        self.groups = members.into_iter().map(|members| ClipGroup { threshold: each, members }).collect();
+        let s = self.config.clip.sensitivity(each);
+        self.sensitivity = (s * s * self.groups.len() as f64).sqrt();
+        Ok(())
+    }
+    pub(crate) fn groups(&self) -> &[ClipGroup] {
+        &self.groups
+    }
+    pub(crate) fn group_of(&self, index: usize) -> usize {
+        self.group_of[index]
+    }
+    pub(crate) fn clip(&self) -> ClipFn {
+        self.config.clip
+    }
+    /// The target.
+    pub fn config(&self) -> &PrivacyConfig {
+        &self.config
+    }
+    /// Noise multiplier: standard deviation of the noise over the sensitivity of the clipped sum.
+    pub fn noise_multiplier(&self) -> f64 {
+        self.sigma
+    }
+    /// The most one record can move the clipped sum (add or remove), composed over the groups.
+    pub fn sensitivity(&self) -> f64 {
+        self.sensitivity
+    }
+    /// Expected batch size, by which private sums are divided.
+    pub fn expected_batch(&self) -> f64 {
+        self.config.batch
+    }
+    /// Sampling rate.
+    pub fn rate(&self) -> f64 {
+        self.config.batch / self.config.records as f64
+    }
+    pub(super) fn batch(&self, step: u64) -> Vec<usize> {
+        self.sampler.batch(step)
+    }
+    /// ε spent after `steps` steps, at the configured δ.
+    pub fn epsilon(&self, steps: u64) -> Result<f64> {
+        if steps == 0 {
+            return Ok(0.0);
+        }
+        let mut a = self.accountant.clone();
+        a.reset();
+        a.record(self.sigma, self.rate(), steps)?;
+        a.epsilon(self.config.delta)
+    }
+    /// Records the step about to be taken, or refuses it. Returns ε with it included.
+    pub(super) fn admit(&mut self, done: u64) -> Result<f64> {
+        let epsilon = self.epsilon(done + 1)?;
+        if epsilon > self.config.epsilon * (1.0 + 1e-9) {
+            return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: done });
+        }
+        self.accountant.record(self.sigma, self.rate(), 1)?;
+        Ok(epsilon)
+    }
+    pub(super) fn restore(&mut self, steps: u64) {
+        self.accountant.reset();
+        if steps > 0 {
+            let _ = self.accountant.record(self.sigma, self.rate(), steps);
+        }
+    }
+    /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
+    pub(super) fn add_noise(&self, step: u64, grads: &mut Array) -> Result<()> {
+        let std = self.sigma * self.sensitivity;
+        match grads.dtype() {
+            DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
+            _ => {
+                let mut noise = vec![0f32; grads.numel()];
+                add_gaussian(&self.key, step, 0, std as f32, &mut noise);
+                grads.as_mut_slice::<f64>()?.iter_mut().zip(&noise).for_each(|(g, &n)| *g += n as f64);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The group a parameter belongs to, by its scoped name.
+fn group_name(style: ClipStyle, name: &str) -> Result<String> {
+    Ok(match style {
+        ClipStyle::AllLayer => String::new(),
+        // Weight and bias of one layer share everything but the last part of the name.
+        ClipStyle::LayerWise => name.rsplit_once('.').map_or(name, |(layer, _)| layer).to_string(),
+        ClipStyle::ParameterWise => name.to_string(),
+    })
+}

@@ -1,0 +1,151 @@
+//! The weighting slot: what happens to a parameter's factored gradient when it is delivered.
+//!
+//! *Plain*: contracted at once into the flat gradient. *Private*: held until its clipping group is complete, then
+//! weighted by the group's clip factors and contracted, and the group's factors are freed. With one group (all-layer)
+//! every norm is taken on delivery, while the operands are warm, and contraction follows the whole backward pass; with
+//! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
+
+use super::flat::Flat;
+use super::private::Privacy;
+use crate::autograd::{Factor, Param, ParamGrad};
+use crate::error::{Error, Result};
+use crate::tensor::Array;
+use crate::with_float;
+
+pub(super) struct Weigh<'a> {
+    flat: &'a Flat,
+    grads: &'a mut Array,
+    privacy: Option<&'a Privacy>,
+    groups: Vec<Group>,
+    samples: usize,
+    pairs: u64,
+    clipped: u64,
+    non_finite: usize,
+}
+
+/// A clipping group on its way through one backward pass.
+struct Group {
+    threshold: f64,
+    members: usize,
+    /// Members with their norms already in `sq`.
+    normed: Vec<ParamGrad>,
+    /// Members whose norm is left for the fused pass.
+    held: Vec<ParamGrad>,
+    delivered: usize,
+    sq: Vec<f64>,
+}
+
+impl<'a> Weigh<'a> {
+    pub fn plain(flat: &'a Flat, grads: &'a mut Array) -> Self {
+        Weigh { flat, grads, privacy: None, groups: Vec::new(), samples: 0, pairs: 0, clipped: 0, non_finite: 0 }
+    }
+    pub fn private(flat: &'a Flat, grads: &'a mut Array, privacy: &'a Privacy) -> Self {
+        let groups = privacy
+            .groups()
+            .iter()
+            .map(|g| Group {
+                threshold: g.threshold,
+                members: g.members,
+                normed: Vec::new(),
+                held: Vec::new(),
+                delivered: 0,
+                sq: Vec::new(),
+            })
+            .collect();
+        Weigh { groups, privacy: Some(privacy), ..Weigh::plain(flat, grads) }
+    }
+    /// A microbatch of `samples` samples is about to be differentiated.
+    pub fn begin(&mut self, samples: usize) {
+        self.samples = samples;
+        for g in &mut self.groups {
+            g.delivered = 0;
+            g.sq = vec![0.0; samples];
+        }
+    }
+    pub fn deliver(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
+        let Some(index) = self.flat.index(param) else {
+            return Err(Error::invalid(
+                "TrainStep",
+                format!("{} is trainable but was not given to the step: add it, or freeze it", param.name()),
+            ));
+        };
+        let Some(privacy) = self.privacy else {
+            return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
+        };
+        grad.expect_samples()?;
+        let gi = privacy.group_of(index);
+        let group = &mut self.groups[gi];
+        group.delivered += 1;
+        // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
+        let fused = privacy.groups().len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
+        if fused {
+            group.held.push(grad);
+        } else {
+            for (s, n) in group.sq.iter_mut().zip(grad.sample_sq_norms()?) {
+                *s += n;
+            }
+            group.normed.push(grad);
+        }
+        if group.delivered == group.members { self.close(gi) } else { Ok(()) }
+    }
+    /// Weights and contracts a complete group, and frees its factors.
+    fn close(&mut self, gi: usize) -> Result<()> {
+        let Some(privacy) = self.privacy else { return Ok(()) };
+        let group = &mut self.groups[gi];
+        let (clip, threshold) = (privacy.clip(), group.threshold);
+        let factor = move |sq: f64| clip.factor(sq, threshold);
+        for grad in std::mem::take(&mut group.held) {
+            let range = self.range(&grad)?;
+            let group = &mut self.groups[gi];
+            let sq = std::mem::take(&mut group.sq);
+            let totals = add(self.grads, &range, &grad, Weights::Clip(&sq, &factor))?;
+            self.groups[gi].sq = totals;
+        }
+        let weights: Vec<f64> = self.groups[gi].sq.iter().map(|&s| factor(s)).collect();
+        for grad in std::mem::take(&mut self.groups[gi].normed) {
+            let range = self.range(&grad)?;
+            add(self.grads, &range, &grad, Weights::Given(&weights))?;
+        }
+        for &sq in &self.groups[gi].sq {
+            self.pairs += 1;
+            self.clipped += (sq.is_finite() && sq.sqrt() > threshold) as u64;
+            self.non_finite += !sq.is_finite() as usize;
+        }
+        Ok(())
+    }
+    fn range(&self, grad: &ParamGrad) -> Result<std::ops::Range<usize>> {
+        self.flat.range(grad.param()).ok_or_else(|| Error::invalid("TrainStep", "a parameter outside the step"))
+    }
+    /// The backward pass is over: groups with members that were never reached close with what they have.
+    pub fn finish(&mut self) -> Result<()> {
+        for gi in 0..self.groups.len() {
+            if self.groups[gi].delivered < self.groups[gi].members && self.groups[gi].delivered > 0 {
+                self.close(gi)?;
+            }
+        }
+        Ok(())
+    }
+    /// Share of clipped (sample, group) pairs, and the number of non-finite samples.
+    pub fn statistics(&self) -> (f64, usize) {
+        (self.clipped as f64 / self.pairs.max(1) as f64, self.non_finite)
+    }
+}
+
+enum Weights<'a> {
+    None,
+    Given(&'a [f64]),
+    Clip(&'a [f64], &'a (dyn Fn(f64) -> f64 + Sync)),
+}
+
+/// Adds a gradient to its stretch of the flat buffer; returns the norms' totals of the fused form.
+fn add(grads: &mut Array, range: &std::ops::Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
+    with_float!("TrainStep", grads.dtype(), T => {
+        let out = &mut grads.as_mut_slice::<T>()?[range.clone()];
+        match w {
+            Weights::None => grad.add_sum::<T>(None, out)?,
+            Weights::Given(w) => grad.add_weighted::<T>(w, out)?,
+            Weights::Clip(base, f) => return grad.add_clipped::<T>(base, f, out),
+        }
+        Ok(Vec::new())
+    })
+}
