@@ -124,15 +124,18 @@ impl Tensor {
         self.node.as_ref()
     }
 
+    /// Whether [`Tensor::record`] would record an operation on these.
+    pub fn would_record(parents: &[&Tensor], params: &[&Param]) -> bool {
+        RECORDING.with(|r| r.get())
+            && (parents.iter().any(|p| p.node.is_some()) || params.iter().any(|p| p.trainable()))
+    }
     /// Records an operation: `value` was computed from `parents` and `params`, and `rule` leads back. The rule (and
     /// with it whatever it saves) is only built if a gradient can be asked for. This is how every op of the crate,
     /// and every op of a user, enters the history.
     ///
     /// List a parameter once per use, in the order in which the rule hands over its factors.
     pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
-        let live = RECORDING.with(|r| r.get())
-            && (parents.iter().any(|p| p.node.is_some()) || params.iter().any(|p| p.trainable()));
-        if !live {
+        if !Tensor::would_record(parents, params) {
             return Tensor::new(value);
         }
         let node = Node {

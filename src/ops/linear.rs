@@ -6,7 +6,7 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::autograd::{Factor, Flow, Rule, samples_or_leading};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
-use crate::device::cpu::linalg::{Mat, matmul};
+use crate::device::cpu::gemm::{Epilogue, Mat, gemm, matmul};
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
@@ -211,23 +211,20 @@ pub fn linear(
     let dtype = x.dtype();
     let xa = x.array().contiguous();
     let wv = w.value().cast(dtype);
-    let mut z = Array::uninit(&[n, p], dtype);
+    // The pre-activation is kept only if a backward pass can ask for it.
+    let keep = act != Activation::None && Tensor::would_record(&[x], &[w]);
+    let mut y = Array::uninit(&shape, dtype);
+    let mut z = keep.then(|| Array::uninit(&[n, p], dtype));
     with_float!("linear", dtype, T => {
-        let out = z.fresh_mut::<T>();
-        matmul(Mat::new(xa.as_slice::<T>()?, n, d), weight::<T>(&wv, layout, d, p)?, false, out);
-        if let Some(b) = bias {
-            let b = b.value().cast(dtype);
-            let b = b.as_slice::<T>()?;
-            out.chunks_exact_mut(p.max(1)).for_each(|r| r.iter_mut().zip(b).for_each(|(r, &b)| *r += b));
-        }
+        let b = bias.map(|b| b.value().cast(dtype));
+        let bias = match &b {
+            Some(b) => Some(b.as_slice::<T>()?),
+            None => None,
+        };
+        let e = Epilogue { bias, act, pre: z.as_mut().map(|z| z.fresh_mut::<T>()), ..Epilogue::default() };
+        gemm(Mat::new(xa.as_slice::<T>()?, n, d), weight::<T>(&wv, layout, d, p)?, e, y.fresh_mut::<T>());
         Ok(())
     })?;
-    let (y, z) = if act == Activation::None {
-        (z.reshape(&shape)?, None)
-    } else {
-        let y = with_float!("linear", dtype, T => Ok(ew::map::<T, T>(&z, move |x: T| act.of(x))))?;
-        (y.reshape(&shape)?, Some(z))
-    };
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
     Ok(Tensor::record(y, &[x], &params, || Back {
         x: xa,

@@ -3,7 +3,7 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
-use crate::device::cpu::linalg::{Mat, matmul as product};
+use crate::device::cpu::gemm::{Mat, matmul as product};
 use crate::error::{Error, Result};
 use crate::tensor::shape::{Dims, broadcast, numel};
 use crate::tensor::{Array, DType};

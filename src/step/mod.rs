@@ -19,8 +19,9 @@ pub use private::{Privacy, PrivacyConfig};
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
 use crate::error::{Error, Result};
 use crate::optim::{Optimizer, Schedule};
+use crate::privacy::{ClipFn, ClipStyle};
 use crate::tensor::Array;
-use weigh::Weigh;
+use weigh::{Clipping, Weigh};
 
 /// What one step did.
 #[derive(Clone, Debug)]
@@ -120,7 +121,7 @@ impl TrainStep {
         zero(&mut self.grads)?;
         let (mut loss_sum, mut samples) = (0.0, 0);
         let mut weigh = match &self.privacy {
-            Some(p) => Weigh::private(&self.flat, &mut self.grads, p),
+            Some(p) => Weigh::private(&self.flat, &mut self.grads, p.clipping()),
             None => Weigh::plain(&self.flat, &mut self.grads),
         };
         for batch in microbatches {
@@ -196,6 +197,30 @@ impl TrainStep {
         }
         Ok(())
     }
+}
+
+/// The sum of clipped per-sample gradients of `losses` (one per sample), without noise: what a private step computes
+/// before it adds any. For research and checks; it is not private. Returns one gradient per trainable parameter, in
+/// the order given.
+pub fn clipped_gradient(
+    losses: &Tensor,
+    params: &[Param],
+    style: ClipStyle,
+    clip: ClipFn,
+    threshold: f64,
+) -> Result<Vec<Array>> {
+    let flat = Flat::new(params)?;
+    let clipping = Clipping::new(style, clip, threshold, flat.params())?;
+    let mut grads = Array::zeros(&[flat.numel()], flat.dtype());
+    let mut weigh = Weigh::private(&flat, &mut grads, &clipping);
+    weigh.begin(losses.numel());
+    losses.backward_into(&mut weigh)?;
+    weigh.finish()?;
+    flat.segments()
+        .iter()
+        .zip(flat.params())
+        .map(|(s, p)| grads.slice(0, s.range.clone())?.reshape(p.shape()).map(|a| a.copy()))
+        .collect()
 }
 
 impl GradHook for Weigh<'_> {

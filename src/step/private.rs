@@ -2,6 +2,7 @@
 
 use crate::autograd::Param;
 use crate::error::{Error, Result};
+use super::weigh::Clipping;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, PoissonSampler};
 use crate::random::{NoiseKey, add_gaussian};
 use crate::tensor::{Array, DType};
@@ -70,13 +71,6 @@ impl PrivacyConfig {
     }
 }
 
-/// A clipping group: which share of the threshold, how many parameters.
-#[derive(Clone, Debug)]
-pub(crate) struct ClipGroup {
-    pub threshold: f64,
-    pub members: usize,
-}
-
 /// The private half of a [`TrainStep`](super::TrainStep): Poisson sampler, clipper, noise and accountant.
 pub struct Privacy {
     config: PrivacyConfig,
@@ -84,9 +78,7 @@ pub struct Privacy {
     key: NoiseKey,
     sampler: PoissonSampler,
     accountant: Accountant,
-    groups: Vec<ClipGroup>,
-    group_of: Vec<usize>,
-    sensitivity: f64,
+    clipping: Clipping,
 }
 
 impl Privacy {
@@ -104,42 +96,18 @@ impl Privacy {
             sigma,
             sampler,
             accountant: Accountant::new(),
-            groups: Vec::new(),
-            group_of: Vec::new(),
-            sensitivity: 0.0,
+            clipping: Clipping::default(),
             key,
             config,
         })
     }
     /// Forms the clipping groups over the parameters of a step.
     pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
-        let mut names: Vec<String> = Vec::new();
-        let mut members: Vec<usize> = Vec::new();
-        self.group_of.clear();
-        for p in params {
-            let name = group_name(self.config.style, p.name())?;
-            let gi = names.iter().position(|n| *n == name).unwrap_or_else(|| {
-                names.push(name);
-                members.push(0);
-                names.len() - 1
-            });
-            members[gi] += 1;
-            self.group_of.push(gi);
-        }
-        let each = self.config.threshold / (names.len() as f64).sqrt();
-        self.groups = members.into_iter().map(|members| ClipGroup { threshold: each, members }).collect();
-        let s = self.config.clip.sensitivity(each);
-        self.sensitivity = (s * s * self.groups.len() as f64).sqrt();
+        self.clipping = Clipping::new(self.config.style, self.config.clip, self.config.threshold, params)?;
         Ok(())
     }
-    pub(crate) fn groups(&self) -> &[ClipGroup] {
-        &self.groups
-    }
-    pub(crate) fn group_of(&self, index: usize) -> usize {
-        self.group_of[index]
-    }
-    pub(crate) fn clip(&self) -> ClipFn {
-        self.config.clip
+    pub(super) fn clipping(&self) -> &Clipping {
+        &self.clipping
     }
     /// The target.
     pub fn config(&self) -> &PrivacyConfig {
@@ -151,7 +119,7 @@ impl Privacy {
     }
     /// The most one record can move the clipped sum (add or remove), composed over the groups.
     pub fn sensitivity(&self) -> f64 {
-        self.sensitivity
+        self.clipping.sensitivity
     }
     /// Expected batch size, by which private sums are divided.
     pub fn expected_batch(&self) -> f64 {
@@ -191,7 +159,7 @@ impl Privacy {
     }
     /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
     pub(super) fn add_noise(&self, step: u64, grads: &mut Array) -> Result<()> {
-        let std = self.sigma * self.sensitivity;
+        let std = self.sigma * self.sensitivity();
         match grads.dtype() {
             DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
             _ => {
@@ -202,14 +170,4 @@ impl Privacy {
         }
         Ok(())
     }
-}
-
-/// The group a parameter belongs to, by its scoped name.
-fn group_name(style: ClipStyle, name: &str) -> Result<String> {
-    Ok(match style {
-        ClipStyle::AllLayer => String::new(),
-        // Weight and bias of one layer share everything but the last part of the name.
-        ClipStyle::LayerWise => name.rsplit_once('.').map_or(name, |(layer, _)| layer).to_string(),
-        ClipStyle::ParameterWise => name.to_string(),
-    })
 }

@@ -6,16 +6,59 @@
 //! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
 
 use super::flat::Flat;
-use super::private::Privacy;
 use crate::autograd::{Factor, Param, ParamGrad};
 use crate::error::{Error, Result};
+use crate::privacy::{ClipFn, ClipStyle};
 use crate::tensor::Array;
 use crate::with_float;
+
+/// The clipping groups over the parameters of a step: who belongs where, and each group's share of the threshold.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Clipping {
+    clip: ClipFn,
+    /// Threshold and number of members of each group.
+    groups: Vec<(f64, usize)>,
+    group_of: Vec<usize>,
+    /// The most one sample can move the clipped sum.
+    pub sensitivity: f64,
+}
+
+impl Clipping {
+    /// Groups by `style`; thresholds R/√groups each, so that they compose to R = `threshold`.
+    pub fn new(style: ClipStyle, clip: ClipFn, threshold: f64, params: &[Param]) -> Result<Clipping> {
+        let mut names: Vec<&str> = Vec::new();
+        let (mut members, mut group_of): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
+        for p in params {
+            let name = group_name(style, p.name());
+            let gi = names.iter().position(|n| *n == name).unwrap_or_else(|| {
+                names.push(name);
+                members.push(0);
+                names.len() - 1
+            });
+            members[gi] += 1;
+            group_of.push(gi);
+        }
+        let each = threshold / (names.len().max(1) as f64).sqrt();
+        let s = clip.sensitivity(each);
+        let sensitivity = (s * s * names.len() as f64).sqrt();
+        Ok(Clipping { clip, groups: members.into_iter().map(|m| (each, m)).collect(), group_of, sensitivity })
+    }
+}
+
+/// The group a parameter belongs to, by its scoped name.
+fn group_name(style: ClipStyle, name: &str) -> &str {
+    match style {
+        ClipStyle::AllLayer => "",
+        // Weight and bias of one layer share everything but the last part of the name.
+        ClipStyle::LayerWise => name.rsplit_once('.').map_or(name, |(layer, _)| layer),
+        ClipStyle::ParameterWise => name,
+    }
+}
 
 pub(super) struct Weigh<'a> {
     flat: &'a Flat,
     grads: &'a mut Array,
-    privacy: Option<&'a Privacy>,
+    clipping: Option<&'a Clipping>,
     groups: Vec<Group>,
     samples: usize,
     pairs: u64,
@@ -37,22 +80,22 @@ struct Group {
 
 impl<'a> Weigh<'a> {
     pub fn plain(flat: &'a Flat, grads: &'a mut Array) -> Self {
-        Weigh { flat, grads, privacy: None, groups: Vec::new(), samples: 0, pairs: 0, clipped: 0, non_finite: 0 }
+        Weigh { flat, grads, clipping: None, groups: Vec::new(), samples: 0, pairs: 0, clipped: 0, non_finite: 0 }
     }
-    pub fn private(flat: &'a Flat, grads: &'a mut Array, privacy: &'a Privacy) -> Self {
-        let groups = privacy
-            .groups()
+    pub fn private(flat: &'a Flat, grads: &'a mut Array, clipping: &'a Clipping) -> Self {
+        let groups = clipping
+            .groups
             .iter()
-            .map(|g| Group {
-                threshold: g.threshold,
-                members: g.members,
+            .map(|&(threshold, members)| Group {
+                threshold,
+                members,
                 normed: Vec::new(),
                 held: Vec::new(),
                 delivered: 0,
                 sq: Vec::new(),
             })
             .collect();
-        Weigh { groups, privacy: Some(privacy), ..Weigh::plain(flat, grads) }
+        Weigh { groups, clipping: Some(clipping), ..Weigh::plain(flat, grads) }
     }
     /// A microbatch of `samples` samples is about to be differentiated.
     pub fn begin(&mut self, samples: usize) {
@@ -69,15 +112,15 @@ impl<'a> Weigh<'a> {
                 format!("{} is trainable but was not given to the step: add it, or freeze it", param.name()),
             ));
         };
-        let Some(privacy) = self.privacy else {
+        let Some(clipping) = self.clipping else {
             return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
         };
         grad.expect_samples()?;
-        let gi = privacy.group_of(index);
+        let gi = clipping.group_of[index];
         let group = &mut self.groups[gi];
         group.delivered += 1;
         // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
-        let fused = privacy.groups().len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
+        let fused = clipping.groups.len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
         if fused {
             group.held.push(grad);
         } else {
@@ -90,9 +133,9 @@ impl<'a> Weigh<'a> {
     }
     /// Weights and contracts a complete group, and frees its factors.
     fn close(&mut self, gi: usize) -> Result<()> {
-        let Some(privacy) = self.privacy else { return Ok(()) };
+        let Some(clipping) = self.clipping else { return Ok(()) };
         let group = &mut self.groups[gi];
-        let (clip, threshold) = (privacy.clip(), group.threshold);
+        let (clip, threshold) = (clipping.clip, group.threshold);
         let factor = move |sq: f64| clip.factor(sq, threshold);
         for grad in std::mem::take(&mut group.held) {
             let range = self.range(&grad)?;

@@ -109,6 +109,7 @@ element! {
 /// A type arithmetic is done in: f32 or f64.
 pub trait Float:
     Element
+    + crate::device::cpu::gemm::kernel::Kernels
     + std::ops::Add<Output = Self>
     + std::ops::Sub<Output = Self>
     + std::ops::Mul<Output = Self>
@@ -154,6 +155,8 @@ pub trait Float:
     fn gelu_tanh_grad(self) -> Self;
     /// ln(1 + eˣ).
     fn softplus(self) -> Self;
+    /// self·a + b in one rounding; slow without hardware support.
+    fn mul_add(self, a: Self, b: Self) -> Self;
     /// x to the power p.
     fn pow(self, p: Self) -> Self;
     /// The larger; NaN if either is NaN.
@@ -235,6 +238,10 @@ macro_rules! float {
             #[inline(always)]
             fn softplus(self) -> Self {
                 self.maximum(0.0) + (1.0 + $math::exp(-<$t>::abs(self))).ln()
+            }
+            #[inline(always)]
+            fn mul_add(self, a: Self, b: Self) -> Self {
+                <$t>::mul_add(self, a, b)
             }
             #[inline(always)]
             fn pow(self, p: Self) -> Self {

@@ -1,5 +1,6 @@
 //! Arithmetic of factored gradients on slices: sums, norms and inner products of outer products and lookups.
 
+use super::gemm::norms;
 use super::par::par_chunks;
 use super::shared::Shared;
 use crate::autograd::Samples;
@@ -41,37 +42,34 @@ pub fn collect(n: usize, f: impl Fn(usize) -> Result<f64> + Sync) -> Result<Vec<
 
 /// out += Σₙ wₙ·leftₙ ⊗ rightₙ: 2·n·r·c FLOPs.
 pub fn outer_add<T: Float>(left: &[T], right: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
-    if n == 0 { return; }
-    let (rd, cd) = (left.len() / n, right.len() / n);
-    for t in 0..n {
-        for i in 0..rd {
-            let l = left[t * rd + i] * w.map_or(T::ONE, |w| w[t]);
-            if l == T::ZERO && w.is_some_and(|w| w[t] == T::ZERO) { continue; }
-            for j in 0..cd { out[i * cd + j] += l * right[t * cd + j]; }
-        }
-    }
+    norms::outer_add(left, right, n, w, out)
 }
 
 /// |Σₜ leftₜ ⊗ rightₜ|².
 pub fn outer_sq_norm<T: Float>(left: &[T], right: &[T], n: usize) -> f64 {
-    outer_inner(left, right, left, right, (n, n))
+    norms::sq_norm(left, right, n)
 }
 
 /// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ).
 pub fn outer_inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], n: (usize, usize)) -> f64 {
-    if n.0 == 0 || n.1 == 0 { return 0.0; }
-    let (rd, cd) = (l1.len() / n.0, r1.len() / n.0);
-    let dot = |a: &[T], b: &[T]| a.iter().zip(b).map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>();
-    let mut sum = 0.0;
-    for t in 0..n.0 { for s in 0..n.1 {
-        sum += dot(&l1[t * rd..(t + 1) * rd], &l2[s * rd..(s + 1) * rd]) * dot(&r1[t * cd..(t + 1) * cd], &r2[s * cd..(s + 1) * cd]);
-    } }
-    sum
+    norms::inner(l1, r1, l2, r2, n)
 }
 
-/// Fused norm and clipped sum.
-pub fn outer_clipped_add<T: Float>(_left: &Array, _right: &Array, _samples: &Samples, _base: &[f64], _clip: &(dyn Fn(f64) -> f64 + Sync), _out: &mut [T]) -> Result<Option<Vec<f64>>> {
-    Ok(None)
+/// Fused norm and clipped sum, where it pays: samples of more than a few sorted rows.
+pub fn outer_clipped_add<T: Float>(
+    left: &Array,
+    right: &Array,
+    samples: &Samples,
+    base: &[f64],
+    clip: &(dyn Fn(f64) -> f64 + Sync),
+    out: &mut [T],
+) -> Result<Option<Vec<f64>>> {
+    if !samples.is_sorted() || samples.rows() < 16 * samples.count() {
+        return Ok(None);
+    }
+    let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
+    let dims = (left.shape()[1], right.shape()[1]);
+    Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
 }
 
 /// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold.

@@ -2,7 +2,7 @@
 pub mod attention;
 pub mod elementwise;
 pub mod factored;
-pub mod linalg;
+pub mod gemm;
 pub mod par;
 pub mod pool;
 pub mod reduce;

@@ -1,0 +1,286 @@
+//! Matrix products on strided operands, any transposition without copies.
+//!
+//! Operands are packed into panels once per stretch of K (shared by all threads), then tiles of the result are computed
+//! in parallel. K is never split between threads, so results are the same bits at any thread count. FLOPs 2·m·n·k;
+//! traffic beyond the cache is about one read of each operand and one write of the result per stretch of K.
+
+pub mod kernel;
+pub mod norms;
+mod pack;
+
+use super::par::par_chunks;
+use super::pool::Buffer;
+use super::shared::Shared;
+use super::simd::simd;
+use crate::ops::linear::Activation;
+use crate::tensor::Float;
+use kernel::{Kernel, MAX_TILE};
+use pack::{pack_a, pack_b};
+
+/// A strided matrix.
+#[derive(Clone, Copy)]
+pub struct Mat<'a, T> {
+    /// First element on.
+    pub data: &'a [T],
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Step between rows.
+    pub rs: usize,
+    /// Step between columns.
+    pub cs: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// Row-major.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Mat { data, rows, cols, rs: cols, cs: 1 }
+    }
+    /// Transposed view.
+    pub fn t(self) -> Self {
+        Mat { data: self.data, rows: self.cols, cols: self.rows, rs: self.cs, cs: self.rs }
+    }
+}
+
+/// What happens to the product on its way to memory.
+pub struct Epilogue<'a, T> {
+    /// Added to what the output holds, instead of replacing it.
+    pub accumulate: bool,
+    /// Column k of `a` is multiplied by `scale[k]`.
+    pub scale: Option<&'a [T]>,
+    /// Added to every row.
+    pub bias: Option<&'a [T]>,
+    /// Applied last.
+    pub act: Activation,
+    /// Receives the values before the activation, in the layout of the output.
+    pub pre: Option<&'a mut [T]>,
+}
+
+impl<T> Default for Epilogue<'_, T> {
+    fn default() -> Self {
+        Epilogue { accumulate: false, scale: None, bias: None, act: Activation::None, pre: None }
+    }
+}
+
+/// Stretch of K that is packed at a time.
+pub(crate) const KC: usize = 256;
+/// Rows and columns of one task, in tiles.
+const TASK_ROWS: usize = 8;
+const TASK_COLS: usize = 8;
+
+/// out = a·b, or out += a·b, row-major `out`.
+pub fn matmul<T: Float>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &mut [T]) {
+    gemm(a, b, Epilogue { accumulate, ..Epilogue::default() }, out)
+}
+
+/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`.
+pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let kern = T::kernel();
+    let (mp, np) = (m.div_ceil(kern.mr), n.div_ceil(kern.nr));
+    let kc_max = k.min(KC);
+    let mut ap = Buffer::uninit((mp * kern.mr * kc_max).max(1) * T::DTYPE.size());
+    let mut bp = Buffer::uninit((np * kern.nr * kc_max).max(1) * T::DTYPE.size());
+    let out = Shared::new(&mut out[..m * n]);
+    let pre = e.pre.as_mut().map(|p| Shared::new(&mut p[..m * n]));
+    let mut k0 = 0;
+    loop {
+        let kc = KC.min(k - k0);
+        let last = k0 + kc == k;
+        let (asz, bsz) = (kern.mr * kc, kern.nr * kc);
+        let work = m * n * kc;
+        {
+            let (pa, pb) = (Shared::new(ap.as_mut_slice::<T>()), Shared::new(bp.as_mut_slice::<T>()));
+            // One list of panels to pack, A's first.
+            let grain = if work < 1 << 18 { usize::MAX } else { ((1 << 14) / (asz.max(bsz)).max(1)).max(1) };
+            par_chunks(mp + np, grain, |r| {
+                for p in r {
+                    // SAFETY: each panel is written once.
+                    unsafe {
+                        if p < mp {
+                            pack_a(&a, p * kern.mr, kern.mr, k0, kc, e.scale, pa.slice(p * asz..(p + 1) * asz));
+                        } else {
+                            let p = p - mp;
+                            pack_b(&b, p * kern.nr, kern.nr, k0, kc, pb.slice(p * bsz..(p + 1) * bsz));
+                        }
+                    }
+                }
+            });
+        }
+        let (pa, pb) = (ap.as_slice::<T>(), bp.as_slice::<T>());
+        let (tm, tn) = (mp.div_ceil(TASK_ROWS), np.div_ceil(TASK_COLS));
+        let grain = if work < 1 << 18 { usize::MAX } else { 1 };
+        let add = e.accumulate || k0 > 0;
+        par_chunks(tm * tn, grain, |r| {
+            for task in r {
+                let (ti, tj) = (task % tm, task / tm);
+                for jp in tj * TASK_COLS..((tj + 1) * TASK_COLS).min(np) {
+                    for ip in ti * TASK_ROWS..((ti + 1) * TASK_ROWS).min(mp) {
+                        let mut tile = [T::ZERO; MAX_TILE];
+                        // SAFETY: panels hold kc·mr and kc·nr elements.
+                        unsafe { (kern.run)(kc, pa.as_ptr().add(ip * asz), pb.as_ptr().add(jp * bsz), tile.as_mut_ptr()) };
+                        let store = Store { m, n, kern, add, bias: e.bias, act: e.act };
+                        // SAFETY: tiles are disjoint.
+                        unsafe { store.tile(&mut tile, ip, jp, last, &out, pre.as_ref()) };
+                    }
+                }
+            }
+        });
+        k0 += kc;
+        if last {
+            break;
+        }
+    }
+}
+
+/// Writes finished tiles.
+struct Store<'a, T> {
+    m: usize,
+    n: usize,
+    kern: Kernel<T>,
+    add: bool,
+    bias: Option<&'a [T]>,
+    act: Activation,
+}
+
+impl<T: Float> Store<'_, T> {
+    /// # Safety
+    /// Nobody else writes this tile.
+    #[inline(always)]
+    unsafe fn tile(
+        &self,
+        tile: &mut [T; MAX_TILE],
+        ip: usize,
+        jp: usize,
+        last: bool,
+        out: &Shared<T>,
+        pre: Option<&Shared<T>>,
+    ) {
+        let (i0, j0, nr) = (ip * self.kern.mr, jp * self.kern.nr, self.kern.nr);
+        let (rows, cols) = (self.kern.mr.min(self.m - i0), nr.min(self.n - j0));
+        if !last || (self.bias.is_none() && self.act == Activation::None && pre.is_none()) {
+            simd(
+                #[inline(always)]
+                || {
+                    for i in 0..rows {
+                        let at = (i0 + i) * self.n + j0;
+                        // SAFETY: rows of disjoint tiles are disjoint.
+                        let o = unsafe { out.slice(at..at + cols) };
+                        let t = &tile[i * nr..i * nr + cols];
+                        if self.add {
+                            o.iter_mut().zip(t).for_each(|(o, &t)| *o += t);
+                        } else {
+                            o.copy_from_slice(t);
+                        }
+                    }
+                },
+            );
+            return;
+        }
+        for i in 0..rows {
+            let at = (i0 + i) * self.n + j0;
+            // SAFETY: rows of disjoint tiles are disjoint.
+            let o = unsafe { out.slice(at..at + cols) };
+            let t = &mut tile[i * nr..i * nr + cols];
+            if self.add {
+                t.iter_mut().zip(&*o).for_each(|(t, &o)| *t += o);
+            }
+            if last {
+                if let Some(b) = self.bias {
+                    t.iter_mut().zip(&b[j0..j0 + cols]).for_each(|(t, &b)| *t += b);
+                }
+                if let Some(p) = pre {
+                    // SAFETY: as above.
+                    unsafe { p.slice(at..at + cols) }.copy_from_slice(t);
+                }
+                if self.act != Activation::None {
+                    let act = self.act;
+                    simd(
+                        #[inline(always)]
+                        || match act {
+                            Activation::Gelu => t.iter_mut().for_each(|x| *x = x.gelu()),
+                            Activation::GeluTanh => t.iter_mut().for_each(|x| *x = x.gelu_tanh()),
+                            Activation::Relu => t.iter_mut().for_each(|x| *x = x.maximum(T::ZERO)),
+                            other => t.iter_mut().for_each(|x| *x = other.of(*x)),
+                        },
+                    );
+                }
+            }
+            o.copy_from_slice(t);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        (0..n as u64).map(|i| ((i.wrapping_mul(2654435761).wrapping_add(seed * 97) % 1000) as f32) / 500.0 - 1.0).collect()
+    }
+
+    #[test]
+    fn any_size_and_layout() {
+        for (m, n, k) in [(1, 1, 1), (13, 33, 257), (5, 70, 600), (97, 300, 256), (200, 31, 0), (0, 4, 3), (12, 32, 513)] {
+            for layout in 0..4 {
+                let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+                let ma = if layout & 1 == 0 { Mat::new(&a, m, k) } else { Mat::new(&a, k, m).t() };
+                let mb = if layout & 2 == 0 { Mat::new(&b, k, n) } else { Mat::new(&b, n, k).t() };
+                let scale = noise(k, 3);
+                let mut out = noise(m * n, 4);
+                let mut want = out.clone();
+                for i in 0..m {
+                    for j in 0..n {
+                        let s: f64 = (0..k)
+                            .map(|p| (a[i * ma.rs + p * ma.cs] * scale[p]) as f64 * b[p * mb.rs + j * mb.cs] as f64)
+                            .sum();
+                        want[i * n + j] += s as f32;
+                    }
+                }
+                gemm(ma, mb, Epilogue { accumulate: true, scale: Some(&scale), ..Epilogue::default() }, &mut out);
+                for (o, w) in out.iter().zip(&want) {
+                    assert!((o - w).abs() < 1e-4 * (k as f32).sqrt().max(1.0), "{m}x{k}x{n} layout {layout}: {o} {w}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norms_and_clipped_sums_of_long_samples() {
+        for (t, rd, cd) in [(40, 70, 33), (300, 20, 40), (7, 100, 90), (1, 5, 9)] {
+            let (l, r) = (noise(2 * t * rd, 5), noise(2 * t * cd, 6));
+            let grad = |b: usize| {
+                let mut g = vec![0f64; rd * cd];
+                for n in b * t..(b + 1) * t {
+                    for i in 0..rd {
+                        for j in 0..cd {
+                            g[i * cd + j] += l[n * rd + i] as f64 * r[n * cd + j] as f64;
+                        }
+                    }
+                }
+                g
+            };
+            let (g0, g1) = (grad(0), grad(1));
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+            let scale = dot(&g0, &g0);
+            let half = |x: &Vec<f32>, d: usize, b: usize| x[b * t * d..(b + 1) * t * d].to_vec();
+            let (l0, l1, r0, r1) = (half(&l, rd, 0), half(&l, rd, 1), half(&r, cd, 0), half(&r, cd, 1));
+            for got in [norms::sq_norm(&l0, &r0, t), norms::inner(&l0, &r0, &l0, &r0, (t, t))] {
+                assert!((got - scale).abs() < 1e-5 * scale, "{t} {rd} {cd}: {got} {scale}");
+            }
+            let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t));
+            assert!((cross - dot(&g0, &g1)).abs() < 1e-5 * scale);
+            let mut out = vec![1f32; rd * cd];
+            let totals = norms::clipped_add(&l, &r, (rd, cd), &[0..t, t..2 * t], &[0.5, 0.25], &|s| 1.0 / s, &mut out);
+            assert!((totals[0] - scale - 0.5).abs() < 1e-5 * scale);
+            for (i, o) in out.iter().enumerate() {
+                let want = 1.0 + g0[i] / totals[0] + g1[i] / totals[1];
+                assert!((*o as f64 - want).abs() < 1e-5, "{o} {want}");
+            }
+        }
+    }
+}

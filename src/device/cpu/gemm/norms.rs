@@ -1,0 +1,262 @@
+//! Norms and inner products of outer-product sums, and the fused clipped sum: per-sample gradients that are never
+//! stored for a whole batch.
+
+use super::kernel::MAX_TILE;
+use super::pack::{pack_a, pack_b};
+use super::Mat;
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::pool::Buffer;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::tensor::Float;
+
+/// |Σₜ lₜ ⊗ rₜ|² for `l [t, r]`, `r [t, c]`, on one thread, by the cheaper of the two forms.
+pub fn sq_norm<T: Float>(l: &[T], r: &[T], t: usize) -> f64 {
+    if t == 0 {
+        return 0.0;
+    }
+    let (rd, cd) = (l.len() / t, r.len() / t);
+    if t == 1 {
+        return sum_sq(l) * sum_sq(r);
+    }
+    // Multiply-adds of each form, and packing counted in the same currency: Gram operands are packed twice, transposed.
+    let gram = (t * (t + 32) / 2 + 10 * t) * (rd + cd);
+    let direct = t * rd * cd + 4 * t * (rd + cd);
+    if gram < direct || t * rd.max(cd) > 1 << 26 { inner(l, r, l, r, (t, t)) } else { direct_sq_norm(l, r, t) }
+}
+
+/// Σ x².
+pub fn sum_sq<T: Float>(x: &[T]) -> f64 {
+    simd(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f64; 16];
+            let chunks = x.chunks_exact(16);
+            let tail = chunks.remainder();
+            for c in chunks {
+                for i in 0..16 {
+                    let v = c[i].to_f64();
+                    lanes[i] += v * v;
+                }
+            }
+            lanes.iter().sum::<f64>() + tail.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>()
+        },
+    )
+}
+
+#[inline(always)]
+fn dot_tiles<T: Float>(a: &[T], b: &[T]) -> f64 {
+    let mut lanes = [0.0f64; 16];
+    for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
+        for i in 0..16 {
+            lanes[i] += a[i].to_f64() * b[i].to_f64();
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// Direct form: tiles of lᵀ·r, squared in place, never stored. 2·t·r·c FLOPs.
+fn direct_sq_norm<T: Float>(l: &[T], r: &[T], t: usize) -> f64 {
+    let kern = T::kernel();
+    let (rd, cd) = (l.len() / t, r.len() / t);
+    let (a, b) = (Mat::new(l, t, rd).t(), Mat::new(r, t, cd));
+    let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
+    let mut pb = Buffer::uninit(np * kern.nr * t * T::DTYPE.size());
+    let mut pa = Buffer::uninit(kern.mr * t * T::DTYPE.size());
+    let pb = pb.as_mut_slice::<T>();
+    for (j, p) in pb.chunks_exact_mut(kern.nr * t).enumerate() {
+        pack_b(&b, j * kern.nr, kern.nr, 0, t, p);
+    }
+    let mut total = 0.0;
+    for i in 0..mp {
+        let pa = pa.as_mut_slice::<T>();
+        pack_a(&a, i * kern.mr, kern.mr, 0, t, None, pa);
+        for j in 0..np {
+            let mut tile = [T::ZERO; MAX_TILE];
+            // SAFETY: panels hold t·mr and t·nr elements.
+            unsafe { (kern.run)(t, pa.as_ptr(), pb.as_ptr().add(j * kern.nr * t), tile.as_mut_ptr()) };
+            total += sum_sq(&tile[..kern.mr * kern.nr]);
+        }
+    }
+    total
+}
+
+/// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ) by tiles of both Gram matrices, never stored. With both pairs the same, tiles above the
+/// diagonal are skipped and those below counted twice: t²·(r + c) multiply-adds, or half.
+pub fn inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, usize)) -> f64 {
+    if t == 0 || s == 0 {
+        return 0.0;
+    }
+    let same = std::ptr::eq(l1, l2) && std::ptr::eq(r1, r2);
+    let kern = T::kernel();
+    let (rd, cd) = (l1.len() / t, r1.len() / t);
+    let (mp, np) = (t.div_ceil(kern.mr), s.div_ceil(kern.nr));
+    let pack = |x: &[T], y: &[T], d: usize, pa: &mut [T], pb: &mut [T]| {
+        let (a, b) = (Mat::new(x, t, d), Mat::new(y, s, d).t());
+        for (i, p) in pa.chunks_exact_mut((kern.mr * d).max(1)).enumerate().take(mp) {
+            pack_a(&a, i * kern.mr, kern.mr, 0, d, None, p);
+        }
+        for (j, p) in pb.chunks_exact_mut((kern.nr * d).max(1)).enumerate().take(np) {
+            pack_b(&b, j * kern.nr, kern.nr, 0, d, p);
+        }
+    };
+    let size = T::DTYPE.size();
+    let (na, nb) = (mp * kern.mr, np * kern.nr);
+    let mut buffers = [(na, rd), (nb, rd), (na, cd), (nb, cd)].map(|(n, d)| Buffer::uninit((n * d).max(1) * size));
+    let [la, lb, ra, rb] = &mut buffers;
+    pack(l1, l2, rd, la.as_mut_slice(), lb.as_mut_slice());
+    pack(r1, r2, cd, ra.as_mut_slice(), rb.as_mut_slice());
+    let (la, lb, ra, rb) = (la.as_slice::<T>(), lb.as_slice::<T>(), ra.as_slice::<T>(), rb.as_slice::<T>());
+    let mut total = 0.0;
+    for j in 0..np {
+        for i in 0..mp {
+            let ((i0, i1), (j0, j1)) = ((i * kern.mr, (i + 1) * kern.mr), (j * kern.nr, (j + 1) * kern.nr));
+            if same && i1 <= j0 {
+                continue;
+            }
+            let (mut p, mut q) = ([T::ZERO; MAX_TILE], [T::ZERO; MAX_TILE]);
+            // SAFETY: panels hold d·mr and d·nr elements.
+            unsafe {
+                (kern.run)(rd, la.as_ptr().add(i * kern.mr * rd), lb.as_ptr().add(j * kern.nr * rd), p.as_mut_ptr());
+                (kern.run)(cd, ra.as_ptr().add(i * kern.mr * cd), rb.as_ptr().add(j * kern.nr * cd), q.as_mut_ptr());
+            }
+            let n = kern.mr * kern.nr;
+            if !same {
+                total += simd(
+                    #[inline(always)]
+                    || dot_tiles(&p[..n], &q[..n]),
+                );
+            } else if i0 >= j1 {
+                // Wholly below the diagonal.
+                total += 2.0
+                    * simd(
+                        #[inline(always)]
+                        || dot_tiles(&p[..n], &q[..n]),
+                    );
+            } else {
+                for a in 0..kern.mr {
+                    for b in 0..kern.nr {
+                        let (row, col) = (i0 + a, j0 + b);
+                        let w = if row > col { 2.0 } else if row == col { 1.0 } else { 0.0 };
+                        total += w * p[a * kern.nr + b].to_f64() * q[a * kern.nr + b].to_f64();
+                    }
+                }
+            }
+        }
+    }
+    total
+}
+
+/// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = base[b] + |G|², out += clip(total)·G.
+/// One pass over the samples; two matrices of the parameter's size are all it stores. Returns the totals.
+pub fn clipped_add<T: Float>(
+    l: &[T],
+    g: &[T],
+    (rd, cd): (usize, usize),
+    ranges: &[std::ops::Range<usize>],
+    base: &[f64],
+    clip: &(dyn Fn(f64) -> f64 + Sync),
+    out: &mut [T],
+) -> Vec<f64> {
+    let kern = T::kernel();
+    let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
+    let tile_len = kern.mr * kern.nr;
+    let tiles = mp * np;
+    // The last sample's gradient by tiles; its weighted sum is taken while the next one is computed over it.
+    let mut scratch = Buffer::uninit(tiles * tile_len * T::DTYPE.size());
+    let mut totals = Vec::with_capacity(ranges.len());
+    let mut weight = T::ZERO;
+    let mut part = vec![0.0f64; tiles];
+    let longest = ranges.iter().map(|r| r.len()).max().unwrap_or(0);
+    let mut ap = Buffer::uninit((mp * kern.mr * longest).max(1) * T::DTYPE.size());
+    let mut bp = Buffer::uninit((np * kern.nr * longest).max(1) * T::DTYPE.size());
+    for b in 0..=ranges.len() {
+        let range = ranges.get(b).cloned().unwrap_or(0..0);
+        let t = range.len();
+        let a = Mat::new(&l[range.start * rd..range.end * rd], t, rd).t();
+        let e = Mat::new(&g[range.start * cd..range.end * cd], t, cd);
+        if t > 0 {
+            let (pa, pb) = (Shared::new(ap.as_mut_slice::<T>()), Shared::new(bp.as_mut_slice::<T>()));
+            par_chunks(mp + np, 8, |r| {
+                for p in r {
+                    // SAFETY: each panel is written once.
+                    unsafe {
+                        if p < mp {
+                            let to = pa.slice(p * kern.mr * t..(p + 1) * kern.mr * t);
+                            pack_a(&a, p * kern.mr, kern.mr, 0, t, None, to);
+                        } else {
+                            let p = p - mp;
+                            pack_b(&e, p * kern.nr, kern.nr, 0, t, pb.slice(p * kern.nr * t..(p + 1) * kern.nr * t));
+                        }
+                    }
+                }
+            });
+        }
+        let (pa, pb) = (ap.as_slice::<T>(), bp.as_slice::<T>());
+        let (store, sums, acc) = (Shared::new(scratch.as_mut_slice::<T>()), Shared::new(&mut part), Shared::new(&mut *out));
+        par_chunks(tiles, 16, |r| {
+            for i in r {
+                let (ip, jp) = (i % mp, i / mp);
+                // SAFETY: tiles are disjoint, in the scratch and in the output.
+                let (tile, sum) = unsafe { (store.slice(i * tile_len..(i + 1) * tile_len), sums.slice(i..i + 1)) };
+                if weight != T::ZERO {
+                    let (i0, j0) = (ip * kern.mr, jp * kern.nr);
+                    let cols = kern.nr.min(cd - j0);
+                    for (row, x) in tile.chunks_exact(kern.nr).enumerate().take(kern.mr.min(rd - i0)) {
+                        let at = (i0 + row) * cd + j0;
+                        // SAFETY: as above.
+                        let o = unsafe { acc.slice(at..at + cols) };
+                        o.iter_mut().zip(x).for_each(|(o, &x)| *o += weight * x);
+                    }
+                }
+                if t > 0 {
+                    // SAFETY: panels hold t·mr and t·nr elements.
+                    unsafe {
+                        (kern.run)(t, pa.as_ptr().add(ip * kern.mr * t), pb.as_ptr().add(jp * kern.nr * t), tile.as_mut_ptr())
+                    };
+                    sum[0] = sum_sq(tile);
+                } else {
+                    sum[0] = 0.0;
+                }
+            }
+        });
+        if b < ranges.len() {
+            let total = base[b] + part.iter().sum::<f64>();
+            totals.push(total);
+            weight = if t > 0 { T::from_f64(clip(total)) } else { T::ZERO };
+        }
+    }
+    totals
+}
+
+/// out += Σₙ wₙ·lₙ ⊗ rₙ; rows of zero weight are left out, whatever they hold.
+pub fn outer_add<T: Float>(l: &[T], r: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
+    if n == 0 {
+        return;
+    }
+    let (rd, cd) = (l.len() / n, r.len() / n);
+    let mut add = |rows: std::ops::Range<usize>| {
+        let k = rows.len();
+        let a = Mat::new(&l[rows.start * rd..rows.end * rd], k, rd).t();
+        let b = Mat::new(&r[rows.start * cd..rows.end * cd], k, cd);
+        let e = super::Epilogue { accumulate: true, scale: w.map(|w| &w[rows]), ..super::Epilogue::default() };
+        super::gemm(a, b, e, out)
+    };
+    match w {
+        Some(w) if w.contains(&T::ZERO) => {
+            let mut at = 0;
+            while at < n {
+                let start = at;
+                let zero = w[at] == T::ZERO;
+                while at < n && (w[at] == T::ZERO) == zero {
+                    at += 1;
+                }
+                if !zero {
+                    add(start..at);
+                }
+            }
+        }
+        _ => add(0..n),
+    }
+}
+

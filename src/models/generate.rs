@@ -1,0 +1,106 @@
+//! Text generation with a KV cache.
+
+use super::Gpt;
+use crate::error::{Error, Result};
+use crate::nn::{Ctx, KvCache};
+use crate::random::Rng;
+use crate::tensor::Array;
+
+/// How the next token is drawn.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Draw among the k most likely only; 0 for all.
+    pub top_k: usize,
+    /// Draw among the most likely that together reach this probability; 1 for all (Holtzman et al. 2020).
+    pub top_p: f64,
+    /// Same seed, same text.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 0 }
+    }
+}
+
+impl Sampling {
+    fn validate(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(Error::invalid("generate", format!("temperature {}; use 0 or more", self.temperature)));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::invalid("generate", format!("top_p {}; it must lie in (0, 1]", self.top_p)));
+        }
+        Ok(())
+    }
+    /// Draws a token from logits.
+    pub fn draw(&self, logits: &[f64], rng: &mut Rng) -> u32 {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        if self.temperature == 0.0 {
+            return order.first().copied().unwrap_or(0) as u32;
+        }
+        if self.top_k > 0 {
+            order.truncate(self.top_k);
+        }
+        let top = order.first().map_or(0.0, |&i| logits[i]);
+        let weights: Vec<f64> = order.iter().map(|&i| ((logits[i] - top) / self.temperature).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut kept = 0.0;
+        let mut n = 0;
+        while n < weights.len() && (n == 0 || kept < self.top_p * total) {
+            kept += weights[n];
+            n += 1;
+        }
+        let mut u = rng.uniform() * kept;
+        for i in 0..n {
+            u -= weights[i];
+            if u < 0.0 {
+                return order[i] as u32;
+            }
+        }
+        order[n.max(1) - 1] as u32
+    }
+}
+
+/// Continues `prompt` by up to `count` tokens, stopping after `stop`. The cache is refilled with the later half of the
+/// text whenever the model's positions run out.
+pub fn generate(model: &Gpt, prompt: &[u32], count: usize, sampling: &Sampling, stop: Option<u32>) -> Result<Vec<u32>> {
+    sampling.validate()?;
+    if prompt.is_empty() {
+        return Err(Error::invalid("generate", "an empty prompt; give at least one token, such as the end-of-text token"));
+    }
+    let vocab = model.config().vocab_size;
+    if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
+        return Err(Error::invalid("generate", format!("token {bad} of a vocabulary of {vocab}")));
+    }
+    let max = model.config().n_positions;
+    let (ctx, mut rng) = (Ctx::eval(), Rng::new(sampling.seed));
+    let mut text = prompt.to_vec();
+    let mut caches = vec![KvCache::default(); model.config().n_layer];
+    let mut past = 0;
+    for _ in 0..count {
+        if past == 0 || past + 1 > max {
+            past = 0;
+            caches.iter_mut().for_each(|c| *c = KvCache::default());
+        }
+        let new = if past == 0 {
+            let keep = if text.len() > max { (max / 2).max(1) } else { text.len() };
+            &text[text.len() - keep..]
+        } else {
+            &text[text.len() - 1..]
+        };
+        let ids = Array::from_slice(new, &[1, new.len()])?;
+        let logits = crate::no_grad(|| model.forward_cached(&ids, &mut caches, past, &ctx))?;
+        past += new.len();
+        let last = logits.array().slice(1, new.len() - 1..new.len())?.to_f64();
+        let token = sampling.draw(&last, &mut rng);
+        text.push(token);
+        if Some(token) == stop {
+            break;
+        }
+    }
+    Ok(text.split_off(prompt.len()))
+}

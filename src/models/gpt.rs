@@ -1,0 +1,273 @@
+//! GPT-2 (Radford et al. 2019), with an attention span per layer.
+//!
+//! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
+
+use crate::error::{Error, Result};
+use crate::io::safetensors;
+use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Params, TransformerBlock};
+use crate::ops::attention::Span;
+use crate::ops::embedding::embedding;
+use crate::ops::linear::{Activation, Layout, linear};
+use crate::ops::loss::{CrossEntropy, cross_entropy};
+use crate::tensor::{Array, DType};
+use crate::{Param, Tensor};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Sizes and options; serialised as Hugging Face's `config.json`, with one field of our own (`spans`).
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct GptConfig {
+    /// Always `gpt2`.
+    pub model_type: String,
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Longest sequence.
+    pub n_positions: usize,
+    /// Width.
+    pub n_embd: usize,
+    /// Blocks.
+    pub n_layer: usize,
+    /// Attention heads.
+    pub n_head: usize,
+    /// Hidden width of the MLP; 4·n_embd if absent.
+    pub n_inner: Option<usize>,
+    /// `gelu_new` (tanh), `gelu` (erf), `relu`, `silu` or `tanh`.
+    pub activation_function: String,
+    /// Dropout after embedding.
+    pub embd_pdrop: f64,
+    /// Dropout of attention probabilities.
+    pub attn_pdrop: f64,
+    /// Dropout after attention and MLP.
+    pub resid_pdrop: f64,
+    /// ε of the norms.
+    pub layer_norm_epsilon: f64,
+    /// Standard deviation of initial weights.
+    pub initializer_range: f64,
+    /// Output head = token embedding.
+    pub tie_word_embeddings: bool,
+    /// Attention span per layer; causal everywhere if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spans: Option<Vec<Span>>,
+}
+
+impl Default for GptConfig {
+    /// GPT-2 small, 124 M parameters.
+    fn default() -> Self {
+        GptConfig {
+            model_type: "gpt2".into(),
+            vocab_size: 50257,
+            n_positions: 1024,
+            n_embd: 768,
+            n_layer: 12,
+            n_head: 12,
+            n_inner: None,
+            activation_function: "gelu_new".into(),
+            embd_pdrop: 0.1,
+            attn_pdrop: 0.1,
+            resid_pdrop: 0.1,
+            layer_norm_epsilon: 1e-5,
+            initializer_range: 0.02,
+            tie_word_embeddings: true,
+            spans: None,
+        }
+    }
+}
+
+impl GptConfig {
+    /// A small model without dropout, with exact GELU.
+    pub fn small(vocab: usize, positions: usize, layers: usize, d: usize, heads: usize) -> GptConfig {
+        GptConfig {
+            vocab_size: vocab,
+            n_positions: positions,
+            n_layer: layers,
+            n_embd: d,
+            n_head: heads,
+            activation_function: "gelu".into(),
+            embd_pdrop: 0.0,
+            attn_pdrop: 0.0,
+            resid_pdrop: 0.0,
+            ..GptConfig::default()
+        }
+    }
+    fn activation(&self) -> Result<Activation> {
+        Ok(match self.activation_function.as_str() {
+            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+            "gelu" => Activation::Gelu,
+            "relu" => Activation::Relu,
+            "silu" | "swish" => Activation::Silu,
+            "tanh" => Activation::Tanh,
+            other => {
+                return Err(Error::invalid(
+                    "GptConfig",
+                    format!("activation_function {other:?}; known are gelu_new, gelu, relu, silu, tanh"),
+                ));
+            }
+        })
+    }
+    /// Refuses sizes that make no model.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("n_positions", self.n_positions),
+            ("n_embd", self.n_embd),
+            ("n_layer", self.n_layer),
+            ("n_head", self.n_head),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, v)| *v == 0) {
+            return Err(Error::invalid("GptConfig", format!("{name} is 0")));
+        }
+        if !self.n_embd.is_multiple_of(self.n_head) {
+            return Err(Error::invalid(
+                "GptConfig",
+                format!("n_embd {} does not divide into n_head {} heads", self.n_embd, self.n_head),
+            ));
+        }
+        if let Some(s) = &self.spans
+            && s.len() != self.n_layer
+        {
+            return Err(Error::invalid("GptConfig", format!("{} spans for {} layers", s.len(), self.n_layer)));
+        }
+        self.activation().map(|_| ())
+    }
+}
+
+/// The language model.
+pub struct Gpt {
+    config: GptConfig,
+    params: Params,
+    wte: Param,
+    wpe: Param,
+    drop: Dropout,
+    blocks: Vec<TransformerBlock>,
+    ln_f: LayerNorm,
+    head: Option<Param>,
+}
+
+impl Gpt {
+    /// A model with fresh parameters, f32.
+    pub fn new(config: GptConfig, seed: u64) -> Result<Gpt> {
+        Gpt::with_dtype(config, seed, DType::F32)
+    }
+    /// A model with fresh parameters of a dtype.
+    pub fn with_dtype(config: GptConfig, seed: u64, dtype: DType) -> Result<Gpt> {
+        config.validate()?;
+        let params = Params::new(seed, dtype);
+        let std = config.initializer_range;
+        let init = Init::Normal { std };
+        // Projections into the residual stream are scaled down by the number of additions to it.
+        let init_out = Init::Normal { std: std / (2.0 * config.n_layer as f64).sqrt() };
+        let d = config.n_embd;
+        let wte = params.at("wte").param("weight", &[config.vocab_size, d], init)?;
+        let wpe = params.at("wpe").param("weight", &[config.n_positions, d], init)?;
+        let mut blocks = Vec::new();
+        for i in 0..config.n_layer {
+            let c = BlockConfig {
+                d,
+                heads: config.n_head,
+                hidden: config.n_inner.unwrap_or(4 * d),
+                act: config.activation()?,
+                span: config.spans.as_ref().map_or(Span::Causal, |s| s[i]),
+                dropout: config.resid_pdrop,
+                attn_dropout: config.attn_pdrop,
+                eps: config.layer_norm_epsilon,
+                init: (init, init_out),
+            };
+            blocks.push(TransformerBlock::new(&params.at("h").at(&i.to_string()), &c)?);
+        }
+        let ln_f = LayerNorm::new(&params.at("ln_f"), d, config.layer_norm_epsilon)?;
+        let head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(params.at("lm_head").param("weight", &[config.vocab_size, d], init)?)
+        };
+        let drop = Dropout::new(&params.at("drop"), config.embd_pdrop)?;
+        Ok(Gpt { config, params, wte, wpe, drop, blocks, ln_f, head })
+    }
+    /// Sizes and options.
+    pub fn config(&self) -> &GptConfig {
+        &self.config
+    }
+    /// All parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
+    pub fn forward(&self, ids: &Array, ctx: &Ctx) -> Result<Tensor> {
+        let x = self.hidden(ids, 0, None, ctx)?;
+        self.logits(&x, ctx)
+    }
+    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token.
+    pub fn losses(&self, ids: &Array, targets: &Array, ctx: &Ctx) -> Result<Tensor> {
+        cross_entropy(&self.forward(ids, ctx)?, targets, &CrossEntropy::default())
+    }
+    /// Logits of positions that continue those in `caches` (one per layer, empty at first).
+    pub fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor> {
+        let x = self.hidden(ids, past, Some(caches), ctx)?;
+        self.logits(&x, ctx)
+    }
+    fn logits(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+        let w = self.head.as_ref().unwrap_or(&self.wte);
+        linear(x, w, Layout::OutIn, None, Activation::None, ctx.samples.as_ref())
+    }
+    fn hidden(&self, ids: &Array, past: usize, mut caches: Option<&mut [KvCache]>, ctx: &Ctx) -> Result<Tensor> {
+        let [b, t] = ids.shape()[..] else {
+            return Err(Error::shape("Gpt", format!("token ids {:?}; they must be [B, T]", ids.shape())));
+        };
+        if past + t > self.config.n_positions {
+            return Err(Error::shape(
+                "Gpt",
+                format!("{} positions, the model has {}; shorten the input", past + t, self.config.n_positions),
+            ));
+        }
+        let positions = Array::generate(&[b, t], DType::U32, |i| (past + i % t.max(1)) as f64);
+        let s = ctx.samples.as_ref();
+        let x = embedding(&self.wte, ids, None, s)?.add(&embedding(&self.wpe, &positions, None, s)?)?;
+        let mut x = self.drop.forward(&x, ctx)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = match &mut caches {
+                Some(c) => block.forward_cached(&x, &mut c[i], ctx)?,
+                None => block.forward(&x, ctx)?,
+            };
+        }
+        self.ln_f.forward(&x, ctx)
+    }
+
+    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        let json = serde_json::to_vec_pretty(&self.config)
+            .map_err(|e| Error::invalid("Gpt::save", format!("config does not serialise: {e}")))?;
+        crate::io::write_atomic(&dir.join("config.json"), &json)?;
+        let named: Vec<(String, Array)> =
+            self.params.all().iter().map(|p| (format!("transformer.{}", p.name()), p.value())).collect();
+        let named = named.into_iter().map(|(n, a)| (n.replace("transformer.lm_head", "lm_head"), a)).collect::<Vec<_>>();
+        safetensors::save_arrays(&dir.join("model.safetensors"), &named, &[("format", "pt")])
+    }
+    /// Reads what [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.
+    pub fn load(dir: impl AsRef<Path>) -> Result<Gpt> {
+        let dir = dir.as_ref();
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read model configuration", &path, e))?;
+        let config: GptConfig =
+            serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
+        let model = Gpt::new(config, 0)?;
+        let path = dir.join("model.safetensors");
+        let found = safetensors::load_arrays(&path)?;
+        for p in model.params.all() {
+            let names = [p.name().to_string(), format!("transformer.{}", p.name())];
+            let Some((_, a)) = found.iter().find(|(n, _)| names.contains(n)) else {
+                return Err(Error::format(&path, format!("tensor {} is missing", p.name())));
+            };
+            if a.shape() != p.shape() {
+                return Err(Error::format(
+                    &path,
+                    format!("tensor {} is {:?}, config.json makes it {:?}", p.name(), a.shape(), p.shape()),
+                ));
+            }
+            p.set(a.cast(p.dtype()))?;
+        }
+        Ok(model)
+    }
+}

@@ -1,0 +1,143 @@
+//! Factored gradients: golden values, reuse, ties, hooks, deep graphs.
+
+use prismgrad::ops::linear::{Activation, Layout, linear};
+use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
+use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::step::clipped_gradient;
+use prismgrad::{Array, DType, Error, Gradients, Param, ParamGrad, Tensor, check};
+
+/// Two linear layers on formula-made numbers; the expected values were computed with other people's tools.
+fn fixture(dtype: DType) -> (Tensor, Vec<Param>) {
+    let x = Array::generate(&[4, 3, 5], dtype, |i| (1.0 + (15 * (i / 15) + 5 * (i / 5 % 3) + i % 5) as f64).sin());
+    let p = |n: &str, s: &[usize], f: &dyn Fn(usize) -> f64| Param::new(n, Array::generate(s, dtype, f));
+    let w1 = p("1.weight", &[6, 5], &|i| 0.3 * (0.7 * i as f64).cos());
+    let b1 = p("1.bias", &[6], &|k| 0.1 * (k as f64).sin());
+    let w2 = p("2.weight", &[3, 6], &|i| 0.3 * (1.3 * i as f64 + 0.5).cos());
+    let b2 = p("2.bias", &[3], &|m| 0.05 * (m as f64).cos());
+    let y = Array::generate(&[4, 3], DType::U32, |i| ((i / 3 + i % 3) % 3) as f64);
+    let h = linear(&Tensor::new(x), &w1, Layout::OutIn, Some(&b1), Activation::Tanh, None).unwrap();
+    let logits = linear(&h, &w2, Layout::OutIn, Some(&b2), Activation::None, None).unwrap();
+    (cross_entropy(&logits, &y, &CrossEntropy::default()).unwrap(), vec![w1, b1, w2, b2])
+}
+
+fn close(what: &str, got: f64, want: f64, tol: f64) {
+    assert!((got - want).abs() <= tol, "{what}: got {got:.10}, want {want:.10}");
+}
+
+const NORMS: [[f64; 4]; 4] = [
+    [0.4189230142, 0.0413920826, 0.5654202464, 0.0152041970],
+    [0.3110571270, 0.0398198687, 0.5180099914, 0.0083783499],
+    [0.3651588829, 0.0539166947, 0.4304766105, 0.0465563317],
+    [0.4109073751, 0.0559435533, 0.5067103443, 0.0310723310],
+];
+
+#[test]
+fn golden_losses_and_norms() {
+    for (dtype, tol) in [(DType::F64, 1e-8), (DType::F32, 1e-5)] {
+        let (losses, params) = fixture(dtype);
+        let want = [1.0222758756, 1.0613045592, 1.1434913198, 1.0926078838];
+        losses.array().to_f64().iter().zip(want).for_each(|(&g, w)| close("loss", g, w, tol));
+        let grads = losses.backward().unwrap();
+        for (k, p) in params.iter().enumerate() {
+            let sq = grads.param(p).unwrap().sample_sq_norms().unwrap();
+            (0..4).for_each(|i| close(p.name(), sq[i].sqrt(), NORMS[i][k], tol));
+        }
+    }
+}
+
+#[test]
+fn golden_clipped_sums() {
+    let (all, layer, each) = (ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise);
+    let auto_s = ClipFn::AutoS { gamma: 0.01 };
+    let rows: [(ClipStyle, ClipFn, f64, [f64; 4]); 8] = [
+        (all, ClipFn::Abadi, 0.1, [0.083780153, 0.022881166, 0.106300981, 0.003760834]),
+        (all, ClipFn::Abadi, 0.5, [0.418900767, 0.114405830, 0.531504906, 0.018804172]),
+        (all, ClipFn::AutoV, 1.0, [0.837801533, 0.228811659, 1.063009811, 0.037608343]),
+        (all, auto_s, 1.0, [0.825505751, 0.225152663, 1.047706155, 0.036915419]),
+        (layer, ClipFn::Abadi, 0.5, [0.479031230, 0.130406704, 0.468127245, 0.017974371]),
+        (layer, auto_s, 1.0, [0.938339930, 0.261873191, 0.919517725, 0.035063980]),
+        (each, ClipFn::Abadi, 0.5, [0.342240953, 0.141797637, 0.331154573, 0.020626804]),
+        (each, auto_s, 1.0, [0.668106977, 1.226238915, 0.650458571, 0.191771716]),
+    ];
+    for (dtype, tol) in [(DType::F64, 1e-8), (DType::F32, 1e-5)] {
+        for (style, clip, r, want) in &rows {
+            let (losses, params) = fixture(dtype);
+            let sums = clipped_gradient(&losses, &params, *style, *clip, *r).unwrap();
+            for ((g, w), p) in sums.iter().zip(want).zip(&params) {
+                let norm = g.to_f64().iter().map(|x| x * x).sum::<f64>().sqrt();
+                close(&format!("{style:?} {clip:?} {r} {}", p.name()), norm, *w, tol);
+            }
+        }
+    }
+}
+
+#[test]
+fn hooks_see_each_parameter_once() {
+    let (losses, params) = fixture(DType::F32);
+    let mut seen = Vec::new();
+    let mut hook = |p: &Param, g: ParamGrad| {
+        seen.push((p.name().to_string(), g.sum()?.numel()));
+        Ok(())
+    };
+    losses.backward_into(&mut hook).unwrap();
+    assert_eq!(seen.len(), params.len());
+    // Backward order: the last layer first.
+    assert!(seen[0].0.starts_with('2') && seen[3].0.starts_with('1'), "{seen:?}");
+}
+
+#[test]
+fn used_history_is_refused_and_kept_history_is_not() {
+    let (losses, _) = fixture(DType::F64);
+    let seed = || Array::ones(&[4], DType::F64);
+    losses.backward_from(seed(), true, &mut Gradients::default()).unwrap();
+    losses.backward_from(seed(), false, &mut Gradients::default()).unwrap();
+    let again = losses.backward().err().unwrap().to_string();
+    assert!(again.contains("already used"), "{again}");
+}
+
+#[test]
+fn dense_parameters_train_plainly_and_are_refused_privately() {
+    let w = Param::new("gate", Array::ones(&[3], DType::F32));
+    let x = Tensor::zeros(&[2, 3], DType::F32);
+    let loss = x.add(&w.dense()).unwrap().sum(&[1], false).unwrap();
+    let grads = loss.backward().unwrap();
+    let g = grads.param(&w).unwrap();
+    assert_eq!(g.sum().unwrap().to_f64(), [2.0; 3]);
+    let e = g.sample_sq_norms().unwrap_err();
+    assert!(matches!(e, Error::Privacy { .. }) && e.to_string().contains("gate"), "{e}");
+}
+
+#[test]
+fn a_batch_mean_is_refused_by_sample_count() {
+    let (losses, params) = fixture(DType::F32);
+    let mean = losses.mean(&[0], false).unwrap();
+    let grads = mean.backward().unwrap();
+    let e = grads.param(&params[0]).unwrap().sample_sq_norms().unwrap_err().to_string();
+    assert!(e.contains("4 samples") && e.contains("one loss per sample"), "{e}");
+}
+
+#[test]
+fn coupled_samples_are_noticed() {
+    let x = Array::generate(&[4, 3], DType::F64, |i| (i as f64).sin());
+    let apart = |x: &Tensor| x.square()?.sum(&[1], false);
+    let coupled = |x: &Tensor| x.sub(&x.mean(&[0], true)?)?.square()?.sum(&[1], false);
+    assert_eq!(check::independence(&apart, &x, 1).unwrap(), 0.0);
+    assert!(check::independence(&coupled, &x, 1).unwrap() > 1e-3);
+}
+
+#[test]
+fn a_hundred_thousand_ops_deep() {
+    let x = Tensor::leaf(Array::ones(&[2], DType::F64));
+    let mut y = x.clone();
+    for _ in 0..100_000 {
+        y = y.add_scalar(1e-6).unwrap();
+    }
+    let grads = y.backward().unwrap();
+    assert_eq!(grads.of(&x).unwrap().to_f64(), [1.0, 1.0]);
+    // And dropped without a backward pass.
+    let mut y = x.clone();
+    for _ in 0..100_000 {
+        y = y.mul(&y.detach()).unwrap();
+    }
+    drop(y);
+}
