@@ -3,11 +3,14 @@
 
 pub mod autograd;
 pub mod check;
+pub mod data;
 pub mod device;
 pub mod error;
+pub mod io;
 pub mod ops;
 pub mod optim;
 pub mod tensor;
+pub mod train;
 
 pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
 pub use error::{Error, Result};

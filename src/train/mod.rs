@@ -1,0 +1,9 @@
+//! Around a training run: its folder, its progress on the terminal, a clean stop, and its plots.
+
+pub mod interrupt;
+pub mod progress;
+pub mod run;
+
+pub use interrupt::interrupted;
+pub use progress::Progress;
+pub use run::{Existing, RunFolder};
