@@ -5,10 +5,14 @@ use crate::check::{Case, Gen};
 use crate::error::Result;
 
 pub mod binary;
+pub mod embedding;
+pub mod index;
 pub mod linear;
 pub mod matmul;
 pub mod params;
 pub mod reduce;
+pub mod rotary;
+pub mod segment;
 pub mod unary;
 pub mod view;
 
@@ -44,7 +48,19 @@ pub enum FactorRule {
 pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");
 
 /// Every operation of the crate.
-pub static REGISTRY: &[&[&OpInfo]] = &[params::OPS, unary::OPS, binary::OPS, reduce::OPS, view::OPS, matmul::OPS, linear::OPS];
+pub static REGISTRY: &[&[&OpInfo]] = &[
+    params::OPS,
+    unary::OPS,
+    binary::OPS,
+    reduce::OPS,
+    view::OPS,
+    matmul::OPS,
+    linear::OPS,
+    index::OPS,
+    embedding::OPS,
+    segment::OPS,
+    rotary::OPS,
+];
 
 /// All registry entries in a row.
 pub fn registry() -> impl Iterator<Item = &'static OpInfo> {

@@ -5,6 +5,7 @@ pub mod linalg;
 pub mod par;
 pub mod pool;
 pub mod reduce;
+pub mod rows;
 pub mod shared;
 pub mod simd;
 pub mod vmath;
