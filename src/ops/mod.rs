@@ -6,10 +6,14 @@ use crate::error::Result;
 
 pub mod attention;
 pub mod binary;
+pub mod embedding;
+pub mod index;
 pub mod linear;
 pub mod matmul;
 pub mod params;
 pub mod reduce;
+pub mod rotary;
+pub mod segment;
 pub mod unary;
 pub mod view;
 
@@ -45,7 +49,20 @@ pub enum FactorRule {
 pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");
 
 /// Every operation of the crate.
-pub static REGISTRY: &[&[&OpInfo]] = &[params::OPS, unary::OPS, binary::OPS, reduce::OPS, view::OPS, matmul::OPS, linear::OPS, attention::OPS];
+pub static REGISTRY: &[&[&OpInfo]] = &[
+    params::OPS,
+    unary::OPS,
+    binary::OPS,
+    reduce::OPS,
+    view::OPS,
+    matmul::OPS,
+    linear::OPS,
+    attention::OPS,
+    index::OPS,
+    embedding::OPS,
+    segment::OPS,
+    rotary::OPS,
+];
 
 /// All registry entries in a row.
 pub fn registry() -> impl Iterator<Item = &'static OpInfo> {

@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod par;
 pub mod pool;
 pub mod reduce;
+pub mod rows;
 pub mod shared;
 pub mod simd;
 pub mod vmath;
