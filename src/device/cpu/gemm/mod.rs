@@ -6,7 +6,7 @@
 
 pub mod kernel;
 pub mod norms;
-mod pack;
+pub(crate) mod pack;
 
 use super::par::par_chunks;
 use super::pool::Buffer;
@@ -36,6 +36,11 @@ impl<'a, T> Mat<'a, T> {
     /// Row-major.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         Mat { data, rows, cols, rs: cols, cs: 1 }
+    }
+    /// Some consecutive rows.
+    pub fn rows_of(self, r: &std::ops::Range<usize>) -> Self {
+        let data = if r.is_empty() { &self.data[..0] } else { &self.data[r.start * self.rs..] };
+        Mat { data, rows: r.len(), ..self }
     }
     /// Transposed view.
     pub fn t(self) -> Self {
