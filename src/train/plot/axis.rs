@@ -95,7 +95,7 @@ fn label(value: f64, step: f64, largest: f64) -> String {
     if value == 0.0 {
         return "0".into();
     }
-    if largest >= 1e15 || largest < 1e-3 {
+    if !(1e-3..1e15).contains(&largest) {
         return scientific(value);
     }
     let (unit, suffix) = match largest {
@@ -110,6 +110,10 @@ fn label(value: f64, step: f64, largest: f64) -> String {
 }
 
 fn log_label(value: f64) -> String {
+    if (1e4..1e6).contains(&(value * 1.000001)) {
+        let whole = value.round() as u64;
+        return format!("{},{:03}", whole / 1000, whole % 1000);
+    }
     if (1e-3..1e4).contains(&(value * 1.000001)) {
         let text = format!("{value:.6}");
         return text.trim_end_matches('0').trim_end_matches('.').to_string();

@@ -12,8 +12,11 @@ use crate::error::Result;
 pub struct BarChart {
     title: String,
     label: String,
-    bars: Vec<(String, f64, Option<(f64, f64)>)>,
+    bars: Vec<Bar>,
 }
+
+/// Name, value, interval.
+type Bar = (String, f64, Option<(f64, f64)>);
 
 impl BarChart {
     /// An empty chart with a title, which may be empty.
@@ -55,7 +58,10 @@ impl BarChart {
         let names = self.bars.iter().map(|b| text_width(&b.0, TEXT_SIZE)).fold(0.0, f32::max).min(scene.width * 0.35);
         let values: Vec<String> = self.bars.iter().map(|b| short(b.1)).collect();
         let widest = values.iter().map(|v| text_width(v, TEXT_SIZE)).fold(0.0, f32::max);
-        let (left, right) = (16.0 + names + 10.0, scene.width - 24.0 - widest);
+        // Values stand at the outer ends of their bars: on the left for negative ones.
+        let negative = self.bars.iter().any(|b| b.1 < 0.0);
+        let edge = 16.0 + names + 10.0;
+        let (left, right) = (if negative { edge + widest + 6.0 } else { edge }, scene.width - 24.0 - widest);
         let at = |value: f64| axis.place(value).map(|p| left + p * (right - left));
         for (value, text) in &axis.ticks {
             let Some(x) = at(*value) else { continue };
@@ -66,21 +72,25 @@ impl BarChart {
             let y = top + ROW * i as f32 + (ROW - BAR) / 2.0;
             let middle = y + BAR / 2.0;
             let name = shorten(name, TEXT_SIZE, names);
-            scene.text(left - 10.0, middle + 4.0, TEXT_SIZE, INK, Anchor::End, &name);
+            scene.text(edge - 10.0, middle + 4.0, TEXT_SIZE, INK, Anchor::End, &name);
             let (Some(zero), Some(x)) = (at(0.0), at(*value)) else {
-                scene.text(left + 6.0, middle + 4.0, TEXT_SIZE, SOFT, Anchor::Start, "no value");
+                scene.text(edge + 6.0, middle + 4.0, TEXT_SIZE, SOFT, Anchor::Start, "no value");
                 continue;
             };
             scene.rectangle(zero.min(x), y, (x - zero).abs(), BAR, PALETTE[0]);
-            let mut end = x.max(zero);
+            let mut ends = (x.min(zero), x.max(zero));
             if let Some((Some(low), Some(high))) = interval.map(|(low, high)| (at(low), at(high))) {
                 scene.line(vec![(low, middle), (high, middle)], 1.5, INK, false);
                 for x in [low, high] {
                     scene.line(vec![(x, middle - 4.0), (x, middle + 4.0)], 1.5, INK, false);
                 }
-                end = end.max(low).max(high);
+                ends = (ends.0.min(low).min(high), ends.1.max(low).max(high));
             }
-            scene.text(end + 6.0, middle + 4.0, TEXT_SIZE, INK, Anchor::Start, text);
+            if *value < 0.0 {
+                scene.text(ends.0 - 6.0, middle + 4.0, TEXT_SIZE, INK, Anchor::End, text);
+            } else {
+                scene.text(ends.1 + 6.0, middle + 4.0, TEXT_SIZE, INK, Anchor::Start, text);
+            }
         }
         if let Some(zero) = at(0.0) {
             scene.line(vec![(zero, top), (zero, bottom)], 1.0, AXIS, false);

@@ -147,20 +147,15 @@ impl HeatMap {
         let color = |&v: &f64| if v.is_finite() { scale(share(v)) } else { WHITE };
         let colors = self.values.iter().map(color).collect();
         scene.image(left, top, cell * columns as f32, height * rows as f32, columns, colors);
-        let row_step = (16.0 / height).ceil().max(1.0) as usize;
-        for (i, name) in self.rows.iter().enumerate().step_by(row_step) {
+        for (i, name) in self.rows.iter().enumerate().step_by(step(16.0 / height)) {
             let y = top + height * (i as f32 + 0.5) + 4.0;
             scene.text(left - 8.0, y, TEXT_SIZE, INK, Anchor::End, &shorten(name, TEXT_SIZE, names));
         }
-        let mut free = f32::NEG_INFINITY;
-        for (i, name) in self.columns.iter().enumerate() {
+        let heads: Vec<String> = self.columns.iter().map(|c| shorten(c, TEXT_SIZE, (cell - 4.0).max(30.0))).collect();
+        let widest = heads.iter().map(|h| text_width(h, TEXT_SIZE)).fold(0.0, f32::max);
+        for (i, name) in heads.iter().enumerate().step_by(step((widest + 4.0) / cell)) {
             let x = left + cell * (i as f32 + 0.5);
-            let name = shorten(name, TEXT_SIZE, (cell - 4.0).max(30.0));
-            let half = text_width(&name, TEXT_SIZE) / 2.0;
-            if x - half >= free {
-                scene.text(x, bottom + 18.0, TEXT_SIZE, INK, Anchor::Middle, &name);
-                free = x + half + 4.0;
-            }
+            scene.text(x, bottom + 18.0, TEXT_SIZE, INK, Anchor::Middle, name);
         }
         if numbers {
             for (i, (value, text)) in self.values.iter().zip(&texts).enumerate() {
@@ -181,6 +176,17 @@ impl HeatMap {
             scene.text((left + right) / 2.0, y, TEXT_SIZE, SOFT, Anchor::Middle, &self.x_label);
         }
         scene
+    }
+}
+
+/// Every how many names one is shown, if each takes the room of `cells`: 1, 2, 5, 10, 20 and so on.
+fn step(cells: f32) -> usize {
+    let mut power = 1;
+    loop {
+        if let Some(step) = [1, 2, 5].into_iter().map(|s| s * power).find(|&s| s as f32 >= cells) {
+            return step;
+        }
+        power *= 10;
     }
 }
 

@@ -140,7 +140,7 @@ impl LineChart {
         if !self.y_label.is_empty() {
             let text = shorten(&self.y_label, TEXT_SIZE, scene.width - 32.0);
             scene.text(16.0, top + 10.0, TEXT_SIZE, SOFT, Anchor::Start, &text);
-            top += 22.0;
+            top += 26.0;
         }
         let widest = y.ticks.iter().map(|t| text_width(&t.1, TEXT_SIZE)).fold(20.0, f32::max);
         let name_width = |&i: &usize| text_width(&self.series[i].name, TEXT_SIZE);
@@ -198,7 +198,8 @@ impl LineChart {
         };
         let mut labels: Vec<(usize, (f32, f32), f32)> = named.iter().filter_map(end).collect();
         labels.sort_by(|a, b| a.2.total_cmp(&b.2));
-        let (lowest, count) = (frame.bottom, labels.len());
+        // Above the axis, so that no name comes near the labels below it.
+        let (lowest, count) = (frame.bottom - 8.0, labels.len());
         for i in 0..count {
             let above = if i == 0 { frame.top } else { labels[i - 1].2 + GAP };
             labels[i].2 = labels[i].2.max(above);
@@ -231,7 +232,7 @@ impl LineChart {
             scene.text(x + 26.0, y, TEXT_SIZE, INK, Anchor::Start, &text);
             x += width + 18.0;
         }
-        y + 16.0
+        y + 10.0
     }
 }
 
@@ -264,6 +265,8 @@ fn draw_band(scene: &mut Scene, frame: &Frame, series: &Series, color: Color) {
 }
 
 fn draw_line(scene: &mut Scene, frame: &Frame, series: &Series, color: Color, dashed: bool) {
+    // A long noisy line in full width would be a ribbon.
+    let width = if series.points.len() > 200 { 1.5 } else { 2.0 };
     let placed: Vec<Option<(f32, f32)>> = series.points.iter().map(|&p| frame.place(p)).collect();
     for part in placed.split(Option::is_none) {
         let part: Vec<(f32, f32)> = part.iter().copied().flatten().collect();
@@ -271,7 +274,7 @@ fn draw_line(scene: &mut Scene, frame: &Frame, series: &Series, color: Color, da
             part.iter().for_each(|&(x, y)| scene.dot(x, y, 3.0, color));
         }
         if part.len() > 1 {
-            scene.line(thin(part), 2.0, color, dashed);
+            scene.line(thin(part), width, color, dashed);
         }
     }
 }
