@@ -530,14 +530,15 @@ mod tests {
         let scratch = Scratch::new("ckpt-fail");
         let folder = CheckpointFolder::open(scratch.path()).unwrap();
         save(&folder, 1, None);
-        let attempts: [&dyn Fn(&mut CheckpointWriter) -> Result<()>; 4] = [
-            &|w| w.file("big", |out| out.write_all(&[0; 100]).and(Err(io::Error::other("No space left on device")))),
-            &|w| w.bytes("../escape", b""),
-            &|w| w.bytes(MANIFEST, b""),
-            &|w| w.bytes("a", b"").and_then(|()| w.bytes("a", b"")),
+        type Attempt = fn(&mut CheckpointWriter) -> Result<()>;
+        let attempts: [Attempt; 4] = [
+            |w| w.file("big", |out| out.write_all(&[0; 100]).and(Err(io::Error::other("No space left on device")))),
+            |w| w.bytes("../escape", b""),
+            |w| w.bytes(MANIFEST, b""),
+            |w| w.bytes("a", b"").and_then(|()| w.bytes("a", b"")),
         ];
         for attempt in attempts {
-            assert!(folder.save(1, None, |w| attempt(w)).is_err());
+            assert!(folder.save(1, None, attempt).is_err());
             assert_eq!(folder.at(1).unwrap().json::<u64>("state.json").unwrap(), 1);
             assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
         }

@@ -1,6 +1,7 @@
 //! Around a training run: its folder, its progress on the terminal, a clean stop, and its plots.
 
 pub mod interrupt;
+pub mod plot;
 pub mod progress;
 pub mod run;
 
