@@ -60,6 +60,11 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether operations are recorded here: not inside [`no_grad`].
+pub(crate) fn is_recording() -> bool {
+    RECORDING.with(|r| r.get())
+}
+
 impl Tensor {
     /// A tensor without history: data, labels, masks.
     pub fn new(value: Array) -> Tensor {
@@ -130,7 +135,7 @@ impl Tensor {
     ///
     /// List a parameter once per use, in the order in which the rule hands over its factors.
     pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
-        let live = RECORDING.with(|r| r.get())
+        let live = is_recording()
             && (parents.iter().any(|p| p.node.is_some()) || params.iter().any(|p| p.trainable()));
         if !live {
             return Tensor::new(value);
