@@ -56,7 +56,8 @@ pub enum Factor {
         /// Whose rows.
         samples: Samples,
     },
-    /// Block `group[n]` of a `[groups, r, c]` parameter receives leftₙ ⊗ rightₙ. Rows of one group are best kept together.
+    /// Block `group[n]` of a parameter of groups·r·c elements receives leftₙ ⊗ rightₙ. Rows of one group are best kept
+    /// together.
     GroupedOuter {
         /// `[N, r]`.
         left: Array,
@@ -146,10 +147,12 @@ impl Factor {
                     && shape[0] * width(grad) == numel
             }
             Factor::GroupedOuter { left, right, group, samples } => {
+                let blocks = numel.checked_div(width(left) * width(right)).unwrap_or(0);
                 two(left, samples)
                     && two(right, samples)
                     && group.len() == samples.rows()
-                    && shape[0] * width(left) * width(right) == numel
+                    && blocks * width(left) * width(right) == numel
+                    && group.iter().all(|&e| (e as usize) < blocks || numel == 0)
             }
             Factor::PerSample { grads } => grads.rank() == shape.len() + 1 && &grads.shape()[1..] == shape,
             Factor::Dense { grad } => grad.shape() == shape,

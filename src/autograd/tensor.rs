@@ -60,6 +60,11 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether operations are recorded here: not inside [`no_grad`].
+pub(crate) fn is_recording() -> bool {
+    RECORDING.with(|r| r.get())
+}
+
 impl Tensor {
     /// A tensor without history: data, labels, masks.
     pub fn new(value: Array) -> Tensor {

@@ -6,11 +6,14 @@ use crate::error::Result;
 
 pub mod attention;
 pub mod binary;
+pub mod conv;
 pub mod embedding;
+pub mod grouped;
 pub mod index;
 pub mod linear;
 pub mod matmul;
 pub mod params;
+pub mod pool;
 pub mod reduce;
 pub mod rotary;
 pub mod segment;
@@ -62,6 +65,9 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     embedding::OPS,
     segment::OPS,
     rotary::OPS,
+    grouped::OPS,
+    conv::OPS,
+    pool::OPS,
 ];
 
 /// All registry entries in a row.

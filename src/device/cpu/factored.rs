@@ -1,8 +1,11 @@
 //! Arithmetic of factored gradients on slices: sums, norms and inner products of outer products and lookups.
 
-use super::gemm::norms;
+use super::elementwise::GRAIN;
+use super::gemm::{Mat, matmul, norms};
 use super::par::par_chunks;
+use super::rows as table;
 use super::shared::Shared;
+use super::simd::simd;
 use crate::autograd::Samples;
 use crate::error::Result;
 use crate::tensor::{Array, Float};
@@ -72,13 +75,64 @@ pub fn outer_clipped_add<T: Float>(
     Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
 }
 
-/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold.
+/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`.
+#[inline(always)]
+fn accumulate<T: Float>(
+    acc: &mut [T],
+    (grad, scale): (&[T], Option<&[T]>),
+    (p, col): (usize, usize),
+    range: Range<usize>,
+    w: Option<&[T]>,
+) {
+    for t in range {
+        let w = w.map_or(T::ONE, |w| w[t]);
+        if w == T::ZERO {
+            continue;
+        }
+        let part = t * p + col..t * p + col + acc.len();
+        let g = &grad[part.clone()];
+        match scale {
+            None => acc.iter_mut().zip(g).for_each(|(a, &g)| *a += w * g),
+            Some(s) => acc.iter_mut().zip(g).zip(&s[part]).for_each(|((a, &g), &s)| *a += w * (g * s)),
+        }
+    }
+}
+
+/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold. Reads the operands once.
+///
+/// Wide rows are cut into columns, narrow ones into blocks of rows; either way rows are summed in blocks of at most 1024
+/// and the blocks in order, so the result depends on the shape only and rounding does not grow with n.
 pub fn row_sum_add<T: Float>(grad: &[T], scale: Option<&[T]>, n: usize, w: Option<&[T]>, out: &mut [T]) {
+    const COLUMNS: usize = 512;
+    const ROWS: usize = 1024;
     let p = out.len();
     if n == 0 || p == 0 {
         return;
     }
-    let each = ((1 << 16) / p).clamp(8, 4096);
+    if p >= 2 * COLUMNS {
+        let dst = Shared::new(out);
+        par_chunks(p.div_ceil(COLUMNS), (GRAIN / (n * COLUMNS)).max(1), |range| {
+            let mut acc = [T::ZERO; COLUMNS];
+            for b in range {
+                let cols = b * COLUMNS..((b + 1) * COLUMNS).min(p);
+                // SAFETY: columns are disjoint.
+                let o = unsafe { dst.slice(cols.clone()) };
+                let acc = &mut acc[..cols.len()];
+                for first in (0..n).step_by(ROWS) {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            acc.fill(T::ZERO);
+                            accumulate(acc, (grad, scale), (p, cols.start), first..(first + ROWS).min(n), w);
+                            o.iter_mut().zip(acc.iter()).for_each(|(o, &a)| *o += a);
+                        },
+                    );
+                }
+            }
+        });
+        return;
+    }
+    let each = (GRAIN / p).clamp(8, ROWS);
     let blocks = n.div_ceil(each);
     let mut part = vec![T::ZERO; blocks * p];
     let shared = Shared::new(&mut part);
@@ -86,20 +140,10 @@ pub fn row_sum_add<T: Float>(grad: &[T], scale: Option<&[T]>, n: usize, w: Optio
         for b in range {
             // SAFETY: each block has its own partial sum.
             let acc = unsafe { shared.slice(b * p..(b + 1) * p) };
-            for t in b * each..((b + 1) * each).min(n) {
-                let w = w.map_or(T::ONE, |w| w[t]);
-                if w == T::ZERO {
-                    continue;
-                }
-                let g = &grad[t * p..(t + 1) * p];
-                match scale {
-                    None => acc.iter_mut().zip(g).for_each(|(a, &g)| *a += w * g),
-                    Some(s) => {
-                        let s = &s[t * p..(t + 1) * p];
-                        acc.iter_mut().zip(g).zip(s).for_each(|((a, &g), &s)| *a += w * (g * s))
-                    }
-                }
-            }
+            simd(
+                #[inline(always)]
+                || accumulate(acc, (grad, scale), (p, 0), b * each..((b + 1) * each).min(n), w),
+            );
         }
     });
     for b in 0..blocks {
@@ -107,77 +151,74 @@ pub fn row_sum_add<T: Float>(grad: &[T], scale: Option<&[T]>, n: usize, w: Optio
     }
 }
 
-/// out[idₙ] += wₙ·gradₙ, rows in order. Rows of zero weight are skipped.
+/// out[idₙ] += wₙ·gradₙ, rows of one id in order. Rows of zero weight are skipped.
 pub fn lookup_add<T: Float>(ids: &[u32], grad: &[T], w: Option<&[T]>, out: &mut [T]) {
-    if ids.is_empty() {
-        return;
-    }
-    let p = grad.len() / ids.len();
-    for (t, &id) in ids.iter().enumerate() {
-        let w = w.map_or(T::ONE, |w| w[t]);
-        if w != T::ZERO {
-            let o = &mut out[id as usize * p..(id as usize + 1) * p];
-            o.iter_mut().zip(&grad[t * p..(t + 1) * p]).for_each(|(o, &g)| *o += w * g);
-        }
+    if !ids.is_empty() {
+        table::add(ids, grad, w, 1, grad.len() / ids.len(), out);
     }
 }
 
-/// Rows sorted by id, each id's gradients summed: (id, sum) pairs.
-fn lookup_sums<T: Float>(ids: &[u32], grad: &[T], p: usize) -> (Vec<u32>, Vec<T>) {
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    order.sort_by_key(|&t| ids[t as usize]);
-    let (mut keys, mut sums): (Vec<u32>, Vec<T>) = (Vec::new(), Vec::new());
-    for t in order {
-        let (id, g) = (ids[t as usize], &grad[t as usize * p..(t as usize + 1) * p]);
-        if keys.last() == Some(&id) {
-            let at = sums.len() - p;
-            sums[at..].iter_mut().zip(g).for_each(|(s, &g)| *s += g);
-        } else {
-            keys.push(id);
-            sums.extend_from_slice(g);
+/// Σ x·y in f64.
+#[inline(always)]
+fn dot<T: Float>(x: &[T], y: &[T]) -> f64 {
+    const LANES: usize = 16;
+    let mut lanes = [0.0f64; LANES];
+    let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let tail: f64 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
+    for (x, y) in x.zip(y) {
+        for l in 0..LANES {
+            lanes[l] += x[l].to_f64() * y[l].to_f64();
         }
     }
-    (keys, sums)
+    lanes.iter().sum::<f64>() + tail
 }
 
-/// Σ over pairs with equal ids of g1ₜ·g2ₛ.
+/// Σ over pairs with equal ids of g1ₜ·g2ₛ: a sort of the ids, then one pass over the rows.
 pub fn lookup_inner<T: Float>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p: usize) -> f64 {
-    let (k1, s1) = lookup_sums(ids1, g1, p);
-    let same = std::ptr::eq(g1, g2) && std::ptr::eq(ids1, ids2);
-    let (k2, s2) = if same { (k1.clone(), s1.clone()) } else { lookup_sums(ids2, g2, p) };
-    let (mut a, mut b, mut sum) = (0, 0, 0.0);
-    while a < k1.len() && b < k2.len() {
-        match k1[a].cmp(&k2[b]) {
-            std::cmp::Ordering::Less => a += 1,
-            std::cmp::Ordering::Greater => b += 1,
-            std::cmp::Ordering::Equal => {
-                let (x, y) = (&s1[a * p..(a + 1) * p], &s2[b * p..(b + 1) * p]);
-                sum += x.iter().zip(y).map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>();
-                a += 1;
-                b += 1;
-            }
-        }
+    if std::ptr::eq(g1, g2) && std::ptr::eq(ids1, ids2) {
+        let mut sum = 0.0;
+        table::each_sum(ids1, g1, p, |_, s| {
+            sum += simd(
+                #[inline(always)]
+                || dot(s, s),
+            )
+        });
+        return sum;
     }
+    let (k2, s2) = table::sums(ids2, g2, p);
+    let (mut b, mut sum) = (0, 0.0);
+    table::each_sum(ids1, g1, p, |id, s| {
+        while b < k2.len() && k2[b] < id {
+            b += 1;
+        }
+        if b < k2.len() && k2[b] == id {
+            let other = &s2[b * p..(b + 1) * p];
+            sum += simd(
+                #[inline(always)]
+                || dot(s, other),
+            );
+        }
+    });
     sum
 }
 
 /// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·leftₛ[idₜ]: the cross term of an embedding tied to the head.
-/// Costs 2·T·S·p; `left` has `dims.0` columns (the vocabulary), `right` `dims.1`.
+/// One product of 2·K·S·p FLOPs for K distinct ids and S rows, K·S memory; `left` has `dims.0` columns (the vocabulary),
+/// `right` `dims.1`.
 pub fn lookup_outer_inner<T: Float>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> f64 {
     let (v, p) = dims;
-    let s_count = right.len() / p.max(1);
-    // One id at a time: rightᵀ·left[·, id] is a p-vector, then a dot product with that id's summed gradient.
-    let (keys, sums) = lookup_sums(ids, e, p);
-    let mut column = vec![T::ZERO; p];
-    let mut total = 0.0;
-    for (k, &id) in keys.iter().enumerate() {
-        column.fill(T::ZERO);
-        for s in 0..s_count {
-            let w = left[s * v + id as usize];
-            column.iter_mut().zip(&right[s * p..(s + 1) * p]).for_each(|(c, &r)| *c += w * r);
-        }
-        let e = &sums[k * p..(k + 1) * p];
-        total += column.iter().zip(e).map(|(c, e)| c.to_f64() * e.to_f64()).sum::<f64>();
+    let n = right.len() / p.max(1);
+    let (keys, sums) = table::sums(ids, e, p);
+    if keys.is_empty() || n == 0 {
+        return 0.0;
     }
-    total
+    let mut products = vec![T::ZERO; keys.len() * n];
+    matmul(Mat::new(&sums, keys.len(), p), Mat::new(right, n, p).t(), false, &mut products);
+    // Rows of `left` outside: one pass over the columns in use.
+    (0..n)
+        .map(|s| {
+            let row = &left[s * v..(s + 1) * v];
+            keys.iter().enumerate().map(|(k, &id)| products[k * n + s].to_f64() * row[id as usize].to_f64()).sum::<f64>()
+        })
+        .sum()
 }

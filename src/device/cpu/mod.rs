@@ -9,4 +9,5 @@ pub mod reduce;
 pub mod rows;
 pub mod shared;
 pub mod simd;
+pub mod unfold;
 pub mod vmath;

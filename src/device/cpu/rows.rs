@@ -85,24 +85,35 @@ pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: u
     });
 }
 
-/// The distinct ids in ascending order and each one's rows summed in ascending position: `[keys, p]`.
-pub fn sums<T: Float>(ids: &[u32], rows: &[T], p: usize) -> (Vec<u32>, Vec<T>) {
+/// `f(id, sum of its rows)` for the distinct ids in ascending order; rows of one id are summed in ascending position. A
+/// row that is alone is handed over in place.
+pub fn each_sum<T: Float>(ids: &[u32], rows: &[T], p: usize, mut f: impl FnMut(u32, &[T])) {
     let order = by_id(ids);
-    let starts = starts(&order);
-    let mut sums = vec![T::ZERO; (starts.len() - 1) * p];
-    let keys = starts.windows(2).map(|w| (order[w[0]] >> 32) as u32).collect();
-    if p > 0 {
+    let mut sum = vec![T::ZERO; p];
+    for run in order.chunk_by(|a, b| a >> 32 == b >> 32) {
+        let row = |t: u64| &rows[t as u32 as usize * p..(t as u32 as usize + 1) * p];
+        let id = (run[0] >> 32) as u32;
+        if let &[alone] = run {
+            f(id, row(alone));
+            continue;
+        }
         simd(
             #[inline(always)]
             || {
-                for (s, w) in sums.chunks_exact_mut(p).zip(starts.windows(2)) {
-                    for &t in &order[w[0]..w[1]] {
-                        let t = t as u32 as usize;
-                        s.iter_mut().zip(&rows[t * p..(t + 1) * p]).for_each(|(s, &g)| *s += g);
-                    }
-                }
+                sum.fill(T::ZERO);
+                run.iter().for_each(|&t| sum.iter_mut().zip(row(t)).for_each(|(s, &g)| *s += g));
             },
         );
+        f(id, &sum);
     }
+}
+
+/// The distinct ids in ascending order and the sum of each one's rows: `[keys, p]`.
+pub fn sums<T: Float>(ids: &[u32], rows: &[T], p: usize) -> (Vec<u32>, Vec<T>) {
+    let (mut keys, mut sums) = (Vec::new(), Vec::new());
+    each_sum(ids, rows, p, |id, s| {
+        keys.push(id);
+        sums.extend_from_slice(s);
+    });
     (keys, sums)
 }
