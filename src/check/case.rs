@@ -51,6 +51,15 @@ impl Gen {
     pub fn array_in(&mut self, shape: &[usize], low: f64, high: f64) -> Array {
         self.array_of(shape, |g| low + (high - low) * g.uniform())
     }
+    /// Values in −1..1 at least 2e-4 apart, f64, in a random layout: for ops that pick, whose central differences would
+    /// step over a tie.
+    pub fn distinct(&mut self, shape: &[usize]) -> Array {
+        let mut k = self.size(0, 10_000);
+        self.array_of(shape, |_| {
+            k += 1;
+            (k * 7919 % 10_007) as f64 / 5003.5 - 1.0
+        })
+    }
     /// Values from `f`, f64, in a random layout.
     pub fn array_of(&mut self, shape: &[usize], mut f: impl FnMut(&mut Gen) -> f64) -> Array {
         let values = |g: &mut Gen, s: &[usize], f: &mut dyn FnMut(&mut Gen) -> f64| {

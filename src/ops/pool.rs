@@ -12,11 +12,14 @@ use crate::{Tensor, with_float};
 use std::ops::Range;
 use std::sync::Arc;
 
-fn case(g: &mut Gen, f: fn(&Tensor, [usize; 2], [usize; 2], [usize; 2]) -> Result<Tensor>) -> Result<Case> {
+/// A pooling method over kernel, stride and padding.
+type Pool = fn(&Tensor, [usize; 2], [usize; 2], [usize; 2]) -> Result<Tensor>;
+
+fn case(g: &mut Gen, f: Pool) -> Result<Case> {
     let s = [g.size(1, 2), g.size(1, 2), g.size(3, 5), g.size(3, 5)];
     let (kernel, stride) = ([g.size(1, 3), g.size(1, 3)], [g.size(1, 3), g.size(1, 3)]);
     let padding = [g.size(0, kernel[0] / 2), g.size(0, kernel[1] / 2)];
-    Ok(Case::new(vec![g.array(&s)], move |t| f(&t[0], kernel, stride, padding)))
+    Ok(Case::new(vec![g.distinct(&s)], move |t| f(&t[0], kernel, stride, padding)))
 }
 
 static MAX_POOL: OpInfo = OpInfo {

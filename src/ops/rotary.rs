@@ -39,7 +39,7 @@ struct Inner {
 impl RotaryTable {
     /// Positions `0..len` for heads of `dim` (even) elements; `base` is usually 10000.
     pub fn new(len: usize, dim: usize, base: f64) -> Result<RotaryTable> {
-        if dim % 2 != 0 {
+        if !dim.is_multiple_of(2) {
             return Err(Error::shape("rotary", format!("heads of {dim} elements cannot be paired; use an even size")));
         }
         if !(base.is_finite() && base > 0.0) {

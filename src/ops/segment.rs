@@ -115,7 +115,7 @@ fn case(g: &mut Gen, f: fn(&Tensor, &Segments) -> Result<Tensor>) -> Result<Case
     let segments = Segments::lengths(&lengths);
     let inner = g.size(0, 2);
     let shape: Vec<usize> = std::iter::once(segments.rows()).chain(g.shape(inner)).collect();
-    Ok(Case::new(vec![g.array(&shape)], move |t| f(&t[0], &segments)))
+    Ok(Case::new(vec![g.distinct(&shape)], move |t| f(&t[0], &segments)))
 }
 
 macro_rules! info {

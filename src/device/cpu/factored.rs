@@ -100,39 +100,26 @@ fn accumulate<T: Float>(
 
 /// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold. Reads the operands once.
 ///
-/// Wide rows are cut into columns, narrow ones into blocks of rows; either way rows are summed in blocks of at most 1024
-/// and the blocks in order, so the result depends on the shape only and rounding does not grow with n.
+/// Very wide rows are cut into columns, others into at most 64 blocks of rows whose sums are added in order: the result
+/// depends on the shape only.
 pub fn row_sum_add<T: Float>(grad: &[T], scale: Option<&[T]>, n: usize, w: Option<&[T]>, out: &mut [T]) {
-    const COLUMNS: usize = 512;
-    const ROWS: usize = 1024;
     let p = out.len();
     if n == 0 || p == 0 {
         return;
     }
-    if p >= 2 * COLUMNS {
+    if p >= 2 * GRAIN {
         let dst = Shared::new(out);
-        par_chunks(p.div_ceil(COLUMNS), (GRAIN / (n * COLUMNS)).max(1), |range| {
-            let mut acc = [T::ZERO; COLUMNS];
-            for b in range {
-                let cols = b * COLUMNS..((b + 1) * COLUMNS).min(p);
-                // SAFETY: columns are disjoint.
-                let o = unsafe { dst.slice(cols.clone()) };
-                let acc = &mut acc[..cols.len()];
-                for first in (0..n).step_by(ROWS) {
-                    simd(
-                        #[inline(always)]
-                        || {
-                            acc.fill(T::ZERO);
-                            accumulate(acc, (grad, scale), (p, cols.start), first..(first + ROWS).min(n), w);
-                            o.iter_mut().zip(acc.iter()).for_each(|(o, &a)| *o += a);
-                        },
-                    );
-                }
-            }
+        par_chunks(p, GRAIN, |cols| {
+            // SAFETY: columns are disjoint.
+            let o = unsafe { dst.slice(cols.clone()) };
+            simd(
+                #[inline(always)]
+                || accumulate(o, (grad, scale), (p, cols.start), 0..n, w),
+            );
         });
         return;
     }
-    let each = (GRAIN / p).clamp(8, ROWS);
+    let each = (2 * GRAIN / p).max(n.div_ceil(64)).max(8);
     let blocks = n.div_ceil(each);
     let mut part = vec![T::ZERO; blocks * p];
     let shared = Shared::new(&mut part);
