@@ -9,6 +9,8 @@ pub mod error;
 pub mod io;
 pub mod ops;
 pub mod optim;
+pub mod privacy;
+pub mod random;
 pub mod tensor;
 pub mod train;
 

@@ -1,0 +1,417 @@
+//! Privacy-loss-distribution accountant of the Poisson-subsampled Gaussian mechanism.
+//!
+//! One step compares N(0, σ²) with the mixture (1 − q)·N(0, σ²) + q·N(1, σ²). On a grid of spacing h the privacy-loss
+//! distribution is the one whose hockey-stick divergence agrees with the exact one at every grid point and lies above it
+//! between them (Doroshenko et al. 2022, "connect the dots"), so every number is an upper bound that falls as h → 0.
+//! Steps compose by convolution, done with the FFT on a window whose truncated tails (bounded by Chernoff) are counted
+//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021).
+
+use crate::error::{Error, Result};
+use rustfft::{Fft, FftPlanner, num_complex::Complex64};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Which two data sets must be hard to tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Neighbouring {
+    /// One record more or less.
+    #[default]
+    AddRemove,
+    /// One record exchanged for another.
+    ReplaceOne,
+}
+
+/// Steps of one kind: noise multiplier, sampling rate, how many.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Steps {
+    /// Noise multiplier σ: noise standard deviation over sensitivity.
+    pub sigma: f64,
+    /// Poisson sampling rate.
+    pub rate: f64,
+    /// Number of steps.
+    pub count: u64,
+}
+
+/// The history of a run, and the (ε, δ) it costs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Accountant {
+    history: Vec<Steps>,
+    /// Grid spacing h of privacy losses.
+    pub interval: f64,
+    /// Neighbouring relation.
+    pub neighbouring: Neighbouring,
+}
+
+impl Default for Accountant {
+    fn default() -> Self {
+        Accountant { history: Vec::new(), interval: 1e-4, neighbouring: Neighbouring::AddRemove }
+    }
+}
+
+/// Mass that truncation may move to infinite loss.
+const TAIL: f64 = 1e-15;
+
+impl Accountant {
+    /// An empty history, add/remove, h = 10⁻⁴.
+    pub fn new() -> Accountant {
+        Accountant::default()
+    }
+    /// Adds steps to the history; equal ones are merged, and order does not matter.
+    pub fn record(&mut self, sigma: f64, rate: f64, count: u64) -> Result<()> {
+        if !(sigma.is_finite() && sigma > 0.0) {
+            return Err(Error::privacy(format!("a noise multiplier of {sigma}: without noise ε is infinite")));
+        }
+        if !(0.0..=1.0).contains(&rate) {
+            return Err(Error::privacy(format!("a sampling rate of {rate}; it must lie in [0, 1]")));
+        }
+        match self.history.iter_mut().find(|s| s.sigma == sigma && s.rate == rate) {
+            Some(s) => s.count += count,
+            None => self.history.push(Steps { sigma, rate, count }),
+        }
+        Ok(())
+    }
+    /// Forgets everything.
+    pub fn reset(&mut self) {
+        self.history.clear();
+    }
+    /// Steps recorded so far.
+    pub fn steps(&self) -> u64 {
+        self.history.iter().map(|s| s.count).sum()
+    }
+    /// The history.
+    pub fn history(&self) -> &[Steps] {
+        &self.history
+    }
+    /// ε at δ: the smallest ε for which the recorded steps are (ε, δ)-private, from above.
+    pub fn epsilon(&self, delta: f64) -> Result<f64> {
+        if !(delta > 0.0 && delta < 1.0) {
+            return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
+        }
+        Ok(self.composed()?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max))
+    }
+    /// δ at ε, from above.
+    pub fn delta(&self, epsilon: f64) -> Result<f64> {
+        if epsilon.is_nan() {
+            return Err(Error::privacy("ε is not a number"));
+        }
+        Ok(self.composed()?.iter().map(|c| c.delta(epsilon)).fold(0.0, f64::max))
+    }
+    /// ε at δ after each of the given numbers of identical steps, sharing one transform.
+    pub fn epsilons(sigma: f64, rate: f64, counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
+        let mut a = Accountant { interval, ..Accountant::default() };
+        a.record(sigma, rate, counts.iter().copied().max().unwrap_or(0))?;
+        if a.steps() == 0 || rate == 0.0 {
+            return Ok(vec![0.0; counts.len()]);
+        }
+        let mut out = vec![0.0f64; counts.len()];
+        for one in one_step(sigma, rate, interval, a.neighbouring) {
+            let window = Window::new(&[(&one, a.steps())], interval);
+            let spectrum = window.transform(&one);
+            for (o, &n) in out.iter_mut().zip(counts) {
+                if n > 0 {
+                    *o = o.max(window.compose(&[(&one, &spectrum, n)]).epsilon(delta));
+                }
+            }
+        }
+        Ok(out)
+    }
+    /// The smallest noise multiplier (to 10⁻⁵, from above) for which `steps` steps at rate q cost at most (ε, δ).
+    pub fn calibrate(epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
+        if !(epsilon.is_finite() && epsilon > 0.0) {
+            return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
+        }
+        let cost = |sigma: f64, interval: f64| -> Result<f64> {
+            let mut a = Accountant { interval, ..Accountant::default() };
+            a.record(sigma, rate, steps)?;
+            a.epsilon(delta)
+        };
+        // Bracketed and narrowed on a coarse grid, whose ε is the larger, then finished on the fine one.
+        let coarse = (epsilon * 1e-3).clamp(1e-4, 1e-2);
+        let (mut low, mut high) = (0.05, 1.0);
+        while cost(high, coarse)? > epsilon {
+            low = high;
+            high *= 2.0;
+            if high > 1e6 {
+                return Err(Error::privacy(format!(
+                    "no noise multiplier up to 10⁶ gives ε = {epsilon} at δ = {delta} over {steps} steps at rate {rate}; \
+                     take fewer steps, a smaller batch, or a larger ε"
+                )));
+            }
+        }
+        while high - low > 1e-3 * high {
+            let mid = 0.5 * (low + high);
+            if cost(mid, coarse)? > epsilon { low = mid } else { high = mid }
+        }
+        let fine = 1e-4;
+        // `high` holds on the fine grid too; the fine answer may lie a little below the coarse bracket.
+        let mut low = low * 0.98;
+        while cost(low, fine)? <= epsilon && low > 0.05 {
+            high = low;
+            low *= 0.98;
+        }
+        while high - low > 1e-5 {
+            let mid = 0.5 * (low + high);
+            if cost(mid, fine)? > epsilon { low = mid } else { high = mid }
+        }
+        Ok(high)
+    }
+    /// The composed loss distributions, one per direction of the comparison.
+    fn composed(&self) -> Result<Vec<Composed>> {
+        let live: Vec<&Steps> = self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0).collect();
+        if live.is_empty() {
+            return Ok(Vec::new());
+        }
+        let steps: Vec<Vec<Pld>> =
+            live.iter().map(|s| one_step(s.sigma, s.rate, self.interval, self.neighbouring)).collect();
+        let directions = steps[0].len();
+        Ok((0..directions)
+            .map(|d| {
+                let parts: Vec<(&Pld, u64)> = steps.iter().zip(&live).map(|(p, s)| (&p[d], s.count)).collect();
+                let window = Window::new(&parts, self.interval);
+                let spectra: Vec<Vec<Complex64>> = parts.iter().map(|(p, _)| window.transform(p)).collect();
+                let terms: Vec<(&Pld, &Vec<Complex64>, u64)> =
+                    parts.iter().zip(&spectra).map(|((p, n), s)| (*p, s, *n)).collect();
+                window.compose(&terms)
+            })
+            .collect())
+    }
+}
+
+/// A discrete privacy-loss distribution: mass[i] at (first + i)·h, the rest at infinity.
+struct Pld {
+    first: i64,
+    mass: Vec<f64>,
+    infinite: f64,
+}
+
+/// Upper tail of the standard normal.
+fn q_tail(x: f64) -> f64 {
+    0.5 * libm::erfc(x * std::f64::consts::FRAC_1_SQRT_2)
+}
+
+/// One step's distributions: for add/remove, mixture against Gaussian and the reverse; for replace-one, mixture around
+/// +1 against mixture around −1 (symmetric).
+fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pld> {
+    // The largest loss that matters: beyond it lies less than the tail mass.
+    let reach = 9.5 * sigma;
+    match neighbouring {
+        Neighbouring::AddRemove => {
+            let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * sigma * sigma));
+            let (low, high) = (loss(-reach), loss(1.0 + reach));
+            let remove = |e: f64| {
+                let t = (e.exp() - (1.0 - rate)) / rate;
+                if t <= 0.0 {
+                    return -e.exp_m1();
+                }
+                let x = 0.5 + sigma * sigma * t.ln();
+                // (1−q)·Q(x/σ) + q·Q((x−1)/σ) − eᵉ·Q(x/σ), the first and last taken together.
+                (rate * q_tail((x - 1.0) / sigma) - (rate + e.exp_m1()) * q_tail(x / sigma)).max(0.0)
+            };
+            let add = |e: f64| {
+                let t = ((-e).exp() - (1.0 - rate)) / rate;
+                if t <= 0.0 {
+                    return 0.0;
+                }
+                let x = 0.5 + sigma * sigma * t.ln();
+                let (p, m) = (q_tail(-x / sigma), q_tail((1.0 - x) / sigma));
+                (p - e.exp() * ((1.0 - rate) * p + rate * m)).max(0.0)
+            };
+            vec![discretise(remove, low, high, h), discretise(add, -high, -low, h)]
+        }
+        Neighbouring::ReplaceOne => {
+            // P = (1−q)N(0) + qN(1), Q = (1−q)N(0) + qN(−1): the loss rises with x, and P(−x) = Q(x).
+            let s2 = sigma * sigma;
+            let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * s2)) - log_mix(rate, (-2.0 * x - 1.0) / (2.0 * s2));
+            let high = loss(1.0 + reach);
+            let divergence = |e: f64| {
+                // x where the loss is e, by bisection: the loss is monotone.
+                let (mut a, mut b) = (-2.0 - 2.0 * reach, 2.0 + 2.0 * reach);
+                for _ in 0..80 {
+                    let m = 0.5 * (a + b);
+                    if loss(m) > e { b = m } else { a = m }
+                }
+                let x = 0.5 * (a + b);
+                let p = (1.0 - rate) * q_tail(x / sigma) + rate * q_tail((x - 1.0) / sigma);
+                let m = (1.0 - rate) * q_tail(x / sigma) + rate * q_tail((x + 1.0) / sigma);
+                (p - e.exp() * m).max(0.0)
+            };
+            vec![discretise(divergence, -high, high, h)]
+        }
+    }
+}
+
+/// ln((1 − q) + q·eʸ), without overflow.
+fn log_mix(q: f64, y: f64) -> f64 {
+    if q >= 1.0 {
+        return y;
+    }
+    let (a, b) = ((1.0 - q).ln(), q.ln() + y);
+    let m = a.max(b);
+    m + ((a - m).exp() + (b - m).exp()).ln()
+}
+
+/// The grid distribution whose hockey-stick divergence is `d` at every grid point: the mass strictly above k is
+/// (D_k − e⁻ʰ·D_{k+1})/(1 − e⁻ʰ); what is left of D at the top is infinite loss, what is left of the mass goes to the
+/// lowest point.
+fn discretise(d: impl Fn(f64) -> f64, low: f64, high: f64, h: f64) -> Pld {
+    let (first, last) = ((low / h).floor() as i64, (high / h).ceil() as i64);
+    let n = (last - first + 1) as usize;
+    let div: Vec<f64> = (0..n).map(|i| d((first + i as i64) as f64 * h)).collect();
+    let (shrink, gap) = ((-h).exp(), -(-h).exp_m1());
+    let infinite = div[n - 1];
+    // above[i]: finite mass strictly above point i.
+    let mut above = vec![0.0f64; n];
+    for i in (0..n - 1).rev() {
+        let s = (div[i] - infinite - shrink * (div[i + 1] - infinite)) / gap;
+        // Rounding may not make the tail rise.
+        above[i] = s.max(above[i + 1]).min(1.0 - infinite);
+    }
+    let mut mass = vec![0.0f64; n];
+    mass[0] = (1.0 - infinite - above[0]).max(0.0);
+    for i in 1..n {
+        mass[i] = above[i - 1] - above[i];
+    }
+    Pld { first, mass, infinite }
+}
+
+impl Pld {
+    /// ln Σ p·e^{λ·loss} over finite losses.
+    fn log_mgf(&self, lambda: f64, h: f64) -> f64 {
+        let end = if lambda > 0.0 { self.first + self.mass.len() as i64 - 1 } else { self.first };
+        let m = lambda * end as f64 * h;
+        let (mut sum, mut term) = (0.0, (lambda * self.first as f64 * h - m).exp());
+        let step = (lambda * h).exp();
+        for (i, p) in self.mass.iter().enumerate() {
+            // The running product drifts; it is set right now and then.
+            if i % 1024 == 0 {
+                term = (lambda * (self.first + i as i64) as f64 * h - m).exp();
+            }
+            sum += p * term;
+            term *= step;
+        }
+        // Everything that counts underflowed against the far end: no bound from this λ.
+        if sum > 0.0 { m + sum.ln() } else { f64::INFINITY }
+    }
+}
+
+/// The window of composed losses, and the transform on it.
+struct Window {
+    h: f64,
+    first: i64,
+    size: usize,
+    forward: Arc<dyn Fft<f64>>,
+    inverse: Arc<dyn Fft<f64>>,
+}
+
+impl Window {
+    /// A window outside of which the composition has at most the tail mass on each side.
+    fn new(parts: &[(&Pld, u64)], h: f64) -> Window {
+        let log_mgf = |lambda: f64| parts.iter().map(|(p, n)| *n as f64 * p.log_mgf(lambda, h)).sum::<f64>();
+        let (mut high, mut low) = (f64::INFINITY, f64::NEG_INFINITY);
+        let mut lambda = 0.05;
+        while lambda < 3000.0 {
+            high = high.min((log_mgf(lambda) - TAIL.ln()) / lambda);
+            low = low.max(-(log_mgf(-lambda) - TAIL.ln()) / lambda);
+            lambda *= 1.6;
+        }
+        let min: i64 = parts.iter().map(|(p, n)| p.first * *n as i64).sum();
+        let max: i64 = parts.iter().map(|(p, n)| (p.first + p.mass.len() as i64) * *n as i64).sum();
+        let first = ((low / h).floor() as i64 - 1).max(min);
+        let last = ((high / h).ceil() as i64 + 1).min(max);
+        // One step has to fit as well.
+        let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
+        let size = ((last - first + 1).max(1) as usize).max(span).next_power_of_two();
+        let mut planner = FftPlanner::new();
+        Window { h, first, size, forward: planner.plan_fft_forward(size), inverse: planner.plan_fft_inverse(size) }
+    }
+    fn transform(&self, p: &Pld) -> Vec<Complex64> {
+        let mut x = vec![Complex64::default(); self.size];
+        for (i, &m) in p.mass.iter().enumerate() {
+            x[(p.first + i as i64).rem_euclid(self.size as i64) as usize].re += m;
+        }
+        self.forward.process(&mut x);
+        x
+    }
+    /// Π spectrumᵢ^nᵢ, back in losses.
+    fn compose(&self, terms: &[(&Pld, &Vec<Complex64>, u64)]) -> Composed {
+        let mut x: Vec<Complex64> = vec![Complex64::new(1.0, 0.0); self.size];
+        let mut finite = 0.0;
+        for (p, spectrum, n) in terms {
+            for (x, s) in x.iter_mut().zip(spectrum.iter()) {
+                *x *= power(*s, *n);
+            }
+            finite += *n as f64 * (-p.infinite).ln_1p();
+        }
+        self.inverse.process(&mut x);
+        let scale = 1.0 / self.size as f64;
+        let n = self.size as i64;
+        let mass = (0..n).map(|i| (x[(self.first + i).rem_euclid(n) as usize].re * scale).max(0.0)).collect();
+        Composed { h: self.h, first: self.first, mass, infinite: -finite.exp_m1() + 2.0 * TAIL }
+    }
+}
+
+/// zⁿ by squaring.
+fn power(mut z: Complex64, mut n: u64) -> Complex64 {
+    let mut out = Complex64::new(1.0, 0.0);
+    while n > 0 {
+        if n & 1 == 1 {
+            out *= z;
+        }
+        z *= z;
+        n >>= 1;
+    }
+    out
+}
+
+/// A composed loss distribution.
+struct Composed {
+    h: f64,
+    first: i64,
+    mass: Vec<f64>,
+    infinite: f64,
+}
+
+impl Composed {
+    /// ∞ + Σ over losses above ε of p·(1 − e^{ε − loss}).
+    fn delta(&self, epsilon: f64) -> f64 {
+        let start = ((epsilon / self.h).floor() as i64 + 1 - self.first).clamp(0, self.mass.len() as i64) as usize;
+        let sum: f64 = self.mass[start..]
+            .iter()
+            .enumerate()
+            .map(|(i, p)| -p * (epsilon - (self.first + (start + i) as i64) as f64 * self.h).exp_m1())
+            .sum();
+        (self.infinite + sum).min(1.0)
+    }
+    /// The smallest ε with delta(ε) ≤ δ.
+    fn epsilon(&self, delta: f64) -> f64 {
+        if self.infinite > delta {
+            return f64::INFINITY;
+        }
+        if self.delta(0.0) <= delta {
+            return 0.0;
+        }
+        // From the top down, with running sums Σp and Σp·e^{−loss}: δ(ε) = ∞ + Σp − eᵉ·Σp·e^{−loss}.
+        let (mut p_sum, mut weighted) = (0.0, 0.0);
+        for i in (0..self.mass.len()).rev() {
+            let loss = (self.first + i as i64) as f64 * self.h;
+            // δ at ε = this loss, with everything above it in the sums.
+            if self.infinite + p_sum - loss.exp() * weighted > delta {
+                break;
+            }
+            p_sum += self.mass[i];
+            weighted += self.mass[i] * (-loss).exp();
+            let below = loss - self.h;
+            if self.infinite + p_sum - below.exp() * weighted > delta {
+                return ((self.infinite + p_sum - delta) / weighted).ln().clamp(below.max(0.0), loss);
+            }
+        }
+        // Steep beyond floating point: bisection on the plain sum.
+        let (mut a, mut b) = (0.0, (self.first + self.mass.len() as i64) as f64 * self.h);
+        for _ in 0..100 {
+            let m = 0.5 * (a + b);
+            if self.delta(m) <= delta { b = m } else { a = m }
+        }
+        b
+    }
+}

@@ -1,0 +1,10 @@
+//! What private training is made of: clip functions and styles, the accountant, Poisson sampling.
+//! [`step::Privacy`](crate::step::Privacy) ties them together.
+
+pub mod accountant;
+pub mod clip;
+pub mod sampling;
+
+pub use accountant::{Accountant, Neighbouring};
+pub use clip::{ClipFn, ClipStyle};
+pub use sampling::PoissonSampler;

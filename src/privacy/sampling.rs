@@ -1,0 +1,48 @@
+//! Poisson sampling.
+
+use crate::error::{Error, Result};
+use crate::random::NoiseKey;
+
+/// Takes each record with the same probability, independently, at every step: the sampling the accountant assumes.
+/// Whether a record is in depends on (key, step, record) alone: any partition of the records over workers, and a
+/// resumed run, draw the same batches.
+#[derive(Clone, Debug)]
+pub struct PoissonSampler {
+    records: usize,
+    rate: f64,
+    key: NoiseKey,
+}
+
+impl PoissonSampler {
+    /// `records` records at rate q = `rate`.
+    pub fn new(records: usize, rate: f64, key: NoiseKey) -> Result<PoissonSampler> {
+        if !(rate > 0.0 && rate <= 1.0) {
+            return Err(Error::privacy(format!("a sampling rate of {rate}; it must lie in (0, 1]")));
+        }
+        Ok(PoissonSampler { records, rate, key })
+    }
+    /// Whether record `i` is in the batch of `step`.
+    pub fn includes(&self, step: u64, i: usize) -> bool {
+        self.key.uniform(step, i as u64) < self.rate
+    }
+    /// The batch of `step`, in ascending order. May be empty; the step is taken all the same.
+    pub fn batch(&self, step: u64) -> Vec<usize> {
+        (0..self.records).filter(|&i| self.includes(step, i)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_follow_the_rate_and_steps_differ() {
+        let s = PoissonSampler::new(2000, 0.1, NoiseKey::from_seed_for_tests(5)).unwrap();
+        let sizes: Vec<f64> = (0..50).map(|t| s.batch(t).len() as f64).collect();
+        let mean = sizes.iter().sum::<f64>() / 50.0;
+        // Standard error √(2000·0.1·0.9/50) ≈ 1.9.
+        assert!((mean - 200.0).abs() < 8.0, "{mean}");
+        assert_ne!(s.batch(0), s.batch(1));
+        assert_eq!(s.batch(3), s.batch(3));
+    }
+}

@@ -1,0 +1,10 @@
+//! Counter-based randomness: element i of a stream is a function of (key, i), so that any split of the work, any number
+//! of threads and any device give the same bits.
+//!
+//! [`philox`] for initial values, dropout and shuffling; [`chacha`] for privacy.
+
+pub mod chacha;
+pub mod philox;
+
+pub use chacha::{NoiseKey, add_gaussian};
+pub use philox::Rng;
