@@ -5,10 +5,12 @@
 //! complete folder or a temporary one that the next run removes. [`CheckpointFolder::latest`] verifies every byte
 //! before it returns a checkpoint, and falls back to an older one if it finds damage.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::de::DeserializeOwned;
@@ -96,6 +98,7 @@ impl CheckpointFolder {
     ) -> Result<PathBuf> {
         let name = format!("step-{step:010}");
         let folder = self.root.join(format!("{name}{}", unique_suffix()));
+        let _active = Active::new(&folder);
         fs::create_dir(&folder).map_err(|e| Error::io("create checkpoint", &folder, e))?;
         let written = self.write_into(&folder, step, score, write).and_then(|()| self.put_in_place(&folder, &name));
         if written.is_err() {
@@ -231,12 +234,36 @@ impl CheckpointFolder {
     }
 }
 
-/// Whether a temporary folder belongs to nobody: its process is gone, or is this one (which is not writing while it
-/// opens the folder, but may have inherited the number of a killed predecessor, as in a container), or it is a day old.
+/// Names of the temporary folders that this process is writing right now; they are unlike any other of its own.
+static ACTIVE: Mutex<BTreeSet<OsString>> = Mutex::new(BTreeSet::new());
+
+fn active() -> MutexGuard<'static, BTreeSet<OsString>> {
+    ACTIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A folder's entry in [`ACTIVE`], for as long as it is being written.
+struct Active(OsString);
+
+impl Active {
+    fn new(path: &Path) -> Self {
+        let name = path.file_name().unwrap_or_default().to_os_string();
+        active().insert(name.clone());
+        Active(name)
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        active().remove(&self.0);
+    }
+}
+
+/// Whether a temporary folder belongs to nobody: its process is gone, or has the number of this one (as in a container,
+/// where every run gets the same) but it is not among the folders being written, or it is a day old.
 fn abandoned(owner: &str, path: &Path) -> bool {
     let process = owner.split('-').next().and_then(|p| p.parse::<u32>().ok());
     let alive = match process {
-        Some(id) if id == std::process::id() => false,
+        Some(id) if id == std::process::id() => return path.file_name().is_none_or(|n| !active().contains(n)),
         Some(id) if cfg!(target_os = "linux") => Path::new("/proc").join(id.to_string()).exists(),
         Some(_) => true,
         None => false,
@@ -517,9 +544,13 @@ mod tests {
         fs::create_dir(scratch.join("step-0000000002.tmp-4294967295-0")).unwrap();
         fs::create_dir(scratch.join("step-0000000003.tmp-1-0")).unwrap();
         fs::create_dir(scratch.join("mine.tmp-4294967295-0")).unwrap();
+        let own = scratch.join(&format!("step-0000000004.tmp-{}-x", std::process::id()));
+        fs::create_dir(&own).unwrap();
         fs::rename(scratch.join("step-0000000001"), scratch.join("step-0000000001.replaced")).unwrap();
         let folder = CheckpointFolder::open(scratch.path()).unwrap();
-        assert!(!scratch.join("step-0000000002.tmp-4294967295-0").exists());
+        assert!(!scratch.join("step-0000000002.tmp-4294967295-0").exists() && !own.exists());
+        folder.save(5, None, |_| CheckpointFolder::open(scratch.path()).map(drop)).unwrap();
+        fs::remove_dir_all(scratch.join("step-0000000005")).unwrap();
         assert_eq!(scratch.join("step-0000000003.tmp-1-0").exists(), Path::new("/proc/1").exists());
         assert!(scratch.join("mine.tmp-4294967295-0").exists(), "other people's files are left alone");
         assert_eq!(folder.latest().unwrap().checkpoint.unwrap().step(), 1);

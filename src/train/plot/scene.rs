@@ -145,9 +145,17 @@ fn draw(out: &mut String, item: &Item) -> Result<()> {
             )
         }
         Item::Image { x, y, width, height, columns, colors } => {
-            let rows = colors.len() / (*columns).max(1);
-            let pixels: Vec<u8> = colors.iter().flat_map(|c| [c.0, c.1, c.2]).collect();
-            let png = super::raster::encode(*columns as u32, rows as u32, &pixels)?;
+            let columns = (*columns).max(1);
+            let rows = colors.len() / columns;
+            // About two pixels per pixel of the page, each cell repeated: some programs smooth what they enlarge.
+            let repeat = |size: f32, cells: usize| ((2.0 * size / cells.max(1) as f32).ceil() as usize).clamp(1, 128);
+            let (across, down) = (repeat(*width, columns), repeat(*height, rows));
+            let mut pixels = Vec::with_capacity(colors.len() * across * down * 3);
+            for row in colors.chunks_exact(columns) {
+                let line: Vec<u8> = row.iter().flat_map(|c| [c.0, c.1, c.2].repeat(across)).collect();
+                (0..down).for_each(|_| pixels.extend_from_slice(&line));
+            }
+            let png = super::raster::encode((columns * across) as u32, (rows * down) as u32, &pixels)?;
             writeln!(
                 out,
                 "<image x=\"{x:.2}\" y=\"{y:.2}\" width=\"{width:.2}\" height=\"{height:.2}\" preserveAspectRatio=\"none\" \
