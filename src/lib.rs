@@ -7,10 +7,13 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod io;
+pub mod models;
+pub mod nn;
 pub mod ops;
 pub mod optim;
 pub mod privacy;
 pub mod random;
+pub mod step;
 pub mod tensor;
 pub mod train;
 

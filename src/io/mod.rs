@@ -3,6 +3,7 @@
 //! Everything here works on bytes and JSON values, so that it can be tested (and used) without a tensor. One rule
 //! holds for every writer: the old file stays whole until the new one is on the disk.
 
+mod arrays;
 pub mod checkpoint;
 pub mod safetensors;
 
@@ -16,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
+pub use arrays::{arrays_of, entry, load_arrays, save_arrays};
 pub use checkpoint::{Checkpoint, CheckpointFolder, CheckpointWriter};
 pub use safetensors::{ElementType, Entry, SafeTensors, TensorInfo};
 

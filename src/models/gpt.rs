@@ -3,7 +3,6 @@
 //! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
 
 use crate::error::{Error, Result};
-use crate::io::safetensors;
 use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Params, TransformerBlock};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
@@ -222,7 +221,7 @@ impl Gpt {
         }
         let positions = Array::generate(&[b, t], DType::U32, |i| (past + i % t.max(1)) as f64);
         let s = ctx.samples.as_ref();
-        let x = embedding(&self.wte, ids, None, s)?.add(&embedding(&self.wpe, &positions, None, s)?)?;
+        let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(&self.wpe, &Tensor::new(positions), None, s)?)?;
         let mut x = self.drop.forward(&x, ctx)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = match &mut caches {
@@ -240,10 +239,9 @@ impl Gpt {
         let json = serde_json::to_vec_pretty(&self.config)
             .map_err(|e| Error::invalid("Gpt::save", format!("config does not serialise: {e}")))?;
         crate::io::write_atomic(&dir.join("config.json"), &json)?;
-        let named: Vec<(String, Array)> =
-            self.params.all().iter().map(|p| (format!("transformer.{}", p.name()), p.value())).collect();
-        let named = named.into_iter().map(|(n, a)| (n.replace("transformer.lm_head", "lm_head"), a)).collect::<Vec<_>>();
-        safetensors::save_arrays(&dir.join("model.safetensors"), &named, &[("format", "pt")])
+        let name = |n: &str| if n.starts_with("lm_head") { n.to_string() } else { format!("transformer.{n}") };
+        let named: Vec<(String, Array)> = self.params.all().iter().map(|p| (name(p.name()), p.value())).collect();
+        crate::io::save_arrays(&dir.join("model.safetensors"), &named, &[("format", "pt")])
     }
     /// Reads what [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.
     pub fn load(dir: impl AsRef<Path>) -> Result<Gpt> {
@@ -254,7 +252,7 @@ impl Gpt {
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
         let model = Gpt::new(config, 0)?;
         let path = dir.join("model.safetensors");
-        let found = safetensors::load_arrays(&path)?;
+        let found = crate::io::load_arrays(&path)?;
         for p in model.params.all() {
             let names = [p.name().to_string(), format!("transformer.{}", p.name())];
             let Some((_, a)) = found.iter().find(|(n, _)| names.contains(n)) else {

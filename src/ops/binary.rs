@@ -13,7 +13,7 @@ use crate::{Tensor, with_dtype, with_float};
 fn pair(g: &mut Gen, low: f64, high: f64) -> (Array, Array) {
     let rank = g.size(0, 3);
     let full = g.shape(rank);
-    let mut cut = |g: &mut Gen| -> Vec<usize> {
+    let cut = |g: &mut Gen| -> Vec<usize> {
         let lead = g.size(0, full.len());
         full[lead..].iter().map(|&s| if g.chance(0.3) { 1 } else { s }).collect()
     };
@@ -99,10 +99,10 @@ binary! {
     /// a/b.
     div / DIV, |x, y| x / y, |g| g / y, -g * x / (y * y), [0.4, 2.0], saves true;
     /// The larger of a and b; a tie sends the gradient to a.
-    maximum / MAXIMUM, |x, y| x.maximum(y), |g| if x >= y { g } else { T::ZERO }, if x >= y { T::ZERO } else { g },
+    maximum / MAXIMUM, |x, y| x.larger(y), |g| if x >= y { g } else { T::ZERO }, if x >= y { T::ZERO } else { g },
         [-2.0, 2.0], saves true;
     /// The smaller of a and b; a tie sends the gradient to a.
-    minimum / MINIMUM, |x, y| -(-x).maximum(-y), |g| if x <= y { g } else { T::ZERO }, if x <= y { T::ZERO } else { g },
+    minimum / MINIMUM, |x, y| -(-x).larger(-y), |g| if x <= y { g } else { T::ZERO }, if x <= y { T::ZERO } else { g },
         [-2.0, 2.0], saves true;
 }
 

@@ -44,7 +44,7 @@ impl Activation {
     pub(crate) fn of<T: Float>(self, x: T) -> T {
         match self {
             Activation::None => x,
-            Activation::Relu => x.maximum(T::ZERO),
+            Activation::Relu => x.larger(T::ZERO),
             Activation::Gelu => x.gelu(),
             Activation::GeluTanh => x.gelu_tanh(),
             Activation::Silu => x * x.sigmoid(),

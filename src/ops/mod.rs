@@ -7,16 +7,20 @@ use crate::error::Result;
 pub mod attention;
 pub mod binary;
 pub mod conv;
+pub mod dropout;
 pub mod embedding;
 pub mod grouped;
 pub mod index;
 pub mod linear;
+pub mod loss;
 pub mod matmul;
+pub mod norm;
 pub mod params;
 pub mod pool;
 pub mod reduce;
 pub mod rotary;
 pub mod segment;
+pub mod softmax;
 pub mod unary;
 pub mod view;
 
@@ -65,6 +69,10 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     embedding::OPS,
     segment::OPS,
     rotary::OPS,
+    norm::OPS,
+    softmax::OPS,
+    loss::OPS,
+    dropout::OPS,
     grouped::OPS,
     conv::OPS,
     pool::OPS,

@@ -64,7 +64,7 @@ fn case(g: &mut Gen, f: fn(&Tensor, &[isize], bool) -> Result<Tensor>) -> Result
     let dims: Vec<isize> = (0..rank as isize).filter(|_| g.chance(0.5)).collect();
     let keep = g.chance(0.5);
     // Distinct values, so that extremes have no ties.
-    let x = g.array(&shape);
+    let x = g.distinct(&shape);
     Ok(Case::new(vec![x], move |t| f(&t[0], &dims, keep)))
 }
 
@@ -105,12 +105,12 @@ static SORT: OpInfo = OpInfo {
             let shape = g.shape(2);
             let d = g.size(0, 1) as isize;
             let down = g.chance(0.5);
-            Ok(Case::new(vec![g.array(&shape)], move |t| Ok(t[0].sort(d, down)?.0)))
+            Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].sort(d, down)?.0)))
         },
         |g| {
             let shape = g.shape(2);
             let k = g.size(1, shape[1]);
-            Ok(Case::new(vec![g.array(&shape)], move |t| Ok(t[0].topk(k, -1)?.0)))
+            Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].topk(k, -1)?.0)))
         },
     ],
 };
@@ -213,7 +213,7 @@ impl Tensor {
             let mut out = Array::uninit(&kept, self.dtype());
             out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
                 let row = &x[r * cols..(r + 1) * cols];
-                let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.maximum(x));
+                let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.larger(x));
                 let s: T = row.iter().map(|&x| (x - m).exp()).sum();
                 *o = if m.finite() { m + s.ln() } else { m };
             });

@@ -384,7 +384,7 @@ fn softmax<T: Float>(x: &[T], width: usize, out: &mut [T]) {
         #[inline(always)]
         || {
             for row in x.chunks_exact(width) {
-                top.iter_mut().zip(row).for_each(|(m, &x)| *m = m.maximum(x));
+                top.iter_mut().zip(row).for_each(|(m, &x)| *m = m.larger(x));
             }
             // A column of −∞ only: any finite maximum makes its terms 0.
             top.iter_mut().for_each(|m| *m = if *m == T::NEG_INFINITY { T::ZERO } else { *m });

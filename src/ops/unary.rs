@@ -103,7 +103,7 @@ unary! {
     erf / ERF, Input, |x| x.erf(),
         |s| T::from_f64(std::f64::consts::FRAC_2_SQRT_PI) * (-s * s).exp(), [-2.0, 2.0], ();
     /// max(x, 0); the derivative at 0 is 0.
-    relu / RELU, Output, |x| x.maximum(T::ZERO), |s| if s > T::ZERO { T::ONE } else { T::ZERO }, [0.05, 2.0], ();
+    relu / RELU, Output, |x| x.larger(T::ZERO), |s| if s > T::ZERO { T::ONE } else { T::ZERO }, [0.05, 2.0], ();
     /// x for x > 0, `slope`·x otherwise.
     leaky_relu / LEAKY_RELU, Input, |x, slope| if x > T::ZERO { x } else { slope * x },
         |s| if s > T::ZERO { T::ONE } else { slope }, [-2.0, -0.05], (0.1);
@@ -165,8 +165,7 @@ impl Tensor {
     pub fn is_finite(&self) -> Result<Tensor> {
         let a = self.array();
         Ok(Tensor::new(with_dtype!(a.dtype(), T => ew::map::<T, u8>(a, |x| {
-            use crate::tensor::Element;
-            x.to_f64().is_finite() as u8
+            crate::tensor::Element::to_f64(x).is_finite() as u8
         }))))
     }
 }

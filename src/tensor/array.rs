@@ -93,10 +93,6 @@ impl Array {
     pub fn strides(&self) -> &[usize] {
         &self.strides
     }
-    /// First element's place in the storage, in elements.
-    pub(crate) fn offset(&self) -> usize {
-        self.offset
-    }
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype

@@ -160,7 +160,7 @@ pub trait Float:
     /// x to the power p.
     fn pow(self, p: Self) -> Self;
     /// The larger; NaN if either is NaN.
-    fn maximum(self, o: Self) -> Self;
+    fn larger(self, o: Self) -> Self;
     /// NaN.
     fn is_nan(self) -> bool;
     /// Not NaN and not infinite.
@@ -237,7 +237,7 @@ macro_rules! float {
             }
             #[inline(always)]
             fn softplus(self) -> Self {
-                self.maximum(0.0) + (1.0 + $math::exp(-<$t>::abs(self))).ln()
+                self.larger(0.0) + (1.0 + $math::exp(-<$t>::abs(self))).ln()
             }
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
@@ -248,7 +248,7 @@ macro_rules! float {
                 <$t>::powf(self, p)
             }
             #[inline(always)]
-            fn maximum(self, o: Self) -> Self {
+            fn larger(self, o: Self) -> Self {
                 if <$t>::is_nan(self) || <$t>::is_nan(o) {
                     <$t>::NAN
                 } else if self > o {

@@ -13,6 +13,7 @@ use super::pool::Buffer;
 use super::shared::Shared;
 use super::simd::simd;
 use crate::ops::attention::Span;
+use crate::random::philox::dropout_uniform;
 use crate::tensor::{Array, Float};
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,17 +56,10 @@ impl Problem {
             None => 1.0,
             Some((p, seed)) => {
                 let index = ((b * self.heads + h) * self.queries + i) * self.keys + j;
-                if uniform(seed, index as u64) < p { 0.0 } else { 1.0 / (1.0 - p) }
+                if dropout_uniform(seed, index as u64) < p as f32 { 0.0 } else { 1.0 / (1.0 - p) }
             }
         }
     }
-}
-
-fn uniform(seed: u64, index: u64) -> f64 {
-    let mut z = seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// A `[B, T, H, D]` operand with unit stride along D.

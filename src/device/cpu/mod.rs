@@ -3,6 +3,7 @@ pub mod attention;
 pub mod elementwise;
 pub mod factored;
 pub mod gemm;
+pub mod normalize;
 pub mod par;
 pub mod pool;
 pub mod reduce;

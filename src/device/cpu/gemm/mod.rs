@@ -209,7 +209,7 @@ impl<T: Float> Store<'_, T> {
                         || match act {
                             Activation::Gelu => t.iter_mut().for_each(|x| *x = x.gelu()),
                             Activation::GeluTanh => t.iter_mut().for_each(|x| *x = x.gelu_tanh()),
-                            Activation::Relu => t.iter_mut().for_each(|x| *x = x.maximum(T::ZERO)),
+                            Activation::Relu => t.iter_mut().for_each(|x| *x = x.larger(T::ZERO)),
                             other => t.iter_mut().for_each(|x| *x = other.of(*x)),
                         },
                     );

@@ -1,0 +1,51 @@
+//! Arrays as safetensors entries.
+
+use super::safetensors::{self, ElementType, Entry, SafeTensors};
+use crate::error::{Error, Result};
+use crate::tensor::{Array, DType};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The element type in the file.
+fn element(dtype: DType) -> ElementType {
+    match dtype {
+        DType::F32 => ElementType::F32,
+        DType::F64 => ElementType::F64,
+        DType::BF16 => ElementType::BF16,
+        DType::F16 => ElementType::F16,
+        DType::U32 => ElementType::U32,
+        DType::I64 => ElementType::I64,
+        DType::U8 => ElementType::U8,
+    }
+}
+
+/// An array as an entry that owns its bytes.
+pub fn entry<'a>(name: &'a str, a: &Array) -> Entry<'a> {
+    Entry { name: name.into(), dtype: element(a.dtype()), shape: a.shape().to_vec(), bytes: a.to_bytes().into() }
+}
+
+/// Writes named arrays as one safetensors file, atomically.
+pub fn save_arrays(path: impl AsRef<Path>, arrays: &[(String, Array)], metadata: &[(&str, &str)]) -> Result<()> {
+    let entries: Vec<Entry> = arrays.iter().map(|(n, a)| entry(n, a)).collect();
+    let metadata: BTreeMap<String, String> = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    safetensors::write(path, &entries, &metadata)
+}
+
+/// Reads every tensor of a safetensors file. Element types this crate does not compute with are an error.
+pub fn load_arrays(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> {
+    arrays_of(&SafeTensors::open(path)?)
+}
+
+/// Every tensor of an open file.
+pub fn arrays_of(file: &SafeTensors) -> Result<Vec<(String, Array)>> {
+    let known = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8];
+    file.read_all()?
+        .into_iter()
+        .map(|e| {
+            let dtype = known.into_iter().find(|&d| element(d) == e.dtype).ok_or_else(|| {
+                Error::format(file.path(), format!("tensor {} is {}, which is not supported", e.name, e.dtype.name()))
+            })?;
+            Ok((e.name.to_string(), Array::from_bytes(&e.bytes, &e.shape, dtype)?))
+        })
+        .collect()
+}

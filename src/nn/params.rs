@@ -1,0 +1,117 @@
+//! The parameter store: one place for saving, counting, freezing.
+
+use crate::error::{Error, Result};
+use crate::random::philox;
+use crate::tensor::{Array, DType};
+use crate::Param;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Initial values.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Init {
+    /// N(0, std²).
+    Normal {
+        /// Standard deviation.
+        std: f64,
+    },
+    /// Uniform in ±bound.
+    Uniform {
+        /// Half the width.
+        bound: f64,
+    },
+    /// All 0.
+    Zeros,
+    /// All 1.
+    Ones,
+    /// Uniform in ±1/√fan_in, the fan-in being the product of all dimensions but the first (PyTorch's default).
+    KaimingUniform,
+}
+
+/// Parameters under scoped names. A clone, and every scope made with [`Params::at`], is a handle on the same store.
+///
+/// ```
+/// use prismgrad::{DType, nn::{Init, Params}};
+/// let params = Params::new(0, DType::F32);
+/// let w = params.at("h").at("0").param("weight", &[2, 3], Init::Zeros).unwrap();
+/// assert_eq!(w.name(), "h.0.weight");
+/// assert_eq!(params.count(), 6);
+/// ```
+#[derive(Clone)]
+pub struct Params {
+    store: Arc<Mutex<Vec<Param>>>,
+    prefix: String,
+    seed: u64,
+    dtype: DType,
+}
+
+/// A stable 64-bit hash of a name (FNV-1a).
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3))
+}
+
+impl Params {
+    /// An empty store. Initial values depend on `seed` and the parameter's full name only.
+    pub fn new(seed: u64, dtype: DType) -> Params {
+        Params { store: Arc::default(), prefix: String::new(), seed, dtype }
+    }
+    /// The scope `name` within this one.
+    pub fn at(&self, name: &str) -> Params {
+        Params { prefix: self.full(name), ..self.clone() }
+    }
+    fn full(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }
+    }
+    fn lock(&self) -> MutexGuard<'_, Vec<Param>> {
+        self.store.lock().unwrap_or_else(|e| e.into_inner())
+    }
+    /// A new parameter in this scope. Fails if the name is taken.
+    pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        let name = self.full(name);
+        let mut store = self.lock();
+        if store.iter().any(|p| p.name() == name) {
+            return Err(Error::invalid("Params::param", format!("{name} exists already; use another scope")));
+        }
+        let (seed, stream) = (self.seed, hash(&name));
+        let uniform = |bound: f64| {
+            Array::generate(shape, self.dtype, move |i| bound * (2.0 * philox::uniform(seed, stream, i as u64) - 1.0))
+        };
+        let value = match init {
+            Init::Zeros => Array::zeros(shape, self.dtype),
+            Init::Ones => Array::ones(shape, self.dtype),
+            Init::Normal { std } => {
+                Array::generate(shape, self.dtype, move |i| std * philox::normal(seed, stream, i as u64))
+            }
+            Init::Uniform { bound } => uniform(bound),
+            Init::KaimingUniform => {
+                uniform(1.0 / (shape.iter().skip(1).product::<usize>().max(1) as f64).sqrt())
+            }
+        };
+        let param = Param::new(name, value);
+        store.push(param.clone());
+        Ok(param)
+    }
+    /// All parameters of the store below this scope, in order of creation.
+    pub fn all(&self) -> Vec<Param> {
+        let below = format!("{}.", self.prefix);
+        self.lock().iter().filter(|p| self.prefix.is_empty() || p.name().starts_with(&below)).cloned().collect()
+    }
+    /// The parameter with this name in this scope.
+    pub fn get(&self, name: &str) -> Option<Param> {
+        let name = self.full(name);
+        self.lock().iter().find(|p| p.name() == name).cloned()
+    }
+    /// Number of elements below this scope.
+    pub fn count(&self) -> usize {
+        self.all().iter().map(Param::numel).sum()
+    }
+    /// Freezes or thaws everything below this scope; returns how many parameters that were.
+    pub fn set_trainable(&self, on: bool) -> usize {
+        let all = self.all();
+        all.iter().for_each(|p| p.set_trainable(on));
+        all.len()
+    }
+    /// A number for a layer without parameters, from its full name: the stream of its dropout masks.
+    pub fn id(&self, name: &str) -> u64 {
+        hash(&self.full(name))
+    }
+}
