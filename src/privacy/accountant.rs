@@ -62,11 +62,15 @@ impl Accountant {
         if !(sigma.is_finite() && sigma > 0.0) {
             return Err(Error::privacy(format!("a noise multiplier of {sigma}: without noise ε is infinite")));
         }
+        // Below, losses leave the range of floating point; ε would be in the hundreds.
+        if sigma < 0.05 {
+            return Err(Error::privacy(format!("a noise multiplier of {sigma}: below 0.05 there is no privacy to account")));
+        }
         if !(0.0..=1.0).contains(&rate) {
             return Err(Error::privacy(format!("a sampling rate of {rate}; it must lie in [0, 1]")));
         }
         match self.history.iter_mut().find(|s| s.sigma == sigma && s.rate == rate) {
-            Some(s) => s.count += count,
+            Some(s) => s.count = s.count.saturating_add(count),
             None => self.history.push(Steps { sigma, rate, count }),
         }
         Ok(())
@@ -99,6 +103,9 @@ impl Accountant {
     }
     /// ε at δ after each of the given numbers of identical steps, sharing one transform.
     pub fn epsilons(sigma: f64, rate: f64, counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
+        if !(delta > 0.0 && delta < 1.0) {
+            return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
+        }
         let mut a = Accountant { interval, ..Accountant::default() };
         a.record(sigma, rate, counts.iter().copied().max().unwrap_or(0))?;
         if a.steps() == 0 || rate == 0.0 {
@@ -158,6 +165,9 @@ impl Accountant {
     }
     /// The composed loss distributions, one per direction of the comparison.
     fn composed(&self) -> Result<Vec<Composed>> {
+        if !(self.interval >= 1e-6 && self.interval <= 0.1) {
+            return Err(Error::invalid("Accountant", format!("a grid spacing of {}; use 1e-6 to 0.1", self.interval)));
+        }
         let live: Vec<&Steps> = self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0).collect();
         if live.is_empty() {
             return Ok(Vec::new());

@@ -44,6 +44,15 @@ impl ClipFn {
             ClipFn::Global => (n <= threshold) as u8 as f64,
         }
     }
+    /// Refuses parameters under which the stated sensitivity would not hold.
+    pub fn validate(self) -> crate::Result<()> {
+        match self {
+            ClipFn::AutoS { gamma } if !(gamma.is_finite() && gamma > 0.0) => Err(crate::Error::privacy(format!(
+                "AUTO-S with γ = {gamma}: it must be positive, or gradients could exceed the threshold"
+            ))),
+            _ => Ok(()),
+        }
+    }
     /// The largest norm a clipped gradient can have.
     pub fn sensitivity(self, threshold: f64) -> f64 {
         match self {

@@ -2,7 +2,7 @@
 //!
 //! The noise of element e at step s is a function of (key, s, e). Block b of step s is the ChaCha20 block with counter b
 //! and nonce (domain, s); its 16 words give 8 Box–Muller pairs: 16 normals. Each uniform has 32 bits, so |z| reaches
-//! √(2·ln 2³³) ≈ 6.76. Only additions, multiplications, square roots and integer operations are used, in a fixed order
+//! √(2·ln 2³³) ≈ 6.76. Only additions, multiplications, divisions, square roots and integer operations are used, in a fixed order
 //! and never fused: the same bits at every vector width and on every device.
 
 use crate::device::cpu::par::par_chunks;
@@ -44,14 +44,28 @@ impl NoiseKey {
     fn words(&self) -> [u32; 8] {
         std::array::from_fn(|i| u32::from_le_bytes([self.0[4 * i], self.0[4 * i + 1], self.0[4 * i + 2], self.0[4 * i + 3]]))
     }
-    /// Uniform in [0, 1) for (step, index), in a stream apart from the noise: Poisson sampling.
+    /// Uniforms in [0, 1) of (step, 0..n), in a stream apart from the noise: Poisson sampling.
+    pub fn uniforms(&self, step: u64, n: usize) -> Vec<f64> {
+        let (words, mut out) = (self.words(), Vec::with_capacity(n.next_multiple_of(8)));
+        for block in 0..n.div_ceil(8) as u64 {
+            let mut x = [[0u32; 1]; 16];
+            blocks::<1>(&words, [block], SAMPLING, step, &mut x);
+            out.extend(x.chunks_exact(2).map(|w| to_unit(w[0][0], w[1][0])));
+        }
+        out.truncate(n);
+        out
+    }
+    /// One of [`NoiseKey::uniforms`].
     pub fn uniform(&self, step: u64, index: u64) -> f64 {
         let mut out = [[0u32; 1]; 16];
         blocks::<1>(&self.words(), [index / 8], SAMPLING, step, &mut out);
         let h = 2 * (index % 8) as usize;
-        let bits = out[h][0] as u64 | (out[h + 1][0] as u64) << 32;
-        (bits >> 11) as f64 / (1u64 << 53) as f64
+        to_unit(out[h][0], out[h + 1][0])
     }
+}
+
+fn to_unit(low: u32, high: u32) -> f64 {
+    ((low as u64 | (high as u64) << 32) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 impl fmt::Debug for NoiseKey {
@@ -118,47 +132,41 @@ fn blocks<const L: usize>(key: &[u32; 8], counter: [u64; L], domain: u32, step: 
 /// Two normals from two words.
 #[inline(always)]
 fn box_muller(a: u32, b: u32) -> (f32, f32) {
-    // u = (a + ½)/2³² in (0, 1). For small u the leading bits of `a` decide the exponent, so none are lost to rounding.
-    let u = a as f32 * f32::from_bits(0x2f80_0000) + f32::from_bits(0x2f00_0000);
-    let r = (-2.0 * ln(u)).sqrt();
+    let r = (-2.0 * ln_uniform(a)).sqrt();
     let (s, c) = sin_cos_turn(b);
     (r * c, r * s)
 }
 
-/// Natural logarithm of a normal positive float, relative error about 10⁻⁷.
+/// ln u for u = (a + ½)/2³² in (0, 1), relative error about 10⁻⁷ at both ends: near 1 it is taken from 1 − u, which the
+/// complement of `a` gives without rounding.
 #[inline(always)]
-#[allow(clippy::excessive_precision)]
-fn ln(x: f32) -> f32 {
-    let bits = x.to_bits() as i32;
-    // Mantissa in [√½, √2).
+fn ln_uniform(a: u32) -> f32 {
+    let part = |a: u32| a as f32 * f32::from_bits(0x2f80_0000) + f32::from_bits(0x2f00_0000);
+    // u = 2ᵉ·(1 + m) with 1 + m in [√½, √2).
+    let bits = part(a).to_bits() as i32;
     let e = (bits - 0x3f35_04f3) >> 23;
     let m = f32::from_bits((bits - (e << 23)) as u32) - 1.0;
-    let z = m * m;
-    let p = 7.037_683_6e-2;
-    let p = p * m - 1.151_461_03e-1;
-    let p = p * m + 1.167_699_87e-1;
-    let p = p * m - 1.242_014_08e-1;
-    let p = p * m + 1.424_932_28e-1;
-    let p = p * m - 1.666_805_77e-1;
-    let p = p * m + 2.000_071_48e-1;
-    let p = p * m - 2.499_999_40e-1;
-    let p = p * m + 3.333_333_13e-1;
-    let e = e as f32;
-    let y = p * m * z - 0.5 * z + e * -2.121_944_40e-4;
-    m + y + e * 0.693_359_375
+    let near_one = a >= 0xc000_0000;
+    let m = if near_one { -part(!a) } else { m };
+    let e = if near_one { 0.0 } else { e as f32 };
+    // ln(1 + m) = 2·artanh(s) with s = m/(2 + m), |s| ≤ 0.172: the next term of the series is 10⁻⁹.
+    let s = m / (2.0 + m);
+    let z = s * s;
+    let p = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0))));
+    // ln 2 in two parts, the first exact in nine bits.
+    e * 0.693_359_375 + (e * -2.121_944_4e-4 + 2.0 * s * p)
 }
 
-/// Sine and cosine of b/2³² of a turn.
+/// Sine and cosine of b/2³² of a turn, by their series on an eighth of a turn either side.
 #[inline(always)]
-#[allow(clippy::excessive_precision)]
 fn sin_cos_turn(b: u32) -> (f32, f32) {
     // Quarter turns to the nearest, remainder in [−⅛, ⅛) of a turn, exactly.
     let q = b.wrapping_add(1 << 29) >> 30;
     let rest = b.wrapping_sub(q << 30) as i32;
     let t = rest as f32 * (std::f32::consts::TAU / 4_294_967_296.0);
     let z = t * t;
-    let s = t + t * z * (-1.666_665_5e-1 + z * (8.332_161e-3 + z * -1.951_529_6e-4));
-    let c = 1.0 - 0.5 * z + z * z * (4.166_664_6e-2 + z * (-1.388_731_6e-3 + z * 2.443_315_7e-5));
+    let s = t * (1.0 + z * (-1.0 / 6.0 + z * (1.0 / 120.0 + z * (-1.0 / 5040.0 + z * (1.0 / 362_880.0)))));
+    let c = 1.0 + z * (-0.5 + z * (1.0 / 24.0 + z * (-1.0 / 720.0 + z * (1.0 / 40_320.0))));
     let (a, d) = if q & 1 == 0 { (s, c) } else { (c, s) };
     let a = if q & 2 == 0 { a } else { -a };
     let d = if (q + 1) & 2 == 0 { d } else { -d };

@@ -38,7 +38,7 @@ pub struct StepReport {
     pub non_finite: usize,
     /// Share of (sample, group) pairs whose norm exceeded the threshold (private training only).
     pub clipped: f64,
-    /// ε spent so far at the configured δ (private training only).
+    /// ε spent so far at the configured δ, rounded up (private training only); [`Privacy::epsilon`] is exact.
     pub epsilon: Option<f64>,
 }
 
@@ -100,7 +100,7 @@ impl TrainStep {
     pub fn next_batch(&self) -> Result<Vec<usize>> {
         match &self.privacy {
             Some(p) => Ok(p.batch(self.steps)),
-            None => Err(Error::invalid("next_batch", "a plain step has no sampler; draw batches with data::ShuffledEpochs")),
+            None => Err(Error::invalid("next_batch", "a plain step has no sampler; draw batches with data::shuffled")),
         }
     }
 
@@ -209,6 +209,7 @@ pub fn clipped_gradient(
     clip: ClipFn,
     threshold: f64,
 ) -> Result<Vec<Array>> {
+    clip.validate()?;
     let flat = Flat::new(params)?;
     let clipping = Clipping::new(style, clip, threshold, flat.params())?;
     let mut grads = Array::zeros(&[flat.numel()], flat.dtype());

@@ -64,6 +64,7 @@ impl PrivacyConfig {
             self.threshold.is_finite() && self.threshold > 0.0,
             format!("a clipping threshold of {}; it must be positive", self.threshold),
         )?;
+        self.clip.validate()?;
         if let Some(s) = self.noise_multiplier {
             need(s.is_finite() && s > 0.0, format!("a noise multiplier of {s}: without noise there is no privacy"))?;
         }
@@ -78,6 +79,8 @@ pub struct Privacy {
     key: NoiseKey,
     sampler: PoissonSampler,
     accountant: Accountant,
+    /// ε after some numbers of steps, rising: what is reported in between is the next larger entry.
+    ladder: Vec<(u64, f64)>,
     clipping: Clipping,
 }
 
@@ -92,10 +95,22 @@ impl Privacy {
             None => Accountant::calibrate(config.epsilon, config.delta, q, config.steps)?,
         };
         let sampler = PoissonSampler::new(config.records, q, key.clone())?;
+        let rungs = config.steps.min(24);
+        let counts: Vec<u64> = (1..=rungs).map(|i| (config.steps * i).div_ceil(rungs)).collect();
+        let coarse = Accountant::epsilons(sigma, q, &counts, config.delta, 1e-3)?;
+        let mut ladder: Vec<(u64, f64)> = counts.into_iter().zip(coarse).collect();
+        let mut whole = Accountant::new();
+        whole.record(sigma, q, config.steps)?;
+        if let Some(last) = ladder.last_mut() {
+            last.1 = whole.epsilon(config.delta)?;
+            let top = last.1;
+            ladder.iter_mut().for_each(|(_, e)| *e = e.min(top));
+        }
         Ok(Privacy {
             sigma,
             sampler,
             accountant: Accountant::new(),
+            ladder,
             clipping: Clipping::default(),
             key,
             config,
@@ -132,21 +147,30 @@ impl Privacy {
     pub(super) fn batch(&self, step: u64) -> Vec<usize> {
         self.sampler.batch(step)
     }
-    /// ε spent after `steps` steps, at the configured δ.
+    /// ε spent after `steps` steps at the configured δ, to the accountant's full resolution.
     pub fn epsilon(&self, steps: u64) -> Result<f64> {
         if steps == 0 {
             return Ok(0.0);
         }
-        let mut a = self.accountant.clone();
-        a.reset();
+        let mut a = Accountant::new();
         a.record(self.sigma, self.rate(), steps)?;
         a.epsilon(self.config.delta)
     }
-    /// Records the step about to be taken, or refuses it. Returns ε with it included.
+    /// An upper bound on [`Privacy::epsilon`] that costs nothing: the next larger value of a table made at the start.
+    fn epsilon_bound(&self, steps: u64) -> Result<f64> {
+        match self.ladder.iter().find(|(n, _)| *n >= steps) {
+            Some((_, e)) => Ok(*e),
+            None => self.epsilon(steps),
+        }
+    }
+    /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
     pub(super) fn admit(&mut self, done: u64) -> Result<f64> {
-        let epsilon = self.epsilon(done + 1)?;
+        let epsilon = self.epsilon_bound(done + 1)?;
         if epsilon > self.config.epsilon * (1.0 + 1e-9) {
-            return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: done });
+            let epsilon = self.epsilon(done + 1)?;
+            if epsilon > self.config.epsilon * (1.0 + 1e-9) {
+                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: done });
+            }
         }
         self.accountant.record(self.sigma, self.rate(), 1)?;
         Ok(epsilon)
