@@ -1,19 +1,319 @@
-fn main() {
-    use prismgrad::device::cpu::gemm::{matmul, Mat};
-    for (m, k, n) in [(1024usize, 1024usize, 1024usize), (4096, 768, 3072), (2048, 256, 1024)] {
-        for (ta, tb) in [(false, false), (true, false), (false, true)] {
-            let a = vec![0.5f32; m * k]; let b = vec![0.25f32; k * n]; let mut c = vec![0f32; m * n];
-            let mut best = f64::MAX; let mut all = vec![];
-            for _ in 0..12 {
-                let ma = if ta { Mat::new(&a, k, m).t() } else { Mat::new(&a, m, k) };
-                let mb = if tb { Mat::new(&b, n, k).t() } else { Mat::new(&b, k, n) };
-                let t = std::time::Instant::now();
-                matmul(ma, mb, false, &mut c);
-                let s = t.elapsed().as_secs_f64(); best = best.min(s); all.push(s);
+//! The cases on which speed is compared, one JSON line each:
+//!
+//! ```text
+//! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate]
+//! ```
+//!
+//! `gemm/MxKxN`, `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
+//! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
+//! `base_rss_mb` is what the process held before it.
+
+use prismgrad::device::cpu::gemm::{Mat, matmul};
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::{Ctx, Init, Linear, Params};
+use prismgrad::ops::attention::{AttentionOptions, Span, attention};
+use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
+use prismgrad::ops::norm::layer_norm;
+use prismgrad::optim::{AdamW, Schedule};
+use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::random::{NoiseKey, philox};
+use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::{Array, DType, Param, Result, Tensor};
+use std::time::Instant;
+
+/// What a case is measured in.
+#[derive(Clone, Copy)]
+enum Work {
+    Gflop(f64),
+    Gigabytes(f64),
+    Tokens(f64, f64),
+    None,
+}
+
+type Step = Box<dyn FnMut() -> Result<()>>;
+type Make = fn(&str) -> Result<(Step, Work, usize)>;
+
+const NAMES: &[(&str, Make)] = &[
+    ("gemm/1024x1024x1024", gemm),
+    ("gemm/4096x768x3072", gemm),
+    ("gemm/2048x256x1024", gemm),
+    ("gpt/S", gpt),
+    ("gpt/M", gpt),
+    ("mlp", mlp),
+    ("elt/copy", elt),
+    ("elt/add", elt),
+    ("elt/gelu", elt),
+    ("elt/gelu_bwd", elt),
+    ("elt/softmax", elt),
+    ("elt/softmax_bwd", elt),
+    ("elt/layernorm", elt),
+    ("elt/layernorm_bwd", elt),
+    ("elt/sum", elt),
+    ("attn/causal", attn),
+    ("attn/causal_fwd", attn),
+    ("attn/window256", attn),
+    ("attn/window256_fwd", attn),
+    ("attn/block256", attn),
+    ("attn/block256_fwd", attn),
+    ("dp/gptS/nonprivate", dp),
+    ("dp/gptS/layer-wise", dp),
+    ("dp/gptS/all-layer", dp),
+    ("dp/gptS/param-wise", dp),
+    ("dp/gptM/nonprivate", dp),
+    ("dp/gptM/layer-wise", dp),
+    ("dp/gptM/all-layer", dp),
+    ("dp/gptM/param-wise", dp),
+    ("dp/mlp/nonprivate", dp),
+    ("dp/mlp/layer-wise", dp),
+    ("dp/mlp/all-layer", dp),
+    ("dp/mlp/param-wise", dp),
+];
+
+fn random(shape: &[usize], seed: u64) -> Array {
+    Array::generate(shape, DType::F32, |i| 2.0 * philox::uniform(seed, 7, i as u64) - 1.0)
+}
+
+fn ids(shape: &[usize], below: usize, seed: u64) -> Array {
+    Array::generate(shape, DType::U32, |i| (philox::bits(seed, 9, i as u64) % below as u64) as f64)
+}
+
+fn gemm(name: &str) -> Result<(Step, Work, usize)> {
+    let d: Vec<usize> = name[5..].split('x').filter_map(|x| x.parse().ok()).collect();
+    let (m, k, n) = (d[0], d[1], d[2]);
+    let (a, b) = (random(&[m, k], 1), random(&[k, n], 2));
+    let mut c = vec![0f32; m * n];
+    let step = move || {
+        matmul(Mat::new(a.as_slice::<f32>()?, m, k), Mat::new(b.as_slice::<f32>()?, k, n), false, &mut c);
+        Ok(())
+    };
+    Ok((Box::new(step), Work::Gflop(2.0 * (m * k * n) as f64 / 1e9), 0))
+}
+
+fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
+    let c = if name.ends_with('S') { (512, 4, 256, 4) } else { (4096, 6, 384, 6) };
+    let mut config = GptConfig::small(c.0, 256, c.1, c.2, c.3);
+    config.tie_word_embeddings = false;
+    Ok((Gpt::new(config, 1)?, ids(&[8, 256], c.0, 3), ids(&[8, 256], c.0, 4)))
+}
+
+fn gpt(name: &str) -> Result<(Step, Work, usize)> {
+    let (model, x, y) = gpt_model(name)?;
+    let params = model.params().count();
+    let mut step = TrainStep::plain(&model.params().all(), AdamW::default(), Schedule::constant(1e-3))?;
+    let gflop = if name.ends_with('S') { 43.5 } else { 157.0 };
+    let run = move || step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).map(|_| ());
+    Ok((Box::new(run), Work::Tokens(2048.0, gflop), params))
+}
+
+struct Mlp([Linear; 3]);
+impl Mlp {
+    fn new(params: &Params) -> Result<Mlp> {
+        let l = |n: &str, i, o| Linear::new(&params.at(n), i, o, true, Layout::OutIn, Init::KaimingUniform);
+        Ok(Mlp([l("0", 784, 512)?, l("1", 512, 512)?, l("2", 512, 10)?]))
+    }
+    fn losses(&self, x: &Tensor, y: &Array) -> Result<Tensor> {
+        let c = Ctx::train(0);
+        let h = self.0[0].forward_act(x, Activation::Relu, &c)?;
+        let h = self.0[1].forward_act(&h, Activation::Relu, &c)?;
+        cross_entropy(&self.0[2].forward(&h, &c)?, y, &CrossEntropy::default())
+    }
+}
+
+fn mlp(_: &str) -> Result<(Step, Work, usize)> {
+    let params = Params::new(1, DType::F32);
+    let model = Mlp::new(&params)?;
+    let (x, y) = (Tensor::new(random(&[256, 784], 1)), ids(&[256], 10, 2));
+    let mut step = TrainStep::plain(&params.all(), AdamW::default(), Schedule::constant(1e-3))?;
+    let gflop = 6.0 * 256.0 * (784.0 * 512.0 + 512.0 * 512.0 + 5120.0) / 1e9;
+    Ok((
+        Box::new(move || step.run([()], |_| model.losses(&x, &y)).map(|_| ())),
+        Work::Gflop(gflop),
+        params.count(),
+    ))
+}
+
+fn elt(name: &str) -> Result<(Step, Work, usize)> {
+    let (op, shape) = (name[4..].to_string(), [16384, 1024]);
+    let x = Tensor::new(random(&shape, 1));
+    let y = Tensor::new(random(&shape, 2));
+    let (w, b) = (Param::new("w", Array::ones(&[1024], DType::F32)), Param::new("b", Array::zeros(&[1024], DType::F32)));
+    w.set_trainable(false);
+    b.set_trainable(false);
+    let bytes = 64.0 * 1048576.0 / 1e9;
+    let forward = move |op: &str, x: &Tensor| match op {
+        "gelu" => x.gelu(),
+        "softmax" => x.softmax(-1),
+        _ => layer_norm(x, Some(&w), Some(&b), 1e-5, None),
+    };
+    let passes = match op.as_str() {
+        "add" | "gelu_bwd" | "softmax_bwd" | "layernorm_bwd" => 3.0,
+        "sum" => 1.0,
+        _ => 2.0,
+    };
+    let step: Step = match op.as_str() {
+        "copy" => Box::new(move || {
+            x.array().copy();
+            Ok(())
+        }),
+        "add" => Box::new(move || x.add(&y).map(|_| ())),
+        "sum" => Box::new(move || x.sum(&[], false).map(|_| ())),
+        op if op.ends_with("_bwd") => {
+            let leaf = Tensor::leaf(x.into_array());
+            let out = forward(op.trim_end_matches("_bwd"), &leaf)?;
+            let seed = y.into_array();
+            Box::new(move || out.backward_from(seed.clone(), true, &mut prismgrad::Gradients::default()))
+        }
+        _ => Box::new(move || forward(&op, &x).map(|_| ())),
+    };
+    Ok((step, Work::Gigabytes(passes * bytes), 0))
+}
+
+fn attn(name: &str) -> Result<(Step, Work, usize)> {
+    let (n, d, h) = (2048usize, 64usize, 8usize);
+    let span = match name[5..].trim_end_matches("_fwd") {
+        "causal" => Span::Causal,
+        "window256" => Span::Window(256),
+        _ => Span::Block(256),
+    };
+    let pairs: usize = (0..n)
+        .map(|i| match span {
+            Span::Window(w) => (i + 1).min(w),
+            Span::Block(b) => i % b + 1,
+            _ => i + 1,
+        })
+        .sum();
+    let shape = [1, n, h, d];
+    let t: Vec<Tensor> = (0..3).map(|i| Tensor::leaf(random(&shape, i))).collect();
+    let seed = random(&shape, 9);
+    let options = AttentionOptions::new(span);
+    let fwd_only = name.ends_with("_fwd");
+    let flops = (if fwd_only { 4.0 } else { 14.0 }) * (pairs * d * h) as f64;
+    let step = move || {
+        if fwd_only {
+            return prismgrad::no_grad(|| attention(&t[0], &t[1], &t[2], &options)).map(|_| ());
+        }
+        let y = attention(&t[0], &t[1], &t[2], &options)?;
+        y.backward_from(seed.clone(), false, &mut prismgrad::Gradients::default())
+    };
+    Ok((Box::new(step), Work::Gflop(flops / 1e9), 0))
+}
+
+fn dp(name: &str) -> Result<(Step, Work, usize)> {
+    let (model, style) = name[3..].split_once('/').unwrap_or_default();
+    let make = |params: &[Param], batch: usize| -> Result<TrainStep> {
+        let (optimizer, schedule) = (AdamW::default(), Schedule::constant(1e-3));
+        if style == "nonprivate" {
+            return TrainStep::plain(params, optimizer, schedule);
+        }
+        let mut c = PrivacyConfig::new(1e6, 1e-6, 100_000, batch as f64, 1_000_000);
+        c.style = style.parse::<ClipStyle>()?;
+        c.clip = ClipFn::Abadi;
+        c.noise_multiplier = Some(1.0);
+        TrainStep::private(params, Privacy::new(c, NoiseKey::from_seed_for_tests(1))?, optimizer, schedule)
+    };
+    if model == "mlp" {
+        let params = Params::new(1, DType::F32);
+        let m = Mlp::new(&params)?;
+        let (x, y) = (Tensor::new(random(&[256, 784], 1)), ids(&[256], 10, 2));
+        let mut step = make(&params.all(), 256)?;
+        return Ok((Box::new(move || step.run([()], |_| m.losses(&x, &y)).map(|_| ())), Work::None, params.count()));
+    }
+    let (m, x, y) = gpt_model(model)?;
+    let params = m.params().count();
+    let mut step = make(&m.params().all(), 8)?;
+    Ok((
+        Box::new(move || step.run([()], |_| m.losses(&x, &y, &Ctx::train(0))).map(|_| ())),
+        Work::Tokens(2048.0, 0.0),
+        params,
+    ))
+}
+
+/// A field of /proc/self/status, in MB.
+fn status(field: &str) -> f64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find(|l| l.starts_with(field)).unwrap_or("");
+    line.split_whitespace().nth(1).and_then(|v| v.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
+}
+
+fn measure(name: &str, make: Make, min_seconds: f64, threads: usize) -> Result<()> {
+    let base = status("VmRSS");
+    let (mut step, work, params) = make(name)?;
+    step()?;
+    step()?;
+    let (mut times, begin) = (Vec::new(), Instant::now());
+    while times.len() < 5 || begin.elapsed().as_secs_f64() < min_seconds {
+        let t = Instant::now();
+        step()?;
+        times.push(t.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    let median = times[times.len() / 2];
+    let mut line = serde_json::json!({
+        "tool": "prismgrad", "version": env!("CARGO_PKG_VERSION"), "case": format!("{name}/f32"),
+        "device": "cpu", "median_ms": median * 1e3, "min_ms": times[0] * 1e3,
+        "p90_ms": times[(times.len() * 9 / 10).min(times.len() - 1)] * 1e3, "reps": times.len(),
+        "peak_rss_mb": status("VmHWM"), "base_rss_mb": base, "threads": threads,
+    });
+    let mut put = |k: &str, v: f64| line[k] = serde_json::json!((v * 100.0).round() / 100.0);
+    match work {
+        Work::Gflop(g) => put("gflops", g / median),
+        Work::Gigabytes(g) => put("gb_per_s", g / median),
+        Work::Tokens(t, g) => {
+            put("tokens_per_s", t / median);
+            if g > 0.0 {
+                put("gflops", g / median);
             }
-            all.sort_by(f64::total_cmp);
-            let g = 2.0 * (m * k * n) as f64 / 1e9;
-            println!("{m}x{k}x{n} ta {ta} tb {tb}: median {:.0} best {:.0} GFLOP/s", g / all[6], g / best);
+        }
+        Work::None => {}
+    }
+    if params > 0 {
+        put("params", params as f64);
+    }
+    println!("{line}");
+    Ok(())
+}
+
+fn main() {
+    if let Err(message) = run() {
+        eprintln!("bench_cases: {message}");
+        std::process::exit(2);
+    }
+}
+
+fn run() -> std::result::Result<(), String> {
+    let (mut wanted, mut min_seconds, mut isolate, mut exact, mut threads) = (Vec::new(), 3.0, false, false, 0usize);
+    let mut args = std::env::args().skip(1);
+    while let Some(a) = args.next() {
+        let mut value = |name: &str| args.next().ok_or(format!("{name} needs a value"));
+        match a.as_str() {
+            "--isolate" => isolate = true,
+            "--exact" => exact = true,
+            "--list" => NAMES.iter().for_each(|(n, _)| println!("{n}")),
+            "--threads" => threads = value(&a)?.parse().map_err(|e| format!("--threads: {e}"))?,
+            "--min-seconds" => min_seconds = value(&a)?.parse().map_err(|e| format!("--min-seconds: {e}"))?,
+            o if o.starts_with("--") => return Err(format!("unknown option {o}; known are --threads --min-seconds --isolate --list")),
+            _ => wanted.push(a),
         }
     }
+    let cases: Vec<_> =
+        NAMES.iter().filter(|(n, _)| wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) })).collect();
+    if cases.is_empty() {
+        return Err(format!("no case contains {wanted:?}; --list names them"));
+    }
+    if isolate && cases.len() > 1 {
+        let me = std::env::current_exe().map_err(|e| e.to_string())?;
+        for (n, _) in cases {
+            let mut c = std::process::Command::new(&me);
+            c.args([n, "--min-seconds", &min_seconds.to_string(), "--threads", &threads.to_string()]);
+            c.arg("--exact");
+            c.status().map_err(|e| format!("{n}: {e}"))?;
+        }
+        return Ok(());
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|e| e.to_string())?;
+    for (n, make) in cases {
+        measure(n, *make, min_seconds, rayon::current_num_threads()).map_err(|e| format!("{n}: {e}"))?;
+    }
+    Ok(())
 }
