@@ -28,25 +28,19 @@ impl Args {
                 }
                 exit(0);
             }
-            let (key, inline) = match word.split_once('=') {
-                Some((key, value)) => (key.to_string(), Some(value.to_string())),
-                None => (word.clone(), None),
-            };
-            let Some(&(name, default, _)) = options.iter().find(|o| key.strip_prefix("--") == Some(o.0)) else {
+            let Some(&(name, default, _)) = options.iter().find(|o| word.strip_prefix("--") == Some(o.0)) else {
                 let known: Vec<String> = options.iter().map(|o| format!("--{}", o.0)).collect();
                 fail(format!("there is no option '{word}'; choose from {}, or ask for --help", known.join(", ")));
             };
-            if args.given.iter().any(|g| g.0 == name) {
+            if args.has(name) {
                 fail(format!("--{name} is there twice; give it once"));
             }
-            let value = match (default.is_empty(), inline) {
-                (true, Some(_)) => fail(format!("--{name} takes no value; write it alone")),
-                (true, None) => String::new(),
-                (false, Some(value)) => value,
-                (false, None) => match words.next().filter(|w| !w.starts_with("--")) {
-                    Some(value) => value,
-                    None => fail(format!("--{name} needs a value, such as --{name} {default}")),
-                },
+            let value = match default {
+                "" => String::new(),
+                _ => words
+                    .next()
+                    .filter(|w| !w.starts_with("--"))
+                    .unwrap_or_else(|| fail(format!("--{name} needs a value, such as --{name} {default}"))),
             };
             args.given.push((name, value));
         }
@@ -78,7 +72,15 @@ impl Args {
     }
 }
 
-/// Ends the program with a message and code 2.
+/// Ends the program: with code 0, or a message and code 1 if the work failed.
+pub fn finish(result: prismgrad::Result<()>) {
+    if let Err(e) = result {
+        eprintln!("error: {e}");
+        exit(1)
+    }
+}
+
+/// Ends the program with a message about its options and code 2.
 pub fn fail(message: impl Display) -> ! {
     eprintln!("error: {message}");
     exit(2)
