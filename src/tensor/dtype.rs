@@ -273,8 +273,8 @@ float!(f64, math64);
 
 
 /// Runs the body with `$t` bound to the Rust type of a compute dtype (f32 or f64); the halves must have been cast.
+/// The body is a [`Result`](crate::Result); any other dtype is an error that names `$op`.
 #[macro_export]
-#[doc(hidden)]
 macro_rules! with_float {
     ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
         match $dtype {

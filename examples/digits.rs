@@ -1,0 +1,181 @@
+//! Digits of 8×8 pixels, learned by a perceptron or a small convolutional network, plainly or with differential
+//! privacy. Shows the two training steps, clipping styles, the privacy budget, and a run folder with plots.
+//!
+//! ```text
+//! cargo run --release --example digits
+//! cargo run --release --example digits -- --model convnet --out runs/convnet
+//! cargo run --release --example digits -- --private --epsilon 3 --out runs/private
+//! ```
+
+#[path = "common/args.rs"]
+mod args;
+
+use prismgrad::data::{Images, digits, shuffled};
+use prismgrad::nn::{Conv2d, Ctx, Init, Linear, Params};
+use prismgrad::ops::conv::Conv;
+use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
+use prismgrad::optim::{AdamW, Schedule, Sgd};
+use prismgrad::privacy::ClipStyle;
+use prismgrad::random::NoiseKey;
+use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::train::plot::{LineChart, Series};
+use prismgrad::train::run::{Existing, RunFolder};
+use prismgrad::{Array, DType, Result, Tensor, no_grad};
+use serde_json::json;
+use std::time::Instant;
+
+const OPTIONS: &[args::Opt] = &[
+    ("model", "mlp", "mlp (64-32-10, tanh) or convnet (two convolutions and a linear layer)"),
+    ("private", "", "train with differential privacy"),
+    ("epsilon", "3", "privacy budget ε at δ = 1e-4, with --private"),
+    ("style", "layer-wise", "clipping groups, with --private: all-layer, layer-wise or parameter-wise"),
+    ("epochs", "30", "passes over the training images"),
+    ("seed", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
+    ("out", "runs/digits", "run folder"),
+    ("overwrite", "", "replace a run that is in the folder already"),
+];
+const DELTA: f64 = 1e-4;
+const BATCH: usize = 64;
+const PRIVATE_BATCH: f64 = 128.0;
+
+type Model = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+/// `[B, 64]` → `[B, 10]`.
+fn mlp(params: &Params) -> Result<Model> {
+    let a = Linear::new(&params.at("hidden"), 64, 32, true, Layout::OutIn, Init::KaimingUniform)?;
+    let b = Linear::new(&params.at("out"), 32, 10, true, Layout::OutIn, Init::KaimingUniform)?;
+    Ok(Box::new(move |x| b.forward(&a.forward_act(x, Activation::Tanh, &Ctx::eval())?, &Ctx::eval())))
+}
+
+/// The same through 16 and 32 channels, each followed by a pool that halves the sides.
+fn convnet(params: &Params) -> Result<Model> {
+    let conv = |name: &str, from: usize, to: usize| {
+        let scope = params.at(name);
+        let weight = scope.param("weight", &[to, from, 3, 3], Init::KaimingUniform)?;
+        Conv2d::new(weight, Some(scope.param("bias", &[to], Init::Zeros)?), Conv::default().padding(1))
+    };
+    let (a, b) = (conv("conv1", 1, 16)?, conv("conv2", 16, 32)?);
+    let out = Linear::new(&params.at("out"), 128, 10, true, Layout::OutIn, Init::KaimingUniform)?;
+    Ok(Box::new(move |x| {
+        let count = x.shape()[0];
+        let x = a.forward(&x.reshape(&[count, 1, 8, 8])?, None)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
+        let x = b.forward(&x, None)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
+        out.forward(&x.reshape(&[count, 128])?, &Ctx::eval())
+    }))
+}
+
+/// The logits of some images, and one loss per image.
+fn losses(model: &Model, images: &Images, indices: &[usize]) -> Result<(Tensor, Tensor)> {
+    let (pixels, labels) = images.batch(indices)?;
+    let logits = model(&Tensor::from_slice(&pixels, &[indices.len(), images.size()])?)?;
+    let losses = cross_entropy(&logits, &Array::from_slice(&labels, &[labels.len()])?, &CrossEntropy::default())?;
+    Ok((logits, losses))
+}
+
+/// Accuracy and mean loss.
+fn evaluate(model: &Model, images: &Images) -> Result<(f64, f64)> {
+    let all: Vec<usize> = (0..images.len()).collect();
+    let (logits, losses) = no_grad(|| losses(model, images, &all))?;
+    let read = logits.argmax(-1)?.array().to_f64();
+    let right = read.iter().zip(&images.labels).filter(|&(&r, &l)| r == f64::from(l)).count();
+    Ok((right as f64 / images.len() as f64, losses.mean(&[0], false)?.item()?))
+}
+
+fn run() -> Result<()> {
+    let args = args::Args::parse("digits", "Learns handwritten digits, plainly or privately.", OPTIONS);
+    let name = args.choice("model", &[("mlp", "mlp"), ("convnet", "convnet")]);
+    let private = args.has("private");
+    if let Some(option) = ["epsilon", "style"].into_iter().find(|o| args.has(o) && !private) {
+        args::fail(format!("--{option} has no effect on plain training; add --private or leave it out"));
+    }
+    let epsilon = args.get("epsilon", "a positive number, such as 3", |e: &f64| e.is_finite() && *e > 0.0);
+    let style = args.choice(
+        "style",
+        &[
+            ("all-layer", ClipStyle::AllLayer),
+            ("layer-wise", ClipStyle::LayerWise),
+            ("parameter-wise", ClipStyle::ParameterWise),
+        ],
+    );
+    let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
+    let seed: u64 = args.get("seed", "a whole number, 0 or more", |_| true);
+
+    // The split is the same whatever the seed, so that runs compare.
+    let (train, test) = digits()?.shuffled(0).split(1400.0 / 1797.0);
+    let params = Params::new(seed, DType::F32);
+    let model = if name == "mlp" { mlp(&params)? } else { convnet(&params)? };
+    let batch = if private { PRIVATE_BATCH } else { BATCH as f64 };
+    let steps_at = |epoch: u64| (epoch as f64 * train.len() as f64 / batch).round() as u64;
+    let total = steps_at(epochs);
+    let lr = if private { 2.0 } else { 4e-3 };
+    let mut step = if private {
+        let config = PrivacyConfig { style, ..PrivacyConfig::new(epsilon, DELTA, train.len(), batch, total) };
+        let key = if args.has("seed") {
+            eprintln!("With --seed, sampling and noise are repeatable: this run is NOT private.");
+            NoiseKey::from_seed_for_tests(seed)
+        } else {
+            NoiseKey::from_os()?
+        };
+        let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
+        TrainStep::private(&params.all(), Privacy::new(config, key)?, sgd, Schedule::constant(lr))?
+    } else {
+        TrainStep::plain(&params.all(), AdamW::default(), Schedule::cosine(lr, 20, total))?
+    };
+    let config = json!({
+        "model": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": args.has("seed").then_some(seed),
+        "privacy": step.privacy().map(|p| p.config()),
+    });
+    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
+    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    println!("{name}: {} parameters, {} training and {} test images", params.count(), train.len(), test.len());
+    if let Some(p) = step.privacy() {
+        println!(
+            "{style:?} clipping, noise multiplier {:.3}, {total} steps at rate {:.4}",
+            p.noise_multiplier(),
+            p.rate()
+        );
+    }
+
+    let start = Instant::now();
+    let (mut accuracy, mut loss) = (0.0, 0.0);
+    for epoch in 1..=epochs {
+        let mut report = None;
+        if private {
+            while step.steps() < steps_at(epoch) {
+                // A Poisson batch varies in size; an empty one has no chunk, and its step is noise only.
+                let batch = step.next_batch()?;
+                report = Some(step.run(batch.chunks(512), |part| Ok(losses(&model, &train, part)?.1))?);
+            }
+        } else {
+            for batch in shuffled(train.len(), seed.wrapping_mul(1_000_003).wrapping_add(epoch)).chunks(BATCH) {
+                report = Some(step.run([batch], |part| Ok(losses(&model, &train, part)?.1))?);
+            }
+        }
+        // Measured on the test images: the training loss would tell about the records that a private run protects.
+        (accuracy, loss) = evaluate(&model, &test)?;
+        let spent = report.and_then(|r| r.epsilon);
+        folder.log(step.steps(), &json!({"epoch": epoch, "accuracy": accuracy, "loss": loss, "epsilon": spent}))?;
+        let spent = spent.map_or(String::new(), |e| format!("  ε {e:.3}"));
+        println!("epoch {epoch:>3}  test accuracy {accuracy:.4}  test loss {loss:.4}{spent}");
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let spent = step.privacy().map(|p| p.epsilon(step.steps())).transpose()?;
+    for (field, title) in [("accuracy", "Test accuracy"), ("loss", "Test loss"), ("epsilon", "Privacy spent, ε")] {
+        let points = folder.series(field)?;
+        if !points.is_empty() {
+            let chart = LineChart::new(format!("Digits, {name}: {}", title.to_lowercase()));
+            chart.x_label("step").y_label(title).series(Series::new(field, points)).save(folder.plot(field))?;
+        }
+    }
+    folder.finish(&json!({
+        "accuracy": accuracy, "loss": loss, "steps": step.steps(), "seconds": seconds, "epsilon": spent,
+        "delta": spent.map(|_| DELTA), "repeatable": !private || args.has("seed"),
+    }))?;
+    println!("accuracy {accuracy:.4} after {seconds:.1} s; run, plots and summary in {}", folder.path().display());
+    Ok(())
+}
+
+fn main() {
+    args::finish(run());
+}
