@@ -46,7 +46,8 @@ impl PrivacyConfig {
             noise_multiplier: None,
         }
     }
-    fn validate(&self) -> Result<()> {
+    /// Refuses what makes no sense, naming it; done again wherever the configuration is used.
+    pub fn check(&self) -> Result<()> {
         let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
         need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
         need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {}; it must lie between 0 and 1", self.delta))?;
@@ -88,7 +89,7 @@ impl Privacy {
     /// Validates the target and calibrates the noise. `key` must be secret and fresh for every run
     /// ([`NoiseKey::from_os`]); sampling and noise are derived from it.
     pub fn new(config: PrivacyConfig, key: NoiseKey) -> Result<Privacy> {
-        config.validate()?;
+        config.check()?;
         let q = config.batch / config.records as f64;
         let sigma = match config.noise_multiplier {
             Some(s) => s,

@@ -4,6 +4,7 @@ pub mod interrupt;
 pub mod plot;
 pub mod progress;
 pub mod run;
+pub mod state;
 
 pub use interrupt::interrupted;
 pub use progress::Progress;

@@ -1,0 +1,367 @@
+//! A private language model on a plain CPU, in a few minutes, without a download:
+//!
+//! ```text
+//! cargo run --release --example quickstart
+//! ```
+//!
+//! 1. Pre-trains a small GPT on public text: the sources of the crates this build depends on.
+//! 2. Continues *privately* (ε = 8 by default) on this repository's own files, or on `--private-text DIR`.
+//! 3. Trains the same model privately from scratch, at the same ε, for comparison.
+//!
+//! What is protected is one record: a chunk of `--seq` tokens of the private text. The tokenizer is trained on public
+//! text only. The run folder holds metrics, a plot of the three curves, checkpoints, and a text sample of each model.
+
+#[path = "common/args.rs"]
+mod args;
+
+use args::{Args, Opt};
+use prismgrad::data::{Bpe, CrateSources, Folder, Tokenizer, Windows, shuffled};
+use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
+use prismgrad::nn::Ctx;
+use prismgrad::optim::{AdamW, Schedule};
+use prismgrad::random::NoiseKey;
+use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep};
+use prismgrad::train::plot::{LineChart, Series};
+use prismgrad::train::{Existing, Progress, RunFolder, interrupt, interrupted, state};
+use prismgrad::{Array, Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+const OPTIONS: &[Opt] = &[
+    ("private-text", "DIR", "folder of private text files; this repository's own by default"),
+    ("epsilon", "8", "privacy budget"),
+    ("delta", "auto", "below 1/records; a tenth of that by default"),
+    ("style", "layer-wise", "clipping: all-layer, layer-wise or parameter-wise"),
+    ("minutes", "2.2", "roughly how long: scales the number of steps"),
+    ("layers", "2", "transformer blocks"),
+    ("width", "128", "model width, a multiple of 32"),
+    ("seq", "64", "tokens of a record"),
+    ("vocab", "1024", "tokens of the vocabulary, 300 or more"),
+    ("batch", "128", "expected private batch, in records"),
+    ("lr", "0.002", "peak learning rate"),
+    ("seed", "0", "of initial values and public batches (the noise key is secret and fresh)"),
+    ("out", "runs/quickstart", "run folder"),
+    ("resume", "", "go on from the last checkpoint in --out"),
+    ("overwrite", "", "replace the run in --out"),
+];
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Config {
+    private_text: String,
+    epsilon: f64,
+    delta: f64,
+    style: String,
+    public_steps: u64,
+    private_steps: u64,
+    layers: usize,
+    width: usize,
+    seq: usize,
+    vocab: usize,
+    batch: f64,
+    lr: f64,
+    seed: u64,
+    records: usize,
+}
+
+/// The three curves, in the order in which they are trained.
+const PHASES: [&str; 3] = ["public pre-training", "private, continued", "private, from scratch"];
+
+#[derive(Serialize, Deserialize)]
+struct Position {
+    phase: usize,
+}
+
+struct Data {
+    tokenizer: Bpe,
+    public: Windows,
+    private: Windows,
+    held_out: Windows,
+}
+
+fn main() {
+    let args = Args::parse("quickstart", "Pre-trains a small GPT publicly and continues privately.", OPTIONS);
+    args::finish(run(&args));
+}
+
+fn run(args: &Args) -> Result<()> {
+    let positive = |v: &f64| *v > 0.0 && v.is_finite();
+    let minutes = args.get("minutes", "a positive number", positive);
+    let private_text = match args.text("private-text") {
+        "DIR" => env!("CARGO_MANIFEST_DIR").to_string(),
+        dir => dir.to_string(),
+    };
+    let mut config = Config {
+        private_text: private_text.clone(),
+        epsilon: args.get("epsilon", "a positive number, such as 8", positive),
+        delta: 0.0,
+        style: args.text("style").to_string(),
+        public_steps: ((260.0 * minutes / 2.2) as u64).max(4),
+        private_steps: ((90.0 * minutes / 2.2) as u64).max(4),
+        layers: args.get("layers", "1 to 48", |v| (1..=48).contains(v)),
+        width: args.get("width", "a multiple of 32 up to 2048", |v| *v > 0 && *v <= 2048 && v % 32 == 0),
+        seq: args.get("seq", "8 to 4096", |v| (8..=4096).contains(v)),
+        vocab: args.get("vocab", "300 to 50000", |v| (300..=50_000).contains(v)),
+        batch: args.get("batch", "1 or more", |v: &f64| *v >= 1.0 && v.is_finite()),
+        lr: args.get("lr", "a positive number below 1", |v| *v > 0.0 && *v < 1.0),
+        seed: args.get("seed", "a whole number", |_| true),
+        records: 0,
+    };
+    println!("reading public text (sources of this build's dependencies) and private text ({private_text})");
+    let data = load(&config, &private_text)?;
+    config.records = data.private.len();
+    config.delta = match args.text("delta") {
+        "auto" => 0.1 / config.records as f64,
+        _ => args.get("delta", "a number between 0 and 1", |v| *v > 0.0 && *v < 1.0),
+    };
+    println!(
+        "{} public and {} private records of {} tokens; {} held out",
+        data.public.len(),
+        data.private.len(),
+        config.seq,
+        data.held_out.len()
+    );
+    let existing = match (args.has("resume"), args.has("overwrite")) {
+        (true, true) => return Err(Error::invalid("quickstart", "--resume and --overwrite exclude each other")),
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
+    // Everything about privacy is checked before the folder is touched.
+    privacy_config(&config)?.check()?;
+    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    if folder.finished() && folder.resumed() {
+        println!("{} is finished already", folder.path().display());
+        return Ok(());
+    }
+    interrupt::install()?;
+    let key = secret_key(folder.path())?;
+    let checkpoints = folder.checkpoints()?.keep_last(4);
+    let latest = checkpoints.latest()?;
+    latest.warnings.iter().for_each(|w| eprintln!("{w}"));
+    let mut from = if folder.resumed() { latest.checkpoint } else { None };
+    let start = match &from {
+        Some(c) => state::extra::<Position>(c)?.phase,
+        None => 0,
+    };
+    folder.rewind(from.as_ref().map_or(0, |c| c.step()))?;
+    let mut epsilon = 0.0;
+    for (phase, name) in PHASES.iter().enumerate().skip(start) {
+        let model = Gpt::new(model_config(&config), config.seed)?;
+        if phase == 1 && from.as_ref().is_none_or(|c| state::extra::<Position>(c).is_ok_and(|p| p.phase < 1)) {
+            // The private phase starts from the public model.
+            copy(&Gpt::load(folder.path().join("model-0"))?, &model)?;
+        }
+        let mut step = make_step(&config, phase, &model, &key)?;
+        if let Some(c) = from.take() {
+            state::load::<Position>(&c, model.params(), &mut step)?;
+            println!("resumed {name} at step {}", step.steps());
+        }
+        if let Some(p) = step.privacy() {
+            epsilon = p.epsilon(config.private_steps)?;
+            println!(
+                "{name}: noise multiplier {:.4}, sensitivity {:.3}, rate {:.4}, {} steps give ε = {epsilon:.3} at δ = {:.1e}",
+                p.noise_multiplier(),
+                p.sensitivity(),
+                p.rate(),
+                config.private_steps,
+                config.delta
+            );
+        }
+        train(&config, phase, &model, &mut step, &data, &mut folder, &checkpoints)?;
+        model.save(folder.path().join(format!("model-{phase}")))?;
+    }
+    finish(&config, &data, &mut folder, epsilon)
+}
+
+fn load(config: &Config, private_text: &str) -> Result<Data> {
+    let public = CrateSources::new().max_bytes(3 << 20).load()?;
+    let private = Folder::new(private_text).max_bytes(4 << 20).load()?;
+    let tokenizer = Bpe::train(public.texts(), config.vocab)?;
+    let (private, held_out) = private.split(0.15, 1);
+    let windows = |c: prismgrad::data::Corpus| c.tokenize(&tokenizer).chunks(config.seq);
+    let (public, private, held_out) = (windows(public)?, windows(private)?, windows(held_out)?);
+    for (name, w) in [("private", &private), ("held-out", &held_out)] {
+        if w.len() < 16 {
+            let message = format!("only {} {name} records in {private_text}; give --private-text more text", w.len());
+            return Err(Error::invalid("quickstart", message));
+        }
+    }
+    Ok(Data { tokenizer, public, private, held_out })
+}
+
+fn model_config(c: &Config) -> GptConfig {
+    GptConfig::small(c.vocab, c.seq, c.layers, c.width, c.width / 32)
+}
+
+fn privacy_config(c: &Config) -> Result<PrivacyConfig> {
+    let batch = c.batch.min(c.records as f64);
+    let mut p = PrivacyConfig::new(c.epsilon, c.delta, c.records, batch, c.private_steps);
+    p.style = c.style.parse()?;
+    Ok(p)
+}
+
+fn make_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2]) -> Result<TrainStep> {
+    let params = model.params().all();
+    if phase == 0 {
+        return TrainStep::plain(&params, AdamW::default(), Schedule::cosine(c.lr, 20, c.public_steps));
+    }
+    // Each private run has a key of its own: the same noise in two runs would cancel in their difference.
+    let privacy = Privacy::new(privacy_config(c)?, key[phase - 1].clone())?;
+    let lr = if phase == 1 { 0.5 * c.lr } else { c.lr };
+    TrainStep::private(&params, privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
+}
+
+/// Two secret keys kept beside the run until it is finished, so that a resumed run repeats its noise exactly.
+fn secret_key(folder: &Path) -> Result<[NoiseKey; 2]> {
+    let path = folder.join("noise.key");
+    if let Ok(bytes) = std::fs::read(&path)
+        && let Ok(bytes) = <[u8; 64]>::try_from(bytes)
+    {
+        let half = |i: usize| std::array::from_fn(|k| bytes[32 * i + k]);
+        return Ok([NoiseKey::from_bytes(half(0)), NoiseKey::from_bytes(half(1))]);
+    }
+    let keys = [NoiseKey::from_os()?, NoiseKey::from_os()?];
+    let bytes = [keys[0].to_bytes(), keys[1].to_bytes()].concat();
+    prismgrad::io::write_atomic(&path, &bytes)?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
+            .map_err(|e| Error::io("protect the noise key", &path, e))?;
+    }
+    Ok(keys)
+}
+
+fn copy(from: &Gpt, to: &Gpt) -> Result<()> {
+    from.params().all().iter().zip(to.params().all()).try_for_each(|(a, b)| b.set(a.value()))
+}
+
+fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<prismgrad::Tensor> {
+    let (x, y) = w.batch(records)?;
+    let shape = [records.len(), w.seq_len()];
+    model.losses(&Array::from_slice(&x, &shape)?, &Array::from_slice(&y, &shape)?, ctx)
+}
+
+/// Mean loss on held-out private text, in nats per token. Reported for the demonstration; it is not private.
+fn evaluate(model: &Gpt, w: &Windows) -> Result<f64> {
+    let records: Vec<usize> = shuffled(w.len(), 3).into_iter().take(128).collect();
+    let mut sum = 0.0;
+    for part in records.chunks(64) {
+        let l = prismgrad::no_grad(|| losses(model, w, part, &Ctx::eval()))?;
+        sum += l.array().to_f64().iter().sum::<f64>();
+    }
+    Ok(sum / records.len() as f64)
+}
+
+fn train(
+    c: &Config,
+    phase: usize,
+    model: &Gpt,
+    step: &mut TrainStep,
+    data: &Data,
+    folder: &mut RunFolder,
+    checkpoints: &prismgrad::io::CheckpointFolder,
+) -> Result<()> {
+    let total = if phase == 0 { c.public_steps } else { c.private_steps };
+    let before = [0, c.public_steps, c.public_steps + c.private_steps][phase];
+    let every = (total / 12).max(1);
+    let mut progress = Progress::new(PHASES[phase], Some(total), step.steps());
+    if step.steps() == 0 {
+        log(folder, phase, before, 0, evaluate(model, &data.held_out)?, None)?;
+    }
+    while step.steps() < total {
+        let t = step.steps();
+        let ctx = Ctx::train(t);
+        let report = if phase == 0 {
+            let per_epoch = (data.public.len() / 32).max(1) as u64;
+            let order = shuffled(data.public.len(), c.seed ^ (t / per_epoch));
+            let at = (t % per_epoch) as usize * 32;
+            let batch = order[at..(at + 32).min(order.len())].to_vec();
+            step.run([batch], |b| losses(model, &data.public, &b, &ctx))?
+        } else {
+            // A Poisson batch, in microbatches of bounded size; an empty one is a step as well.
+            let batch = step.next_batch()?;
+            step.run(batch.chunks(64), |b| losses(model, &data.private, b, &ctx))?
+        };
+        let mut shown = vec![("loss", report.loss)];
+        shown.extend(report.epsilon.map(|e| ("ε", e)));
+        progress.set(report.step, &shown);
+        let stop = interrupted();
+        if report.step % every == 0 || report.step == total || stop {
+            let held_out = evaluate(model, &data.held_out)?;
+            log(folder, phase, before, report.step, held_out, Some(&report))?;
+            state::save(checkpoints, before + report.step, None, model.params(), step, &Position { phase })?;
+        }
+        if stop {
+            return Err(Error::Interrupted {
+                message: format!(
+                    "saved; go on with the same options and --resume (run folder {})",
+                    folder.path().display()
+                ),
+            });
+        }
+    }
+    progress.finish();
+    Ok(())
+}
+
+fn log(folder: &mut RunFolder, phase: usize, before: u64, step: u64, held_out: f64, r: Option<&StepReport>) -> Result<()> {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        phase: &'a str,
+        phase_step: u64,
+        held_out_loss: f64,
+        train_loss: Option<f64>,
+        epsilon: Option<f64>,
+        clipped: Option<f64>,
+        samples: Option<usize>,
+    }
+    let line = Line {
+        phase: PHASES[phase],
+        phase_step: step,
+        held_out_loss: held_out,
+        train_loss: r.map(|r| r.loss).filter(|l| l.is_finite()),
+        epsilon: r.and_then(|r| r.epsilon),
+        clipped: r.filter(|_| phase > 0).map(|r| r.clipped),
+        samples: r.map(|r| r.samples),
+    };
+    folder.log(before + step, &line)
+}
+
+fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Result<()> {
+    let metrics = folder.metrics()?;
+    let curve = |phase: usize| -> Vec<(f64, f64)> {
+        let of = |m: &serde_json::Value| Some((m["phase_step"].as_f64()?, m["held_out_loss"].as_f64()?));
+        metrics.iter().filter(|m| m["phase"] == PHASES[phase]).filter_map(of).collect()
+    };
+    let curves = [curve(0), curve(1), curve(2)];
+    let mut chart = LineChart::new(format!("Loss on held-out private text (ε = {:.1}, δ = {:.0e})", c.epsilon, c.delta))
+        .x_label("training step of the phase")
+        .y_label("nats per token");
+    for (name, points) in PHASES.iter().zip(&curves) {
+        chart = chart.series(Series::new(*name, points.clone()).markers());
+    }
+    let [svg, png] = chart.save(folder.plot("curves"))?;
+    let last = |p: usize| curves[p].last().map_or(f64::NAN, |v| v.1);
+    let prompt = data.tokenizer.encode("/// Returns the ");
+    let sampling = Sampling { temperature: 0.7, seed: c.seed, ..Sampling::default() };
+    let mut samples = Vec::new();
+    for (phase, name) in PHASES.iter().enumerate() {
+        let model = Gpt::load(folder.path().join(format!("model-{phase}")))?;
+        let tokens = generate(&model, &prompt, 80, &sampling, Some(data.tokenizer.end_of_text()))?;
+        let text = data.tokenizer.decode(&[prompt.clone(), tokens].concat())?;
+        println!("\n--- {name}: loss {:.3} ---\n{text}", last(phase));
+        samples.push(serde_json::json!({ "model": name, "text": text }));
+    }
+    folder.finish(&serde_json::json!({
+        "epsilon": epsilon,
+        "delta": c.delta,
+        "held_out_loss": { "public": last(0), "private_continued": last(1), "private_from_scratch": last(2) },
+        "samples": samples,
+    }))?;
+    let _ = std::fs::remove_file(folder.path().join("noise.key"));
+    println!("\nheld-out loss in nats per token, private models at ε = {epsilon:.3}, δ = {:.1e}:", c.delta);
+    (0..3).for_each(|p| println!("  {:<24} {:.3}", PHASES[p], last(p)));
+    println!("run folder {}; plot {} and {}", folder.path().display(), svg.display(), png.display());
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! A training step in a checkpoint: parameters, optimizer state, step count, and whatever else the run needs.
+//!
+//! A resumed private run repeats the very steps it lost: sampling and noise are functions of (key, step, element), so a
+//! step taken again is the same release, and ε counted by step number is never below the truth.
+
+use crate::error::{Error, Result};
+use crate::io::{Checkpoint, CheckpointFolder, Entry, arrays_of, entry};
+use crate::nn::Params;
+use crate::step::{PrivacyConfig, TrainStep};
+use crate::tensor::Array;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+#[derive(Serialize, Deserialize)]
+struct State<X> {
+    steps: u64,
+    /// Target of a private run and its noise multiplier; it may not change on resume.
+    privacy: Option<(PrivacyConfig, f64)>,
+    extra: X,
+}
+
+/// Writes a checkpoint, atomically. `number` orders checkpoints of a run; `score` says what "best" means (lower is better).
+pub fn save(
+    folder: &CheckpointFolder,
+    number: u64,
+    score: Option<f64>,
+    params: &Params,
+    step: &TrainStep,
+    extra: &impl Serialize,
+) -> Result<()> {
+    let privacy = step.privacy().map(|p| (p.config().clone(), p.noise_multiplier()));
+    let state = State { steps: step.steps(), privacy, extra };
+    let all = params.all();
+    let buffers = step.state();
+    folder.save(number, score, |w| {
+        let model: Vec<Entry> = all.iter().map(|p| entry(p.name(), &p.value())).collect();
+        w.tensors("model.safetensors", &model, &BTreeMap::new())?;
+        let optimizer: Vec<Entry> = buffers.iter().map(|(n, a)| entry(n, a)).collect();
+        w.tensors("optimizer.safetensors", &optimizer, &BTreeMap::new())?;
+        w.json("state.json", &state)
+    })?;
+    Ok(())
+}
+
+/// Only the extra part of a checkpoint.
+pub fn extra<X: DeserializeOwned>(checkpoint: &Checkpoint) -> Result<X> {
+    checkpoint.json::<State<X>>("state.json").map(|s| s.extra)
+}
+
+/// Puts parameters and step back where the checkpoint left them; returns the extra part. A private run must come back
+/// under the same target and noise.
+pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step: &mut TrainStep) -> Result<X> {
+    let state: State<X> = checkpoint.json("state.json")?;
+    let now = step.privacy().map(|p| (p.config().clone(), p.noise_multiplier()));
+    if state.privacy != now {
+        return Err(Error::privacy(format!(
+            "{} was made under another privacy setting; resume with the same, or start a new run",
+            checkpoint.path().display()
+        )));
+    }
+    load_params(checkpoint, params)?;
+    let buffers: Vec<(String, Array)> = arrays_of(&checkpoint.tensors("optimizer.safetensors")?)?;
+    step.restore(state.steps, &buffers)?;
+    Ok(state.extra)
+}
+
+/// Only the parameters.
+pub fn load_params(checkpoint: &Checkpoint, params: &Params) -> Result<()> {
+    let model = arrays_of(&checkpoint.tensors("model.safetensors")?)?;
+    for p in params.all() {
+        let (_, a) = model.iter().find(|(n, _)| n == p.name()).ok_or_else(|| {
+            Error::format(checkpoint.path(), format!("holds no {}; it belongs to another model", p.name()))
+        })?;
+        p.set(a.cast(p.dtype()))?;
+    }
+    Ok(())
+}
