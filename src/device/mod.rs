@@ -1,3 +1,4 @@
-//! Devices.
-#![allow(missing_docs)]
+//! Devices. The CPU backend is complete; of CUDA there is the probe.
+
 pub mod cpu;
+pub mod cuda;

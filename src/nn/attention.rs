@@ -2,7 +2,7 @@
 
 use super::{Ctx, Init, Linear, Params};
 use crate::error::{Error, Result};
-use crate::ops::attention::{AttentionOptions, Span, attention};
+use crate::ops::attention::{AttentionOptions, Span, attention, attention_qkv};
 use crate::ops::linear::Layout;
 use crate::Tensor;
 
@@ -79,16 +79,18 @@ impl MultiHeadAttention {
             return Err(Error::shape("MultiHeadAttention", format!("input {:?}; it must be [B, T, d]", x.shape())));
         };
         let qkv = self.qkv.forward(x, ctx)?.reshape(&[b, t, 3, self.heads, d / self.heads])?;
-        let part = |i: usize| qkv.slice(2, i..i + 1)?.squeeze(2);
-        let (q, mut k, mut v) = (part(0)?, part(1)?, part(2)?);
         let mut options = AttentionOptions::new(self.span);
         if ctx.train && self.dropout > 0.0 {
             options.dropout = Some((self.dropout, ctx.dropout_seed(self.id)));
         }
-        if let Some(cache) = cache {
-            (k, v) = cache.extend(k, v, self.span)?;
-        }
-        let y = attention(&q, &k, &v, &options)?;
+        let y = match cache {
+            Some(cache) => {
+                let part = |i: usize| qkv.slice(2, i..i + 1)?.squeeze(2);
+                let (k, v) = cache.extend(part(1)?, part(2)?, self.span)?;
+                attention(&part(0)?, &k, &v, &options)?
+            }
+            None => attention_qkv(&qkv, &options)?,
+        };
         self.out.forward(&y.reshape(&[b, t, d])?, ctx)
     }
 }

@@ -8,8 +8,9 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::attention as cpu;
+use crate::device::cpu::shared::Shared;
 use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use crate::tensor::{Array, DType, Dims, Float};
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -62,6 +63,12 @@ static ATTENTION: OpInfo = OpInfo {
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
         },
+        // A fused projection.
+        |g: &mut Gen| {
+            let (b, t, h, d) = (g.size(1, 2), g.size(1, 6), g.size(1, 2), g.size(1, 4));
+            let o = AttentionOptions::new([Span::Full, Span::Causal, Span::Window(2)][g.size(0, 2)]);
+            Ok(Case::new(vec![g.array(&[b, t, 3, h, d])], move |x| attention_qkv(&x[0], &o)))
+        },
         // Packed documents, dropout, a scale of one's own.
         |g: &mut Gen| {
             let (b, t, d, h) = (g.size(1, 2), g.size(2, 9), g.size(1, 4), g.size(1, 2));
@@ -97,21 +104,68 @@ impl Rule for Back {
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let fresh = |a: &Array| Array::uninit(a.shape(), a.dtype());
         let (mut dq, mut dk, mut dv) = (fresh(&self.q), fresh(&self.k), fresh(&self.v));
-        let grad = unit_last(&grad);
         with_float!("attention", self.q.dtype(), T => {
-            cpu::backward::<T>(
-                &problem(&self.q, &self.k, &self.options),
-                (cpu::view::<T>(&self.q), cpu::view(&self.k), cpu::view(&self.v)),
-                (cpu::view(&self.out), self.lse.as_slice::<T>()?, cpu::view(&grad)),
-                (dq.fresh_mut(), dk.fresh_mut(), dv.fresh_mut()),
-            );
-            Ok(())
+            fn target<T: Float>(a: &mut Array) -> cpu::Target<'_, T> {
+                let step = a.shape()[2] * a.shape()[3];
+                cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
+            }
+            self.run::<T>(&grad, [target(&mut dq), target(&mut dk), target(&mut dv)])
         })?;
         flow.input(0, dq);
         flow.input(1, dk);
         flow.input(2, dv);
         Ok(())
     }
+}
+
+impl Back {
+    fn run<T: Float>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
+        cpu::backward::<T>(
+            &problem(&self.q, &self.k, &self.options),
+            (cpu::view::<T>(&self.q), cpu::view(&self.k), cpu::view(&self.v)),
+            (cpu::view(&self.out), self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))),
+            targets,
+        );
+        Ok(())
+    }
+}
+
+/// The same for Q, K and V that are parts of one array: their gradients go straight to its parts.
+struct FusedBack {
+    inner: Back,
+    shape: Dims,
+}
+
+impl Rule for FusedBack {
+    fn info(&self) -> &'static OpInfo {
+        &ATTENTION
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (h, d) = (self.shape[3], self.shape[4]);
+        let mut dx = Array::uninit(&self.shape, grad.dtype());
+        with_float!("attention", grad.dtype(), T => {
+            let data = Shared::new(dx.fresh_mut::<T>());
+            self.inner.run::<T>(&grad, [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d }))
+        })?;
+        flow.input(0, dx);
+        Ok(())
+    }
+}
+
+/// Self-attention of a fused projection `qkv [B, T, 3, H, D]`; gives `[B, T, H, D]`. As [`attention`] of its three parts,
+/// without taking them apart in backward.
+pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let [_, _, 3, _, _] = qkv.shape()[..] else {
+        return Err(Error::shape("attention", format!("qkv {:?}; it must be [B, T, 3, H, D]", qkv.shape())));
+    };
+    if qkv.dtype().is_half() {
+        return attention_qkv(&qkv.cast(DType::F32)?, options)?.cast(qkv.dtype());
+    }
+    let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
+    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+    check(&q, &k, &v, options)?;
+    let inner = forward(&q, &k, &v, options)?;
+    Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
 }
 
 fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
@@ -138,6 +192,17 @@ fn unit_last(a: &Array) -> Array {
 /// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
 /// fused projection are read in place. A query that sees no key gives zeros.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    check(q, k, v, options)?;
+    if q.dtype().is_half() {
+        let f = |t: &Tensor| t.cast(DType::F32);
+        return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
+    }
+    let saved = forward(q, k, v, options)?;
+    Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
+}
+
+/// Refuses operands that do not fit together.
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<()> {
     q.dtype().expect_float("attention")?;
     let bad = |why: String| {
         Err(Error::shape("attention", format!("q {:?}, k {:?}, v {:?}: {why}", q.shape(), k.shape(), v.shape())))
@@ -171,10 +236,12 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
     {
         return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
     }
-    if q.dtype().is_half() {
-        let f = |t: &Tensor| t.cast(DType::F32);
-        return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
-    }
+    Ok(())
+}
+
+/// The output, and what leads back from it.
+fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
+    let t = q.shape()[1];
     let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
     let mut out = Array::uninit(q.shape(), q.dtype());
     let mut lse = Array::uninit(&[q.shape()[0], q.shape()[2], t], q.dtype());
@@ -186,12 +253,5 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
         );
         Ok(())
     })?;
-    Ok(Tensor::record(out.clone(), &[q, k, v], &[], || Back {
-        q: qa,
-        k: ka,
-        v: va,
-        out,
-        lse,
-        options: options.clone(),
-    }))
+    Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() })
 }

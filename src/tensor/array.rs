@@ -327,6 +327,17 @@ impl Array {
         a.strides.insert(d, 0);
         Ok(a)
     }
+    /// A dimension of size 1 taken out.
+    pub fn squeeze(&self, d: isize) -> Result<Array> {
+        let d = shape::dim("squeeze", d, self.rank())?;
+        if self.shape[d] != 1 {
+            return Err(Error::shape("squeeze", format!("dimension {d} of {:?} is not 1", self.shape)));
+        }
+        let mut a = self.clone();
+        a.shape.remove(d);
+        a.strides.remove(d);
+        Ok(a)
+    }
     /// The same data under its row-major strides; copies only if needed.
     pub fn contiguous(&self) -> Array {
         if self.is_contiguous() {

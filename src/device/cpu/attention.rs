@@ -89,6 +89,27 @@ impl<'a, T> View<'a, T> {
     }
 }
 
+/// Where a gradient goes: position t (of all sequences in a row) and head h at `t·step + offset + h·D`.
+#[derive(Clone, Copy)]
+pub struct Target<'a, T> {
+    /// The array, perhaps shared with other targets that take other places of it.
+    pub data: Shared<'a, T>,
+    /// From one position to the next.
+    pub step: usize,
+    /// First element.
+    pub offset: usize,
+}
+
+impl<'a, T> Target<'a, T> {
+    /// # Safety
+    /// Nobody else holds this row.
+    unsafe fn row(&self, t: usize, h: usize, d: usize) -> &'a mut [T] {
+        let at = t * self.step + self.offset + h * d;
+        // SAFETY: the caller's promise.
+        unsafe { self.data.slice(at..at + d) }
+    }
+}
+
 /// Keys of one pass over a query panel: their probabilities stay in the cache.
 const KEYS: usize = 240;
 /// Query panels handled together in backward, so that products over queries are long enough.
@@ -294,14 +315,14 @@ pub fn backward<T: Float>(
     p: &Problem,
     (q, k, v): (View<T>, View<T>, View<T>),
     (out, lse, grad): (View<T>, &[T], View<T>),
-    (dq, dk, dv): (&mut [T], &mut [T], &mut [T]),
+    grads: [Target<T>; 3],
 ) {
     let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
     let (mr, nr) = (kern.mr, kern.nr);
     let (kp, dp, dn) = (p.keys.div_ceil(mr), d.div_ceil(mr), d.div_ceil(nr));
     let wide = PANELS * nr;
     let scale = T::from_f64(p.scale);
-    let (dq, dk, dv) = (Shared::new(dq), Shared::new(dk), Shared::new(dv));
+    let [dq, dk, dv] = grads;
     let tile_len = mr * nr;
     par_chunks(p.batch * p.kv_heads, 1, |tasks| {
         let mut buf = [kp * mr * d, kp * mr * d, dp * mr * p.keys, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
@@ -435,9 +456,8 @@ pub fn backward<T: Float>(
                         j0 = j1;
                     }
                     for i in 0..live {
-                        let at = ((b * p.queries + i0 + i) * p.heads + h) * d;
                         // SAFETY: each (b, h, i) belongs to one task.
-                        let o = unsafe { dq.slice(at..at + d) };
+                        let o = unsafe { dq.row(b * p.queries + i0 + i, h, d) };
                         let panel = &qsum[i / nr * dp * tile_len..];
                         o.iter_mut().enumerate().for_each(|(x, o)| *o = panel[x * nr + i % nr]);
                     }
@@ -445,9 +465,8 @@ pub fn backward<T: Float>(
                 }
             }
             for j in 0..p.keys {
-                let at = ((b * p.keys + j) * p.kv_heads + kv) * d;
                 // SAFETY: each (b, key head) belongs to one task.
-                let (ok, ov) = unsafe { (dk.slice(at..at + d), dv.slice(at..at + d)) };
+                let (ok, ov) = unsafe { (dk.row(b * p.keys + j, kv, d), dv.row(b * p.keys + j, kv, d)) };
                 for x in 0..dn {
                     let from = (j / mr * dn + x) * tile_len + j % mr * nr;
                     let n = nr.min(d - x * nr);

@@ -1,4 +1,4 @@
-//! CPU.
+//! The CPU backend: loops and products on slices.
 pub mod attention;
 pub mod elementwise;
 pub mod factored;
