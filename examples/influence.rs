@@ -92,7 +92,7 @@ fn run() -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     println!("{} × {} inner products of {} elements in {seconds:.3} s", chosen.len(), train.len(), params.count());
 
-    let title = "Test image │ training images: 5 most helpful, 5 most harmful";
+    let title = "Left: test image. Then the 5 most helpful, 5 most harmful training images";
     let mut sheet = ImageGrid::new(title, train.width, train.height).columns(1 + 2 * SHOWN);
     let mut rows = Vec::new();
     for (&i, scores) in chosen.iter().zip(influence.chunks_exact(train.len())) {

@@ -29,8 +29,8 @@ impl Args {
                 exit(0);
             }
             let Some(&(name, default, _)) = options.iter().find(|o| word.strip_prefix("--") == Some(o.0)) else {
-                let known: Vec<String> = options.iter().map(|o| format!("--{}", o.0)).collect();
-                fail(format!("there is no option '{word}'; choose from {}, or ask for --help", known.join(", ")));
+                let known: String = options.iter().map(|o| format!("--{}, ", o.0)).collect();
+                fail(format!("there is no option '{word}'; choose from {known}--help"));
             };
             if args.has(name) {
                 fail(format!("--{name} is there twice; give it once"));
