@@ -126,18 +126,15 @@ fn mlp(_: &str) -> Result<(Step, Work, usize)> {
     let (x, y) = (Tensor::new(random(&[256, 784], 1)), ids(&[256], 10, 2));
     let mut step = TrainStep::plain(&params.all(), AdamW::default(), Schedule::constant(1e-3))?;
     let gflop = 6.0 * 256.0 * (784.0 * 512.0 + 512.0 * 512.0 + 5120.0) / 1e9;
-    Ok((
-        Box::new(move || step.run([()], |_| model.losses(&x, &y)).map(|_| ())),
-        Work::Gflop(gflop),
-        params.count(),
-    ))
+    Ok((Box::new(move || step.run([()], |_| model.losses(&x, &y)).map(|_| ())), Work::Gflop(gflop), params.count()))
 }
 
 fn elt(name: &str) -> Result<(Step, Work, usize)> {
     let (op, shape) = (name[4..].to_string(), [16384, 1024]);
     let x = Tensor::new(random(&shape, 1));
     let y = Tensor::new(random(&shape, 2));
-    let (w, b) = (Param::new("w", Array::ones(&[1024], DType::F32)), Param::new("b", Array::zeros(&[1024], DType::F32)));
+    let (w, b) =
+        (Param::new("w", Array::ones(&[1024], DType::F32)), Param::new("b", Array::zeros(&[1024], DType::F32)));
     w.set_trainable(false);
     b.set_trainable(false);
     let bytes = 64.0 * 1048576.0 / 1e9;
@@ -292,12 +289,18 @@ fn run() -> std::result::Result<(), String> {
             "--list" => NAMES.iter().for_each(|(n, _)| println!("{n}")),
             "--threads" => threads = value(&a)?.parse().map_err(|e| format!("--threads: {e}"))?,
             "--min-seconds" => min_seconds = value(&a)?.parse().map_err(|e| format!("--min-seconds: {e}"))?,
-            o if o.starts_with("--") => return Err(format!("unknown option {o}; known are --threads --min-seconds --isolate --list")),
+            o if o.starts_with("--") => {
+                return Err(format!("unknown option {o}; known are --threads --min-seconds --isolate --list"));
+            }
             _ => wanted.push(a),
         }
     }
-    let cases: Vec<_> =
-        NAMES.iter().filter(|(n, _)| wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) })).collect();
+    let cases: Vec<_> = NAMES
+        .iter()
+        .filter(|(n, _)| {
+            wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) })
+        })
+        .collect();
     if cases.is_empty() {
         return Err(format!("no case contains {wanted:?}; --list names them"));
     }

@@ -305,7 +305,14 @@ fn train(
     Ok(())
 }
 
-fn log(folder: &mut RunFolder, phase: usize, before: u64, step: u64, held_out: f64, r: Option<&StepReport>) -> Result<()> {
+fn log(
+    folder: &mut RunFolder,
+    phase: usize,
+    before: u64,
+    step: u64,
+    held_out: f64,
+    r: Option<&StepReport>,
+) -> Result<()> {
     #[derive(Serialize)]
     struct Line<'a> {
         phase: &'a str,
@@ -335,9 +342,10 @@ fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Resu
         metrics.iter().filter(|m| m["phase"] == PHASES[phase]).filter_map(of).collect()
     };
     let curves = [curve(0), curve(1), curve(2)];
-    let mut chart = LineChart::new(format!("Loss on held-out private text (ε = {:.1}, δ = {:.0e})", c.epsilon, c.delta))
-        .x_label("training step of the phase")
-        .y_label("nats per token");
+    let mut chart =
+        LineChart::new(format!("Loss on held-out private text (ε = {:.1}, δ = {:.0e})", c.epsilon, c.delta))
+            .x_label("training step of the phase")
+            .y_label("nats per token");
     for (name, points) in PHASES.iter().zip(&curves) {
         chart = chart.series(Series::new(*name, points.clone()).markers());
     }

@@ -1,4 +1,4 @@
-//! Prismgrad: deep learning with factored gradients.
+#![doc = include_str!("../README.md")]
 #![warn(missing_docs)]
 
 pub mod autograd;

@@ -39,7 +39,9 @@ fn epsilon_of_subsampled_gaussians() {
 #[test]
 fn delta_at_epsilon() {
     let a = run(&[(1.0, 0.01, 1000)]);
-    for (e, want) in [(0.5, 3.056848e-2), (1.0, 2.612497e-3), (1.5, 1.092607e-4), (2.0, 2.665722e-6), (3.0, 9.222664e-10)] {
+    for (e, want) in
+        [(0.5, 3.056848e-2), (1.0, 2.612497e-3), (1.5, 1.092607e-4), (2.0, 2.665722e-6), (3.0, 9.222664e-10)]
+    {
         safe(&format!("ε {e}"), a.delta(e).unwrap(), want, want * 1e-6);
     }
 }
@@ -67,9 +69,7 @@ fn finer_grids_fall_towards_the_truth() {
 
 #[test]
 fn replacing_one_record() {
-    for (s, q, n, delta, want) in
-        [(1.0, 0.01, 1000, 1e-5, 2.84345), (2.0, 0.05, 500, 1e-6, 5.55101)]
-    {
+    for (s, q, n, delta, want) in [(1.0, 0.01, 1000, 1e-5, 2.84345), (2.0, 0.05, 500, 1e-6, 5.55101)] {
         let mut a = run(&[(s, q, n)]);
         a.neighbouring = Neighbouring::ReplaceOne;
         safe("replace one", a.epsilon(delta).unwrap(), want, 1e-5);

@@ -7,9 +7,17 @@ use std::sync::Arc;
 
 /// softmax(QKᵀ·scale + mask)·V and its gradients with the T × T matrix written out, by ordinary ops.
 fn dense(q: &Tensor, k: &Tensor, v: &Tensor, o: &AttentionOptions) -> Tensor {
-    let ([b, t, h, d], [_, s, kv, _]) = (<[usize; 4]>::try_from(q.shape()).unwrap(), <[usize; 4]>::try_from(k.shape()).unwrap());
+    let ([b, t, h, d], [_, s, kv, _]) =
+        (<[usize; 4]>::try_from(q.shape()).unwrap(), <[usize; 4]>::try_from(k.shape()).unwrap());
     let wide = |x: &Tensor| {
-        x.unsqueeze(3).unwrap().expand(&[b, s, kv, h / kv, d]).unwrap().reshape(&[b, s, h, d]).unwrap().permute(&[0, 2, 1, 3]).unwrap()
+        x.unsqueeze(3)
+            .unwrap()
+            .expand(&[b, s, kv, h / kv, d])
+            .unwrap()
+            .reshape(&[b, s, h, d])
+            .unwrap()
+            .permute(&[0, 2, 1, 3])
+            .unwrap()
     };
     let scores = q.permute(&[0, 2, 1, 3]).unwrap().matmul(&wide(k).transpose(-1, -2).unwrap()).unwrap();
     let scores = scores.mul_scalar(1.0 / (d as f64).sqrt()).unwrap();
@@ -34,7 +42,9 @@ fn agrees_with_a_dense_reference() {
     let mut g = Gen::new(7);
     let spans = [Span::Full, Span::Causal, Span::Window(37), Span::Block(50), Span::Window(1)];
     for (n, &span) in spans.iter().enumerate().flat_map(|x| [x, x]) {
-        for (t, extra, d, kv, group) in [(130, 0, 20, 1, 2), (300, 0, 64, 2, 1), (33, 290, 16, 1, 1), (129, 1, 40, 1, 1)] {
+        for (t, extra, d, kv, group) in
+            [(130, 0, 20, 1, 2), (300, 0, 64, 2, 1), (33, 290, 16, 1, 1), (129, 1, 40, 1, 1)]
+        {
             let s = t + extra;
             let mut o = AttentionOptions::new(span);
             if extra == 0 && g.chance(0.5) {

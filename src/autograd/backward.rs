@@ -80,7 +80,13 @@ impl Tensor {
         if seed.shape() != self.shape() || seed.dtype() != self.dtype() {
             return Err(Error::shape(
                 "backward",
-                format!("the seed is {:?} {}, the tensor {:?} {}", seed.shape(), seed.dtype(), self.shape(), self.dtype()),
+                format!(
+                    "the seed is {:?} {}, the tensor {:?} {}",
+                    seed.shape(),
+                    seed.dtype(),
+                    self.shape(),
+                    self.dtype()
+                ),
             ));
         }
         let Some(root) = self.node() else {

@@ -163,7 +163,11 @@ impl Factor {
         if self.dtype() != dtype {
             return Err(Error::dtype(
                 "factor",
-                format!("{name}: gradients of this parameter are {dtype}, the {} factor is {}", self.kind(), self.dtype()),
+                format!(
+                    "{name}: gradients of this parameter are {dtype}, the {} factor is {}",
+                    self.kind(),
+                    self.dtype()
+                ),
             ));
         }
         let c = |a: Array| a.contiguous();
@@ -328,7 +332,9 @@ impl Factor {
                 samples: one(samples),
             },
             Factor::PerSample { grads } => Factor::PerSample { grads: grads.slice(0, i..i + 1)? },
-            Factor::Dense { .. } => return Err(Error::autograd("per_sample", "a dense gradient has no per-sample meaning")),
+            Factor::Dense { .. } => {
+                return Err(Error::autograd("per_sample", "a dense gradient has no per-sample meaning"));
+            }
         })
     }
 
@@ -371,10 +377,7 @@ impl Factor {
                 }
                 Ok(sum)
             }
-            (
-                Factor::Lookup { ids: i1, grad: g1, samples: s1 },
-                Factor::Lookup { ids: i2, grad: g2, samples: s2 },
-            ) => {
+            (Factor::Lookup { ids: i1, grad: g1, samples: s1 }, Factor::Lookup { ids: i2, grad: g2, samples: s2 }) => {
                 let (a, b, w) = (s1.range(i), s2.range(j), g1.shape()[1]);
                 Ok(cpu::lookup_inner::<T>(
                     &i1.as_slice::<u32>()?[a.clone()],
@@ -441,7 +444,9 @@ impl Factor {
                 Ok(x.iter().map(|x| x.to_f64() * x.to_f64()).sum())
             }
             Factor::Lookup { .. } => self.inner::<T>(i, self, i, numel),
-            Factor::Dense { .. } => Err(Error::autograd("sample_sq_norms", "a dense gradient has no per-sample meaning")),
+            Factor::Dense { .. } => {
+                Err(Error::autograd("sample_sq_norms", "a dense gradient has no per-sample meaning"))
+            }
         }
     }
 }

@@ -14,5 +14,5 @@ pub use param::Param;
 pub use param_grad::ParamGrad;
 pub use rule::{Flow, Rule};
 pub use samples::{Ragged, Samples};
-pub(crate) use tensor::{is_recording, samples_or_leading};
 pub use tensor::{Tensor, no_grad};
+pub(crate) use tensor::{is_recording, samples_or_leading};

@@ -127,7 +127,8 @@ impl ParamGrad {
     /// totalᵢ = baseᵢ + |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
     pub fn clipped_sum(&self, base: &[f64], clip: &(dyn Fn(f64) -> f64 + Sync)) -> Result<(Array, Vec<f64>)> {
         let mut out = Array::zeros(self.param.shape(), self.dtype());
-        let totals = with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
+        let totals =
+            with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
         Ok((out, totals))
     }
     pub(crate) fn add_clipped<T: Float>(

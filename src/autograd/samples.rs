@@ -46,7 +46,8 @@ impl Samples {
         if offsets.first() != Some(&0) || offsets.windows(2).any(|w| w[0] > w[1]) {
             return Err(Error::invalid("Samples::ragged", "offsets must begin with 0 and never fall"));
         }
-        let owner = offsets.windows(2).enumerate().flat_map(|(i, w)| std::iter::repeat_n(i as u32, w[1] - w[0])).collect();
+        let owner =
+            offsets.windows(2).enumerate().flat_map(|(i, w)| std::iter::repeat_n(i as u32, w[1] - w[0])).collect();
         Ok(Samples::Ragged(Arc::new(Ragged {
             count: offsets.len() - 1,
             owner,

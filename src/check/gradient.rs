@@ -44,7 +44,9 @@ pub fn gradients(case: &Case, seed: u64, directions: usize, tolerance: f64) -> R
         if error > tolerance || error.is_nan() {
             return Err(Error::autograd(
                 "check::gradients",
-                format!("{what}: backward says {analytic:.10}, central differences say {numeric:.10} (error {error:.2e})"),
+                format!(
+                    "{what}: backward says {analytic:.10}, central differences say {numeric:.10} (error {error:.2e})"
+                ),
             ));
         }
         Ok(())

@@ -68,23 +68,24 @@ pub fn per_sample(
         let scale = truth.iter().flatten().fold(1e-300f64, |m, x| m.max(x.abs()));
         let sq = scale * scale * p.numel().max(1) as f64;
         let dot = |a: &[f64], c: &[f64]| a.iter().zip(c).map(|(x, y)| x * y).sum::<f64>();
-        let mut check = |query: &'static str, got: &[f64], want: &[f64], scale: f64, slot: fn(&mut PerSampleReport) -> &mut f64| {
-            let error = got.iter().zip(want).fold(0.0f64, |m, (a, b)| m.max((a - b).abs() / scale));
-            let worst = slot(&mut report);
-            *worst = worst.max(error);
-            if got.len() != want.len() || error.is_nan() || error > tolerance {
-                return Err(Error::autograd(
-                    "check::per_sample",
-                    format!(
-                        "{query} of {}: off by {error:.2e} of the largest entry ({} values, {} expected)",
-                        p.name(),
-                        got.len(),
-                        want.len()
-                    ),
-                ));
-            }
-            Ok(())
-        };
+        let mut check =
+            |query: &'static str, got: &[f64], want: &[f64], scale: f64, slot: fn(&mut PerSampleReport) -> &mut f64| {
+                let error = got.iter().zip(want).fold(0.0f64, |m, (a, b)| m.max((a - b).abs() / scale));
+                let worst = slot(&mut report);
+                *worst = worst.max(error);
+                if got.len() != want.len() || error.is_nan() || error > tolerance {
+                    return Err(Error::autograd(
+                        "check::per_sample",
+                        format!(
+                            "{query} of {}: off by {error:.2e} of the largest entry ({} values, {} expected)",
+                            p.name(),
+                            got.len(),
+                            want.len()
+                        ),
+                    ));
+                }
+                Ok(())
+            };
         let flat: Vec<f64> = truth.iter().flatten().copied().collect();
         check("per_sample", &pg.per_sample()?.to_f64(), &flat, scale, |r| &mut r.per_sample)?;
         let norms: Vec<f64> = truth.iter().map(|t| dot(t, t)).collect();
@@ -130,7 +131,10 @@ pub fn independence(losses: &dyn Fn(&Tensor) -> Result<Tensor>, inputs: &Array, 
     let base = crate::autograd::no_grad(|| losses(&Tensor::new(inputs.clone())))?.array().to_f64();
     let b = inputs.shape().first().copied().unwrap_or(0);
     if base.len() != b {
-        return Err(Error::shape("check::independence", format!("{b} samples went in, {} losses came out", base.len())));
+        return Err(Error::shape(
+            "check::independence",
+            format!("{b} samples went in, {} losses came out", base.len()),
+        ));
     }
     let each = inputs.numel().checked_div(b).unwrap_or(0);
     let values = inputs.to_f64();

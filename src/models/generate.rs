@@ -70,7 +70,10 @@ impl Sampling {
 pub fn generate(model: &Gpt, prompt: &[u32], count: usize, sampling: &Sampling, stop: Option<u32>) -> Result<Vec<u32>> {
     sampling.validate()?;
     if prompt.is_empty() {
-        return Err(Error::invalid("generate", "an empty prompt; give at least one token, such as the end-of-text token"));
+        return Err(Error::invalid(
+            "generate",
+            "an empty prompt; give at least one token, such as the end-of-text token",
+        ));
     }
     let vocab = model.config().vocab_size;
     if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {

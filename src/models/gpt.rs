@@ -221,7 +221,12 @@ impl Gpt {
         }
         let positions = Array::generate(&[b, t], DType::U32, |i| (past + i % t.max(1)) as f64);
         let s = ctx.samples.as_ref();
-        let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(&self.wpe, &Tensor::new(positions), None, s)?)?;
+        let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(
+            &self.wpe,
+            &Tensor::new(positions),
+            None,
+            s,
+        )?)?;
         let mut x = self.drop.forward(&x, ctx)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = match &mut caches {

@@ -1,10 +1,10 @@
 //! Multi-head self-attention with a span per layer.
 
 use super::{Ctx, Init, Linear, Params};
+use crate::Tensor;
 use crate::error::{Error, Result};
 use crate::ops::attention::{AttentionOptions, Span, attention, attention_qkv};
 use crate::ops::linear::Layout;
-use crate::Tensor;
 
 /// Keys and values of the positions seen so far, for generation: `[B, S, H, D]` each.
 #[derive(Clone, Default)]
@@ -94,4 +94,3 @@ impl MultiHeadAttention {
         self.out.forward(&y.reshape(&[b, t, d])?, ctx)
     }
 }
-

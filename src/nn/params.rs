@@ -1,9 +1,9 @@
 //! The parameter store: one place for saving, counting, freezing.
 
+use crate::Param;
 use crate::error::{Error, Result};
 use crate::random::philox;
 use crate::tensor::{Array, DType};
-use crate::Param;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Initial values.
@@ -82,9 +82,7 @@ impl Params {
                 Array::generate(shape, self.dtype, move |i| std * philox::normal(seed, stream, i as u64))
             }
             Init::Uniform { bound } => uniform(bound),
-            Init::KaimingUniform => {
-                uniform(1.0 / (shape.iter().skip(1).product::<usize>().max(1) as f64).sqrt())
-            }
+            Init::KaimingUniform => uniform(1.0 / (shape.iter().skip(1).product::<usize>().max(1) as f64).sqrt()),
         };
         let param = Param::new(name, value);
         store.push(param.clone());

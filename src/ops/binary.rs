@@ -55,9 +55,9 @@ macro_rules! binary {
                                         (Some(a), Some(b)) => {
                                             // d·(factor of both operands), broadcast to the output.
                                             let factor = if side == 0 {
-                                                ew::zip::<T, T, T>(stringify!($name), a, b, |$x: T, $y: T| { let $g = T::ONE; $dx })?
+                                                ew::zip::<T, T, T>(stringify!($name), a, b, #[inline(always)] |$x: T, $y: T| { let $g = T::ONE; $dx })?
                                             } else {
-                                                ew::zip::<T, T, T>(stringify!($name), a, b, |$x: T, $y: T| { let $g = T::ONE; $dy })?
+                                                ew::zip::<T, T, T>(stringify!($name), a, b, #[inline(always)] |$x: T, $y: T| { let $g = T::ONE; $dy })?
                                             };
                                             ew::zip_owned::<T, T>(stringify!($name), factor, &grad, |f, g| f * g)?
                                         }
@@ -76,7 +76,7 @@ macro_rules! binary {
                     }
                     let (a, b, out) = same_float(stringify!($name), self, other)?;
                     let y = with_float!(stringify!($name), a.dtype(), T => {
-                        ew::zip::<T, T, T>(stringify!($name), a.array(), b.array(), |$x: T, $y: T| $f)
+                        ew::zip::<T, T, T>(stringify!($name), a.array(), b.array(), #[inline(always)] |$x: T, $y: T| $f)
                     })?;
                     let (sa, sb): (Dims, Dims) = (a.shape().into(), b.shape().into());
                     let keep = |t: &Tensor| $saves.then(|| t.array().clone());
@@ -197,7 +197,10 @@ impl Tensor {
             }
         }
         if mask.dtype() != DType::U8 {
-            return Err(Error::dtype("where", format!("the mask must be u8 (from a comparison), got {}", mask.dtype())));
+            return Err(Error::dtype(
+                "where",
+                format!("the mask must be u8 (from a comparison), got {}", mask.dtype()),
+            ));
         }
         let (a, b, out) = same_float("where", a, b)?;
         let shape = crate::tensor::shape::broadcast("where", a.shape(), b.shape())?;
@@ -218,4 +221,3 @@ impl Tensor {
         Tensor::select(mask, &Tensor::new(Array::scalar(value, self.dtype())), self)
     }
 }
-

@@ -60,14 +60,14 @@ pub(crate) fn activation_grad(act: Activation, grad: Array, z: &Array) -> Result
         let one = T::ONE;
         match act {
             Activation::None => Ok(d),
-            Activation::Relu => ew::zip_owned::<T, T>("linear", d, z, |g, z| if z > T::ZERO { g } else { T::ZERO }),
-            Activation::Gelu => ew::zip_owned::<T, T>("linear", d, z, |g, z: T| g * z.gelu_grad()),
-            Activation::GeluTanh => ew::zip_owned::<T, T>("linear", d, z, |g, z: T| g * z.gelu_tanh_grad()),
-            Activation::Silu => ew::zip_owned::<T, T>("linear", d, z, move |g, z: T| {
+            Activation::Relu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z| if z > T::ZERO { g } else { T::ZERO }),
+            Activation::Gelu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z: T| g * z.gelu_grad()),
+            Activation::GeluTanh => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z: T| g * z.gelu_tanh_grad()),
+            Activation::Silu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] move |g, z: T| {
                 let y = z.sigmoid();
                 g * (y * (one + z * (one - y)))
             }),
-            Activation::Tanh => ew::zip_owned::<T, T>("linear", d, z, move |g, z: T| {
+            Activation::Tanh => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] move |g, z: T| {
                 let y = z.tanh();
                 g * (one - y * y)
             }),
@@ -226,13 +226,5 @@ pub fn linear(
         Ok(())
     })?;
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    Ok(Tensor::record(y, &[x], &params, || Back {
-        x: xa,
-        z,
-        w: w.clone(),
-        bias: bias.cloned(),
-        layout,
-        act,
-        samples,
-    }))
+    Ok(Tensor::record(y, &[x], &params, || Back { x: xa, z, w: w.clone(), bias: bias.cloned(), layout, act, samples }))
 }

@@ -116,7 +116,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
     };
     if targets.shape() != lead || targets.dtype() != DType::U32 {
         let (s, d) = (targets.shape(), targets.dtype());
-        return Err(Error::shape(OP, format!("targets {s:?} {d} for logits {:?}: they must be {lead:?} u32", logits.shape())));
+        return Err(Error::shape(
+            OP,
+            format!("targets {s:?} {d} for logits {:?}: they must be {lead:?} u32", logits.shape()),
+        ));
     }
     if !(0.0..1.0).contains(&options.label_smoothing) {
         let message = format!("label smoothing {}; it must lie in [0, 1)", options.label_smoothing);

@@ -96,7 +96,8 @@ impl Tensor {
     /// sliced operands are read in place. 2·m·k·n FLOPs per product.
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
         self.dtype().expect_float("matmul")?;
-        let bad = |why: &str| Err(Error::shape("matmul", format!("{:?} times {:?}: {why}", self.shape(), other.shape())));
+        let bad =
+            |why: &str| Err(Error::shape("matmul", format!("{:?} times {:?}: {why}", self.shape(), other.shape())));
         if self.dtype() != other.dtype() {
             return Err(Error::dtype("matmul", format!("{} and {} differ; cast one", self.dtype(), other.dtype())));
         }

@@ -1,8 +1,8 @@
 //! Parameters as tensors: [`Param::per_sample`](crate::Param::per_sample) and [`Param::dense`](crate::Param::dense).
 
 use super::{Differentiable, FactorRule, OpInfo};
-use crate::check::Case;
 use crate::Param;
+use crate::check::Case;
 
 /// Entry of both uses.
 pub static INFO: OpInfo = OpInfo {
@@ -30,4 +30,3 @@ pub static INFO: OpInfo = OpInfo {
 
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&INFO];
-

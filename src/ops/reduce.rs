@@ -178,7 +178,8 @@ impl Tensor {
         let d = shape::dim("argmax", dim, self.rank())?;
         let (moved, kept) = rows_last("argmax", &self.array().cast(self.dtype().compute()), &[d])?;
         let cols = self.shape()[d];
-        let index = with_float!("argmax", moved.dtype(), T => Ok(argbest(moved.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
+        let index =
+            with_float!("argmax", moved.dtype(), T => Ok(argbest(moved.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
         Ok(Tensor::new(Array::from_slice(&index, &kept)?))
     }
     /// ln Σ exp x over `dims` (all if empty), without overflow.
@@ -403,9 +404,5 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
     order.iter().enumerate().for_each(|(i, &o)| back[o] = i);
     let shape: Dims = t.shape().into();
     let y = values.permute(&back)?;
-    Ok((
-        Tensor::record(y, &[t], &[], || Back { index, k, order, shape }),
-        Tensor::new(ids.permute(&back)?),
-    ))
+    Ok((Tensor::record(y, &[t], &[], || Back { index, k, order, shape }), Tensor::new(ids.permute(&back)?)))
 }
-

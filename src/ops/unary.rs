@@ -45,8 +45,8 @@ macro_rules! unary {
                             let dx = with_float!(stringify!($name), grad.dtype(), T => {
                                 $(let $p = <T as crate::tensor::Element>::from_f64($p);)*
                                 match &self.saved {
-                                    Some(s) => ew::zip_owned::<T, T>(stringify!($name), grad, s, move |g: T, s: T| g * d(s $(, $p)*)),
-                                    None => Ok(ew::map_owned::<T>(grad, move |g: T| g * d(T::ONE $(, $p)*))),
+                                    Some(s) => ew::zip_owned::<T, T>(stringify!($name), grad, s, #[inline(always)] move |g: T, s: T| g * d(s $(, $p)*)),
+                                    None => Ok(ew::map_owned::<T>(grad, #[inline(always)] move |g: T| g * d(T::ONE $(, $p)*))),
                                 }
                             })?;
                             flow.input(0, dx);
@@ -59,7 +59,7 @@ macro_rules! unary {
                     }
                     let y = with_float!(stringify!($name), self.dtype(), T => {
                         $(let $p = <T as crate::tensor::Element>::from_f64($p);)*
-                        Ok(ew::map::<T, T>(self.array(), move |x: T| f(x $(, $p)*)))
+                        Ok(ew::map::<T, T>(self.array(), #[inline(always)] move |x: T| f(x $(, $p)*)))
                     })?;
                     let saved = match Save::$save {
                         Save::Nothing => None,

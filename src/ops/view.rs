@@ -5,8 +5,8 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::error::{Error, Result};
-use crate::tensor::shape::{self, Dims};
 use crate::tensor::Array;
+use crate::tensor::shape::{self, Dims};
 use crate::{Tensor, with_dtype};
 use std::ops::Range;
 

@@ -64,7 +64,9 @@ impl Accountant {
         }
         // Below, losses leave the range of floating point; ε would be in the hundreds.
         if sigma < 0.05 {
-            return Err(Error::privacy(format!("a noise multiplier of {sigma}: below 0.05 there is no privacy to account")));
+            return Err(Error::privacy(format!(
+                "a noise multiplier of {sigma}: below 0.05 there is no privacy to account"
+            )));
         }
         if !(0.0..=1.0).contains(&rate) {
             return Err(Error::privacy(format!("a sampling rate of {rate}; it must lie in [0, 1]")));
@@ -232,7 +234,8 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
         Neighbouring::ReplaceOne => {
             // P = (1−q)N(0) + qN(1), Q = (1−q)N(0) + qN(−1): the loss rises with x, and P(−x) = Q(x).
             let s2 = sigma * sigma;
-            let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * s2)) - log_mix(rate, (-2.0 * x - 1.0) / (2.0 * s2));
+            let loss =
+                |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * s2)) - log_mix(rate, (-2.0 * x - 1.0) / (2.0 * s2));
             let high = loss(1.0 + reach);
             let divergence = |e: f64| {
                 // x where the loss is e, by bisection: the loss is monotone.

@@ -95,7 +95,9 @@ mod tests {
 
     #[test]
     fn no_clipped_norm_exceeds_the_sensitivity() {
-        for clip in [ClipFn::Abadi, ClipFn::Reparameterised, ClipFn::AutoV, ClipFn::AutoS { gamma: 0.01 }, ClipFn::Global] {
+        for clip in
+            [ClipFn::Abadi, ClipFn::Reparameterised, ClipFn::AutoV, ClipFn::AutoS { gamma: 0.01 }, ClipFn::Global]
+        {
             for r in [0.1, 1.0, 7.0] {
                 for n in [0.0, 1e-9, 0.05, 0.1, 1.0, 1.1, 50.0, 1e12, f64::NAN, f64::INFINITY] {
                     let f = clip.factor(n * n, r);

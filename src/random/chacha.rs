@@ -42,7 +42,9 @@ impl NoiseKey {
         self.0
     }
     fn words(&self) -> [u32; 8] {
-        std::array::from_fn(|i| u32::from_le_bytes([self.0[4 * i], self.0[4 * i + 1], self.0[4 * i + 2], self.0[4 * i + 3]]))
+        std::array::from_fn(|i| {
+            u32::from_le_bytes([self.0[4 * i], self.0[4 * i + 1], self.0[4 * i + 2], self.0[4 * i + 3]])
+        })
     }
     /// Uniforms in [0, 1) of (step, 0..n), in a stream apart from the noise: Poisson sampling.
     pub fn uniforms(&self, step: u64, n: usize) -> Vec<f64> {

@@ -1,8 +1,8 @@
 //! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
 
+use super::weigh::Clipping;
 use crate::autograd::Param;
 use crate::error::{Error, Result};
-use super::weigh::Clipping;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, PoissonSampler};
 use crate::random::{NoiseKey, add_gaussian};
 use crate::tensor::{Array, DType};
@@ -54,7 +54,12 @@ impl PrivacyConfig {
         need(self.records > 0, "no records to protect".into())?;
         need(
             self.delta < 1.0 / self.records as f64,
-            format!("δ = {} with {} records: choose it below 1/records, such as {:.1e}", self.delta, self.records, 0.1 / self.records as f64),
+            format!(
+                "δ = {} with {} records: choose it below 1/records, such as {:.1e}",
+                self.delta,
+                self.records,
+                0.1 / self.records as f64
+            ),
         )?;
         need(
             self.batch > 0.0 && self.batch <= self.records as f64,

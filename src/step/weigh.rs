@@ -120,7 +120,8 @@ impl<'a> Weigh<'a> {
         let group = &mut self.groups[gi];
         group.delivered += 1;
         // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
-        let fused = clipping.groups.len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
+        let fused =
+            clipping.groups.len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
         if fused {
             group.held.push(grad);
         } else {

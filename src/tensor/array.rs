@@ -76,7 +76,10 @@ impl Array {
     pub fn from_bytes(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Array> {
         let want = shape::numel(shape) * dtype.size();
         if bytes.len() != want {
-            return Err(Error::shape("from_bytes", format!("{} bytes given, {shape:?} {dtype} needs {want}", bytes.len())));
+            return Err(Error::shape(
+                "from_bytes",
+                format!("{} bytes given, {shape:?} {dtype} needs {want}", bytes.len()),
+            ));
         }
         let mut a = Array::uninit(shape, dtype);
         a.fresh_mut_bytes().copy_from_slice(bytes);
@@ -174,7 +177,8 @@ impl Array {
         self.expect_dtype::<T>("as_mut_slice")?;
         self.make_unique();
         let (n, o) = (self.numel(), self.offset);
-        let buffer = Arc::get_mut(&mut self.storage).ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
+        let buffer =
+            Arc::get_mut(&mut self.storage).ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
         Ok(&mut buffer.as_mut_slice::<T>()[o..o + n])
     }
     pub(crate) fn make_unique(&mut self) {

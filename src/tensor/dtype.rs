@@ -1,7 +1,7 @@
 //! Element types.
 
-use crate::error::{Error, Result};
 use crate::device::cpu::vmath::{f32 as math32, f64 as math64};
+use crate::error::{Error, Result};
 use half::{bf16, f16};
 use std::fmt;
 
@@ -270,7 +270,6 @@ macro_rules! float {
 }
 float!(f32, math32);
 float!(f64, math64);
-
 
 /// Runs the body with `$t` bound to the Rust type of a compute dtype (f32 or f64); the halves must have been cast.
 /// The body is a [`Result`](crate::Result); any other dtype is an error that names `$op`.

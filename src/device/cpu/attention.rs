@@ -290,7 +290,8 @@ pub fn forward<T: Float>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (o
                     let i = i0 + c;
                     let at = ((b * p.queries + i) * p.heads + h) * d;
                     // SAFETY: each (b, h, i) belongs to one task.
-                    let (o, l) = unsafe { (out.slice(at..at + d), lse.slice(bh * p.queries + i..bh * p.queries + i + 1)) };
+                    let (o, l) =
+                        unsafe { (out.slice(at..at + d), lse.slice(bh * p.queries + i..bh * p.queries + i + 1)) };
                     let empty = m[c] == T::NEG_INFINITY;
                     let inv = if empty { T::ZERO } else { T::ONE / z[c] };
                     o.iter_mut().enumerate().for_each(|(x, o)| *o = acc[x * nr + c] * inv);
@@ -325,7 +326,8 @@ pub fn backward<T: Float>(
     let [dq, dk, dv] = grads;
     let tile_len = mr * nr;
     par_chunks(p.batch * p.kv_heads, 1, |tasks| {
-        let mut buf = [kp * mr * d, kp * mr * d, dp * mr * p.keys, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
+        let mut buf =
+            [kp * mr * d, kp * mr * d, dp * mr * p.keys, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
         let mut rows = [dn * nr * wide, dn * nr * wide].map(Scratch::new::<T>);
         let mut sums = [kp * mr * dn * nr, kp * mr * dn * nr].map(Scratch::new::<T>);
         let keys_max = KEYS.div_ceil(mr) * mr;
@@ -398,8 +400,18 @@ pub fn backward<T: Float>(
                                 let mut prob = [T::ZERO; MAX_TILE];
                                 // SAFETY: panels hold d·mr and d·nr elements, tiles mr·nr.
                                 unsafe {
-                                    (kern.run)(d, kpk.as_ptr().add(j * d), qpk.as_ptr().add(c * nr * d), prob.as_mut_ptr());
-                                    (kern.run)(d, vpk.as_ptr().add(j * d), gpk.as_ptr().add(c * nr * d), ds.as_mut_ptr());
+                                    (kern.run)(
+                                        d,
+                                        kpk.as_ptr().add(j * d),
+                                        qpk.as_ptr().add(c * nr * d),
+                                        prob.as_mut_ptr(),
+                                    );
+                                    (kern.run)(
+                                        d,
+                                        vpk.as_ptr().add(j * d),
+                                        gpk.as_ptr().add(c * nr * d),
+                                        ds.as_mut_ptr(),
+                                    );
                                 }
                                 let prob = &mut prob[..tile_len];
                                 let (lse, delta) = (&stats[2 * c], &stats[2 * c + 1]);
@@ -410,7 +422,9 @@ pub fn backward<T: Float>(
                                     || {
                                         mask_tile(prob, &kern, scale, j, seen, whole);
                                         for row in prob.chunks_exact_mut(nr) {
-                                            row.iter_mut().zip(lse).for_each(|(s, &l)| *s = (*s - l).exp());
+                                            for (s, &l) in row.iter_mut().zip(lse) {
+                                                *s = (*s - l).exp();
+                                            }
                                         }
                                     },
                                 );

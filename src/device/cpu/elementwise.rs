@@ -23,7 +23,11 @@ pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) 
             let s = &src[o + col..o + col + len];
             simd(
                 #[inline(always)]
-                || d.iter_mut().zip(s).for_each(|(d, &s)| *d = f(s)),
+                || {
+                    for (d, &s) in d.iter_mut().zip(s) {
+                        *d = f(s);
+                    }
+                },
             );
         } else {
             let (s, step) = (&src[o + col * nest.step[0]..], nest.step[0]);
@@ -45,7 +49,11 @@ pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> 
         let d = unsafe { dst.slice(r) };
         simd(
             #[inline(always)]
-            || d.iter_mut().for_each(|d| *d = f(*d)),
+            || {
+                for d in d.iter_mut() {
+                    *d = f(*d);
+                }
+            },
         );
     });
     a
@@ -74,20 +82,32 @@ pub fn zip<A: Element, B: Element, D: Element>(
         match (sx, sy) {
             (1, 1) => simd(
                 #[inline(always)]
-                || d.iter_mut().zip(&x[..len]).zip(&y[..len]).for_each(|((d, &x), &y)| *d = f(x, y)),
+                || {
+                    for ((d, &x), &y) in d.iter_mut().zip(&x[..len]).zip(&y[..len]) {
+                        *d = f(x, y);
+                    }
+                },
             ),
             (1, 0) => {
                 let y = y[0];
                 simd(
                     #[inline(always)]
-                    || d.iter_mut().zip(&x[..len]).for_each(|(d, &x)| *d = f(x, y)),
+                    || {
+                        for (d, &x) in d.iter_mut().zip(&x[..len]) {
+                            *d = f(x, y);
+                        }
+                    },
                 )
             }
             (0, 1) => {
                 let x = x[0];
                 simd(
                     #[inline(always)]
-                    || d.iter_mut().zip(&y[..len]).for_each(|(d, &y)| *d = f(x, y)),
+                    || {
+                        for (d, &y) in d.iter_mut().zip(&y[..len]) {
+                            *d = f(x, y);
+                        }
+                    },
                 )
             }
             _ => d.iter_mut().enumerate().for_each(|(i, d)| *d = f(x[i * sx], y[i * sy])),
@@ -114,7 +134,11 @@ pub fn zip_owned<T: Element, B: Element>(
         let y = &y[r];
         simd(
             #[inline(always)]
-            || d.iter_mut().zip(y).for_each(|(d, &y)| *d = f(*d, y)),
+            || {
+                for (d, &y) in d.iter_mut().zip(y) {
+                    *d = f(*d, y);
+                }
+            },
         );
     });
     Ok(a)
@@ -131,7 +155,11 @@ pub fn add_assign<T: Element>(dst: &mut [T], src: &[T]) {
             let s = &src[r];
             simd(
                 #[inline(always)]
-                || d.iter_mut().zip(s).for_each(|(d, &s)| *d = f(*d, s)),
+                || {
+                    for (d, &s) in d.iter_mut().zip(s) {
+                        *d = f(*d, s);
+                    }
+                },
             );
         });
     }
@@ -163,7 +191,11 @@ pub fn for_each_mut<T: Element>(x: &mut [T], f: impl Fn(T) -> T + Sync + Copy) {
         let x = unsafe { x.slice(r) };
         simd(
             #[inline(always)]
-            || x.iter_mut().for_each(|x| *x = f(*x)),
+            || {
+                for x in x.iter_mut() {
+                    *x = f(*x);
+                }
+            },
         );
     });
 }

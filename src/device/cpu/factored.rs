@@ -205,7 +205,10 @@ pub fn lookup_outer_inner<T: Float>(ids: &[u32], e: &[T], left: &[T], right: &[T
     (0..n)
         .map(|s| {
             let row = &left[s * v..(s + 1) * v];
-            keys.iter().enumerate().map(|(k, &id)| products[k * n + s].to_f64() * row[id as usize].to_f64()).sum::<f64>()
+            keys.iter()
+                .enumerate()
+                .map(|(k, &id)| products[k * n + s].to_f64() * row[id as usize].to_f64())
+                .sum::<f64>()
         })
         .sum()
 }

@@ -47,7 +47,11 @@ fn rows(n: usize, d: usize, f: impl Fn(usize) + Sync) {
     par_chunks(n, (GRAIN / d.max(1)).max(1), |r| {
         simd(
             #[inline(always)]
-            || r.for_each(&f),
+            || {
+                for i in r {
+                    f(i);
+                }
+            },
         )
     });
 }
@@ -64,22 +68,42 @@ pub fn norm_forward<T: Float>(
     let n = x.len().checked_div(d).unwrap_or(0);
     let inv = T::ONE / T::from_f64(d as f64);
     let (y, stats) = (Shared::new(y), Shared::new(stats));
-    rows(n, d, #[inline(always)]
-    |r| {
-        let x = &x[r * d..(r + 1) * d];
-        // SAFETY: each row is written once.
-        let (y, s) = unsafe { (y.slice(r * d..(r + 1) * d), stats.slice(2 * r..2 * r + 2)) };
-        let mean = if center { lanes(d, |i| x[i]) * inv } else { T::ZERO };
-        let var = lanes(d, |i| (x[i] - mean) * (x[i] - mean)) * inv;
-        let rstd = T::ONE / (var + eps).sqrt();
-        (s[0], s[1]) = (mean, rstd);
-        match (gain, bias) {
-            (Some(g), Some(b)) => (0..d).for_each(|i| y[i] = (x[i] - mean) * rstd * g[i] + b[i]),
-            (Some(g), None) => (0..d).for_each(|i| y[i] = (x[i] - mean) * rstd * g[i]),
-            (None, Some(b)) => (0..d).for_each(|i| y[i] = (x[i] - mean) * rstd + b[i]),
-            (None, None) => (0..d).for_each(|i| y[i] = (x[i] - mean) * rstd),
-        }
-    });
+    rows(
+        n,
+        d,
+        #[inline(always)]
+        |r| {
+            let x = &x[r * d..(r + 1) * d];
+            // SAFETY: each row is written once.
+            let (y, s) = unsafe { (y.slice(r * d..(r + 1) * d), stats.slice(2 * r..2 * r + 2)) };
+            let mean = if center { lanes(d, |i| x[i]) * inv } else { T::ZERO };
+            let var = lanes(d, |i| (x[i] - mean) * (x[i] - mean)) * inv;
+            let rstd = T::ONE / (var + eps).sqrt();
+            (s[0], s[1]) = (mean, rstd);
+            match (gain, bias) {
+                (Some(g), Some(b)) => {
+                    for i in 0..d {
+                        y[i] = (x[i] - mean) * rstd * g[i] + b[i];
+                    }
+                }
+                (Some(g), None) => {
+                    for i in 0..d {
+                        y[i] = (x[i] - mean) * rstd * g[i];
+                    }
+                }
+                (None, Some(b)) => {
+                    for i in 0..d {
+                        y[i] = (x[i] - mean) * rstd + b[i];
+                    }
+                }
+                (None, None) => {
+                    for i in 0..d {
+                        y[i] = (x[i] - mean) * rstd;
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; and x̂ itself, which the gain's gradient needs.
@@ -93,66 +117,110 @@ pub fn norm_backward<T: Float>(
     let n = x.len().checked_div(d).unwrap_or(0);
     let inv = T::ONE / T::from_f64(d as f64);
     let (dx, xhat) = (dx.map(Shared::new), xhat.map(Shared::new));
-    rows(n, d, #[inline(always)]
-    |r| {
-        let (x, dy) = (&x[r * d..(r + 1) * d], &dy[r * d..(r + 1) * d]);
-        let (mean, rstd) = (stats[2 * r], stats[2 * r + 1]);
-        if let Some(xhat) = &xhat {
+    rows(
+        n,
+        d,
+        #[inline(always)]
+        |r| {
+            let (x, dy) = (&x[r * d..(r + 1) * d], &dy[r * d..(r + 1) * d]);
+            let (mean, rstd) = (stats[2 * r], stats[2 * r + 1]);
+            if let Some(xhat) = &xhat {
+                // SAFETY: each row is written once.
+                let o = unsafe { xhat.slice(r * d..(r + 1) * d) };
+                {
+                    for i in 0..d {
+                        o[i] = (x[i] - mean) * rstd;
+                    }
+                }
+            }
+            let Some(dx) = &dx else { return };
             // SAFETY: each row is written once.
-            let o = unsafe { xhat.slice(r * d..(r + 1) * d) };
-            (0..d).for_each(|i| o[i] = (x[i] - mean) * rstd);
-        }
-        let Some(dx) = &dx else { return };
-        // SAFETY: each row is written once.
-        let o = unsafe { dx.slice(r * d..(r + 1) * d) };
-        match gain {
-            Some(g) => (0..d).for_each(|i| o[i] = dy[i] * g[i]),
-            None => o.copy_from_slice(dy),
-        }
-        let a = if center { lanes(d, |i| o[i]) * inv } else { T::ZERO };
-        let b = lanes(d, |i| o[i] * (x[i] - mean)) * inv * rstd;
-        (0..d).for_each(|i| o[i] = rstd * (o[i] - a - (x[i] - mean) * rstd * b));
-    });
+            let o = unsafe { dx.slice(r * d..(r + 1) * d) };
+            match gain {
+                Some(g) => {
+                    for i in 0..d {
+                        o[i] = dy[i] * g[i];
+                    }
+                }
+                None => o.copy_from_slice(dy),
+            }
+            let a = if center { lanes(d, |i| o[i]) * inv } else { T::ZERO };
+            let b = lanes(d, |i| o[i] * (x[i] - mean)) * inv * rstd;
+            {
+                for i in 0..d {
+                    o[i] = rstd * (o[i] - a - (x[i] - mean) * rstd * b);
+                }
+            }
+        },
+    );
 }
 
 /// Softmax (or its logarithm) of every row.
 pub fn softmax<T: Float>(x: &[T], d: usize, log: bool, y: &mut [T]) {
     let n = x.len().checked_div(d).unwrap_or(0);
     let y = Shared::new(y);
-    rows(n, d, #[inline(always)]
-    |r| {
-        let x = &x[r * d..(r + 1) * d];
-        // SAFETY: each row is written once.
-        let y = unsafe { y.slice(r * d..(r + 1) * d) };
-        let m = max_of(x);
-        if log {
-            let z = m + lanes(d, |i| (x[i] - m).exp()).ln();
-            (0..d).for_each(|i| y[i] = x[i] - z);
-        } else {
-            (0..d).for_each(|i| y[i] = (x[i] - m).exp());
-            let inv = T::ONE / lanes(d, |i| y[i]);
-            (0..d).for_each(|i| y[i] *= inv);
-        }
-    });
+    rows(
+        n,
+        d,
+        #[inline(always)]
+        |r| {
+            let x = &x[r * d..(r + 1) * d];
+            // SAFETY: each row is written once.
+            let y = unsafe { y.slice(r * d..(r + 1) * d) };
+            let m = max_of(x);
+            if log {
+                let z = m + lanes(d, |i| (x[i] - m).exp()).ln();
+                {
+                    for i in 0..d {
+                        y[i] = x[i] - z;
+                    }
+                }
+            } else {
+                {
+                    for i in 0..d {
+                        y[i] = (x[i] - m).exp();
+                    }
+                }
+                let inv = T::ONE / lanes(d, |i| y[i]);
+                {
+                    for i in 0..d {
+                        y[i] *= inv;
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// dx of softmax: y·(dy − Σ dy·y); of log-softmax: dy − eʸ·Σ dy.
 pub fn softmax_backward<T: Float>(y: &[T], dy: &[T], d: usize, log: bool, dx: &mut [T]) {
     let n = y.len().checked_div(d).unwrap_or(0);
     let dx = Shared::new(dx);
-    rows(n, d, #[inline(always)]
-    |r| {
-        let (y, dy) = (&y[r * d..(r + 1) * d], &dy[r * d..(r + 1) * d]);
-        // SAFETY: each row is written once.
-        let o = unsafe { dx.slice(r * d..(r + 1) * d) };
-        if log {
-            let s = lanes(d, |i| dy[i]);
-            (0..d).for_each(|i| o[i] = dy[i] - y[i].exp() * s);
-        } else {
-            let s = lanes(d, |i| dy[i] * y[i]);
-            (0..d).for_each(|i| o[i] = y[i] * (dy[i] - s));
-        }
-    });
+    rows(
+        n,
+        d,
+        #[inline(always)]
+        |r| {
+            let (y, dy) = (&y[r * d..(r + 1) * d], &dy[r * d..(r + 1) * d]);
+            // SAFETY: each row is written once.
+            let o = unsafe { dx.slice(r * d..(r + 1) * d) };
+            if log {
+                let s = lanes(d, |i| dy[i]);
+                {
+                    for i in 0..d {
+                        o[i] = dy[i] - y[i].exp() * s;
+                    }
+                }
+            } else {
+                let s = lanes(d, |i| dy[i] * y[i]);
+                {
+                    for i in 0..d {
+                        o[i] = y[i] * (dy[i] - s);
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// Rows whose target is `usize::MAX` are ignored. Writes loss and log-sum-exp per row: with smoothing s,
@@ -160,22 +228,26 @@ pub fn softmax_backward<T: Float>(y: &[T], dy: &[T], d: usize, log: bool, dx: &m
 pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: T, loss: &mut [T], lse: &mut [T]) {
     let inv = T::ONE / T::from_f64(d as f64);
     let (loss, lse) = (Shared::new(loss), Shared::new(lse));
-    rows(targets.len(), d, #[inline(always)]
-    |r| {
-        // SAFETY: each row is written once.
-        let (l, z) = unsafe { (loss.slice(r..r + 1), lse.slice(r..r + 1)) };
-        if targets[r] == usize::MAX {
-            (l[0], z[0]) = (T::ZERO, T::ZERO);
-            return;
-        }
-        let x = &x[r * d..(r + 1) * d];
-        let m = max_of(x);
-        z[0] = m + lanes(d, |i| (x[i] - m).exp()).ln();
-        l[0] = z[0] - (T::ONE - smoothing) * x[targets[r]];
-        if smoothing != T::ZERO {
-            l[0] = l[0] - smoothing * inv * lanes(d, |i| x[i]);
-        }
-    });
+    rows(
+        targets.len(),
+        d,
+        #[inline(always)]
+        |r| {
+            // SAFETY: each row is written once.
+            let (l, z) = unsafe { (loss.slice(r..r + 1), lse.slice(r..r + 1)) };
+            if targets[r] == usize::MAX {
+                (l[0], z[0]) = (T::ZERO, T::ZERO);
+                return;
+            }
+            let x = &x[r * d..(r + 1) * d];
+            let m = max_of(x);
+            z[0] = m + lanes(d, |i| (x[i] - m).exp()).ln();
+            l[0] = z[0] - (T::ONE - smoothing) * x[targets[r]];
+            if smoothing != T::ZERO {
+                l[0] = l[0] - smoothing * inv * lanes(d, |i| x[i]);
+            }
+        },
+    );
 }
 
 /// dx = w·(softmax(x) − (1 − s)·onehot − s/d) per row, zero for ignored rows.
@@ -189,15 +261,23 @@ pub fn cross_entropy_backward<T: Float>(
 ) {
     let even = smoothing / T::from_f64(d as f64);
     let dx = Shared::new(dx);
-    rows(targets.len(), d, #[inline(always)]
-    |r| {
-        // SAFETY: each row is written once.
-        let o = unsafe { dx.slice(r * d..(r + 1) * d) };
-        if targets[r] == usize::MAX {
-            return o.fill(T::ZERO);
-        }
-        let (x, z, w) = (&x[r * d..(r + 1) * d], lse[r], weight[r]);
-        (0..d).for_each(|i| o[i] = w * ((x[i] - z).exp() - even));
-        o[targets[r]] += -w * (T::ONE - smoothing);
-    });
+    rows(
+        targets.len(),
+        d,
+        #[inline(always)]
+        |r| {
+            // SAFETY: each row is written once.
+            let o = unsafe { dx.slice(r * d..(r + 1) * d) };
+            if targets[r] == usize::MAX {
+                return o.fill(T::ZERO);
+            }
+            let (x, z, w) = (&x[r * d..(r + 1) * d], lse[r], weight[r]);
+            {
+                for i in 0..d {
+                    o[i] = w * ((x[i] - z).exp() - even);
+                }
+            }
+            o[targets[r]] += -w * (T::ONE - smoothing);
+        },
+    );
 }

@@ -1,9 +1,9 @@
 //! Norms and inner products of outer-product sums, and the fused clipped sum: per-sample gradients that are never
 //! stored for a whole batch.
 
+use super::Mat;
 use super::kernel::MAX_TILE;
 use super::pack::{pack_a, pack_b};
-use super::Mat;
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::pool::Buffer;
 use crate::device::cpu::shared::Shared;
@@ -137,7 +137,13 @@ pub fn inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, u
                 for a in 0..kern.mr {
                     for b in 0..kern.nr {
                         let (row, col) = (i0 + a, j0 + b);
-                        let w = if row > col { 2.0 } else if row == col { 1.0 } else { 0.0 };
+                        let w = if row > col {
+                            2.0
+                        } else if row == col {
+                            1.0
+                        } else {
+                            0.0
+                        };
                         total += w * p[a * kern.nr + b].to_f64() * q[a * kern.nr + b].to_f64();
                     }
                 }
@@ -147,8 +153,100 @@ pub fn inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, u
     total
 }
 
+/// Samples are taken in this many fixed lanes where each is too small to be worth several threads.
+const SAMPLE_LANES: usize = 8;
+/// Multiply-adds of a sample's gradient from which the threads work on one sample together.
+const LARGE: usize = 1 << 23;
+
+/// [`clipped_add`] with small samples: each lane takes a fixed share of them and has a sum of its own; the lanes' sums are
+/// added in order.
+fn clipped_add_lanes<T: Float>(
+    l: &[T],
+    g: &[T],
+    (rd, cd): (usize, usize),
+    ranges: &[std::ops::Range<usize>],
+    base: &[f64],
+    clip: &(dyn Fn(f64) -> f64 + Sync),
+    out: &mut [T],
+) -> Vec<f64> {
+    let kern = T::kernel();
+    let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
+    let (tile_len, tiles) = (kern.mr * kern.nr, mp * np);
+    let lanes = SAMPLE_LANES.min(ranges.len());
+    let each = ranges.len().div_ceil(lanes);
+    let mut sums = Buffer::zeroed(lanes * tiles * tile_len * T::DTYPE.size());
+    let mut totals = vec![0.0f64; ranges.len()];
+    let longest = ranges.iter().map(|r| r.len()).max().unwrap_or(0);
+    {
+        let (sums, totals) = (Shared::new(sums.as_mut_slice::<T>()), Shared::new(&mut totals));
+        par_chunks(lanes, 1, |lane| {
+            let lane = lane.start;
+            let mine = lane * each..((lane + 1) * each).min(ranges.len());
+            // SAFETY: each lane has its own sum and its own samples.
+            let sum = unsafe { sums.slice(lane * tiles * tile_len..(lane + 1) * tiles * tile_len) };
+            let size = T::DTYPE.size();
+            let mut scratch = Buffer::uninit(tiles * tile_len * size);
+            let mut ap = Buffer::uninit((mp * kern.mr * longest).max(1) * size);
+            let mut bp = Buffer::uninit((np * kern.nr * longest).max(1) * size);
+            for b in mine {
+                let (range, t) = (ranges[b].clone(), ranges[b].len());
+                // SAFETY: as above.
+                let total = unsafe { &mut totals.slice(b..b + 1)[0] };
+                *total = base[b];
+                if t == 0 {
+                    continue;
+                }
+                let a = Mat::new(&l[range.start * rd..range.end * rd], t, rd).t();
+                let e = Mat::new(&g[range.start * cd..range.end * cd], t, cd);
+                let (pa, pb, x) = (ap.as_mut_slice::<T>(), bp.as_mut_slice::<T>(), scratch.as_mut_slice::<T>());
+                (0..mp).for_each(|p| pack_a(&a, p * kern.mr, kern.mr, 0, t, None, &mut pa[p * kern.mr * t..]));
+                (0..np).for_each(|p| pack_b(&e, p * kern.nr, kern.nr, 0, t, &mut pb[p * kern.nr * t..]));
+                for (i, tile) in x.chunks_exact_mut(tile_len).enumerate() {
+                    let (ip, jp) = (i % mp, i / mp);
+                    // SAFETY: panels hold t·mr and t·nr elements.
+                    unsafe {
+                        (kern.run)(
+                            t,
+                            pa.as_ptr().add(ip * kern.mr * t),
+                            pb.as_ptr().add(jp * kern.nr * t),
+                            tile.as_mut_ptr(),
+                        )
+                    };
+                }
+                *total += sum_sq(x);
+                let w = T::from_f64(clip(*total));
+                if w != T::ZERO {
+                    simd(
+                        #[inline(always)]
+                        || sum.iter_mut().zip(&*x).for_each(|(s, &x)| *s += w * x),
+                    );
+                }
+            }
+        });
+    }
+    let sums = sums.as_slice::<T>();
+    let out = Shared::new(out);
+    par_chunks(tiles, 8, |r| {
+        for i in r {
+            let (i0, j0) = (i % mp * kern.mr, i / mp * kern.nr);
+            let cols = kern.nr.min(cd - j0);
+            for row in 0..kern.mr.min(rd - i0) {
+                let at = (i0 + row) * cd + j0;
+                // SAFETY: tiles are disjoint.
+                let o = unsafe { out.slice(at..at + cols) };
+                for lane in 0..lanes {
+                    let from = (lane * tiles + i) * tile_len + row * kern.nr;
+                    o.iter_mut().zip(&sums[from..from + cols]).for_each(|(o, &s)| *o += s);
+                }
+            }
+        }
+    });
+    totals
+}
+
 /// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = base[b] + |G|², out += clip(total)·G.
-/// One pass over the samples; two matrices of the parameter's size are all it stores. Returns the totals.
+/// One pass over the samples. Large samples are worked on by all threads together, with one scratch matrix of the
+/// parameter's size; small ones in lanes, with a few. Returns the totals.
 pub fn clipped_add<T: Float>(
     l: &[T],
     g: &[T],
@@ -158,6 +256,10 @@ pub fn clipped_add<T: Float>(
     clip: &(dyn Fn(f64) -> f64 + Sync),
     out: &mut [T],
 ) -> Vec<f64> {
+    let rows: usize = ranges.iter().map(|r| r.len()).sum();
+    if rows / ranges.len().max(1) * rd * cd < LARGE {
+        return clipped_add_lanes(l, g, (rd, cd), ranges, base, clip, out);
+    }
     let kern = T::kernel();
     let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
     let tile_len = kern.mr * kern.nr;
@@ -193,26 +295,39 @@ pub fn clipped_add<T: Float>(
             });
         }
         let (pa, pb) = (ap.as_slice::<T>(), bp.as_slice::<T>());
-        let (store, sums, acc) = (Shared::new(scratch.as_mut_slice::<T>()), Shared::new(&mut part), Shared::new(&mut *out));
+        let (store, sums, acc) =
+            (Shared::new(scratch.as_mut_slice::<T>()), Shared::new(&mut part), Shared::new(&mut *out));
         par_chunks(tiles, 16, |r| {
             for i in r {
                 let (ip, jp) = (i % mp, i / mp);
                 // SAFETY: tiles are disjoint, in the scratch and in the output.
                 let (tile, sum) = unsafe { (store.slice(i * tile_len..(i + 1) * tile_len), sums.slice(i..i + 1)) };
                 if weight != T::ZERO {
-                    let (i0, j0) = (ip * kern.mr, jp * kern.nr);
-                    let cols = kern.nr.min(cd - j0);
-                    for (row, x) in tile.chunks_exact(kern.nr).enumerate().take(kern.mr.min(rd - i0)) {
-                        let at = (i0 + row) * cd + j0;
-                        // SAFETY: as above.
-                        let o = unsafe { acc.slice(at..at + cols) };
-                        o.iter_mut().zip(x).for_each(|(o, &x)| *o += weight * x);
-                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            let (i0, j0) = (ip * kern.mr, jp * kern.nr);
+                            let cols = kern.nr.min(cd - j0);
+                            for (row, x) in tile.chunks_exact(kern.nr).enumerate().take(kern.mr.min(rd - i0)) {
+                                let at = (i0 + row) * cd + j0;
+                                // SAFETY: as above.
+                                let o = unsafe { acc.slice(at..at + cols) };
+                                for (o, &x) in o.iter_mut().zip(x) {
+                                    *o += weight * x;
+                                }
+                            }
+                        },
+                    );
                 }
                 if t > 0 {
                     // SAFETY: panels hold t·mr and t·nr elements.
                     unsafe {
-                        (kern.run)(t, pa.as_ptr().add(ip * kern.mr * t), pb.as_ptr().add(jp * kern.nr * t), tile.as_mut_ptr())
+                        (kern.run)(
+                            t,
+                            pa.as_ptr().add(ip * kern.mr * t),
+                            pb.as_ptr().add(jp * kern.nr * t),
+                            tile.as_mut_ptr(),
+                        )
                     };
                     sum[0] = sum_sq(tile);
                 } else {
@@ -259,4 +374,3 @@ pub fn outer_add<T: Float>(l: &[T], r: &[T], n: usize, w: Option<&[T]>, out: &mu
         _ => add(0..n),
     }
 }
-

@@ -1,7 +1,7 @@
 //! Packing: operands rearranged into panels that a micro-kernel reads in order.
 
 use super::super::simd::simd;
-use super::Mat;
+use super::{Mat, copy_row};
 use crate::tensor::Float;
 
 /// Columns `k0..k0 + kc` of rows `i0..i0 + mr` of `a`, k-major: out[k·mr + i]. Rows past the end are zeros. `scale`
@@ -40,10 +40,15 @@ fn panel<T: Float>(
     }
     if si == 1 {
         // Contiguous across the panel: copies.
-        for (k, row) in out.chunks_exact_mut(w).enumerate() {
-            let o = at(0, k);
-            row[..live].copy_from_slice(&data[o..o + live]);
-        }
+        simd(
+            #[inline(always)]
+            || {
+                for (k, row) in out.chunks_exact_mut(w).enumerate() {
+                    let o = at(0, k);
+                    copy_row(&data[o..o + live], &mut row[..live]);
+                }
+            },
+        );
         return;
     }
     // Contiguous (or not) along k: transposed in 4 × 4 blocks.
