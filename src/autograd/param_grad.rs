@@ -119,7 +119,8 @@ impl ParamGrad {
                         sum += 2.0 * f.inner::<T>(i, other, i, self.numel())?;
                     }
                 }
-                Ok(sum.max(0.0))
+                // Rounding may leave a cross term a little below zero; NaN has to stay NaN, so that it is seen.
+                Ok(if sum < 0.0 { 0.0 } else { sum })
             })
         })
     }

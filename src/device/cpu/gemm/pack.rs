@@ -53,6 +53,20 @@ fn panel<T: Float>(
     }
     // Contiguous (or not) along k: transposed in 4 × 4 blocks.
     let full = if sk == 1 { live / 4 * 4 } else { 0 };
+    #[cfg(target_arch = "x86_64")]
+    if T::DTYPE == crate::DType::F32 {
+        let (data, out): (&[f32], &mut [f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice_mut(out));
+        for i in (0..full).step_by(4) {
+            let rows = std::array::from_fn(|r| &data[at(i + r, 0)..at(i + r, 0) + kc]);
+            turn4(rows, &mut out[i..], w);
+        }
+        for i in full..live {
+            for k in 0..kc {
+                out[k * w + i] = data[at(i, k)];
+            }
+        }
+        return;
+    }
     simd(
         #[inline(always)]
         || {
@@ -72,6 +86,31 @@ fn panel<T: Float>(
     for i in full..live {
         for k in 0..kc {
             out[k * w + i] = data[at(i, k)];
+        }
+    }
+}
+
+/// out[k·w + r] = rows[r][k], by 4 × 4 blocks in registers.
+#[cfg(target_arch = "x86_64")]
+fn turn4(rows: [&[f32]; 4], out: &mut [f32], w: usize) {
+    use std::arch::x86_64::*;
+    let kc = rows[0].len();
+    let mut k = 0;
+    while k + 4 <= kc {
+        assert!(rows.iter().all(|r| r.len() >= k + 4) && out.len() >= (k + 3) * w + 4);
+        // SAFETY: every row holds k + 4 elements and the last store ends within `out`, as asserted; SSE is part of x86-64.
+        unsafe {
+            let [mut a, mut b, mut c, mut d] = rows.map(|r| _mm_loadu_ps(r.as_ptr().add(k)));
+            _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+            for (j, v) in [a, b, c, d].into_iter().enumerate() {
+                _mm_storeu_ps(out.as_mut_ptr().add((k + j) * w), v);
+            }
+        }
+        k += 4;
+    }
+    for k in k..kc {
+        for (r, row) in rows.iter().enumerate() {
+            out[k * w + r] = row[k];
         }
     }
 }

@@ -1,0 +1,272 @@
+//! Training steps: per-sample gradients of a whole model, clipping bounds, noise, repeatability, resuming, refusals.
+
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::Ctx;
+use prismgrad::ops::linear::{Activation, Layout, linear};
+use prismgrad::optim::{AdamW, Schedule, Sgd};
+use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::random::NoiseKey;
+use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::{Array, DType, Error, Param, Result, Samples, Tensor, check};
+
+fn gpt(tied: bool, dtype: DType) -> Gpt {
+    let mut c = GptConfig::small(17, 6, 2, 8, 2);
+    c.tie_word_embeddings = tied;
+    Gpt::with_dtype(c, 3, dtype).unwrap()
+}
+
+fn tokens(b: usize, seed: usize) -> (Array, Array) {
+    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
+    (f(seed), f(seed + 5))
+}
+
+fn private(params: &[Param], style: ClipStyle, batch: f64, steps: u64) -> Result<TrainStep> {
+    let mut c = PrivacyConfig::new(4.0, 1e-3, 100, batch, steps);
+    c.style = style;
+    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9))?;
+    TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2))
+}
+
+const STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
+
+#[test]
+fn every_parameter_of_a_gpt_per_sample() {
+    for tied in [false, true] {
+        let model = gpt(tied, DType::F64);
+        let (x, y) = tokens(3, 1);
+        let losses = || model.losses(&x, &y, &Ctx::eval());
+        let report = check::per_sample(&losses, &model.params().all(), 1, 1e-9).unwrap();
+        assert!(report.worst() < 1e-9, "tied {tied}: {report:?}");
+    }
+}
+
+/// A weight used twice over ragged, unsorted samples, with a bias and a per-sample gate.
+fn ragged(keep: &[usize]) -> (Tensor, Vec<Param>) {
+    let p =
+        |n: &str, s: &[usize], k: f64| Param::new(n, Array::generate(s, DType::F64, |i| (k + i as f64 * 0.9).sin()));
+    let (w, b, gate) = (p("a.weight", &[4, 4], 0.3), p("a.bias", &[4], 1.0), p("gate", &[4], 2.0));
+    let owner = [0usize, 2, 1, 0, 2, 2, 3];
+    let rows: Vec<usize> = (0..7).filter(|&r| keep.contains(&owner[r])).collect();
+    let ids: Vec<u32> = rows.iter().map(|&r| keep.iter().position(|&k| k == owner[r]).unwrap() as u32).collect();
+    let samples = Samples::owners(ids.clone(), keep.len()).unwrap();
+    let x = Array::generate(&[rows.len(), 4], DType::F64, |i| (rows[i / 4] * 4 + i % 4) as f64 * 0.21 - 0.5);
+    let s = Some(&samples);
+    let y = linear(&Tensor::new(x), &w, Layout::OutIn, Some(&b), Activation::Tanh, s).unwrap();
+    let y = linear(&y, &w, Layout::InOut, None, Activation::None, s).unwrap();
+    let pick = Array::generate(&[keep.len(), rows.len()], DType::F64, |i| {
+        (ids[i % rows.len()] as usize == i / rows.len()) as u8 as f64
+    });
+    let per = Tensor::new(pick).matmul(&y).unwrap().mul(&gate.per_sample(keep.len()).unwrap()).unwrap();
+    (per.square().unwrap().sum(&[1], false).unwrap(), vec![w, b, gate])
+}
+
+#[test]
+fn one_record_moves_the_clipped_sum_by_at_most_the_threshold() {
+    let clips = [ClipFn::Abadi, ClipFn::AutoS { gamma: 0.01 }, ClipFn::AutoV, ClipFn::Global];
+    for style in STYLES {
+        for clip in clips {
+            let sum = |keep: &[usize]| -> Vec<f64> {
+                let (l, p) = ragged(keep);
+                clipped_gradient(&l, &p, style, clip, 0.7).unwrap().iter().flat_map(Array::to_f64).collect()
+            };
+            let all = sum(&[0, 1, 2, 3]);
+            for without in 0..4 {
+                let rest: Vec<usize> = (0..4).filter(|&i| i != without).collect();
+                let moved: f64 = all.iter().zip(sum(&rest)).map(|(a, b)| (a - b) * (a - b)).sum();
+                assert!(moved.sqrt() <= 0.7 * (1.0 + 1e-9), "{style:?} {clip:?} {without}: {}", moved.sqrt());
+            }
+        }
+    }
+}
+
+#[test]
+fn clipped_sums_are_those_of_the_instantiated_gradients() {
+    let clip = ClipFn::Abadi;
+    let (losses, params) = ragged(&[0, 1, 2, 3]);
+    let got = clipped_gradient(&losses, &params, ClipStyle::AllLayer, clip, 0.4).unwrap();
+    let (losses, params) = ragged(&[0, 1, 2, 3]);
+    let grads = losses.backward().unwrap();
+    let per: Vec<Vec<f64>> = params.iter().map(|p| grads.param(p).unwrap().per_sample().unwrap().to_f64()).collect();
+    let sq = |i: usize| -> f64 {
+        per.iter().map(|g| g[i * g.len() / 4..(i + 1) * g.len() / 4].iter().map(|x| x * x).sum::<f64>()).sum()
+    };
+    for (g, per) in got.iter().zip(&per) {
+        let n = per.len() / 4;
+        for (j, g) in g.to_f64().iter().enumerate() {
+            let want: f64 = (0..4).map(|i| clip.factor(sq(i), 0.4) * per[i * n + j]).sum();
+            assert!((g - want).abs() < 1e-10, "{g} {want}");
+        }
+    }
+}
+
+fn values(params: &[Param]) -> Vec<u8> {
+    params.iter().flat_map(|p| p.value().to_bytes()).collect()
+}
+
+#[test]
+fn same_bits_at_any_number_of_threads() {
+    let run = |threads: usize, style: Option<ClipStyle>| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let model = gpt(true, DType::F32);
+            let params = model.params().all();
+            let mut step = match style {
+                Some(s) => private(&params, s, 10.0, 5).unwrap(),
+                None => TrainStep::plain(&params, AdamW::default(), Schedule::constant(1e-2)).unwrap(),
+            };
+            for t in 0..3 {
+                let (x, y) = tokens(8, t);
+                step.run([()], |_| model.losses(&x, &y, &Ctx::train(t as u64))).unwrap();
+            }
+            values(&params)
+        })
+    };
+    for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
+        let one = run(1, style);
+        assert_eq!(one, run(2, style), "{style:?}");
+        assert_eq!(one, run(3, style), "{style:?}");
+    }
+}
+
+#[test]
+fn microbatches_make_no_difference() {
+    for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
+        let run = |parts: &[&[usize]]| {
+            let model = gpt(false, DType::F64);
+            let params = model.params().all();
+            let mut step = match style {
+                Some(s) => private(&params, s, 10.0, 5).unwrap(),
+                None => TrainStep::plain(&params, Sgd::default(), Schedule::constant(1e-1)).unwrap(),
+            };
+            let (x, y) = tokens(4, 1);
+            let rows = |a: &Array, r: &[usize]| a.slice(0, r[0]..r[r.len() - 1] + 1).unwrap().contiguous();
+            step.run(parts.iter(), |r| model.losses(&rows(&x, r), &rows(&y, r), &Ctx::eval())).unwrap();
+            params.iter().flat_map(|p| p.value().to_f64()).collect::<Vec<f64>>()
+        };
+        let (a, b) = (run(&[&[0, 1, 2, 3]]), run(&[&[0], &[1, 2], &[3]]));
+        let worst = a.iter().zip(&b).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+        assert!(worst < 1e-9, "{style:?}: {worst}");
+    }
+}
+
+/// A model whose gradient is the data: one weight row, loss x·w.
+fn probe(rows: &[[f64; 3]]) -> (Param, Param, Tensor) {
+    let (w, idle) =
+        (Param::new("w", Array::zeros(&[1, 3], DType::F64)), Param::new("idle", Array::zeros(&[20_000], DType::F64)));
+    let x: Vec<f64> = rows.iter().flatten().copied().collect();
+    let x = Tensor::from_slice(&x, &[rows.len(), 3]).unwrap();
+    let y = linear(&x, &w, Layout::OutIn, None, Activation::None, None).unwrap().sum(&[1], false).unwrap();
+    (w, idle, y)
+}
+
+fn sgd(params: &[Param]) -> TrainStep {
+    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 10.0, 10);
+    c.clip = ClipFn::Abadi;
+    c.noise_multiplier = Some(2.0);
+    TrainStep::private(
+        params,
+        Privacy::new(c, NoiseKey::from_seed_for_tests(4)).unwrap(),
+        Sgd::default(),
+        Schedule::constant(1.0),
+    )
+    .unwrap()
+}
+
+#[test]
+fn every_trainable_element_gets_noise_even_in_an_empty_batch() {
+    let (w, idle, _) = probe(&[[0.0; 3]]);
+    let mut step = sgd(&[w.clone(), idle.clone()]);
+    let none: [(); 0] = [];
+    let report = step.run(none, |_| unreachable!()).unwrap();
+    assert_eq!(report.samples, 0);
+    assert!(report.loss.is_nan());
+    assert!(w.value().to_f64().iter().all(|&x| x != 0.0));
+    // σ·R/B = 2·1/10; standard error of the variance over 20,000 elements is 1 %.
+    let var = idle.value().to_f64().iter().map(|x| x * x).sum::<f64>() / 20_000.0;
+    assert!((var / 0.04 - 1.0).abs() < 0.05, "{var}");
+}
+
+#[test]
+fn a_sample_that_is_not_finite_is_left_out_and_counted() {
+    let good = [[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]];
+    let run = |rows: &[[f64; 3]]| {
+        let (w, idle, losses) = probe(rows);
+        let mut step = sgd(&[w.clone(), idle]);
+        let report = step.run([losses], Ok).unwrap();
+        (report.non_finite, w.value().to_f64())
+    };
+    let (none, want) = run(&good);
+    let (one, got) = run(&[good[0], [f64::NAN, 1.0, 0.0], good[1]]);
+    assert_eq!((none, one), (0, 1));
+    assert_eq!(want, got);
+}
+
+#[test]
+fn a_resumed_step_continues_bitwise() {
+    let run = |cut: Option<u64>| {
+        let mut model = gpt(true, DType::F32);
+        let mut step = private(&model.params().all(), ClipStyle::LayerWise, 10.0, 6).unwrap();
+        for t in 0..6 {
+            if cut == Some(t) {
+                let (params, state, steps) = (model.params().all(), step.state(), step.steps());
+                let next = gpt(true, DType::F32);
+                next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
+                model = next;
+                step = private(&model.params().all(), ClipStyle::LayerWise, 10.0, 6).unwrap();
+                let state: Vec<(String, Array)> = state.into_iter().map(|(n, a)| (n.to_string(), a)).collect();
+                step.restore(steps, &state).unwrap();
+            }
+            let batch = step.next_batch().unwrap();
+            let (x, y) = tokens(batch.len().max(1), batch.len());
+            step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        }
+        values(&model.params().all())
+    };
+    let whole = run(None);
+    assert_eq!(whole, run(Some(1)));
+    assert_eq!(whole, run(Some(4)));
+}
+
+#[test]
+fn memory_stays_flat() {
+    let model = gpt(true, DType::F32);
+    let mut step = private(&model.params().all(), ClipStyle::AllLayer, 10.0, 100_000).unwrap();
+    let (x, y) = tokens(8, 1);
+    let mut live = Vec::new();
+    for t in 0..1000 {
+        step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        if t % 250 == 249 {
+            let status = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+            live.push(status.split(' ').nth(1).and_then(|p| p.parse::<f64>().ok()).unwrap_or(0.0) * 4096.0 / 1e6);
+        }
+    }
+    // Other tests of this process allocate as well; a leak of one activation per step would be far more.
+    assert!(live[3] - live[0] < 64.0, "resident MB: {live:?}");
+}
+
+#[test]
+fn the_budget_is_a_hard_stop_and_nonsense_is_refused() {
+    let (w, idle, _) = probe(&[[0.0; 3]]);
+    let mut step = private(&[w, idle], ClipStyle::LayerWise, 10.0, 2).unwrap();
+    let none = || -> [(); 0] { [] };
+    for _ in 0..2 {
+        assert!(step.run(none(), |_| unreachable!()).unwrap().epsilon.unwrap() <= 4.0);
+    }
+    let e = step.run(none(), |_| unreachable!()).unwrap_err();
+    assert!(matches!(e, Error::BudgetSpent { .. }) && e.to_string().contains("budget"), "{e}");
+    let refuse = |f: &dyn Fn(&mut PrivacyConfig), word: &str| {
+        let mut c = PrivacyConfig::new(4.0, 1e-3, 100, 10.0, 2);
+        f(&mut c);
+        let e = Privacy::new(c, NoiseKey::from_seed_for_tests(1)).err().unwrap().to_string();
+        assert!(e.contains(word), "{e}");
+    };
+    refuse(&|c| c.epsilon = 0.0, "ε = 0");
+    refuse(&|c| c.epsilon = f64::NAN, "ε = NaN");
+    refuse(&|c| c.delta = 0.5, "1/records");
+    refuse(&|c| c.batch = 101.0, "101");
+    refuse(&|c| c.records = 0, "no records");
+    refuse(&|c| c.threshold = 0.0, "threshold");
+    refuse(&|c| c.noise_multiplier = Some(0.0), "no privacy");
+    refuse(&|c| c.clip = ClipFn::AutoS { gamma: -0.5 }, "γ");
+    refuse(&|c| c.steps = 0, "steps");
+}
