@@ -118,7 +118,7 @@ impl Case {
         let mut g = Gen::new(seed);
         let w: Vec<f64> = (0..y.numel()).map(|_| g.normal()).collect();
         let w = Tensor::from_slice(&w, y.shape())?;
-        let each = if b == 0 { 0 } else { y.numel() / b };
+        let each = y.numel().checked_div(b).unwrap_or(0);
         y.mul(&w)?.reshape(&[b, each])?.sum(&[1], false)
     }
 }

@@ -243,10 +243,10 @@ impl Gpt {
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
         let json = serde_json::to_vec_pretty(&self.config)
             .map_err(|e| Error::invalid("Gpt::save", format!("config does not serialise: {e}")))?;
-        crate::io::write_atomic(&dir.join("config.json"), &json)?;
+        crate::io::write_atomic(dir.join("config.json"), &json)?;
         let name = |n: &str| if n.starts_with("lm_head") { n.to_string() } else { format!("transformer.{n}") };
         let named: Vec<(String, Array)> = self.params.all().iter().map(|p| (name(p.name()), p.value())).collect();
-        crate::io::save_arrays(&dir.join("model.safetensors"), &named, &[("format", "pt")])
+        crate::io::save_arrays(dir.join("model.safetensors"), &named, &[("format", "pt")])
     }
     /// Reads what [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.
     pub fn load(dir: impl AsRef<Path>) -> Result<Gpt> {

@@ -213,7 +213,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     if q.shape()[0] != k.shape()[0] || q.shape()[3] != k.shape()[3] {
         return bad("batch and head dimension must agree".into());
     }
-    if k.shape()[2] == 0 || q.shape()[2] % k.shape()[2] != 0 {
+    if k.shape()[2] == 0 || !q.shape()[2].is_multiple_of(k.shape()[2]) {
         return bad("the query heads must be a multiple of the key heads".into());
     }
     if q.dtype() != k.dtype() || q.dtype() != v.dtype() {

@@ -29,7 +29,7 @@ impl NoiseKey {
     pub fn from_seed_for_tests(seed: u64) -> NoiseKey {
         let mut key = [0u8; 32];
         for (i, chunk) in key.chunks_exact_mut(8).enumerate() {
-            chunk.copy_from_slice(&super::philox::bits(seed, 0x6b65_79, i as u64).to_le_bytes());
+            chunk.copy_from_slice(&super::philox::bits(seed, 0x006b_6579, i as u64).to_le_bytes());
         }
         NoiseKey(key)
     }
@@ -156,7 +156,7 @@ fn ln_uniform(a: u32) -> f32 {
     let z = s * s;
     let p = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0))));
     // ln 2 in two parts, the first exact in nine bits.
-    e * 0.693_359_375 + (e * -2.121_944_4e-4 + 2.0 * s * p)
+    e * 0.693_359_4 + (e * -2.121_944_4e-4 + 2.0 * s * p)
 }
 
 /// Sine and cosine of b/2³² of a turn, by their series on an eighth of a turn either side.

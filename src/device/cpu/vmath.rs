@@ -64,8 +64,9 @@ pub mod f32 {
     #[inline(always)]
     pub fn erf(x: f32) -> f32 {
         let s = x * x;
-        let small =
-            x * (1.128_379_17 + s * (-0.376_126_39 + s * (0.112_837_92 + s * (-0.026_866_17 + s * 5.223_978e-3))));
+        let small = x
+            * (std::f32::consts::FRAC_2_SQRT_PI
+                + s * (-0.376_126_39 + s * (0.112_837_92 + s * (-0.026_866_17 + s * 5.223_978e-3))));
         let e = 1.0 - erfc_positive(x.abs());
         let large = if x < 0.0 { -e } else { e };
         if s < 0.25 { small } else { large }
