@@ -175,7 +175,7 @@ fn sin_cos_turn(b: u32) -> (f32, f32) {
     (a, d)
 }
 
-/// out[i] += std·z(key, step, first + i). About 5 ns per sixteen elements and core with 512-bit vectors.
+/// `out[i] += std·z(key, step, first + i)`. About 5 ns per sixteen elements and core with 512-bit vectors.
 pub fn add_gaussian(key: &NoiseKey, step: u64, first: u64, std: f32, out: &mut [f32]) {
     let words = key.words();
     // Aligned groups of LANES blocks, 16 normals each; the pieces at both ends use part of a group.

@@ -138,7 +138,7 @@ pub fn row_sum_add<T: Float>(grad: &[T], scale: Option<&[T]>, n: usize, w: Optio
     }
 }
 
-/// out[idₙ] += wₙ·gradₙ, rows of one id in order. Rows of zero weight are skipped.
+/// `out[idₙ] += wₙ·gradₙ`, rows of one id in order. Rows of zero weight are skipped.
 pub fn lookup_add<T: Float>(ids: &[u32], grad: &[T], w: Option<&[T]>, out: &mut [T]) {
     if !ids.is_empty() {
         table::add(ids, grad, w, 1, grad.len() / ids.len(), out);
@@ -189,7 +189,7 @@ pub fn lookup_inner<T: Float>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p:
     sum
 }
 
-/// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·leftₛ[idₜ]: the cross term of an embedding tied to the head.
+/// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·`leftₛ[idₜ]`: the cross term of an embedding tied to the head.
 /// One product of 2·K·S·p FLOPs for K distinct ids and S rows, K·S memory; `left` has `dims.0` columns (the vocabulary),
 /// `right` `dims.1`.
 pub fn lookup_outer_inner<T: Float>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> f64 {

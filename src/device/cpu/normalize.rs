@@ -57,7 +57,7 @@ fn rows(n: usize, d: usize, f: impl Fn(usize) + Sync) {
 }
 
 /// y = (x − mean)·rstd·gain + bias per row of `d`; `center` off leaves the mean out (RMS norm). gain and bias repeat
-/// every `repeat` rows-of-group elements: element i of a row uses gain[i]. Writes mean and rstd per row.
+/// every `repeat` rows-of-group elements: element i of a row uses `gain[i]`. Writes mean and rstd per row.
 pub fn norm_forward<T: Float>(
     x: &[T],
     (d, center, eps): (usize, bool, T),
@@ -224,7 +224,7 @@ pub fn softmax_backward<T: Float>(y: &[T], dy: &[T], d: usize, log: bool, dx: &m
 }
 
 /// Rows whose target is `usize::MAX` are ignored. Writes loss and log-sum-exp per row: with smoothing s,
-/// lse − (1 − s)·x[target] − s·mean(x).
+/// lse − (1 − s)·`x[target]` − s·mean(x).
 pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: T, loss: &mut [T], lse: &mut [T]) {
     let inv = T::ONE / T::from_f64(d as f64);
     let (loss, lse) = (Shared::new(loss), Shared::new(lse));

@@ -244,7 +244,7 @@ fn clipped_add_lanes<T: Float>(
     totals
 }
 
-/// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = base[b] + |G|², out += clip(total)·G.
+/// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = `base[b]` + |G|², out += clip(total)·G.
 /// One pass over the samples. Large samples are worked on by all threads together, with one scratch matrix of the
 /// parameter's size; small ones in lanes, with a few. Returns the totals.
 pub fn clipped_add<T: Float>(
