@@ -32,6 +32,9 @@ fn panel<T: Float>(
     kc: usize,
     out: &mut [T],
 ) {
+    if kc == 0 {
+        return;
+    }
     let live = w.min(n - i0);
     let out = &mut out[..kc * w];
     let at = |i: usize, k: usize| (i0 + i) * si + (k0 + k) * sk;
