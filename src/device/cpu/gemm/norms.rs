@@ -257,6 +257,9 @@ pub fn clipped_add<T: Float>(
     out: &mut [T],
 ) -> Vec<f64> {
     let rows: usize = ranges.iter().map(|r| r.len()).sum();
+    if rows == 0 {
+        return base.to_vec();
+    }
     if rows / ranges.len().max(1) * rd * cd < LARGE {
         return clipped_add_lanes(l, g, (rd, cd), ranges, base, clip, out);
     }
