@@ -406,12 +406,7 @@ pub fn backward<T: Float>(
                                         qpk.as_ptr().add(c * nr * d),
                                         prob.as_mut_ptr(),
                                     );
-                                    kern.run(
-                                        d,
-                                        vpk.as_ptr().add(j * d),
-                                        gpk.as_ptr().add(c * nr * d),
-                                        ds.as_mut_ptr(),
-                                    );
+                                    kern.run(d, vpk.as_ptr().add(j * d), gpk.as_ptr().add(c * nr * d), ds.as_mut_ptr());
                                 }
                                 let prob = &mut prob[..tile_len];
                                 let (lse, delta) = (&stats[2 * c], &stats[2 * c + 1]);
