@@ -16,6 +16,7 @@ use crate::ops::linear::Activation;
 use crate::tensor::Float;
 use kernel::{Kernel, MAX_TILE};
 use pack::{pack_a, pack_b};
+use std::sync::Mutex;
 
 /// A strided matrix.
 #[derive(Clone, Copy)]
@@ -75,7 +76,28 @@ pub(crate) const KC: usize = 512;
 const TASK_ROWS: usize = 16;
 const TASK_COLS: usize = 8;
 /// Packed operands stay below this many bytes; longer K is cut.
-const PACK_BYTES: usize = 24 << 20;
+const PACK_BYTES: usize = 8 << 20;
+
+/// The memory that operands are packed into, kept from product to product. Products that run at the same time make
+/// their own.
+static SCRATCH: Mutex<Option<Buffer>> = Mutex::new(None);
+
+/// At least `bytes`, from [`SCRATCH`] if it is free.
+fn take_scratch(bytes: usize) -> Buffer {
+    let kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner()).take();
+    match kept {
+        Some(b) if b.len() >= bytes => b,
+        _ => Buffer::uninit(bytes),
+    }
+}
+
+/// Keeps the larger of what is there and `buffer`.
+fn put_scratch(buffer: Buffer) {
+    let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
+    if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
+        *kept = Some(buffer);
+    }
+}
 
 /// out = a·b, or out += a·b, row-major `out`.
 pub fn matmul<T: Float>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &mut [T]) {
@@ -94,7 +116,7 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
     let kc = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
     let lanes = mp * kern.mr + np * kern.nr;
     let span = (PACK_BYTES / T::DTYPE.size() / (lanes * kc)).max(1) * kc;
-    let mut packed = Buffer::uninit(lanes * span.min(k.max(1)) * T::DTYPE.size());
+    let mut packed = take_scratch(lanes * span.min(k.max(1)) * T::DTYPE.size());
     let out = Shared::new(&mut out[..m * n]);
     let pre = e.pre.as_mut().map(|p| Shared::new(&mut p[..m * n]));
     let store = Store { m, n, kern, bias: e.bias, act: e.act };
@@ -158,6 +180,7 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
             break;
         }
     }
+    put_scratch(packed);
 }
 
 /// Panels of A and B per task: smaller where there would be few tasks.
