@@ -118,7 +118,11 @@ static ARGMAX: OpInfo = OpInfo {
     name: "argmax",
     differentiable: Differentiable::No("the result is an index"),
     factor: NO_PARAMS,
-    cases: &[],
+    cases: &[|g| {
+        let shape = g.shape(2);
+        let d = g.size(0, 1) as isize;
+        Ok(Case::new(vec![g.distinct(&shape)], move |t| t[0].argmax(d)))
+    }],
 };
 
 /// This family's entries.
