@@ -89,9 +89,13 @@ pub fn driver() -> Result<Driver> {
              PRISMGRAD_DEVICE=cpu",
         ));
     }
-    if let Some(symbol) = first_missing(NEEDED) {
-        return Err(Error::device(op, format!("the driver library has no {symbol}; it is too old, update the driver")));
-    }
+    too_old(first_missing(&[
+        "cuInit",
+        "cuDriverGetVersion",
+        "cuDeviceGetCount",
+        "cuGetErrorName",
+        "cuGetErrorString",
+    ]))?;
     // SAFETY: the library is loaded and has these functions; the pointers are to locals.
     let (version, devices) = unsafe {
         match sys::cuInit(0) {
@@ -121,7 +125,13 @@ pub fn driver() -> Result<Driver> {
             ),
         ));
     }
+    too_old(first_missing(NEEDED))?;
     Ok(*FOUND.get_or_init(|| Driver { version, devices }))
+}
+
+fn too_old(missing: Option<&str>) -> Result<()> {
+    let Some(symbol) = missing else { return Ok(()) };
+    Err(Error::device("CUDA driver", format!("the driver library has no {symbol}; it is too old, update the driver")))
 }
 
 fn no_device() -> Error {
