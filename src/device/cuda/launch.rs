@@ -244,7 +244,7 @@ impl<'a> Launch<'a> {
             block.record_use(self.stream)?;
         }
         if gpu.sync_each && !gpu.is_capturing() {
-            count(&gpu.counters.synchronisations);
+            // For finding faults only, so it is not among the counted waits.
             // SAFETY: our stream.
             gpu.check(&self.describe(), unsafe { sys::cuStreamSynchronize(stream) })?;
         }
