@@ -210,7 +210,7 @@ fn memory_is_reported_by_tag() {
 fn out_of_memory_is_an_error_with_a_report() {
     let (gpu, _held) = gpu();
     let kept = gpu.alloc(1 << 20).unwrap();
-    let e = gpu.alloc(1 << 46).err().expect("more than any device has").to_string();
+    let e = gpu.alloc(1 << 46).expect_err("more than any device has").to_string();
     assert!(e.contains("64.0 TiB") && e.contains("out of memory") && e.contains("activations"), "{e}");
     drop(kept);
     gpu.alloc(1 << 20).expect("the device goes on");
@@ -357,4 +357,44 @@ fn captures_refuse_what_a_graph_cannot_repeat() {
     }));
     assert!(panicked.is_err() && !gpu.is_capturing());
     gpu.synchronize().unwrap();
+}
+
+#[test]
+fn events_have_times() {
+    let (gpu, _held) = gpu();
+    let start = gpu.record_timed(Stream::Compute).unwrap();
+    let block = gpu.zeros(1 << 16).unwrap();
+    let end = gpu.record_timed(Stream::Compute).unwrap();
+    gpu.synchronize().unwrap();
+    assert!(start.milliseconds_to(&end).unwrap() >= 0.0);
+    let event = gpu.record(Stream::Compute).unwrap();
+    gpu.wait(Stream::Copy, &event).unwrap();
+    gpu.synchronize().unwrap();
+    assert!(event.is_complete());
+    drop(block);
+}
+
+/// In a process of its own: a fault leaves the context broken.
+#[test]
+fn a_fault_names_the_kernel_and_later_calls_fail_without_panic() {
+    const CHILD: &str = "PRISMGRAD_FAULT_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let name = "a_fault_names_the_kernel_and_later_calls_fail_without_panic";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args([name, "--exact", "--nocapture"]).env(CHILD, "1").env("PRISMGRAD_CUDA_POOL", "guard");
+        let out = child.output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && text.contains("the fault was told"), "{text}");
+        return;
+    }
+    let (gpu, _held) = gpu();
+    let (x, y) = (gpu.zeros(400).unwrap(), gpu.zeros(400).unwrap());
+    let launch = Launch::new(&gpu, "device_check", "check_axpy_f32").unwrap();
+    // One element more than there is. Told at once or by the next wait.
+    let told = launch.buf(&x, 0).buf(&y, 0).val(1f32).val(101i64).run().and_then(|()| gpu.synchronize());
+    let e = told.unwrap_err().to_string();
+    assert!(e.contains("check_axpy_f32") && e.contains("compute-sanitizer"), "{e}");
+    assert!(gpu.download::<f32>(&y, 0, 100).is_err());
+    drop((x, y));
+    println!("the fault was told");
 }

@@ -240,6 +240,11 @@ fn compiled_kernels_are_kept_and_damage_is_made_good() {
     for _ in 0..2 {
         assert_eq!(with(&[("PRISMGRAD_CACHE", file.to_str().unwrap())]), "1 compiled");
     }
+    if nvrtc.version().0 > 12 {
+        // Machine code of CUDA 13 does not load in a driver of CUDA 12.
+        let (out, _) = run(&libraries, &[("PRISMGRAD_NVRTC", named), ("STUB_VERSION", "12040")]);
+        assert!(said(&out, "cuda").contains("newer than the driver (CUDA 12.4)"), "{out}");
+    }
     assert!(with(&[("STUB_MAJOR", "3")]).contains("compute capability 3.0 is older than"));
     std::fs::remove_dir_all(folder).unwrap();
 }

@@ -397,3 +397,53 @@ impl Drop for Event {
         self.gpu.recycle(self.raw);
     }
 }
+
+/// A point of a stream with the device's own time on it, for profiling.
+pub struct TimedEvent {
+    raw: RawEvent,
+    gpu: Arc<Gpu>,
+}
+
+impl Gpu {
+    /// Marks this point of a stream and has the device note the time (resolution about half a microsecond).
+    pub fn record_timed(self: &Arc<Self>, stream: Stream) -> Result<TimedEvent> {
+        self.bind()?;
+        let mut e = std::ptr::null_mut();
+        // SAFETY: the context is current, the pointer is to a local.
+        check("create a CUDA event", unsafe { sys::cuEventCreate(&mut e, 0) })?;
+        let event = TimedEvent { raw: RawEvent(e), gpu: self.clone() };
+        // SAFETY: our event and stream, of one context.
+        self.check("record a CUDA event", unsafe { sys::cuEventRecord(e, self.raw_stream(stream)) })?;
+        Ok(event)
+    }
+}
+
+impl TimedEvent {
+    /// Milliseconds of device time from `self` to a later event. Both must have completed: synchronise before.
+    pub fn milliseconds_to(&self, later: &TimedEvent) -> Result<f32> {
+        self.gpu.bind()?;
+        let mut ms = 0f32;
+        // SAFETY: our events; the pointer is to a local. The name with _v2 is that of CUDA 12.8 and later.
+        let code = unsafe {
+            if probe::has_symbols(&["cuEventElapsedTime_v2"]) {
+                sys::cuEventElapsedTime_v2(&mut ms, self.raw.0, later.raw.0)
+            } else {
+                return Err(Error::device("time kernels", "the driver is older than CUDA 12.8; update it"));
+            }
+        };
+        if code == CUresult::CUDA_ERROR_NOT_READY {
+            return Err(Error::device("time kernels", "the device has not come to that event yet; synchronise before"));
+        }
+        self.gpu.check("time kernels", code)?;
+        Ok(ms)
+    }
+}
+
+impl Drop for TimedEvent {
+    fn drop(&mut self) {
+        if self.gpu.bind().is_ok() {
+            // SAFETY: ours, destroyed once; the driver waits with it until it has completed.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.raw.0) };
+        }
+    }
+}

@@ -89,11 +89,8 @@ impl Gpu {
             return Err(e);
         }
         let launches = self.counters.launches.load(Relaxed);
-        let value = match body() {
-            Ok(value) => value,
-            // Dropping the capture ends it and gives the memory back.
-            Err(e) => return Err(e),
-        };
+        // On an error, dropping the capture ends it and gives the memory back.
+        let value = body()?;
         let launches = self.counters.launches.load(Relaxed) - launches;
         // Recorded, not launched.
         self.counters.launches.fetch_sub(launches, Relaxed);

@@ -122,20 +122,26 @@ pub fn target_for(capability: (u32, u32), known: &[u32]) -> Result<String> {
     }
 }
 
+/// Target and key of a kernel file for a compute capability, and its image where the cache has it.
+fn cached_image(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(String, Key, Option<Vec<u8>>)> {
+    let (name, text) = source(file)?;
+    let nvrtc = Nvrtc::find().ok();
+    let target = target_for(capability, nvrtc.map_or(&[], |n| n.architectures()))?;
+    let key = Key::of([text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
+    // Without a compiler there is no version to compare with, and any will do.
+    let image = cache.load(name, &target, key, nvrtc.map(|n| n.version()));
+    Ok((target, key, image))
+}
+
 /// The machine code of a kernel file for a compute capability: from the cache, else compiled and put there. The flag says
 /// whether it was compiled.
 pub fn image_for(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(Vec<u8>, bool)> {
-    let (name, text) = source(file)?;
-    let nvrtc = Nvrtc::find();
-    let target = target_for(capability, nvrtc.as_ref().map_or(&[], |n| n.architectures()))?;
-    let key = Key::of([text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
-    let version = nvrtc.as_ref().ok().map(|n| n.version());
-    if let Some(image) = cache.load(name, &target, key, version) {
+    let (target, key, cached) = cached_image(file, capability, cache)?;
+    if let Some(image) = cached {
         return Ok((image, false));
     }
-    let version = nvrtc?.version();
     let image = compile_for(file, &target, &[])?.image;
-    cache.store(name, &target, key, version, &image);
+    cache.store(file, &target, key, Nvrtc::find()?.version(), &image);
     Ok((image, true))
 }
 
@@ -231,9 +237,27 @@ impl Gpu {
         if self.is_emulated() {
             return Ok(());
         }
-        let Err(missing) = Nvrtc::find() else { return Ok(()) };
+        let missing = match Nvrtc::find() {
+            // Machine code of a newer major version does not load.
+            Ok(nvrtc) if nvrtc.version().0 > super::driver()?.version / 1000 => Error::device(
+                "compile kernels",
+                format!(
+                    "{} is NVRTC {}.{}, newer than the driver (CUDA {}.{}); update the driver, or \
+                     `pip install 'nvidia-cuda-nvrtc-cu12'`",
+                    nvrtc.found(),
+                    nvrtc.version().0,
+                    nvrtc.version().1,
+                    super::driver()?.version / 1000,
+                    super::driver()?.version % 1000 / 10
+                ),
+            ),
+            Ok(_) => return Ok(()),
+            // All of them may be in the cache.
+            Err(missing) => missing,
+        };
         let cache = KernelCache::from_env();
-        let cached = |(file, _): &(&str, &str)| image_for(file, self.capability(), &cache).is_ok();
+        let cached =
+            |(file, _): &(&str, &str)| matches!(cached_image(file, self.capability(), &cache), Ok((_, _, Some(_))));
         if SOURCES.iter().all(cached) { Ok(()) } else { Err(missing) }
     }
 }

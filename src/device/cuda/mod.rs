@@ -34,7 +34,7 @@ mod probe;
 pub mod sources;
 mod transfer;
 
-pub use context::{Counts, Event, Gpu, Stream};
+pub use context::{Counts, Event, Gpu, Stream, TimedEvent};
 pub use graph::Graph;
 pub use kernels::Kernel;
 pub use launch::{Launch, MAX_GRID_YZ};

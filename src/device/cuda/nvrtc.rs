@@ -181,7 +181,7 @@ fn search() -> Result<Nvrtc> {
         };
         return load_file(&file).map_err(|e| Error::device(op, format!("PRISMGRAD_NVRTC: {e}")));
     }
-    let mut tried = vec!["the loader's path".to_string()];
+    let mut failed = String::new();
     for name in ["libnvrtc.so.13", "libnvrtc.so", "libnvrtc.so.12"] {
         if let Ok(found) = load(Path::new(name)) {
             return Ok(found);
@@ -193,19 +193,17 @@ fn search() -> Result<Nvrtc> {
             if let Some(file) = library_in(&folder) {
                 match load_file(&file) {
                     Ok(found) => return Ok(found),
-                    Err(e) => tried.push(e),
+                    Err(e) => failed.push_str(&format!("; {e}")),
                 }
-            } else if folder.is_dir() {
-                tried.push(folder.display().to_string());
             }
         }
     }
     Err(Error::device(
         op,
         format!(
-            "the kernel compiler libnvrtc.so.13 is not on this machine; `pip install 'nvidia-cuda-nvrtc==13.0.*'`, or name \
-             the file or its folder in PRISMGRAD_NVRTC (looked in {})",
-            tried.join(", ")
+            "the kernel compiler libnvrtc.so.13 is not on the loader's path, in the active Python, under CUDA_HOME or in \
+             /usr/local/cuda{failed}; `pip install 'nvidia-cuda-nvrtc==13.0.*'`, or name the file or its folder in \
+             PRISMGRAD_NVRTC"
         ),
     ))
 }
