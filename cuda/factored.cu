@@ -26,6 +26,8 @@
 //       dynamic shared memory 33 856 bytes. x: tiles of the r × c gradient. |Σₜ leftₜ ⊗ rightₜ|²; with group (const u32*, of row
 //       n of the operands) one such term for each run of equal groups: a sample's rows of one group must be neighbours.
 //       FLOPs 2·T·r·c: the better form where T(r + c) > 2·r·c.
+//   factor_gram_{bf16,f16,tf32}, factor_direct_{bf16,f16,tf32}: the same on the tensor cores, TILE 128, dynamic shared memory
+//       66 624 and 65 600 bytes.
 //   factor_rows_{f32,f64,bf16,f16} (grad, scale, offsets, order, part, RowsShape)
 //       128 bytes of shared memory. x: columns / 256. |Σₜ gradₜ (⊙ scaleₜ)|²; scale may be null. Per-sample factors are
 //       the same with each = 1. Reads its operands once.
@@ -183,6 +185,12 @@ GRAM(factor_gram_f32, SimtTile<float COMMA true COMMA true>, float)
 GRAM(factor_gram_f64, SimtTile<double COMMA true COMMA true>, double)
 DIRECT(factor_direct_f32, SimtTile<float COMMA false COMMA false>, float)
 DIRECT(factor_direct_f64, SimtTile<double COMMA false COMMA false>, double)
+GRAM(factor_gram_bf16, MmaTile<bf16 COMMA true COMMA true>, bf16)
+GRAM(factor_gram_f16, MmaTile<f16 COMMA true COMMA true>, f16)
+GRAM(factor_gram_tf32, MmaTile<float COMMA true COMMA true>, float)
+DIRECT(factor_direct_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16)
+DIRECT(factor_direct_f16, MmaTile<f16 COMMA false COMMA false>, f16)
+DIRECT(factor_direct_tf32, MmaTile<float COMMA false COMMA false>, float)
 #define ROWS(S, T) \
     extern "C" __global__ void __launch_bounds__(256) factor_rows_##S(const T *__restrict__ grad, const T *__restrict__ scale, const i64 *__restrict__ offsets, \
         const u32 *__restrict__ order, double *__restrict__ part, RowsShape s) { rows_body<T>(grad, scale, offsets, order, part, s); }

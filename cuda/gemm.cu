@@ -8,6 +8,10 @@
 //
 //   gemm_{nn,nt,tn,tt}_f32        true f32 (no tf32)   TILE 128, K step 16, dynamic shared memory 33 792 bytes
 //   gemm_{nn,nt,tn,tt}_f64        f64                  TILE 64,  K step 16, dynamic shared memory 33 792 bytes
+//   gemm_{nn,nt,tn,tt}_{bf16,f16}          16-bit operands, result, bias and pre; f32 inside     TILE 128, K step 32
+//   gemm_{nn,nt,tn,tt}_{bf16,f16}_f32      16-bit operands, f32 result, bias and pre             TILE 128, K step 32
+//   gemm_{nn,nt,tn,tt}_tf32                f32 throughout, operands rounded to tf32 (10 bits)    TILE 128, K step 16
+//                                 on the tensor cores, all with dynamic shared memory 65 536 bytes (raise the limit first)
 //   gemm_splitk_{f32,f64,bf16,f16}  second half of a split product: grid any (strided over M·N·batch), block 256, no shared memory
 //
 // The letters say which way the operands lie: first letter A, second B. n = row-major (unit stride along the second index),
@@ -20,7 +24,7 @@
 //   O* pre                        receives the values before the activation, laid out as C; or null
 //   const acc* w                  weight of each step of K, or null; a zero weight leaves the step out, whatever it holds
 //   const u32* owner              weight of step k is w[owner[k]]; null: w[k / each]
-//   acc* part                     splits > 1: [batch, splits, M, N] partial sums, no epilogue; gemm_splitk_* adds them in
+//   acc* part                     splits > 1: [batch, splits, M, N] partial sums (f32, f64 for f64), no epilogue; gemm_splitk_* adds them in
 //                                 order and applies it. Otherwise null
 //   GemmShape s                   below, by value. K may be 0 (C = act(bias)); M, N, batch may not
 //
@@ -90,6 +94,17 @@ SIMT(gemm_nn_f64, double, true, false)
 SIMT(gemm_nt_f64, double, true, true)
 SIMT(gemm_tn_f64, double, false, false)
 SIMT(gemm_tt_f64, double, false, true)
+
+#define MMA(NAME, T, O) \
+    extern "C" __global__ void __launch_bounds__(256, 1) gemm_nn_##NAME(GEMM_ARGS(T, O)) { gemm_body<MmaTile<T, true, false>, O>(a, b, c, bias, pre, w, owner, part, s); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) gemm_nt_##NAME(GEMM_ARGS(T, O)) { gemm_body<MmaTile<T, true, true>, O>(a, b, c, bias, pre, w, owner, part, s); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) gemm_tn_##NAME(GEMM_ARGS(T, O)) { gemm_body<MmaTile<T, false, false>, O>(a, b, c, bias, pre, w, owner, part, s); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) gemm_tt_##NAME(GEMM_ARGS(T, O)) { gemm_body<MmaTile<T, false, true>, O>(a, b, c, bias, pre, w, owner, part, s); }
+MMA(bf16, bf16, bf16)
+MMA(f16, f16, f16)
+MMA(bf16_f32, bf16, float)
+MMA(f16_f32, f16, float)
+MMA(tf32, float, float)
 
 // Reads splits + 1 values and writes one for each element of C.
 template <class O> DEV void splitk_body(const acc_t<O>* part, O* c, const O* bias, O* pre, const GemmShape& s) {

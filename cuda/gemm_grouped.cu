@@ -16,7 +16,9 @@
 //       accumulating). lindex, rindex as index above.
 //       Grid x: ⌈rd/TILE⌉·⌈cd/TILE⌉ or fewer (strided), y: groups or fewer (strided).
 //
-// Block 256, TILE and dynamic shared memory as gemm.cu: f32 128, f64 64, both 33 792 bytes. 2·N·k·n FLOPs whatever the
+// Tensor cores: grouped_rows_{n,t}_{bf16,f16,tf32} (all of one type; tf32 is f32 outside), grouped_weight_{bf16,f16,tf32} (out f32).
+//
+// Block 256, TILE and dynamic shared memory as gemm.cu: f32 128, f64 64, both 33 792 bytes; tensor cores 128, 65 536. 2·N·k·n FLOPs whatever the
 // number of groups; a group's last row tile is masked, which wastes TILE/2 rows of work a group on average.
 
 struct GroupedRows {
@@ -124,3 +126,12 @@ GROUPED_ROWS(grouped_rows_n_f64, SimtTile<double COMMA true COMMA false>, double
 GROUPED_ROWS(grouped_rows_t_f64, SimtTile<double COMMA true COMMA true>, double, double)
 GROUPED_WEIGHT(grouped_weight_f32, SimtTile<float COMMA false COMMA false>, float, float)
 GROUPED_WEIGHT(grouped_weight_f64, SimtTile<double COMMA false COMMA false>, double, double)
+GROUPED_ROWS(grouped_rows_n_bf16, MmaTile<bf16 COMMA true COMMA false>, bf16, bf16)
+GROUPED_ROWS(grouped_rows_t_bf16, MmaTile<bf16 COMMA true COMMA true>, bf16, bf16)
+GROUPED_ROWS(grouped_rows_n_f16, MmaTile<f16 COMMA true COMMA false>, f16, f16)
+GROUPED_ROWS(grouped_rows_t_f16, MmaTile<f16 COMMA true COMMA true>, f16, f16)
+GROUPED_ROWS(grouped_rows_n_tf32, MmaTile<float COMMA true COMMA false>, float, float)
+GROUPED_ROWS(grouped_rows_t_tf32, MmaTile<float COMMA true COMMA true>, float, float)
+GROUPED_WEIGHT(grouped_weight_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16, float)
+GROUPED_WEIGHT(grouped_weight_f16, MmaTile<f16 COMMA false COMMA false>, f16, float)
+GROUPED_WEIGHT(grouped_weight_tf32, MmaTile<float COMMA false COMMA false>, float, float)
