@@ -5,6 +5,9 @@ pub mod autograd;
 pub mod check;
 pub mod data;
 pub mod device;
+#[cfg(feature = "emulator")]
+#[path = "../cuda/emulator/mod.rs"]
+pub mod emulator;
 pub mod error;
 pub mod io;
 pub mod models;

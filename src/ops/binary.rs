@@ -120,7 +120,10 @@ static COMPARE: OpInfo = OpInfo {
     name: "compare",
     differentiable: Differentiable::No("the result is a mask"),
     factor: NO_PARAMS,
-    cases: &[],
+    cases: &[|g| {
+        let (a, b) = pair(g, -2.0, 2.0);
+        Ok(Case::new(vec![a, b], |t| t[0].lt(&t[1])?.cast(DType::F64)))
+    }],
 };
 
 static WHERE: OpInfo = OpInfo {
