@@ -92,10 +92,6 @@ template <class A> DEV A kept(const AttentionShape& s, i64 row, int j) {
     return dropout_keeps(s.seed, (u64)(row * s.keys + j), (float)s.drop) ? A(1. / (1. - s.drop)) : A(0);
 }
 
-DEV float exp_of(float x) { return expf(x); }
-DEV double exp_of(double x) { return exp(x); }
-DEV float log_of(float x) { return logf(x); }
-DEV double log_of(double x) { return log(x); }
 template <class A> DEV A minus_infinity() { return (A)-INFINITY; }
 
 // ------------------------------------------------------------------ f32 and f64, on the ordinary units

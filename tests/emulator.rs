@@ -139,7 +139,7 @@ fn vadd() {
         launch!("vadd", [4, 1, 1], [256, 1, 1], 0, false; da, db, dc, n as i32).unwrap();
         close(&dc.get(), &a.iter().zip(&b).map(|(x, y)| x + y).collect::<Vec<_>>(), 0.0).unwrap();
         let dh = Buf::<u16>::new(n);
-        launch!("cast_f32_bf16", [4, 1, 1], [256, 1, 1], 0, false; da, dh, n as i64).unwrap();
+        launch!("planted_cast_f32_bf16", [4, 1, 1], [256, 1, 1], 0, false; da, dh, n as i64).unwrap();
         assert_eq!(dh.get(), a.iter().map(|x| bf(*x)).collect::<Vec<_>>());
     }
 }

@@ -10,8 +10,16 @@ macro_rules! sources {
 }
 
 /// Name (without `.cu`) and text of every kernel file.
+#[rustfmt::skip] // one line per file
 pub static SOURCES: &[(&str, &str)] = sources![
-    "device_check", //
+    "attention",
+    "binary",
+    "device_check",
+    "factored",
+    "gemm",
+    "gemm_grouped",
+    "move",
+    "unary",
 ];
 
 #[cfg(test)]
