@@ -253,6 +253,10 @@ impl Array {
     /// The elements of an array made a moment ago, known to be unshared and contiguous.
     pub(crate) fn fresh_mut<T: Element>(&mut self) -> &mut [T] {
         debug_assert_eq!(T::DTYPE, self.dtype);
+        if self.gpu().is_some() {
+            // A fresh copy of something on a GPU, about to be worked on by the CPU.
+            self.make_unique();
+        }
         let n = shape::numel(&self.shape);
         match self.storage.cpu_mut() {
             Some(b) => &mut b.as_mut_slice::<T>()[self.offset..self.offset + n],
