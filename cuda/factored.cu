@@ -26,6 +26,8 @@
 //       dynamic shared memory 33 856 bytes. x: tiles of the r × c gradient. |Σₜ leftₜ ⊗ rightₜ|²; with group (const u32*, of row
 //       n of the operands) one such term for each run of equal groups: a sample's rows of one group must be neighbours.
 //       FLOPs 2·T·r·c: the better form where T(r + c) > 2·r·c.
+//   factor_gram_{bf16,f16,tf32}, factor_direct_{bf16,f16,tf32}: the same on the tensor cores, dynamic shared memory 50 240 and 65 600 bytes.
+//       Gram tiles are 128 × 64: x up to n₁(n₁ − 1) + n₂ when same, n₁·n₂ else, n₁ = ⌈T₁/128⌉, n₂ = ⌈T₂/64⌉.
 //   factor_rows_{f32,f64,bf16,f16} (grad, scale, offsets, order, part, RowsShape)
 //       128 bytes of shared memory. x: columns / 256. |Σₜ gradₜ (⊙ scaleₜ)|²; scale may be null. Per-sample factors are
 //       the same with each = 1. Reads its operands once.
@@ -73,7 +75,7 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
                    double* part, const GramShape& s) {
     typedef typename Tile::T T;
     typedef typename Tile::Acc Acc;
-    enum { M = Tile::M };
+    enum { M = Tile::M, N = Tile::N, R = M / N };
     DYN_SHARED(char, smem);
     u32 *id1 = (u32*)(smem + Tile::SMEM), *id2 = id1 + M;
     double* red = (double*)(smem + Tile::SMEM + 8 * M);
@@ -82,21 +84,23 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
     for (i64 y = blockIdx.y; y < (s.all_pairs ? s.count1 * s.count2 : s.count1); y += gridDim.y) {
         Sample a = sample(off1, s.each1, ord1, s.all_pairs ? y / s.count2 : y);
         Sample b = sample(off2, s.each2, ord2, s.all_pairs ? y % s.count2 : y);
-        i64 n1 = cdiv(a.rows, M), n2 = cdiv(b.rows, M), tiles = s.same ? n1 * (n1 + 1) / 2 : n1 * n2;
+        i64 n1 = cdiv(a.rows, M), n2 = cdiv(b.rows, N);
+        // Same: row i of the triangle has R(i + 1) tiles, the last one perhaps fewer.
+        i64 tiles = s.same ? n1 * (n1 - 1) / 2 * R + n2 : n1 * n2;
         double sum = 0;
         for (i64 x = blockIdx.x; x < tiles; x += gridDim.x) {
             i64 ti = s.same ? 0 : x / n2, tj = s.same ? x : x % n2;
             if (s.same)
-                while (tj > ti) tj -= ++ti; // row ti of the triangle has ti + 1 tiles
-            i64 t0 = ti * M, s0 = tj * M;
+                while (tj >= (ti + 1) * R) tj -= ++ti * R;
+            i64 t0 = ti * M, s0 = tj * N;
             if (ids1) {
                 __syncthreads();
                 int e = threadIdx.x;
                 if (e < M) id1[e] = t0 + e < a.rows ? ids1[a.row(t0 + e)] : 0u;
-                else if (e < 2 * M && match) id2[e - M] = s0 + e - M < b.rows ? ids2[b.row(s0 + e - M)] : 0u;
+                else if (e < M + N && match) id2[e - M] = s0 + e - M < b.rows ? ids2[b.row(s0 + e - M)] : 0u;
                 __syncthreads();
                 if (match) {
-                    int any = 0, i = e % M, live1 = (int)min64(M, a.rows - t0), live2 = (int)min64(M, b.rows - s0);
+                    int any = 0, i = e % M, live1 = (int)min64(M, a.rows - t0), live2 = (int)min64(N, b.rows - s0);
                     if (i < live1)
                         for (int j = e / M; j < live2; j += 256 / M) any |= id1[i] == id2[j];
                     if (!__syncthreads_or(any)) continue;
@@ -183,6 +187,12 @@ GRAM(factor_gram_f32, SimtTile<float COMMA true COMMA true>, float)
 GRAM(factor_gram_f64, SimtTile<double COMMA true COMMA true>, double)
 DIRECT(factor_direct_f32, SimtTile<float COMMA false COMMA false>, float)
 DIRECT(factor_direct_f64, SimtTile<double COMMA false COMMA false>, double)
+GRAM(factor_gram_bf16, MmaTile<bf16 COMMA true COMMA true COMMA 64>, bf16)
+GRAM(factor_gram_f16, MmaTile<f16 COMMA true COMMA true COMMA 64>, f16)
+GRAM(factor_gram_tf32, MmaTile<float COMMA true COMMA true COMMA 64>, float)
+DIRECT(factor_direct_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16)
+DIRECT(factor_direct_f16, MmaTile<f16 COMMA false COMMA false>, f16)
+DIRECT(factor_direct_tf32, MmaTile<float COMMA false COMMA false>, float)
 #define ROWS(S, T) \
     extern "C" __global__ void __launch_bounds__(256) factor_rows_##S(const T *__restrict__ grad, const T *__restrict__ scale, const i64 *__restrict__ offsets, \
         const u32 *__restrict__ order, double *__restrict__ part, RowsShape s) { rows_body<T>(grad, scale, offsets, order, part, s); }
