@@ -65,11 +65,11 @@ DEV void binary_grad_body(const T* a, const T* b, const T* g, T* d, i64 n, const
     store4(d, i, count, r);
 }
 #define INST_F(NAME, T, S)                                                                                     \
-    KERNEL NAME##_##S(const T* a, const T* b, T* y, i64 n, const Strided2 sab) {                               \
+    KERNEL NAME##_##S(const T* a, const T* b, T* y, i64 n, STRIDED(2) sab) {                               \
         binary_body<NAME##_op>(a, b, y, n, sab);                                                               \
     }
 #define INST_D(NAME, T, S)                                                                                     \
-    KERNEL NAME##_grad_##S(const T* a, const T* b, const T* g, T* d, i64 n, const Strided3 sabg, i32 side) {   \
+    KERNEL NAME##_grad_##S(const T* a, const T* b, const T* g, T* d, i64 n, STRIDED(3) sabg, i32 side) {   \
         binary_grad_body<NAME##_der>(a, b, g, d, n, sabg, side);                                               \
     }
 #define ARITHMETIC(T, S)                                                                                       \
@@ -103,7 +103,7 @@ template <class T> DEV void compare_body(const T* a, const T* b, u8* y, i64 n, c
     store4(y, i, count, r);
 }
 #define COMPARE(T, S)                                                                                          \
-    KERNEL compare_##S(const T* a, const T* b, u8* y, i64 n, const Strided2 sab, i32 op) {                     \
+    KERNEL compare_##S(const T* a, const T* b, u8* y, i64 n, STRIDED(2) sab, i32 op) {                     \
         compare_body(a, b, y, n, sab, op);                                                                     \
     }
 FOR_FLOATS(COMPARE)
@@ -144,10 +144,10 @@ template <class T> DEV void mask_body(const T* g, const u8* mask, T* y, i64 n, c
     store4(y, i, count, v);
 }
 #define SELECT(T, S)                                                                                           \
-    KERNEL where_##S(const u8* mask, const T* a, const T* b, T* y, i64 n, const Strided3 smab) {               \
+    KERNEL where_##S(const u8* mask, const T* a, const T* b, T* y, i64 n, STRIDED(3) smab) {               \
         where_body(mask, a, b, y, n, smab);                                                                    \
     }                                                                                                          \
-    KERNEL mask_##S(const T* g, const u8* mask, T* y, i64 n, const Strided2 sgm, i32 keep) {                   \
+    KERNEL mask_##S(const T* g, const u8* mask, T* y, i64 n, STRIDED(2) sgm, i32 keep) {                   \
         mask_body(g, mask, y, n, sgm, keep);                                                                   \
     }
 SELECT(u8, b1)
@@ -172,24 +172,24 @@ template <class D, class S, class F> DEV void update_body(D* y, const S* x, i64 
     store4(y, i, count, r);
 }
 #define UPDATE(T, S)                                                                                           \
-    KERNEL add_assign_##S(T* y, const T* x, i64 n, const Strided1 sx) {                                        \
+    KERNEL add_assign_##S(T* y, const T* x, i64 n, STRIDED(1) sx) {                                        \
         update_body(y, x, n, sx, [](T a, T b) { return from_acc<T>(to_acc(a) + to_acc(b)); });                 \
     }                                                                                                          \
-    KERNEL axpy_##S(T* y, const T* x, i64 n, const Strided1 sx, double c) {                                    \
+    KERNEL axpy_##S(T* y, const T* x, i64 n, STRIDED(1) sx, double c) {                                    \
         acc_t<T> k = (acc_t<T>)c;                                                                              \
         update_body(y, x, n, sx, [k](T a, T b) { return from_acc<T>(to_acc(a) + k * to_acc(b)); });            \
     }
 FOR_FLOATS(UPDATE)
-KERNEL add_assign_u32(u32* y, const u32* x, i64 n, const Strided1 sx) {
+KERNEL add_assign_u32(u32* y, const u32* x, i64 n, STRIDED(1) sx) {
     update_body(y, x, n, sx, [](u32 a, u32 b) { return a + b; });
 }
-KERNEL add_assign_i64(i64* y, const i64* x, i64 n, const Strided1 sx) {
+KERNEL add_assign_i64(i64* y, const i64* x, i64 n, STRIDED(1) sx) {
     update_body(y, x, n, sx, [](i64 a, i64 b) { return a + b; });
 }
-KERNEL axpy_f32_f64(double* y, const float* x, i64 n, const Strided1 sx, double c) {
+KERNEL axpy_f32_f64(double* y, const float* x, i64 n, STRIDED(1) sx, double c) {
     update_body(y, x, n, sx, [c](double a, float b) { return a + c * (double)b; });
 }
-KERNEL axpy_f64_f32(float* y, const double* x, i64 n, const Strided1 sx, double c) {
+KERNEL axpy_f64_f32(float* y, const double* x, i64 n, STRIDED(1) sx, double c) {
     update_body(y, x, n, sx, [c](float a, double b) { return (float)((double)a + c * b); });
 }
 

@@ -32,7 +32,7 @@ template <class T> DEV void copy_body(const T* src, T* dst, i64 n, const Strided
         if (k < count) dst[at.at[1][k]] = v[k];
 }
 #define COPY(T, S) \
-    KERNEL copy_##S(const T* src, T* dst, i64 n, const Strided2 s) { copy_body(src, dst, n, s); }
+    KERNEL copy_##S(const T* src, T* dst, i64 n, STRIDED(2) s) { copy_body(src, dst, n, s); }
 COPY(u8, b1)
 COPY(u16, b2)
 COPY(u32, b4)
@@ -86,7 +86,7 @@ template <class S, class D> DEV void cast_body(const S* x, D* y, i64 n, const St
     store4(y, i, count, r);
 }
 #define CAST(S, SN, D, DN) \
-    KERNEL cast_##SN##_##DN(const S* x, D* y, i64 n, const Strided1 sx) { cast_body(x, y, n, sx); }
+    KERNEL cast_##SN##_##DN(const S* x, D* y, i64 n, STRIDED(1) sx) { cast_body(x, y, n, sx); }
 CAST(float, f32, double, f64) CAST(float, f32, bf16, bf16) CAST(float, f32, f16, f16)
 CAST(float, f32, u32, u32) CAST(float, f32, i64, i64) CAST(float, f32, u8, u8)
 CAST(double, f64, float, f32) CAST(double, f64, bf16, bf16) CAST(double, f64, f16, f16)

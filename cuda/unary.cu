@@ -100,11 +100,11 @@ DEV void grad_body(const T* g, const T* saved, T* dx, i64 n, const Strided2& s, 
 }
 
 #define INST_F(NAME, T, S)                                                                                     \
-    KERNEL NAME##_##S(const T* x, T* y, i64 n, const Strided1 sx, double p, double q) {                        \
+    KERNEL NAME##_##S(const T* x, T* y, i64 n, STRIDED(1) sx, double p, double q) {                        \
         unary_body<NAME##_op>(x, y, n, sx, p, q);                                                              \
     }
 #define INST_D(NAME, T, S)                                                                                     \
-    KERNEL NAME##_grad_##S(const T* g, const T* s, T* dx, i64 n, const Strided2 sgs, double p, double q) {     \
+    KERNEL NAME##_grad_##S(const T* g, const T* s, T* dx, i64 n, STRIDED(2) sgs, double p, double q) {     \
         grad_body<NAME##_der>(g, s, dx, n, sgs, p, q);                                                         \
     }
 #define INST(NAME, T, S) INST_F(NAME, T, S) INST_D(NAME, T, S)
@@ -134,5 +134,5 @@ template <class T> DEV void is_finite_body(const T* x, u8* y, i64 n, const Strid
     store4(y, i, count, r);
 }
 #define FINITE(T, S) \
-    KERNEL is_finite_##S(const T* x, u8* y, i64 n, const Strided1 sx) { is_finite_body(x, y, n, sx); }
+    KERNEL is_finite_##S(const T* x, u8* y, i64 n, STRIDED(1) sx) { is_finite_body(x, y, n, sx); }
 FOR_FLOATS(FINITE)

@@ -1,0 +1,83 @@
+#include "prelude.cuh"
+// Layer and RMS norm of rows of d (group norm: rows are (image, group), without gain and bias). Row rule, block 256.
+//
+//   norm_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y, acc_t<T>* stats,
+//                            i64 rows, i64 d, f64 eps, i32 center)
+//       y = (x − mean)·rstd·gain + bias; center 0 leaves the mean out (RMS). gain, bias [d] may be null.
+//       stats [rows, 2]: mean and rstd, kept for backward.
+//   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat,
+//                            i64 rows, i64 d, i32 center)
+//       dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; x̂ for the gain's factor (a scaled row sum of dy by x̂; the
+//       bias's is the row sum of dy). gain, dx, xhat may be null; dx may be dy.
+//
+// The variance is taken about the mean in a pass of its own, as on the CPU: the row is in the cache by then (d ≤ 1024 in the
+// first level, longer rows in the second), so memory is read once and written once.
+
+template <class T>
+DEV void norm_body(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y, acc_t<T>* stats, i64 rows, i64 d,
+                   double eps, int center) {
+    typedef acc_t<T> A;
+    SHARED(A, red, [8]);
+    Team t = row_team(rows, d);
+    if (!t.in) return;
+    x += t.row * d;
+    y += t.row * d;
+    A inv = A(1) / (A)d, mean = 0, var = 0;
+    if (center) {
+        for (i64 i = t.rank; i < d; i += t.size) mean += to_acc(x[i]);
+        mean = team_sum(t, mean, red) * inv;
+    }
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A c = to_acc(x[i]) - mean;
+        var += c * c;
+    }
+    var = team_sum(t, var, red) * inv;
+    A rstd = A(1) / sqrt_of(var + (A)eps);
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A v = (to_acc(x[i]) - mean) * rstd;
+        if (gain) v *= gain[i];
+        if (bias) v += bias[i];
+        y[i] = from_acc<T>(v);
+    }
+    if (t.rank == 0) {
+        stats[2 * t.row] = mean;
+        stats[2 * t.row + 1] = rstd;
+    }
+}
+template <class T>
+DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat, i64 rows,
+                        i64 d, int center) {
+    typedef acc_t<T> A;
+    SHARED(A, red, [8]);
+    Team t = row_team(rows, d);
+    if (!t.in) return;
+    i64 at = t.row * d;
+    A inv = A(1) / (A)d, mean = stats[2 * t.row], rstd = stats[2 * t.row + 1], a = 0, b = 0;
+    if (dx) {
+        for (i64 i = t.rank; i < d; i += t.size) {
+            A h = to_acc(dy[at + i]) * (gain ? gain[i] : A(1));
+            a += h;
+            b += h * (to_acc(x[at + i]) - mean);
+        }
+        a = center ? team_sum(t, a, red) * inv : A(0);
+        b = team_sum(t, b, red) * inv * rstd;
+    }
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A c = (to_acc(x[at + i]) - mean) * rstd;
+        if (dx) {
+            A h = to_acc(dy[at + i]) * (gain ? gain[i] : A(1));
+            dx[at + i] = from_acc<T>(rstd * (h - a - c * b));
+        }
+        if (xhat) xhat[at + i] = from_acc<T>(c);
+    }
+}
+#define INSTANCES(T, S)                                                                                        \
+    KERNEL norm_##S(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y, acc_t<T>* stats, i64 rows,   \
+                    i64 d, double eps, i32 center) {                                                           \
+        norm_body(x, gain, bias, y, stats, rows, d, eps, center);                                              \
+    }                                                                                                          \
+    KERNEL norm_grad_##S(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat, \
+                         i64 rows, i64 d, i32 center) {                                                        \
+        norm_grad_body(x, stats, dy, gain, dx, xhat, rows, d, center);                                         \
+    }
+FOR_FLOATS(INSTANCES)

@@ -1,0 +1,87 @@
+#include "prelude.cuh"
+// Softmax and log-softmax of rows of d, forward and backward. Grid by the row rule (prelude.cuh), block 256.
+//
+//   {softmax,log_softmax}_{f32,f64,bf16,f16}      (const T* x, T* y, i64 rows, i64 d)                y may be x
+//   {softmax,log_softmax}_grad_{f32,f64,bf16,f16} (const T* y, const T* dy, T* dx, i64 rows, i64 d)  dx may be dy
+//
+// Forward reads x twice (the second time from the cache while a row fits) and writes y: maximum and sum come from one pass,
+// the sum rescaled whenever the maximum grows. A row with a NaN or ∞, or of −∞ only, is NaN.
+
+// Maximum so far and Σ exp(x − m). A leading −∞ adds nothing; ∞ makes the sum NaN (x − x), as exp(∞ − ∞) would.
+template <class A> struct Online {
+    A m, s;
+};
+template <class A> DEV void push(Online<A>& o, A x) {
+    if (x > o.m) {
+        o.s = o.s * exp_of(o.m - x) + (A(1) + (x - x));
+        o.m = x;
+    } else if (!(x == o.m && x == -inf_of(A(0)))) o.s += exp_of(x - o.m);
+}
+// Sums meet at the larger maximum; nothing is rescaled by exp(−∞ + ∞).
+template <class A> DEV Online<A> join(Online<A> a, Online<A> b) {
+    A m = a.m > b.m ? a.m : b.m;
+    if (m == -inf_of(A(0))) return {m, a.s + b.s};
+    return {m, a.s * exp_of(a.m - m) + b.s * exp_of(b.m - m)};
+}
+template <class A> DEV Online<A> team_join(const Team& t, Online<A> v, A* ms, A* ss) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        Online<A> w = {__shfl_xor_sync(FULL_MASK, v.m, o), __shfl_xor_sync(FULL_MASK, v.s, o)};
+        // The same order of operands in both lanes: one result, to the bit, in all of them.
+        v = threadIdx.x & o ? join(w, v) : join(v, w);
+    }
+    if (t.size == 32) return v;
+    if (threadIdx.x % 32 == 0) {
+        ms[threadIdx.x / 32] = v.m;
+        ss[threadIdx.x / 32] = v.s;
+    }
+    __syncthreads();
+    v = {ms[0], ss[0]};
+    for (int w = 1; w < 8; w++) v = join(v, {ms[w], ss[w]});
+    return v;
+}
+template <bool LOG, class T> DEV void softmax_body(const T* x, T* y, i64 rows, i64 d) {
+    typedef acc_t<T> A;
+    SHARED(A, ms, [8]);
+    SHARED(A, ss, [8]);
+    Team t = row_team(rows, d);
+    if (!t.in) return;
+    x += t.row * d;
+    y += t.row * d;
+    Online<A> o = {-inf_of(A(0)), A(0)};
+    for (i64 i = t.rank; i < d; i += t.size) push(o, to_acc(x[i]));
+    o = team_join(t, o, ms, ss);
+    A inv = A(1) / o.s, z = o.m + log_of(o.s);
+    // Every thread overwrites only what it has itself read; the block has passed a barrier since.
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A v = to_acc(x[i]);
+        y[i] = from_acc<T>(LOG ? v - z : exp_of(v - o.m) * inv);
+    }
+}
+template <bool LOG, class T> DEV void softmax_grad_body(const T* y, const T* dy, T* dx, i64 rows, i64 d) {
+    typedef acc_t<T> A;
+    SHARED(A, red, [8]);
+    Team t = row_team(rows, d);
+    if (!t.in) return;
+    i64 at = t.row * d;
+    A s = 0;
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A g = to_acc(dy[at + i]);
+        s += LOG ? g : g * to_acc(y[at + i]);
+    }
+    s = team_sum(t, s, red);
+    for (i64 i = t.rank; i < d; i += t.size) {
+        A g = to_acc(dy[at + i]), v = to_acc(y[at + i]);
+        dx[at + i] = from_acc<T>(LOG ? g - exp_of(v) * s : v * (g - s));
+    }
+}
+#define INSTANCES(T, S)                                                                                        \
+    KERNEL softmax_##S(const T* x, T* y, i64 rows, i64 d) { softmax_body<false>(x, y, rows, d); }              \
+    KERNEL log_softmax_##S(const T* x, T* y, i64 rows, i64 d) { softmax_body<true>(x, y, rows, d); }           \
+    KERNEL softmax_grad_##S(const T* y, const T* dy, T* dx, i64 rows, i64 d) {                                 \
+        softmax_grad_body<false>(y, dy, dx, rows, d);                                                          \
+    }                                                                                                          \
+    KERNEL log_softmax_grad_##S(const T* y, const T* dy, T* dx, i64 rows, i64 d) {                             \
+        softmax_grad_body<true>(y, dy, dx, rows, d);                                                           \
+    }
+FOR_FLOATS(INSTANCES)
