@@ -9,6 +9,7 @@ use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::attention as cpu;
 use crate::device::cpu::shared::Shared;
+use crate::device::cuda::{Gpu, attention as gpu_attention, elementwise as gpu_ew};
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Dims, Float};
 use crate::{Tensor, with_float};
@@ -102,6 +103,13 @@ impl Rule for Back {
         &ATTENTION
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        if let Some(gpu) = grad.gpu().filter(|_| self.fits()) {
+            let fresh = |a: &Array| Array::uninit_on(gpu, a.shape(), a.dtype());
+            let d = [fresh(&self.q)?, fresh(&self.k)?, fresh(&self.v)?];
+            self.run_on(gpu, &grad, [&d[0], &d[1], &d[2]])?;
+            d.into_iter().enumerate().for_each(|(i, d)| flow.input(i, d));
+            return Ok(());
+        }
         let fresh = |a: &Array| Array::uninit(a.shape(), a.dtype());
         let (mut dq, mut dk, mut dv) = (fresh(&self.q), fresh(&self.k), fresh(&self.v));
         with_float!("attention", self.q.dtype(), T => {
@@ -119,6 +127,16 @@ impl Rule for Back {
 }
 
 impl Back {
+    /// Whether the kernels take this head dimension.
+    fn fits(&self) -> bool {
+        self.q.shape()[3] <= 128
+    }
+    fn run_on(&self, gpu: &Arc<Gpu>, grad: &Array, targets: [&Array; 3]) -> Result<()> {
+        let at = |a: &Array| gpu_ew::on(gpu, a);
+        let (q, k, v) = (at(&self.q)?, at(&self.k)?, at(&self.v)?);
+        let (out, lse, grad) = (at(&self.out)?, at(&self.lse)?, unit_last(grad));
+        gpu_attention::backward(gpu, &problem(&q, &k, &self.options), [&q, &k, &v], (&out, &lse, &grad), targets)
+    }
     fn run<T: Float>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
         cpu::backward::<T>(
             &problem(&self.q, &self.k, &self.options),
@@ -142,6 +160,15 @@ impl Rule for FusedBack {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let (h, d) = (self.shape[3], self.shape[4]);
+        if let Some(gpu) = grad.gpu().filter(|_| self.inner.fits()) {
+            let dx = Array::uninit_on(gpu, &self.shape, grad.dtype())?;
+            let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
+            let parts = [part(0)?, part(1)?, part(2)?];
+            self.inner.run_on(gpu, &grad, [&parts[0], &parts[1], &parts[2]])?;
+            drop(parts);
+            flow.input(0, dx);
+            return Ok(());
+        }
         let mut dx = Array::uninit(&self.shape, grad.dtype());
         with_float!("attention", grad.dtype(), T => {
             let data = Shared::new(dx.fresh_mut::<T>());
@@ -243,6 +270,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
 fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
     let t = q.shape()[1];
     let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
+    if let Some(gpu) = qa.gpu().or(ka.gpu()).filter(|_| q.shape()[3] <= 128) {
+        let (out, lse) = gpu_attention::forward(gpu, &problem(&qa, &ka, options), &qa, &ka, &va)?;
+        return Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() });
+    }
     let mut out = Array::uninit(q.shape(), q.dtype());
     let mut lse = Array::uninit(&[q.shape()[0], q.shape()[2], t], q.dtype());
     with_float!("attention", q.dtype(), T => {

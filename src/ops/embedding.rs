@@ -8,6 +8,7 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::autograd::{Factor, Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise as ew, elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::ops::linear::{Activation, Layout, linear};
 use crate::tensor::shape::Dims;
@@ -146,6 +147,10 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
     }
     let shape: Dims = ids.shape().iter().copied().chain([p]).collect();
     let w = weight.value();
+    if let Some(gpu) = w.gpu() {
+        let y = gpu_rows::take(gpu, &w, &ids, 1, weight.shape()[0], p, &shape)?;
+        return Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }));
+    }
     let mut y = Array::uninit(&shape, w.dtype());
     with_dtype!(w.dtype(), T => rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, y.fresh_mut()));
     Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }))

@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule, samples_or_leading};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise as ew, normalize as cpu};
+use crate::device::cuda::{elementwise as gpu_ew, gemm as gpu_gemm, rows as gpu_rows};
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Element, Float};
 use crate::{Samples, Tensor, with_float};
@@ -82,6 +83,13 @@ impl Rule for Back {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let d = *self.logits.shape().last().unwrap_or(&1);
+        if let Some(gpu) = grad.gpu() {
+            let (t, w, owner) = self.on_device(grad.dtype())?;
+            let dx =
+                gpu_rows::cross_entropy_grad(gpu, (&self.logits, &self.lse, &t), (&w, &grad, &owner), self.smoothing)?;
+            flow.input(0, dx);
+            return Ok(());
+        }
         let g = grad.to_f64();
         let mut dx = Array::uninit(self.logits.shape(), grad.dtype());
         with_float!("cross_entropy", grad.dtype(), T => {
@@ -101,6 +109,21 @@ impl Rule for Back {
         flow.input(0, dx);
         Ok(())
     }
+}
+
+impl Back {
+    /// Targets, weights and owners of the rows, for the kernels.
+    fn on_device(&self, dtype: DType) -> Result<(Array, Array, Array)> {
+        let n = self.targets.len();
+        let owner: Vec<u32> = (0..n).map(|r| self.samples.owner(r) as u32).collect();
+        let weight = Array::from_slice(&self.weight, &[n])?.cast(dtype);
+        Ok((device_targets(&self.targets)?, weight, Array::from_slice(&owner, &[n])?))
+    }
+}
+
+fn device_targets(rows: &[usize]) -> Result<Array> {
+    let t: Vec<u32> = rows.iter().map(|&r| if r == usize::MAX { gpu_rows::IGNORED } else { r as u32 }).collect();
+    Array::from_slice(&t, &[t.len()])
 }
 
 /// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32), fused with log-softmax: one loss per sample.
@@ -150,6 +173,28 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         })
         .collect();
     let x = logits.array().contiguous();
+    let smoothing = options.label_smoothing;
+    if let Some(gpu) = x.gpu() {
+        let (loss, lse) = gpu_rows::cross_entropy(gpu, &x, &device_targets(&rows)?, smoothing)?;
+        // The rows of a sample are added up by a product with a thin matrix where they do not simply follow each other.
+        let n = rows.len();
+        let weights = Array::from_slice(&weight, &[n])?.cast(x.dtype());
+        let weighted = gpu_ew::binary(gpu, "mul", &loss, &weights)?;
+        let count = samples.count();
+        let out = match &samples {
+            Samples::Uniform { each, .. } => super::reduce::sum_dims(&weighted.reshape(&[count, *each])?, &[1])?,
+            Samples::Ragged(_) => {
+                let pick = Array::generate(&[count, n], x.dtype(), |i| {
+                    (samples.owner(i % n.max(1)) == i / n.max(1)) as u8 as f64
+                });
+                gpu_gemm::product(gpu, &pick, &weighted.reshape(&[n, 1])?, gpu_gemm::Epilogue::default())?
+                    .0
+                    .reshape(&[count])?
+            }
+        };
+        let back = || Back { logits: x, lse, targets: rows, weight, samples, smoothing };
+        return Ok(Tensor::record(out, &[logits], &[], back));
+    }
     let mut lse = Array::uninit(&[rows.len()], x.dtype());
     let out = with_float!(OP, x.dtype(), T => {
         let f = <T as Element>::from_f64;
@@ -162,7 +207,6 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         let sums: Vec<T> = sums.into_iter().map(f).collect();
         Array::from_slice(&sums, &[samples.count()])
     })?;
-    let smoothing = options.label_smoothing;
     Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, targets: rows, weight, samples, smoothing }))
 }
 

@@ -7,6 +7,7 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::autograd::{Factor, Flow, Rule, samples_or_leading};
 use crate::check::{Case, Gen};
 use crate::device::cpu::normalize as cpu;
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Element};
 use crate::{Param, Samples, Tensor, with_float};
@@ -65,11 +66,16 @@ impl Rule for Back {
         let flat = [self.samples.rows(), d];
         let dy = grad.contiguous().reshape(&flat)?;
         let dtype = dy.dtype();
-        let mut dx = flow.wants(0).then(|| Array::uninit(self.x.shape(), dtype));
         let needs_xhat = self.gain.as_ref().is_some_and(|g| g.trainable());
-        let mut xhat = needs_xhat.then(|| Array::uninit(&flat, dtype));
         let gain = self.gain.as_ref().map(|g| g.value().cast(dtype));
-        with_float!(self.info.name, dtype, T => {
+        let (dx, xhat);
+        if let Some(gpu) = dy.gpu() {
+            let wanted = (flow.wants(0), needs_xhat);
+            (dx, xhat) = gpu_rows::norm_grad(gpu, (&self.x, &self.stats, &dy), gain.as_ref(), self.center, wanted)?;
+        } else {
+            let mut g = flow.wants(0).then(|| Array::uninit(self.x.shape(), dtype));
+            let mut h = needs_xhat.then(|| Array::uninit(&flat, dtype));
+            with_float!(self.info.name, dtype, T => {
             let gain = match &gain {
                 Some(g) => Some(g.as_slice::<T>()?),
                 None => None,
@@ -78,11 +84,13 @@ impl Rule for Back {
                 (self.x.as_slice()?, self.stats.as_slice()?, dy.as_slice()?),
                 (d, self.center),
                 gain,
-                dx.as_mut().map(|a| a.fresh_mut()),
-                xhat.as_mut().map(|a| a.fresh_mut()),
+                g.as_mut().map(|a| a.fresh_mut()),
+                h.as_mut().map(|a| a.fresh_mut()),
             );
-            Ok(())
-        })?;
+                Ok(())
+            })?;
+            (dx, xhat) = (g, h);
+        }
         if let Some(dx) = dx {
             flow.input(0, dx);
         }
@@ -126,6 +134,14 @@ fn norm(
     }
     let (dtype, center) = (x.dtype(), info.name != "rms_norm");
     let xa = x.array().contiguous();
+    let params: Vec<&Param> = [gain, bias].into_iter().flatten().collect();
+    let back =
+        |x: Array, stats: Array| Back { info, x, stats, gain: gain.cloned(), bias: bias.cloned(), center, samples };
+    if let Some(gpu) = xa.gpu() {
+        let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
+        let (y, stats) = gpu_rows::norm(gpu, &xa, (g.as_ref(), b.as_ref()), (eps, center))?;
+        return Ok(Tensor::record(y, &[x], &params, || back(xa, stats)));
+    }
     let (mut y, mut stats) = (Array::uninit(x.shape(), dtype), Array::uninit(&[n, 2], dtype));
     with_float!(info.name, dtype, T => {
         let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
@@ -135,16 +151,7 @@ fn norm(
         cpu::norm_forward(xa.as_slice::<T>()?, options, (g, b), y.fresh_mut(), stats.fresh_mut());
         Ok(())
     })?;
-    let params: Vec<&Param> = [gain, bias].into_iter().flatten().collect();
-    Ok(Tensor::record(y, &[x], &params, || Back {
-        info,
-        x: xa,
-        stats,
-        gain: gain.cloned(),
-        bias: bias.cloned(),
-        center,
-        samples,
-    }))
+    Ok(Tensor::record(y, &[x], &params, || back(xa, stats)))
 }
 
 /// Layer norm over the last dimension of `x [B, …, d]` (Ba et al. 2016); gain and bias `[d]`. Dimension 0 counts samples

@@ -5,6 +5,7 @@ use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
 use crate::device::cpu::reduce as cpu;
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::tensor::shape::{self, Dims};
 use crate::tensor::{Array, DType, Float};
@@ -27,6 +28,14 @@ pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
     let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
     // Leading dimensions of a contiguous array: column sums, without moving data.
     let leading = !kept.is_empty() && dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
+    if let Some(gpu) = a.gpu() {
+        a.dtype().expect_float("sum")?;
+        if leading {
+            return gpu_rows::sum_columns(gpu, a, cols, rows, &out_shape);
+        }
+        let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
+        return gpu_rows::sum_rows(gpu, &a.permute(&order)?.contiguous(), rows, cols, &out_shape);
+    }
     with_float!("sum", a.dtype(), T => {
         let mut out = Array::uninit(&out_shape, a.dtype());
         if leading {

@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::normalize as cpu;
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::Result;
 use crate::tensor::{Array, DType, shape};
 use crate::{Tensor, with_float};
@@ -41,6 +42,10 @@ impl Rule for Back {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let (grad, d) = (grad.contiguous(), *self.y.shape().last().unwrap_or(&1));
+        if let Some(gpu) = grad.gpu() {
+            flow.input(0, gpu_rows::softmax_grad(gpu, &self.y, &grad, self.log)?);
+            return Ok(());
+        }
         let mut dx = Array::uninit(self.y.shape(), grad.dtype());
         with_float!("softmax", grad.dtype(), T => {
             cpu::softmax_backward::<T>(self.y.as_slice()?, grad.as_slice()?, d, self.log, dx.fresh_mut());
@@ -62,6 +67,10 @@ fn run(x: &Tensor, dim: isize, log: bool) -> Result<Tensor> {
         return run(&x.transpose(d as isize, -1)?, -1, log)?.transpose(d as isize, -1);
     }
     let xa = x.array().contiguous();
+    if let Some(gpu) = xa.gpu() {
+        let y = gpu_rows::softmax(gpu, &xa, log)?;
+        return Ok(Tensor::record(y.clone(), &[x], &[], || Back { y, log }));
+    }
     let mut y = Array::uninit(x.shape(), x.dtype());
     with_float!(name, x.dtype(), T => {
         cpu::softmax::<T>(xa.as_slice()?, x.shape()[d], log, y.fresh_mut());

@@ -12,7 +12,7 @@
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
-//! | `elementwise`, `gemm` | launches of the kernels of `cuda/` on arrays |
+//! | `elementwise`, `rows`, `gemm`, `attention` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -22,6 +22,7 @@
 //! | `PRISMGRAD_NVRTC` | the libnvrtc to use: its file or folder |
 //! | `PRISMGRAD_CACHE` | folder for compiled kernels |
 
+pub(crate) mod attention;
 pub mod cache;
 mod context;
 pub(crate) mod elementwise;
@@ -34,6 +35,7 @@ mod memory;
 pub mod nvrtc;
 mod pool;
 mod probe;
+pub(crate) mod rows;
 pub mod sources;
 mod transfer;
 
