@@ -4,9 +4,11 @@
 
 use prismgrad::check::{self, Gen};
 use prismgrad::emulator::{config, lock};
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::tensor::read_back;
-use prismgrad::{Device, Gradients, Result, Tensor};
+use prismgrad::{Array, DType, Device, Gradients, Result, Tensor};
 use std::collections::BTreeSet;
 
 /// Ops that run on the CPU for now, because their kernels are not launched yet. This list only gets shorter.
@@ -89,4 +91,32 @@ fn every_op_agrees_with_the_cpu() {
     assert!(cases > 250, "{cases} cases");
     let listed: BTreeSet<&str> = ON_THE_CPU.iter().copied().collect();
     assert_eq!(on_cpu, listed, "ops without kernels and the list of them");
+}
+
+/// A whole model: losses and every parameter's gradient and per-sample norms.
+#[test]
+fn a_gpt_agrees_with_the_cpu() {
+    let _one = lock();
+    config("seed", 3);
+    let device = Device::cuda(0).unwrap();
+    let make = |device: &Device| {
+        let model = Gpt::with_dtype(GptConfig::small(17, 6, 2, 8, 2), 3, DType::F64).unwrap();
+        model.params().to(device).unwrap();
+        let ids = |k: usize| Array::generate(&[3, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
+        let losses = model.losses(&ids(1), &ids(6), &Ctx::eval()).unwrap();
+        assert_eq!(losses.device(), *device);
+        let grads = losses.backward().unwrap();
+        let all = model.params().all();
+        let params = all.iter().map(|p| {
+            let g = grads.param(p).unwrap();
+            (p.name().to_string(), g.sum().unwrap().to_f64(), g.sample_sq_norms().unwrap())
+        });
+        (losses.array().to_f64(), params.collect::<Vec<_>>())
+    };
+    let (want, got) = (make(&Device::Cpu), make(&device));
+    close("losses", &got.0, &want.0);
+    for (g, w) in got.1.iter().zip(&want.1) {
+        close(&g.0, &g.1, &w.1);
+        close(&g.0, &g.2, &w.2);
+    }
 }

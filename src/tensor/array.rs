@@ -195,14 +195,21 @@ impl Array {
             Err(e) => panic!("{e}"),
         }
     }
+    /// The values on the CPU, for what has no way to report a GPU that fails.
+    fn here(&self) -> Array {
+        match self.to(&Device::Cpu) {
+            Ok(a) => a,
+            Err(e) => panic!("{e}"),
+        }
+    }
     /// The elements, row-major.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         self.expect_dtype::<T>("to_vec")?;
-        Ok(self.contiguous().as_slice::<T>()?.to_vec())
+        Ok(self.to(&Device::Cpu)?.contiguous().as_slice::<T>()?.to_vec())
     }
     /// The elements converted to f64, row-major.
     pub fn to_f64(&self) -> Vec<f64> {
-        let a = self.contiguous();
+        let a = self.here().contiguous();
         with_dtype!(a.dtype, T => a.raw::<T>()[..a.numel()].iter().map(|x| x.to_f64()).collect())
     }
     /// The one element of an array with one element.
@@ -210,11 +217,12 @@ impl Array {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("{:?} has {} elements, not one", self.shape, self.numel())));
         }
-        Ok(with_dtype!(self.dtype, T => self.raw::<T>()[0].to_f64()))
+        let a = self.to(&Device::Cpu)?;
+        Ok(with_dtype!(a.dtype, T => a.raw::<T>()[0].to_f64()))
     }
     /// Little-endian bytes, row-major.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let a = self.contiguous();
+        let a = self.here().contiguous();
         with_dtype!(a.dtype, T => bytemuck::cast_slice(&a.raw::<T>()[..a.numel()]).to_vec())
     }
     fn expect_dtype<T: Element>(&self, op: &'static str) -> Result<()> {
