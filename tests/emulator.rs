@@ -332,7 +332,11 @@ fn planted_bugs_are_reported_with_their_place() {
     );
     say("two barriers", run("bug_two_barriers", 64, 0, &[y().arg()]), &["bug_two_barriers", "bugs.cu:"]);
     say("deadlock", run("bug_barrier_vs_shfl", 64, 0, &[y().arg()]), &["deadlock", "__shfl_xor_sync", "bugs.cu:"]);
-    say("exited lanes", run("bug_shfl_exited", 64, 0, &[y().arg(), 50i32.bytes()]), &["bug_shfl_exited", "46 have returned", "prelude.cuh:"]);
+    say(
+        "exited lanes",
+        run("bug_shfl_exited", 64, 0, &[y().arg(), 50i32.bytes()]),
+        &["bug_shfl_exited", "46 have returned", "prelude.cuh:"],
+    );
     say("no __syncwarp", run("bug_missing_syncwarp", 32, 0, &[y().arg()]), &["race on", "bugs.cu:"]);
     let sum = Buf::from(&[0f32]).named("sum");
     say("plain +=", launch!("bug_non_atomic", [64, 1, 1], [64, 1, 1], 0, false; sum), &["race on", "bugs.cu:"]);
@@ -340,7 +344,11 @@ fn planted_bugs_are_reported_with_their_place() {
     say("inner dimension", run("bug_inner_dim", 32, 0, &[y().arg()]), &["index 33 is out of bounds", "bugs.cu:"]);
     let big = (i32::MAX / 2).bytes();
     say("index overflow", run("bug_int_overflow", 3, 0, &[y().arg(), big]), &["overflow", "bugs.cu:"]);
-    say("uninitialised", run("bug_uninit_shared", 64, 0, &[y().arg()]), &["no thread of the block has written", "bugs.cu:"]);
+    say(
+        "uninitialised",
+        run("bug_uninit_shared", 64, 0, &[y().arg()]),
+        &["no thread of the block has written", "bugs.cu:"],
+    );
     let d = Buf::from(&x[..256]);
     say("stack", run("bug_stack", 32, 0, &[d.arg(), 40000i32.bytes()]), &["bug_stack", "stack"]);
     say("wrong pair", run("bug_named_barriers", 128, 0, &[y().arg()]), &["race on", "bugs.cu:"]);
