@@ -30,7 +30,7 @@ const ALIGN: usize = 512;
 /// How many idle blocks are looked at for one whose foreign uses are over.
 const LOOK: usize = 8;
 
-/// How blocks are kept; see the [module](self).
+/// How freed blocks are kept; chosen by `PRISMGRAD_CUDA_POOL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolMode {
     /// Freed blocks are kept for reuse.
