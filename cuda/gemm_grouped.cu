@@ -19,7 +19,8 @@
 // Tensor cores: grouped_rows_{n,t}_{bf16,f16,tf32} (all of one type; tf32 is f32 outside), grouped_weight_{bf16,f16,tf32} (out f32).
 //
 // Block 256, TILE and dynamic shared memory as gemm.cu: f32 128, f64 64, both 33 792 bytes; tensor cores 128, 65 536. 2·N·k·n FLOPs whatever the
-// number of groups; a group's last row tile is masked, which wastes TILE/2 rows of work a group on average.
+// number of groups; a group's last row tile is masked, which wastes TILE/2 rows of work a group on average. No spills;
+// grouped_rows_* at most 128 registers and two blocks a multiprocessor (n_tf32 one), grouped_weight_* one block.
 
 struct GroupedRows {
     i64 groups, n, k;
@@ -62,6 +63,7 @@ DEV void grouped_rows_body(const typename Tile::T* x, const typename Tile::T* w,
                            const u32* index, const GroupedRows& s) {
     typedef typename Tile::T T;
     DYN_SHARED(char, smem);
+    SHARED(i64, place, [4]);
     const KScale<typename Tile::Acc> plain = {nullptr, nullptr, 1};
     i64 columns = cdiv(s.n, Tile::N);
     for (i64 number = blockIdx.x;; number += gridDim.x) {
@@ -71,15 +73,23 @@ DEV void grouped_rows_body(const typename Tile::T* x, const typename Tile::T* w,
         i64 m0 = tile % strips * Tile::M, n0 = tile / strips * Tile::N; // row tiles first: they share W's strip
         Operand<T> a = {index ? x : x + (begin + m0) * s.x_rs, s.x_rs, 1, rows - m0, index ? index + begin + m0 : nullptr, nullptr};
         Operand<T> b = {w + e * s.w_s + n0 * s.w_cs, s.w_cs, s.w_rs, s.n - n0, nullptr, nullptr};
+        // What the epilogue needs waits in shared memory, as in gemm.cu.
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            place[0] = begin + m0;
+            place[1] = begin + rows;
+            place[2] = n0;
+            place[3] = e * s.n;
+        }
         Tile t;
         t.zero();
         t.run(smem, a, b, 0, s.k, plain);
         t.each(smem, [&](int r, int j, typename Tile::Acc v) {
-            i64 col = n0 + j;
-            if (m0 + r >= rows || col >= s.n) return;
-            i64 at = (begin + m0 + r) * s.y_rs + col;
+            i64 row = place[0] + r, col = place[2] + j;
+            if (row >= place[1] || col >= s.n) return;
+            i64 at = row * s.y_rs + col;
             if (s.accumulate) v += to_acc(y[at]);
-            if (bias) v += to_acc(bias[e * s.n + col]);
+            if (bias) v += to_acc(bias[place[3] + col]);
             if (pre) pre[at] = from_acc<O>(v);
             y[at] = from_acc<O>(activate(s.act, v));
         });
@@ -113,25 +123,25 @@ DEV void grouped_weight_body(const typename Tile::T* left, const typename Tile::
 }
 
 #define COMMA ,
-#define GROUPED_ROWS(NAME, TILE, T, O) \
-    extern "C" __global__ void __launch_bounds__(256, 1) NAME(const T *__restrict__ x, const T *__restrict__ w, O *y, const O *__restrict__ bias, O *pre, \
+#define GROUPED_ROWS(NAME, TILE, T, O, BLOCKS) \
+    extern "C" __global__ void __launch_bounds__(256, BLOCKS) NAME(const T *__restrict__ x, const T *__restrict__ w, O *y, const O *__restrict__ bias, O *pre, \
         const i64 *__restrict__ offsets, const u32 *__restrict__ index, GroupedRows s) { grouped_rows_body<TILE, O>(x, w, y, bias, pre, offsets, index, s); }
 #define GROUPED_WEIGHT(NAME, TILE, T, O) \
     extern "C" __global__ void __launch_bounds__(256, 1) NAME(const T *__restrict__ left, const T *__restrict__ right, O *out, const acc_t<O> *__restrict__ w, \
         const u32 *__restrict__ owner, const i64 *__restrict__ offsets, const u32 *__restrict__ lindex, const u32 *__restrict__ rindex, GroupedWeight s) { \
         grouped_weight_body<TILE, O>(left, right, out, w, owner, offsets, lindex, rindex, s); }
-GROUPED_ROWS(grouped_rows_n_f32, SimtTile<float COMMA true COMMA false>, float, float)
-GROUPED_ROWS(grouped_rows_t_f32, SimtTile<float COMMA true COMMA true>, float, float)
-GROUPED_ROWS(grouped_rows_n_f64, SimtTile<double COMMA true COMMA false>, double, double)
-GROUPED_ROWS(grouped_rows_t_f64, SimtTile<double COMMA true COMMA true>, double, double)
+GROUPED_ROWS(grouped_rows_n_f32, SimtTile<float COMMA true COMMA false>, float, float, 2)
+GROUPED_ROWS(grouped_rows_t_f32, SimtTile<float COMMA true COMMA true>, float, float, 2)
+GROUPED_ROWS(grouped_rows_n_f64, SimtTile<double COMMA true COMMA false>, double, double, 2)
+GROUPED_ROWS(grouped_rows_t_f64, SimtTile<double COMMA true COMMA true>, double, double, 2)
 GROUPED_WEIGHT(grouped_weight_f32, SimtTile<float COMMA false COMMA false>, float, float)
 GROUPED_WEIGHT(grouped_weight_f64, SimtTile<double COMMA false COMMA false>, double, double)
-GROUPED_ROWS(grouped_rows_n_bf16, MmaTile<bf16 COMMA true COMMA false>, bf16, bf16)
-GROUPED_ROWS(grouped_rows_t_bf16, MmaTile<bf16 COMMA true COMMA true>, bf16, bf16)
-GROUPED_ROWS(grouped_rows_n_f16, MmaTile<f16 COMMA true COMMA false>, f16, f16)
-GROUPED_ROWS(grouped_rows_t_f16, MmaTile<f16 COMMA true COMMA true>, f16, f16)
-GROUPED_ROWS(grouped_rows_n_tf32, MmaTile<float COMMA true COMMA false>, float, float)
-GROUPED_ROWS(grouped_rows_t_tf32, MmaTile<float COMMA true COMMA true>, float, float)
+GROUPED_ROWS(grouped_rows_n_bf16, MmaTile<bf16 COMMA true COMMA false>, bf16, bf16, 2)
+GROUPED_ROWS(grouped_rows_t_bf16, MmaTile<bf16 COMMA true COMMA true>, bf16, bf16, 2)
+GROUPED_ROWS(grouped_rows_n_f16, MmaTile<f16 COMMA true COMMA false>, f16, f16, 2)
+GROUPED_ROWS(grouped_rows_t_f16, MmaTile<f16 COMMA true COMMA true>, f16, f16, 2)
+GROUPED_ROWS(grouped_rows_n_tf32, MmaTile<float COMMA true COMMA false>, float, float, 1)
+GROUPED_ROWS(grouped_rows_t_tf32, MmaTile<float COMMA true COMMA true>, float, float, 2)
 GROUPED_WEIGHT(grouped_weight_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16, float)
 GROUPED_WEIGHT(grouped_weight_f16, MmaTile<f16 COMMA false COMMA false>, f16, float)
 GROUPED_WEIGHT(grouped_weight_tf32, MmaTile<float COMMA false COMMA false>, float, float)

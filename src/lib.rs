@@ -21,5 +21,6 @@ pub mod tensor;
 pub mod train;
 
 pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
+pub use device::Device;
 pub use error::{Error, Result};
 pub use tensor::{Array, DType, Element, Float};

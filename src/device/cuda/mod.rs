@@ -12,6 +12,7 @@
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
+//! | `elementwise`, `gemm` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -23,7 +24,9 @@
 
 pub mod cache;
 mod context;
+pub(crate) mod elementwise;
 mod errors;
+pub(crate) mod gemm;
 mod graph;
 pub mod kernels;
 mod launch;
