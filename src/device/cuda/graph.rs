@@ -10,6 +10,7 @@
 
 use super::context::{Gpu, Stream, count};
 use super::errors::check;
+use super::pool::PoolMode;
 use super::probe::has_symbols;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
@@ -72,6 +73,12 @@ impl Gpu {
         let needed = ["cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch"];
         if !has_symbols(&needed) || !has_symbols(&["cuGraphDestroy", "cuGraphExecDestroy"]) {
             return Err(Error::device(op, "this driver has no graphs; update it, or run the step without one"));
+        }
+        if self.pool_mode() == PoolMode::Guard {
+            return Err(Error::device(
+                op,
+                "PRISMGRAD_CUDA_POOL=guard keeps no blocks to run it in; use cached or poison",
+            ));
         }
         self.synchronize()?;
         static NEXT: AtomicU64 = AtomicU64::new(1);

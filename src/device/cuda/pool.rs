@@ -12,7 +12,8 @@
 //! exact size, freed for good, so that a memory checker sees every step outside it; `poison`, where fresh and freed memory
 //! is filled with 0xFF, which is NaN in every float type.
 //!
-//! While a graph is captured, memory comes from idle blocks only and then stays with the graph: see [`super::graph`].
+//! While a graph is captured, memory comes from idle blocks only and then stays with the graph ([`super::Graph`]); guard
+//! mode keeps none and so cannot capture.
 
 use super::context::{Gpu, RawEvent, Stream, count, lock};
 use super::errors::explain;
@@ -29,7 +30,7 @@ const ALIGN: usize = 512;
 /// How many idle blocks are looked at for one whose foreign uses are over.
 const LOOK: usize = 8;
 
-/// How blocks are kept; see the [module](self).
+/// How freed blocks are kept; chosen by `PRISMGRAD_CUDA_POOL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolMode {
     /// Freed blocks are kept for reuse.
@@ -159,8 +160,7 @@ impl Pool {
             raw.graph = graph;
             return Ok(raw);
         }
-        // A guarded block is always the driver's own; relaxed captures allow that, and it stays with the graph.
-        if graph != 0 && self.mode != PoolMode::Guard {
+        if graph != 0 {
             return Err(Error::device(
                 "capture a CUDA graph",
                 format!(
@@ -180,7 +180,7 @@ impl Pool {
         };
         idle.reserved += size;
         drop(idle);
-        let raw = Raw { ptr, size, home, uses: Uses::new(), graph };
+        let raw = Raw { ptr, size, home, uses: Uses::new(), graph: 0 };
         if self.mode == PoolMode::Poison {
             poison(gpu, &raw);
         }
