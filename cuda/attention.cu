@@ -27,10 +27,6 @@
 // FLOPs 4·pairs·D forward, 14·pairs·D backward (scores and their gradients are computed in both passes, which is what
 // doing without atomics costs; 10 would be the least). Bytes: Q and O once, K and V once per query tile, mostly from L2.
 
-DEV float exp_of(float x) { return expf(x); }
-DEV double exp_of(double x) { return exp(x); }
-DEV float log_of(float x) { return logf(x); }
-DEV double log_of(double x) { return log(x); }
 template <class A> DEV A minus_infinity() { return (A)-INFINITY; }
 
 // ------------------------------------------------------------------ f32 and f64, on the ordinary units

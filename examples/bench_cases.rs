@@ -6,7 +6,8 @@
 //!
 //! `gemm/MxKxN`, `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
-//! `base_rss_mb` is what the process held before it.
+//! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
+//! moment before: the best of three products of 1024 × 1024 matrices, or the best of three copies of 64 MiB.
 
 use prismgrad::device::cpu::gemm::{Mat, matmul};
 use prismgrad::models::{Gpt, GptConfig};
@@ -233,7 +234,29 @@ fn status(field: &str) -> f64 {
     line.split_whitespace().nth(1).and_then(|v| v.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1024.0
 }
 
-fn measure(name: &str, make: Make, min_seconds: f64, threads: usize) -> Result<()> {
+/// GFLOP/s of a matrix product and GB/s of a copy (read and written), each the best of three.
+fn ceilings() -> Result<(f64, f64)> {
+    let best = |step: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
+        step()?;
+        let mut best = f64::INFINITY;
+        for _ in 0..3 {
+            let t = Instant::now();
+            step()?;
+            best = best.min(t.elapsed().as_secs_f64());
+        }
+        Ok(best)
+    };
+    let (mut product, work, _) = gemm("gemm/1024x1024x1024")?;
+    let Work::Gflop(flop) = work else { return Ok((f64::NAN, f64::NAN)) };
+    let x = random(&[16384, 1024], 1);
+    let mut copy = || {
+        x.copy();
+        Ok(())
+    };
+    Ok((flop / best(&mut *product)?, 2.0 * 64.0 * 1048576.0 / 1e9 / best(&mut copy)?))
+}
+
+fn measure(name: &str, make: Make, min_seconds: f64, threads: usize, ceilings: (f64, f64)) -> Result<()> {
     let base = status("VmRSS");
     let (mut step, work, params) = make(name)?;
     step()?;
@@ -254,12 +277,19 @@ fn measure(name: &str, make: Make, min_seconds: f64, threads: usize) -> Result<(
     });
     let mut put = |k: &str, v: f64| line[k] = serde_json::json!((v * 100.0).round() / 100.0);
     match work {
-        Work::Gflop(g) => put("gflops", g / median),
-        Work::Gigabytes(g) => put("gb_per_s", g / median),
+        Work::Gflop(g) => {
+            put("gflops", g / median);
+            put("ceiling_share", g / median / ceilings.0);
+        }
+        Work::Gigabytes(g) => {
+            put("gb_per_s", g / median);
+            put("ceiling_share", g / median / ceilings.1);
+        }
         Work::Tokens(t, g) => {
             put("tokens_per_s", t / median);
             if g > 0.0 {
                 put("gflops", g / median);
+                put("ceiling_share", g / median / ceilings.0);
             }
         }
         Work::None => {}
@@ -280,12 +310,21 @@ fn main() {
 
 fn run() -> std::result::Result<(), String> {
     let (mut wanted, mut min_seconds, mut isolate, mut exact, mut threads) = (Vec::new(), 3.0, false, false, 0usize);
+    let mut ceilings = None;
     let mut args = std::env::args().skip(1);
     while let Some(a) = args.next() {
         let mut value = |name: &str| args.next().ok_or(format!("{name} needs a value"));
         match a.as_str() {
             "--isolate" => isolate = true,
             "--exact" => exact = true,
+            "--ceilings" => {
+                let text = value(&a)?;
+                let two: Vec<f64> = text.split(',').filter_map(|x| x.parse().ok()).collect();
+                let [product, copy] = two[..] else {
+                    return Err(format!("--ceilings {text}: two numbers, GFLOP/s,GB/s"));
+                };
+                ceilings = Some((product, copy));
+            }
             "--list" => NAMES.iter().for_each(|(n, _)| println!("{n}")),
             "--threads" => threads = value(&a)?.parse().map_err(|e| format!("--threads: {e}"))?,
             "--min-seconds" => min_seconds = value(&a)?.parse().map_err(|e| format!("--min-seconds: {e}"))?,
@@ -304,19 +343,24 @@ fn run() -> std::result::Result<(), String> {
     if cases.is_empty() {
         return Err(format!("no case contains {wanted:?}; --list names them"));
     }
-    if isolate && cases.len() > 1 {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|e| e.to_string())?;
+    // A case with a process of its own is told the ceilings, so that measuring them does not count as its memory.
+    let ceilings = match ceilings {
+        Some(c) => c,
+        None => self::ceilings().map_err(|e| e.to_string())?,
+    };
+    if isolate {
         let me = std::env::current_exe().map_err(|e| e.to_string())?;
         for (n, _) in cases {
             let mut c = std::process::Command::new(&me);
             c.args([n, "--min-seconds", &min_seconds.to_string(), "--threads", &threads.to_string()]);
-            c.arg("--exact");
+            c.args(["--exact", "--ceilings", &format!("{},{}", ceilings.0, ceilings.1)]);
             c.status().map_err(|e| format!("{n}: {e}"))?;
         }
         return Ok(());
     }
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|e| e.to_string())?;
     for (n, make) in cases {
-        measure(n, *make, min_seconds, rayon::current_num_threads()).map_err(|e| format!("{n}: {e}"))?;
+        measure(n, *make, min_seconds, rayon::current_num_threads(), ceilings).map_err(|e| format!("{n}: {e}"))?;
     }
     Ok(())
 }

@@ -51,17 +51,16 @@ fn mlp(params: &Params) -> Result<Model> {
 /// The same through 16 and 32 channels, each followed by a pool that halves the sides.
 fn convnet(params: &Params) -> Result<Model> {
     let conv = |name: &str, from: usize, to: usize| {
-        let scope = params.at(name);
-        let weight = scope.param("weight", &[to, from, 3, 3], Init::KaimingUniform)?;
-        Conv2d::new(weight, Some(scope.param("bias", &[to], Init::Zeros)?), Conv::default().padding(1))
+        Conv2d::new(&params.at(name), (from, to), [3, 3], Conv::default().padding(1), true, Init::KaimingUniform)
     };
     let (a, b) = (conv("conv1", 1, 16)?, conv("conv2", 16, 32)?);
     let out = Linear::new(&params.at("out"), 128, 10, true, Layout::OutIn, Init::KaimingUniform)?;
     Ok(Box::new(move |x| {
         let count = x.shape()[0];
-        let x = a.forward(&x.reshape(&[count, 1, 8, 8])?, None)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
-        let x = b.forward(&x, None)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
-        out.forward(&x.reshape(&[count, 128])?, &Ctx::eval())
+        let ctx = Ctx::eval();
+        let x = a.forward(&x.reshape(&[count, 1, 8, 8])?, &ctx)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
+        let x = b.forward(&x, &ctx)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
+        out.forward(&x.reshape(&[count, 128])?, &ctx)
     }))
 }
 

@@ -103,9 +103,9 @@ impl Error {
     pub fn privacy(message: impl Into<String>) -> Self {
         Error::Privacy { message: message.into() }
     }
-    /// A [`Error::Device`].
-    pub fn device(message: impl Into<String>) -> Self {
-        Error::Device { message: message.into() }
+    /// A [`Error::Device`]: what was being done, and what went wrong.
+    pub fn device(op: impl fmt::Display, message: impl fmt::Display) -> Self {
+        Error::Device { message: format!("{op}: {message}") }
     }
     /// A [`Error::Io`]; use as `.map_err(|e| Error::io("write checkpoint", path, e))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>, source: std::io::Error) -> Self {

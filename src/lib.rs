@@ -5,6 +5,9 @@ pub mod autograd;
 pub mod check;
 pub mod data;
 pub mod device;
+#[cfg(feature = "emulator")]
+#[path = "../cuda/emulator/mod.rs"]
+pub mod emulator;
 pub mod error;
 pub mod io;
 pub mod models;
@@ -18,5 +21,6 @@ pub mod tensor;
 pub mod train;
 
 pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
+pub use device::Device;
 pub use error::{Error, Result};
 pub use tensor::{Array, DType, Element, Float};

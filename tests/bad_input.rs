@@ -7,6 +7,8 @@ use prismgrad::ops::embedding::embedding;
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::norm::layer_norm;
+use prismgrad::optim::{AdamW, Schedule};
+use prismgrad::step::TrainStep;
 use prismgrad::{Array, DType, Param, Result, Tensor};
 use std::fs;
 use std::path::PathBuf;
@@ -145,4 +147,26 @@ fn the_cache_changes_nothing() {
         }
         assert_eq!(cached, text[3..], "{span:?}");
     }
+}
+
+/// NaN in the data stops plain training at the sample that has it, with everything learnt so far intact.
+#[test]
+fn not_a_number_in_the_data() {
+    let w = Param::new("w", Array::generate(&[2, 3], DType::F32, |i| i as f64 * 0.1));
+    let mut step = TrainStep::plain(std::slice::from_ref(&w), AdamW::default(), Schedule::constant(0.1)).unwrap();
+    let mut x = vec![0.5f32; 12];
+    let mut run = |x: &[f32]| {
+        let y = linear(&Tensor::from_slice(x, &[4, 3])?, &w, Layout::OutIn, None, Activation::None, None)?;
+        let losses = cross_entropy(&y, &Array::zeros(&[4], DType::U32), &CrossEntropy::default())?;
+        step.run([losses], Ok).map(|r| r.step)
+    };
+    run(&x).unwrap();
+    let before = w.value().to_bytes();
+    for bad in [f32::NAN, f32::INFINITY] {
+        x[7] = bad;
+        says(run(&x), &["step 2", "sample 2", "learning rate"]);
+        assert_eq!(w.value().to_bytes(), before);
+    }
+    x[7] = 0.5;
+    assert_eq!(run(&x).unwrap(), 2);
 }

@@ -1,13 +1,19 @@
 //! Training steps: per-sample gradients of a whole model, clipping bounds, noise, repeatability, resuming, refusals.
 
+use prismgrad::check::{self, Gen};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
+use prismgrad::ops::embedding::embedding;
 use prismgrad::ops::linear::{Activation, Layout, linear};
+use prismgrad::ops::norm::layer_norm;
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
-use prismgrad::{Array, DType, Error, Param, Result, Samples, Tensor, check};
+use prismgrad::train::{Existing, RunFolder, state};
+use prismgrad::{Array, DType, Error, Param, Result, Samples, Tensor};
+use proptest::prelude::*;
+use std::path::{Path, PathBuf};
 
 fn gpt(tied: bool, dtype: DType) -> Gpt {
     let mut c = GptConfig::small(17, 6, 2, 8, 2);
@@ -75,6 +81,76 @@ fn one_record_moves_the_clipped_sum_by_at_most_the_threshold() {
                 let moved: f64 = all.iter().zip(sum(&rest)).map(|(a, b)| (a - b) * (a - b)).sum();
                 assert!(moved.sqrt() <= 0.7 * (1.0 + 1e-9), "{style:?} {clip:?} {without}: {}", moved.sqrt());
             }
+        }
+    }
+}
+
+/// A random model over random ragged samples (some without rows), restricted to the samples in `keep`: a lookup table
+/// tied to the output or not, linear layers some of which share a weight, a norm, and a broadcast parameter.
+fn random_model(seed: u64, keep: &[bool]) -> (Tensor, Vec<Param>) {
+    let mut g = Gen::new(seed);
+    let (d, vocabulary, rows) = (g.size(2, 6), g.size(3, 6), g.size(0, 14));
+    let (tied, reused, depth) = (g.chance(0.5), g.chance(0.5), g.size(1, 3));
+    let mut params: Vec<Param> = Vec::new();
+    let mut make = |name: String, shape: &[usize], g: &mut Gen| {
+        let p = Param::new(&name, g.array_of(shape, |g| g.normal()).contiguous());
+        params.push(p.clone());
+        p
+    };
+    let table = make("table.weight".into(), &[vocabulary, d], &mut g);
+    let layers: Vec<(Param, Param)> = (0..depth)
+        .map(|i| (make(format!("l{i}.weight"), &[d, d], &mut g), make(format!("l{i}.bias"), &[d], &mut g)))
+        .collect();
+    let (gain, gate) = (make("norm.weight".into(), &[d], &mut g), make("gate".into(), &[vocabulary], &mut g));
+    let all: Vec<(usize, u32)> =
+        (0..rows).map(|_| (g.size(0, keep.len() - 1), g.size(0, vocabulary - 1) as u32)).collect();
+    let number = |i: usize| keep[..i].iter().filter(|k| **k).count() as u32;
+    let live: Vec<(u32, u32)> = all.iter().filter(|(o, _)| keep[*o]).map(|&(o, id)| (number(o), id)).collect();
+    let (owners, ids): (Vec<u32>, Vec<u32>) = live.into_iter().unzip();
+    let (n, b) = (ids.len(), number(keep.len()) as usize);
+    let samples = Samples::owners(owners.clone(), b).unwrap();
+    let s = Some(&samples);
+    let mut x = embedding(&table, &Tensor::from_slice(&ids, &[n]).unwrap(), None, s).unwrap();
+    for i in 0..depth {
+        let (w, bias) = if reused { &layers[0] } else { &layers[i] };
+        x = linear(&x, w, Layout::OutIn, Some(bias), Activation::Tanh, s).unwrap();
+    }
+    let x = layer_norm(&x, Some(&gain), None, 1e-5, s).unwrap();
+    let x = match tied {
+        true => linear(&x, &table, Layout::OutIn, None, Activation::None, s).unwrap(),
+        false => linear(&x, &layers[0].0, Layout::InOut, None, Activation::Silu, s).unwrap(),
+    };
+    let width = x.shape()[1];
+    let pick = Array::generate(&[b, n], DType::F64, |i| (owners[i % n] as usize == i / n) as u8 as f64);
+    let per = Tensor::new(pick).matmul(&x.square().unwrap()).unwrap().sum(&[1], true).unwrap();
+    let per = per.mul(&gate.per_sample(b).unwrap()).unwrap();
+    let scale = 10f64.powi(g.size(0, 6) as i32 - 3) / width as f64;
+    (per.square().unwrap().sum(&[1], false).unwrap().mul_scalar(scale).unwrap(), params)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    /// The private mechanism's promise: adding or removing any one sample moves the clipped sum by at most the stated
+    /// sensitivity, whatever the model.
+    #[test]
+    fn any_one_sample_moves_the_sum_by_at_most_the_sensitivity(
+        seed in any::<u64>(),
+        samples in 1usize..5,
+        style in prop::sample::select(STYLES.to_vec()),
+        clip in prop::sample::select(vec![ClipFn::Abadi, ClipFn::AutoS { gamma: 0.01 }, ClipFn::AutoV, ClipFn::Global]),
+        threshold in 0.01f64..10.0,
+    ) {
+        let sum = |keep: &[bool]| -> Vec<f64> {
+            let (losses, params) = random_model(seed, keep);
+            let sums = clipped_gradient(&losses, &params, style, clip, threshold).unwrap();
+            sums.iter().flat_map(Array::to_f64).collect()
+        };
+        let all = sum(&vec![true; samples]);
+        prop_assert!(all.iter().all(|x| x.is_finite()));
+        for without in 0..samples {
+            let keep: Vec<bool> = (0..samples).map(|i| i != without).collect();
+            let moved = all.iter().zip(sum(&keep)).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
+            prop_assert!(moved <= threshold * (1.0 + 1e-9), "{style:?} {clip:?} sample {without}: {moved} > {threshold}");
         }
     }
 }
@@ -269,4 +345,76 @@ fn the_budget_is_a_hard_stop_and_nonsense_is_refused() {
     refuse(&|c| c.noise_multiplier = Some(0.0), "no privacy");
     refuse(&|c| c.clip = ClipFn::AutoS { gamma: -0.5 }, "γ");
     refuse(&|c| c.steps = 0, "steps");
+}
+
+/// A private run in a folder, from its last checkpoint to the end; a checkpoint after every step.
+fn run_in(folder: &Path) -> Vec<u8> {
+    const STEPS: u64 = 40;
+    let model = gpt(true, DType::F32);
+    let params = model.params().all();
+    let mut step = private(&params, ClipStyle::LayerWise, 10.0, STEPS).unwrap();
+    let mut run = RunFolder::create(folder, &serde_json::json!({}), Existing::Resume, &[]).unwrap();
+    let checkpoints = run.checkpoints().unwrap().keep_last(2);
+    if let Some(c) = checkpoints.latest().unwrap().checkpoint {
+        state::load::<()>(&c, model.params(), &mut step).unwrap();
+    }
+    run.rewind(step.steps()).unwrap();
+    while step.steps() < STEPS {
+        let batch = step.next_batch().unwrap();
+        let (x, y) = tokens(batch.len().max(1), batch.iter().sum());
+        let t = step.steps();
+        let report = step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        run.log(t + 1, &serde_json::json!({"loss": report.loss, "epsilon": report.epsilon})).unwrap();
+        state::save(&checkpoints, t + 1, None, model.params(), &step, &()).unwrap();
+    }
+    values(&params)
+}
+
+/// Killed with SIGKILL at random moments and started again, a private run ends with the parameters, the losses and the ε
+/// of a run nobody disturbed, bit for bit.
+#[test]
+fn kill_9_changes_nothing() {
+    if let Some(folder) = std::env::var_os("PRISMGRAD_CHILD") {
+        run_in(Path::new(&folder));
+        return;
+    }
+    let scratch = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kill-9-training");
+    let _ = std::fs::remove_dir_all(&scratch);
+    let (calm, rough) = (scratch.join("calm"), scratch.join("rough"));
+    let want = run_in(&calm);
+    let mut g = Gen::new(std::process::id() as u64);
+    let (mut kills, began) = (0, std::time::Instant::now());
+    loop {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["kill_9_changes_nothing", "--exact", "--test-threads=1"])
+            .env("PRISMGRAD_CHILD", &rough)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let patience = std::time::Duration::from_millis(40 + g.size(0, 400) as u64);
+        let asked = std::time::Instant::now();
+        let ended = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break Some(status);
+            }
+            if asked.elapsed() > patience && kills < 12 {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                break None;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        };
+        match ended {
+            Some(status) => {
+                assert!(status.success(), "{status}");
+                break;
+            }
+            None => kills += 1,
+        }
+        assert!(began.elapsed().as_secs() < 240, "no end after {kills} kills");
+    }
+    assert!(kills > 0, "the run was over before anybody killed it");
+    assert_eq!(run_in(&rough), want, "after {kills} kills");
+    let lines = |f: &Path| std::fs::read_to_string(f.join("metrics.jsonl")).unwrap();
+    assert_eq!(lines(&rough), lines(&calm));
 }

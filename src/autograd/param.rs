@@ -1,5 +1,6 @@
 //! Parameters: named, shared, trained.
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Dims};
 use std::fmt;
@@ -74,6 +75,11 @@ impl Param {
         }
         *self.0.value.write().unwrap_or_else(|e| e.into_inner()) = value.contiguous();
         Ok(())
+    }
+    /// Moves the value to a device.
+    pub fn to(&self, device: &Device) -> Result<()> {
+        let value = self.value().to(device)?;
+        self.set(value)
     }
     /// Lets go of the value until the next `set`, so that a flat buffer under it can be updated in place.
     pub(crate) fn release(&self) {

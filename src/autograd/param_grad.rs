@@ -152,6 +152,16 @@ impl ParamGrad {
         self.add_sum(Some(&weights), out)?;
         Ok(totals)
     }
+    /// The same gradient with less memory where that is free: row sums and scaled row sums whose per-sample gradients are
+    /// small beside their rows (biases and gains) are summed per sample, which the norms need anyway.
+    pub(crate) fn compact(self) -> Result<ParamGrad> {
+        let rows = self.factors.iter().all(|f| matches!(f, Factor::RowSum { .. } | Factor::ScaledRowSum { .. }));
+        if !rows || 2 * self.samples * self.numel() * self.dtype().size() > self.bytes() {
+            return Ok(self);
+        }
+        let grads = self.per_sample()?;
+        Ok(ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self })
+    }
     /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
     pub fn per_sample(&self) -> Result<Array> {
         self.expect_samples()?;

@@ -2,6 +2,7 @@
 
 use super::rule::{Flow, Rule};
 use super::{Param, Samples};
+use crate::device::Device;
 use crate::error::Result;
 use crate::tensor::{Array, DType, Element};
 use smallvec::SmallVec;
@@ -34,6 +35,8 @@ pub(crate) struct Node {
     /// `None` for leaves, and after a backward pass that did not keep the graph.
     pub rule: Mutex<Option<Arc<dyn Rule>>>,
     pub leaf: bool,
+    /// Where the value is, and where its gradient goes.
+    pub device: Device,
 }
 
 impl Drop for Node {
@@ -65,6 +68,22 @@ pub(crate) fn is_recording() -> bool {
     RECORDING.with(|r| r.get())
 }
 
+/// An op without a kernel computes on the CPU: its result goes back to where its operands are.
+fn back_on_device(value: Array, parents: &[&Tensor], params: &[&Param]) -> Array {
+    if value.gpu().is_some() {
+        return value;
+    }
+    let of = |a: &Array| a.gpu().cloned();
+    let gpu = parents.iter().find_map(|p| of(&p.value)).or_else(|| params.iter().find_map(|p| of(&p.value())));
+    match gpu {
+        None => value,
+        Some(gpu) => match value.to(&Device::Cuda(gpu)) {
+            Ok(v) => v,
+            Err(e) => panic!("{e}"),
+        },
+    }
+}
+
 impl Tensor {
     /// A tensor without history: data, labels, masks.
     pub fn new(value: Array) -> Tensor {
@@ -78,6 +97,7 @@ impl Tensor {
             params: SmallVec::new(),
             rule: Mutex::new(None),
             leaf: true,
+            device: value.device(),
         };
         Tensor { value, node: Some(Arc::new(node)) }
     }
@@ -121,6 +141,14 @@ impl Tensor {
     pub fn requires_grad(&self) -> bool {
         self.node.is_some()
     }
+    /// The device it is on.
+    pub fn device(&self) -> Device {
+        self.value.device()
+    }
+    /// The same values on another device, without history: move data and parameters before the forward pass.
+    pub fn to(&self, device: &Device) -> Result<Tensor> {
+        Ok(Tensor::new(self.value.to(device)?))
+    }
     /// The one element as f64.
     pub fn item(&self) -> Result<f64> {
         self.value.item()
@@ -140,6 +168,7 @@ impl Tensor {
     ///
     /// List a parameter once per use, in the order in which the rule hands over its factors.
     pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
+        let value = back_on_device(value, parents, params);
         if !Tensor::would_record(parents, params) {
             return Tensor::new(value);
         }
@@ -149,6 +178,7 @@ impl Tensor {
             params: params.iter().filter(|p| p.trainable()).map(|&p| p.clone()).collect(),
             rule: Mutex::new(Some(Arc::new(rule()))),
             leaf: false,
+            device: value.device(),
         };
         Tensor { value, node: Some(Arc::new(node)) }
     }

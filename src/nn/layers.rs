@@ -35,6 +35,10 @@ impl Linear {
     pub fn weight(&self) -> &Param {
         &self.weight
     }
+    /// The bias, if there is one.
+    pub fn bias(&self) -> Option<&Param> {
+        self.bias.as_ref()
+    }
 }
 
 /// Layer norm over the last dimension: `weight` and `bias` `[d]`.

@@ -1,6 +1,7 @@
 //! The parameter store: one place for saving, counting, freezing.
 
 use crate::Param;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::random::philox;
 use crate::tensor::{Array, DType};
@@ -107,6 +108,10 @@ impl Params {
         let all = self.all();
         all.iter().for_each(|p| p.set_trainable(on));
         all.len()
+    }
+    /// Moves everything below this scope to a device.
+    pub fn to(&self, device: &Device) -> Result<()> {
+        self.all().iter().try_for_each(|p| p.to(device))
     }
     /// A number for a layer without parameters, from its full name: the stream of its dropout masks.
     pub fn id(&self, name: &str) -> u64 {

@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
+use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
@@ -48,6 +49,20 @@ macro_rules! binary {
                         fn info(&self) -> &'static OpInfo { &$info }
                         #[allow(unused_variables)]
                         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                            if let Some(gpu) = grad.gpu() {
+                                for side in [0usize, 1] {
+                                    if !flow.wants(side) { continue; }
+                                    let name = stringify!($name);
+                                    let full = match (&self.a, &self.b) {
+                                        (Some(a), Some(b)) => gpu_ew::binary_grad(gpu, name, (a, b), &grad, side)?,
+                                        _ if name == "sub" && side == 1 => gpu_ew::unary(gpu, "neg", &grad, [0.0; 2])?,
+                                        _ => grad.clone(),
+                                    };
+                                    let shape = if side == 0 { &self.sa } else { &self.sb };
+                                    flow.input(side, super::reduce::sum_to(&full, shape)?);
+                                }
+                                return Ok(());
+                            }
                             with_float!(stringify!($name), grad.dtype(), T => {
                                 for side in [0usize, 1] {
                                     if !flow.wants(side) { continue; }
@@ -74,11 +89,17 @@ macro_rules! binary {
                             })
                         }
                     }
+                    let (sa, sb): (Dims, Dims) = (self.shape().into(), other.shape().into());
+                    if let Some(gpu) = self.array().gpu().or(other.array().gpu()) {
+                        expect_same(stringify!($name), self, other)?;
+                        let y = gpu_ew::binary(gpu, stringify!($name), self.array(), other.array())?;
+                        let keep = |t: &Tensor| $saves.then(|| t.array().clone());
+                        return Ok(Tensor::record(y, &[self, other], &[], || Back { a: keep(self), b: keep(other), sa, sb }));
+                    }
                     let (a, b, out) = same_float(stringify!($name), self, other)?;
                     let y = with_float!(stringify!($name), a.dtype(), T => {
                         ew::zip::<T, T, T>(stringify!($name), a.array(), b.array(), #[inline(always)] |$x: T, $y: T| $f)
                     })?;
-                    let (sa, sb): (Dims, Dims) = (a.shape().into(), b.shape().into());
                     let keep = |t: &Tensor| $saves.then(|| t.array().clone());
                     Tensor::record(y, &[&a, &b], &[], || Back { a: keep(&a), b: keep(&b), sa, sb }).cast(out)
                 }
@@ -106,12 +127,18 @@ binary! {
         [-2.0, 2.0], saves true;
 }
 
-/// Both operands in one compute dtype, and the dtype the result goes back to.
-fn same_float(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor, DType)> {
+/// Floats of one dtype.
+fn expect_same(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     a.dtype().expect_float(op)?;
     if a.dtype() != b.dtype() {
         return Err(Error::dtype(op, format!("{} and {} differ; cast one of them", a.dtype(), b.dtype())));
     }
+    Ok(())
+}
+
+/// Both operands in one compute dtype, and the dtype the result goes back to.
+fn same_float(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor, DType)> {
+    expect_same(op, a, b)?;
     let d = a.dtype();
     Ok((a.cast(d.compute())?, b.cast(d.compute())?, d))
 }
@@ -120,7 +147,10 @@ static COMPARE: OpInfo = OpInfo {
     name: "compare",
     differentiable: Differentiable::No("the result is a mask"),
     factor: NO_PARAMS,
-    cases: &[],
+    cases: &[|g| {
+        let (a, b) = pair(g, -2.0, 2.0);
+        Ok(Case::new(vec![a, b], |t| t[0].lt(&t[1])?.cast(DType::F64)))
+    }],
 };
 
 static WHERE: OpInfo = OpInfo {
@@ -137,7 +167,7 @@ static WHERE: OpInfo = OpInfo {
 };
 
 macro_rules! compare {
-    ($($(#[$doc:meta])* $name:ident, $op:tt;)*) => {
+    ($($(#[$doc:meta])* $name:ident, $op:tt, $code:literal;)*) => {
         impl Tensor {
             $(
                 $(#[$doc])*
@@ -146,6 +176,9 @@ macro_rules! compare {
                         return Err(Error::dtype(stringify!($name), format!("{} and {} differ; cast one of them", self.dtype(), other.dtype())));
                     }
                     let (a, b) = (self.array(), other.array());
+                    if let Some(gpu) = a.gpu().or(b.gpu()) {
+                        return Ok(Tensor::new(gpu_ew::compare(gpu, $code, a, b)?));
+                    }
                     Ok(Tensor::new(with_dtype!(a.dtype(), T => {
                         ew::zip::<T, T, u8>(stringify!($name), a, b, |x, y| (x $op y) as u8)
                     })?))
@@ -157,17 +190,17 @@ macro_rules! compare {
 
 compare! {
     /// Mask (u8) of a = b; not differentiable.
-    eq, ==;
+    eq, ==, 0;
     /// Mask (u8) of a ≠ b; not differentiable.
-    ne, !=;
+    ne, !=, 1;
     /// Mask (u8) of a < b; not differentiable.
-    lt, <;
+    lt, <, 2;
     /// Mask (u8) of a ≤ b; not differentiable.
-    le, <=;
+    le, <=, 3;
     /// Mask (u8) of a > b; not differentiable.
-    gt, >;
+    gt, >, 4;
     /// Mask (u8) of a ≥ b; not differentiable.
-    ge, >=;
+    ge, >=, 5;
 }
 
 impl Tensor {
@@ -183,6 +216,15 @@ impl Tensor {
                 &WHERE
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                if let Some(gpu) = grad.gpu() {
+                    for (side, keep) in [(0, true), (1, false)] {
+                        if flow.wants(side) {
+                            let part = gpu_ew::mask(gpu, &grad, &self.mask, keep)?;
+                            flow.input(side, super::reduce::sum_to(&part, if side == 0 { &self.sa } else { &self.sb })?);
+                        }
+                    }
+                    return Ok(());
+                }
                 with_float!("where", grad.dtype(), T => {
                     for (side, keep) in [(0, true), (1, false)] {
                         if flow.wants(side) {
@@ -202,9 +244,16 @@ impl Tensor {
                 format!("the mask must be u8 (from a comparison), got {}", mask.dtype()),
             ));
         }
-        let (a, b, out) = same_float("where", a, b)?;
+        expect_same("where", a, b)?;
         let shape = crate::tensor::shape::broadcast("where", a.shape(), b.shape())?;
         let shape = crate::tensor::shape::broadcast("where", &shape, mask.shape())?;
+        let (sa, sb): (Dims, Dims) = (a.shape().into(), b.shape().into());
+        if let Some(gpu) = a.array().gpu().or(b.array().gpu()) {
+            let (m, x, y) = (mask.array().expand(&shape)?, a.array().expand(&shape)?, b.array().expand(&shape)?);
+            let y = gpu_ew::select(gpu, &m, &x, &y)?;
+            return Ok(Tensor::record(y, &[a, b], &[], || Back { mask: m, sa, sb }));
+        }
+        let (a, b, out) = same_float("where", a, b)?;
         let (m, ea, eb) = (mask.array().expand(&shape)?, a.array().expand(&shape)?, b.array().expand(&shape)?);
         let y = with_float!("where", a.dtype(), T => {
             // Two passes keep the loops to two operands: pick `a` under the mask, then `b` elsewhere.
@@ -213,7 +262,6 @@ impl Tensor {
             // Selected zeros are exact, so the sum is the selection.
             ew::zip_owned::<T, T>("where", bits, &rest, |x, y| if x == T::ZERO { y } else { x })
         })?;
-        let (sa, sb): (Dims, Dims) = (a.shape().into(), b.shape().into());
         Tensor::record(y, &[&a, &b], &[], || Back { mask: m, sa, sb }).cast(out)
     }
     /// `value` where the mask (u8) is not 0, this tensor elsewhere.

@@ -61,7 +61,10 @@ static ONE_HOT: OpInfo = OpInfo {
     name: "one_hot",
     differentiable: Differentiable::No("indices have no gradient"),
     factor: NO_PARAMS,
-    cases: &[],
+    cases: &[|g| {
+        let ids = g.ids(&[3, 2], 5);
+        Ok(Case::new(vec![g.array(&[1])], move |_| Tensor::new(ids.clone()).one_hot(5, DType::F64)))
+    }],
 };
 
 /// This family's entries.

@@ -6,6 +6,7 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::autograd::{Factor, Flow, Rule, samples_or_leading};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
+use crate::device::cuda::{elementwise as gpu_ew, gemm as gpu_gemm};
 use crate::device::cpu::gemm::{Epilogue, Mat, gemm, matmul};
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
@@ -22,10 +23,11 @@ pub enum Layout {
 }
 
 /// An activation fused into the product.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Default, Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     /// The identity.
+    #[default]
     None,
     /// max(x, 0).
     Relu,
@@ -55,6 +57,17 @@ impl Activation {
 
 /// grad ⊙ act′(z), in grad's buffer.
 pub(crate) fn activation_grad(act: Activation, grad: Array, z: &Array) -> Result<Array> {
+    if let Some(gpu) = grad.gpu() {
+        let by = |name: &str, saved: &Array| gpu_ew::unary_grad(gpu, name, &grad, saved, [0.0; 2]);
+        return match act {
+            Activation::None => Ok(grad),
+            Activation::Relu => by("relu", z),
+            Activation::Gelu => by("gelu", z),
+            Activation::GeluTanh => by("gelu_tanh", z),
+            Activation::Silu => by("silu", z),
+            Activation::Tanh => by("tanh", &gpu_ew::unary(gpu, "tanh", &gpu_ew::on(gpu, z)?, [0.0; 2])?),
+        };
+    }
     with_float!("linear", grad.dtype(), T => {
         let d = grad;
         let one = T::ONE;
@@ -139,12 +152,18 @@ impl Rule for Back {
         if flow.wants(0) {
             // Fetched again, not kept: a gathered weight lives only while it is used.
             let w = self.w.value().cast(dz.dtype());
-            let mut dx = Array::uninit(self.x.shape(), dz.dtype());
-            with_float!("linear", dz.dtype(), T => {
-                let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, self.layout, d, p)?);
-                matmul(g, wm.t(), false, dx.fresh_mut::<T>());
-                Ok(())
-            })?;
+            let dx = if let Some(gpu) = dz.gpu() {
+                let w = if self.layout == Layout::InOut { w.transpose(0, 1)? } else { w };
+                gpu_gemm::product(gpu, &dz, &w, gpu_gemm::Epilogue::default())?.0.reshape(self.x.shape())?
+            } else {
+                let mut dx = Array::uninit(self.x.shape(), dz.dtype());
+                with_float!("linear", dz.dtype(), T => {
+                    let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, self.layout, d, p)?);
+                    matmul(g, wm.t(), false, dx.fresh_mut::<T>());
+                    Ok(())
+                })?;
+                dx
+            };
             flow.input(0, dx);
         }
         if self.w.trainable() {
@@ -213,6 +232,15 @@ pub fn linear(
     let wv = w.value().cast(dtype);
     // The pre-activation is kept only if a backward pass can ask for it.
     let keep = act != Activation::None && Tensor::would_record(&[x], &[w]);
+    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
+    if let Some(gpu) = xa.gpu() {
+        let wm = if layout == Layout::OutIn { wv.transpose(0, 1)? } else { wv };
+        let b = bias.map(|b| b.value().cast(dtype));
+        let e = gpu_gemm::Epilogue { bias: b.as_ref(), act, pre: keep };
+        let (y, z) = gpu_gemm::product(gpu, &xa.reshape(&[n, d])?, &wm, e)?;
+        let back = || Back { x: xa, z, w: w.clone(), bias: bias.cloned(), layout, act, samples };
+        return Ok(Tensor::record(y.reshape(&shape)?, &[x], &params, back));
+    }
     let mut y = Array::uninit(&shape, dtype);
     let mut z = keep.then(|| Array::uninit(&[n, p], dtype));
     with_float!("linear", dtype, T => {
@@ -225,6 +253,5 @@ pub fn linear(
         gemm(Mat::new(xa.as_slice::<T>()?, n, d), weight::<T>(&wv, layout, d, p)?, e, y.fresh_mut::<T>());
         Ok(())
     })?;
-    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
     Ok(Tensor::record(y, &[x], &params, || Back { x: xa, z, w: w.clone(), bias: bias.cloned(), layout, act, samples }))
 }

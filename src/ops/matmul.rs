@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::gemm::{Mat, matmul as product};
+use crate::device::cuda::gemm as gpu_gemm;
 use crate::error::{Error, Result};
 use crate::tensor::shape::{Dims, broadcast, numel};
 use crate::tensor::{Array, DType};
@@ -62,6 +63,9 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
         x.expand(&shape)
     };
     let (a, b) = (full(a, [m, k])?, full(b, [k, n])?);
+    if let Some(gpu) = a.gpu().or(b.gpu()) {
+        return Ok(gpu_gemm::product(gpu, &a, &b, gpu_gemm::Epilogue::default())?.0);
+    }
     let shape: Dims = lead.iter().copied().chain([m, n]).collect();
     let mut out = Array::uninit(&shape, a.dtype());
     let r = lead.len();

@@ -24,18 +24,18 @@ fn case(g: &mut Gen, rms: bool) -> Result<Case> {
 }
 
 macro_rules! info {
-    ($id:ident, $name:literal, $case:expr) => {
+    ($id:ident, $name:literal, $kinds:expr, $case:expr) => {
         static $id: OpInfo = OpInfo {
             name: $name,
             differentiable: Differentiable::Yes,
-            factor: FactorRule::Kinds(&["scaled row sum", "row sum"]),
+            factor: FactorRule::Kinds($kinds),
             cases: &[$case],
         };
     };
 }
-info!(LAYER_NORM, "layer_norm", |g| case(g, false));
-info!(RMS_NORM, "rms_norm", |g| case(g, true));
-info!(GROUP_NORM, "group_norm", |g| {
+info!(LAYER_NORM, "layer_norm", &["scaled row sum", "row sum"], |g| case(g, false));
+info!(RMS_NORM, "rms_norm", &["scaled row sum"], |g| case(g, true));
+info!(GROUP_NORM, "group_norm", &["scaled row sum", "row sum"], |g| {
     let (b, groups, each, s) = (g.size(1, 3), g.size(1, 2), g.size(1, 3), g.size(2, 4));
     let c = groups * each;
     let (gain, bias) = (Param::new("gain", g.array(&[c])), Param::new("bias", g.array(&[c])));

@@ -26,7 +26,7 @@ pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
     let out_shape: Dims = kept.iter().map(|&d| a.shape()[d]).collect();
     let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
     // Leading dimensions of a contiguous array: column sums, without moving data.
-    let leading = dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
+    let leading = !kept.is_empty() && dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
     with_float!("sum", a.dtype(), T => {
         let mut out = Array::uninit(&out_shape, a.dtype());
         if leading {
@@ -118,7 +118,11 @@ static ARGMAX: OpInfo = OpInfo {
     name: "argmax",
     differentiable: Differentiable::No("the result is an index"),
     factor: NO_PARAMS,
-    cases: &[],
+    cases: &[|g| {
+        let shape = g.shape(2);
+        let d = g.size(0, 1) as isize;
+        Ok(Case::new(vec![g.distinct(&shape)], move |t| t[0].argmax(d)))
+    }],
 };
 
 /// This family's entries.

@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
+use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::Result;
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_dtype, with_float};
@@ -42,6 +43,18 @@ macro_rules! unary {
                         fn info(&self) -> &'static OpInfo { &$info }
                         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                             $(let $p = self.$p;)*
+                            if let Some(gpu) = grad.gpu() {
+                                #[allow(unused_mut, unused_assignments)]
+                                let (mut pq, mut _i) = ([0.0f64; 2], 0);
+                                $(pq[_i] = $p; _i += 1;)*
+                                let dx = match (&self.saved, stringify!($name)) {
+                                    (Some(s), name) => gpu_ew::unary_grad(gpu, name, &grad, s, pq)?,
+                                    (None, "add_scalar") => grad,
+                                    (None, name) => gpu_ew::unary(gpu, name, &grad, pq)?,
+                                };
+                                flow.input(0, dx);
+                                return Ok(());
+                            }
                             let dx = with_float!(stringify!($name), grad.dtype(), T => {
                                 $(let $p = <T as crate::tensor::Element>::from_f64($p);)*
                                 match &self.saved {
@@ -54,6 +67,18 @@ macro_rules! unary {
                         }
                     }
                     self.dtype().expect_float(stringify!($name))?;
+                    if let Some(gpu) = self.array().gpu() {
+                        #[allow(unused_mut, unused_assignments)]
+                        let (mut pq, mut _i) = ([0.0f64; 2], 0);
+                        $(pq[_i] = $p; _i += 1;)*
+                        let y = gpu_ew::unary(gpu, stringify!($name), self.array(), pq)?;
+                        let saved = match Save::$save {
+                            Save::Nothing => None,
+                            Save::Input => Some(self.array().clone()),
+                            Save::Output => Some(y.clone()),
+                        };
+                        return Ok(Tensor::record(y, &[self], &[], move || Back { saved $(, $p)* }));
+                    }
                     if self.dtype().is_half() {
                         return self.cast(DType::F32)?.$name($($p),*)?.cast(self.dtype());
                     }

@@ -108,7 +108,8 @@ impl TrainStep {
     /// with no microbatch at all.
     ///
     /// A private step records itself with the accountant before it touches the parameters, and refuses to run where
-    /// the budget would be exceeded.
+    /// the budget would be exceeded; a sample whose gradient is not finite gets weight zero and is counted. A plain step
+    /// stops at a loss that is not finite, naming the sample, before it changes anything.
     pub fn run<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
@@ -135,7 +136,22 @@ impl TrainStep {
             if losses.numel() == 0 {
                 continue;
             }
-            loss_sum += losses.array().to_f64().iter().sum::<f64>();
+            let values = losses.array().to_f64();
+            if self.privacy.is_none()
+                && let Some(i) = values.iter().position(|l| !l.is_finite())
+            {
+                return Err(Error::invalid(
+                    "TrainStep::run",
+                    format!(
+                        "step {}: the loss of sample {} is {}; the parameters are as the last step left them. Look for NaN \
+                         or infinity in that sample, or lower the learning rate",
+                        self.steps + 1,
+                        samples + i,
+                        values[i]
+                    ),
+                ));
+            }
+            loss_sum += values.iter().sum::<f64>();
             samples += losses.numel();
             weigh.begin(losses.numel());
             losses.backward_into(&mut weigh)?;

@@ -125,6 +125,7 @@ impl<'a> Weigh<'a> {
         if fused {
             group.held.push(grad);
         } else {
+            let grad = grad.compact()?;
             for (s, n) in group.sq.iter_mut().zip(grad.sample_sq_norms()?) {
                 *s += n;
             }

@@ -2,7 +2,10 @@
 
 use super::dtype::{DType, Element};
 use super::shape::{self, Dims, Nest};
+use super::storage::{OnGpu, Storage};
 use crate::device::cpu::{par, pool::Buffer, shared::Shared};
+use crate::device::cuda::{Block, Gpu, elementwise as gpu_ew};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::with_dtype;
 use std::fmt;
@@ -13,7 +16,7 @@ use std::sync::Arc;
 /// unless this handle is the only one, so nobody sees a value change under them.
 #[derive(Clone)]
 pub struct Array {
-    storage: Arc<Buffer>,
+    storage: Storage,
     dtype: DType,
     shape: Dims,
     strides: Dims,
@@ -23,18 +26,21 @@ pub struct Array {
 impl Array {
     // ---- making ----
 
-    /// An array with unspecified contents; the caller writes every element.
+    /// An array on the CPU with unspecified contents; the caller writes every element.
     pub(crate) fn uninit(shape: &[usize], dtype: DType) -> Array {
-        let bytes = shape::numel(shape) * dtype.size();
-        Array::over(Arc::new(Buffer::uninit(bytes)), shape, dtype)
+        Array::over(Storage::cpu(shape::numel(shape) * dtype.size()), shape, dtype)
     }
-    fn over(storage: Arc<Buffer>, shape: &[usize], dtype: DType) -> Array {
+    /// The same on a GPU.
+    pub(crate) fn uninit_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
+        Ok(Array::over(Storage::cuda(gpu, shape::numel(shape) * dtype.size())?, shape, dtype))
+    }
+    fn over(storage: Storage, shape: &[usize], dtype: DType) -> Array {
         Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
     }
     /// All zeros.
     pub fn zeros(shape: &[usize], dtype: DType) -> Array {
         let bytes = shape::numel(shape) * dtype.size();
-        Array::over(Arc::new(Buffer::zeroed(bytes)), shape, dtype)
+        Array::over(Storage::Cpu(Arc::new(Buffer::zeroed(bytes))), shape, dtype)
     }
     /// All equal to `value`, rounded to `dtype`.
     pub fn full(shape: &[usize], value: f64, dtype: DType) -> Array {
@@ -121,11 +127,53 @@ impl Array {
     }
     /// This handle is the only one on its storage.
     pub(crate) fn is_unique(&mut self) -> bool {
-        Arc::get_mut(&mut self.storage).is_some()
+        self.storage.is_unique()
+    }
+    /// The device it is on.
+    pub fn device(&self) -> Device {
+        self.storage.device()
+    }
+    /// The GPU it is on, if it is on one.
+    pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match &self.storage {
+            Storage::Cpu(_) => None,
+            Storage::Cuda(g) => Some(g.block.gpu()),
+        }
+    }
+    /// Memory of a GPU and this array's first byte in it; an error names the op that needed it there.
+    pub(crate) fn block(&self, op: &str) -> Result<(&Block, usize)> {
+        match &self.storage {
+            Storage::Cuda(g) => Ok((&g.block, self.offset * self.dtype.size())),
+            Storage::Cpu(_) => Err(Error::device(op, "an operand is on the CPU; move it with .to()")),
+        }
+    }
+    /// The same values on another device; nothing is copied if it is there already. From a GPU to the CPU this waits for
+    /// the GPU, to a GPU it does not.
+    pub fn to(&self, device: &Device) -> Result<Array> {
+        if self.device() == *device {
+            return Ok(self.clone());
+        }
+        match (device, &self.storage) {
+            (Device::Cuda(gpu), Storage::Cpu(_)) => {
+                let a = self.contiguous();
+                let block = with_dtype!(a.dtype, T => gpu.upload(&a.raw::<T>()[..a.numel()]))?;
+                Ok(Array::over(Storage::Cuda(Arc::new(OnGpu::new(block))), &a.shape, a.dtype))
+            }
+            (Device::Cpu, Storage::Cuda(_)) => {
+                let a = self.contiguous();
+                let (block, at) = a.block("to")?;
+                let mut out = Array::uninit(&a.shape, a.dtype);
+                let bytes = a.numel() * a.dtype.size();
+                block.gpu().download_into(block, at, &mut out.fresh_mut_bytes()[..bytes])?;
+                Ok(out)
+            }
+            // From one GPU to another, by way of the host.
+            _ => self.to(&Device::Cpu)?.to(device),
+        }
     }
     /// Both are views of the same storage at the same place.
     pub(crate) fn same_storage(&self, other: &Array) -> bool {
-        Arc::ptr_eq(&self.storage, &other.storage) && self.offset == other.offset
+        self.storage.same(&other.storage) && self.offset == other.offset
     }
     /// The elements of a contiguous array. Fails on another dtype or a strided view: call [`Array::contiguous`] first.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
@@ -135,10 +183,17 @@ impl Array {
         }
         Ok(&self.raw::<T>()[..self.numel()])
     }
-    /// The storage from this array's first element on; for strided kernels.
+    /// The storage from this array's first element on; for strided loops on the CPU. Memory of a GPU is read back for
+    /// it; a GPU that fails while an op that has no kernel runs on the CPU ends the program.
     pub(crate) fn raw<T: Element>(&self) -> &[T] {
         debug_assert_eq!(T::DTYPE, self.dtype);
-        if self.numel() == 0 { &[] } else { &self.storage.as_slice::<T>()[self.offset..] }
+        if self.numel() == 0 {
+            return &[];
+        }
+        match self.storage.host() {
+            Ok(b) => &b.as_slice::<T>()[self.offset..],
+            Err(e) => panic!("{e}"),
+        }
     }
     /// The elements, row-major.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
@@ -177,11 +232,17 @@ impl Array {
         self.expect_dtype::<T>("as_mut_slice")?;
         self.make_unique();
         let (n, o) = (self.numel(), self.offset);
-        let buffer =
-            Arc::get_mut(&mut self.storage).ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
+        let buffer = self.storage.cpu_mut().ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
         Ok(&mut buffer.as_mut_slice::<T>()[o..o + n])
     }
+    /// On the CPU, unshared and without gaps.
     pub(crate) fn make_unique(&mut self) {
+        if let Some(gpu) = self.gpu().cloned() {
+            match self.to(&Device::Cpu) {
+                Ok(a) => *self = a,
+                Err(e) => panic!("{gpu:?}: {e}"),
+            }
+        }
         if !self.is_contiguous() {
             *self = self.contiguous();
         }
@@ -193,13 +254,13 @@ impl Array {
     pub(crate) fn fresh_mut<T: Element>(&mut self) -> &mut [T] {
         debug_assert_eq!(T::DTYPE, self.dtype);
         let n = shape::numel(&self.shape);
-        match Arc::get_mut(&mut self.storage) {
+        match self.storage.cpu_mut() {
             Some(b) => &mut b.as_mut_slice::<T>()[self.offset..self.offset + n],
             None => &mut [],
         }
     }
     fn fresh_mut_bytes(&mut self) -> &mut [u8] {
-        match Arc::get_mut(&mut self.storage) {
+        match self.storage.cpu_mut() {
             Some(b) => b.as_mut_slice::<u8>(),
             None => &mut [],
         }
@@ -211,6 +272,9 @@ impl Array {
                 "accumulate",
                 format!("{:?} {} and {:?} {} differ", self.shape, self.dtype, other.shape, other.dtype),
             ));
+        }
+        if let Some(gpu) = self.gpu().cloned() {
+            return gpu_ew::add_in_place(&gpu, self, other);
         }
         self.make_unique();
         with_dtype!(self.dtype, T => {
@@ -352,8 +416,14 @@ impl Array {
             self.copy()
         }
     }
-    /// A fresh row-major copy.
+    /// A fresh row-major copy, on the same device.
     pub fn copy(&self) -> Array {
+        if let Some(gpu) = self.gpu() {
+            match gpu_ew::copy(gpu, self) {
+                Ok(a) => return a,
+                Err(e) => panic!("{e}"),
+            }
+        }
         let mut out = Array::uninit(&self.shape, self.dtype);
         with_dtype!(self.dtype, T => self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
@@ -362,6 +432,12 @@ impl Array {
     pub fn cast(&self, dtype: DType) -> Array {
         if dtype == self.dtype {
             return self.clone();
+        }
+        if let Some(gpu) = self.gpu() {
+            match gpu_ew::cast(gpu, self, dtype) {
+                Ok(a) => return a,
+                Err(e) => panic!("{e}"),
+            }
         }
         let mut out = Array::uninit(&self.shape, dtype);
         with_dtype!(self.dtype, S => with_dtype!(dtype, D => {

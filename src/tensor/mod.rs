@@ -3,7 +3,9 @@
 mod array;
 mod dtype;
 pub mod shape;
+mod storage;
 
 pub use array::Array;
 pub use dtype::{DType, Element, Float};
 pub use shape::Dims;
+pub use storage::read_back;

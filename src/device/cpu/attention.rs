@@ -229,7 +229,7 @@ pub fn forward<T: Float>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (o
                     for (t, tile) in s.chunks_exact_mut(mr * nr).enumerate() {
                         let j = j0 + t * mr;
                         // SAFETY: panels hold d·mr and d·nr elements, the tile mr·nr.
-                        unsafe { (kern.run)(d, kpk.as_ptr().add((j - base) * d), qpk.as_ptr(), tile.as_mut_ptr()) };
+                        unsafe { kern.run(d, kpk.as_ptr().add((j - base) * d), qpk.as_ptr(), tile.as_mut_ptr()) };
                         simd(
                             #[inline(always)]
                             || {
@@ -277,7 +277,7 @@ pub fn forward<T: Float>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (o
                         // SAFETY: the V panel holds rows·mr elements and is read from key j0 on, s holds live·nr.
                         unsafe {
                             let a = vpk.as_ptr().add(t * mr * vs.rows + (j0 - base) * mr);
-                            (kern.run)(live, a, s.as_ptr(), tile.as_mut_ptr())
+                            kern.run(live, a, s.as_ptr(), tile.as_mut_ptr())
                         };
                         simd(
                             #[inline(always)]
@@ -400,18 +400,13 @@ pub fn backward<T: Float>(
                                 let mut prob = [T::ZERO; MAX_TILE];
                                 // SAFETY: panels hold d·mr and d·nr elements, tiles mr·nr.
                                 unsafe {
-                                    (kern.run)(
+                                    kern.run(
                                         d,
                                         kpk.as_ptr().add(j * d),
                                         qpk.as_ptr().add(c * nr * d),
                                         prob.as_mut_ptr(),
                                     );
-                                    (kern.run)(
-                                        d,
-                                        vpk.as_ptr().add(j * d),
-                                        gpk.as_ptr().add(c * nr * d),
-                                        ds.as_mut_ptr(),
-                                    );
+                                    kern.run(d, vpk.as_ptr().add(j * d), gpk.as_ptr().add(c * nr * d), ds.as_mut_ptr());
                                 }
                                 let prob = &mut prob[..tile_len];
                                 let (lse, delta) = (&stats[2 * c], &stats[2 * c + 1]);
@@ -514,7 +509,7 @@ fn add_product<T: Float>(kern: &Kernel<T>, k: usize, a: &[T], b: &[T], sum: &mut
     debug_assert!(a.len() >= k * kern.mr && b.len() >= k * kern.nr);
     let mut tile = [T::ZERO; MAX_TILE];
     // SAFETY: the panels hold k·mr and k·nr elements.
-    unsafe { (kern.run)(k, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) };
+    unsafe { kern.run(k, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) };
     simd(
         #[inline(always)]
         || sum.iter_mut().zip(&tile).for_each(|(s, &t)| *s += t),

@@ -6,26 +6,59 @@ use super::shared::Shared;
 use super::simd::simd;
 use crate::tensor::Float;
 
+/// Partial sums, one vector of them.
 const LANES: usize = 16;
 
-/// Σ f(x), in lanes.
+/// Σ f(x₀[i], x₁[i], …) over slices of one length, for the `M` results of f: lanes, then the lanes in order, then what
+/// is left over. Whole vectors are taken as arrays, because an index that might be out of bounds stops the compiler
+/// from vectorising.
 #[inline(always)]
-fn lanes<T: Float>(n: usize, f: impl Fn(usize) -> T) -> T {
-    let mut acc = [T::ZERO; LANES];
+fn lanes_of<T: Float, const N: usize, const M: usize>(x: [&[T]; N], f: impl Fn([T; N]) -> [T; M]) -> [T; M] {
+    let n = x.iter().map(|x| x.len()).min().unwrap_or(0);
+    let zeros = [T::ZERO; LANES];
+    let mut acc = [zeros; M];
     let full = n / LANES * LANES;
     for i in (0..full).step_by(LANES) {
+        let v: [&[T; LANES]; N] = std::array::from_fn(
+            #[inline(always)]
+            |k| x[k][i..].first_chunk().unwrap_or(&zeros),
+        );
         for l in 0..LANES {
-            acc[l] += f(i + l);
+            let y = f(std::array::from_fn(
+                #[inline(always)]
+                |k| v[k][l],
+            ));
+            for m in 0..M {
+                acc[m][l] += y[m];
+            }
         }
     }
-    let mut sum = T::ZERO;
-    for a in acc {
-        sum += a;
+    let mut sum = [T::ZERO; M];
+    for m in 0..M {
+        for l in 0..LANES {
+            sum[m] += acc[m][l];
+        }
     }
     for i in full..n {
-        sum += f(i);
+        let y = f(std::array::from_fn(
+            #[inline(always)]
+            |k| x[k][i],
+        ));
+        for m in 0..M {
+            sum[m] += y[m];
+        }
     }
     sum
+}
+
+/// One sum of [`lanes_of`].
+#[inline(always)]
+fn lanes<T: Float, const N: usize>(x: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
+    lanes_of(
+        x,
+        #[inline(always)]
+        |v| [f(v)],
+    )[0]
 }
 
 /// max of a row, in lanes; NaN is left to show up in what follows.
@@ -76,8 +109,20 @@ pub fn norm_forward<T: Float>(
             let x = &x[r * d..(r + 1) * d];
             // SAFETY: each row is written once.
             let (y, s) = unsafe { (y.slice(r * d..(r + 1) * d), stats.slice(2 * r..2 * r + 2)) };
-            let mean = if center { lanes(d, |i| x[i]) * inv } else { T::ZERO };
-            let var = lanes(d, |i| (x[i] - mean) * (x[i] - mean)) * inv;
+            let mean = if center {
+                lanes(
+                    [x],
+                    #[inline(always)]
+                    |[x]| x,
+                ) * inv
+            } else {
+                T::ZERO
+            };
+            let var = lanes(
+                [x],
+                #[inline(always)]
+                |[x]| (x - mean) * (x - mean),
+            ) * inv;
             let rstd = T::ONE / (var + eps).sqrt();
             (s[0], s[1]) = (mean, rstd);
             match (gain, bias) {
@@ -136,19 +181,32 @@ pub fn norm_backward<T: Float>(
             let Some(dx) = &dx else { return };
             // SAFETY: each row is written once.
             let o = unsafe { dx.slice(r * d..(r + 1) * d) };
+            // rstd·h − x·(rstd²·b) − (rstd·a − mean·rstd²·b), with a = mean(h) and b = rstd·mean(h·(x − mean)).
+            let finish = |[a, b]: [T; 2]| {
+                let (a, b) = (if center { a * inv } else { T::ZERO }, b * inv * rstd);
+                (-rstd * rstd * b, rstd * rstd * b * mean - rstd * a)
+            };
             match gain {
                 Some(g) => {
+                    let g = &g[..d];
+                    let (slope, shift) = finish(lanes_of(
+                        [dy, g, x],
+                        #[inline(always)]
+                        |[dy, g, x]| [dy * g, dy * g * (x - mean)],
+                    ));
                     for i in 0..d {
-                        o[i] = dy[i] * g[i];
+                        o[i] = (dy[i] * g[i]).mul_add(rstd, x[i].mul_add(slope, shift));
                     }
                 }
-                None => o.copy_from_slice(dy),
-            }
-            let a = if center { lanes(d, |i| o[i]) * inv } else { T::ZERO };
-            let b = lanes(d, |i| o[i] * (x[i] - mean)) * inv * rstd;
-            {
-                for i in 0..d {
-                    o[i] = rstd * (o[i] - a - (x[i] - mean) * rstd * b);
+                None => {
+                    let (slope, shift) = finish(lanes_of(
+                        [dy, x],
+                        #[inline(always)]
+                        |[dy, x]| [dy, dy * (x - mean)],
+                    ));
+                    for i in 0..d {
+                        o[i] = dy[i].mul_add(rstd, x[i].mul_add(slope, shift));
+                    }
                 }
             }
         },
@@ -169,19 +227,27 @@ pub fn softmax<T: Float>(x: &[T], d: usize, log: bool, y: &mut [T]) {
             let y = unsafe { y.slice(r * d..(r + 1) * d) };
             let m = max_of(x);
             if log {
-                let z = m + lanes(d, |i| (x[i] - m).exp()).ln();
+                let z = m + lanes(
+                    [x],
+                    #[inline(always)]
+                    |[x]| (x - m).exp(),
+                )
+                .ln();
                 {
                     for i in 0..d {
                         y[i] = x[i] - z;
                     }
                 }
             } else {
-                {
-                    for i in 0..d {
-                        y[i] = (x[i] - m).exp();
-                    }
+                for i in 0..d {
+                    y[i] = (x[i] - m).exp();
                 }
-                let inv = T::ONE / lanes(d, |i| y[i]);
+                let inv = T::ONE
+                    / lanes(
+                        [y],
+                        #[inline(always)]
+                        |[y]| y,
+                    );
                 {
                     for i in 0..d {
                         y[i] *= inv;
@@ -205,14 +271,22 @@ pub fn softmax_backward<T: Float>(y: &[T], dy: &[T], d: usize, log: bool, dx: &m
             // SAFETY: each row is written once.
             let o = unsafe { dx.slice(r * d..(r + 1) * d) };
             if log {
-                let s = lanes(d, |i| dy[i]);
+                let s = lanes(
+                    [dy],
+                    #[inline(always)]
+                    |[g]| g,
+                );
                 {
                     for i in 0..d {
                         o[i] = dy[i] - y[i].exp() * s;
                     }
                 }
             } else {
-                let s = lanes(d, |i| dy[i] * y[i]);
+                let s = lanes(
+                    [dy, y],
+                    #[inline(always)]
+                    |[g, y]| g * y,
+                );
                 {
                     for i in 0..d {
                         o[i] = y[i] * (dy[i] - s);
@@ -241,10 +315,22 @@ pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: 
             }
             let x = &x[r * d..(r + 1) * d];
             let m = max_of(x);
-            z[0] = m + lanes(d, |i| (x[i] - m).exp()).ln();
+            z[0] = m + lanes(
+                [x],
+                #[inline(always)]
+                |[x]| (x - m).exp(),
+            )
+            .ln();
             l[0] = z[0] - (T::ONE - smoothing) * x[targets[r]];
             if smoothing != T::ZERO {
-                l[0] = l[0] - smoothing * inv * lanes(d, |i| x[i]);
+                l[0] = l[0]
+                    - smoothing
+                        * inv
+                        * lanes(
+                            [x],
+                            #[inline(always)]
+                            |[x]| x,
+                        );
             }
         },
     );

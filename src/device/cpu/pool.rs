@@ -114,6 +114,11 @@ impl Buffer {
         }
         b
     }
+    /// Size in bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
     /// The bytes as elements.
     pub fn as_slice<T: bytemuck::Pod>(&self) -> &[T] {
         // SAFETY: initialised on allocation, aligned to 64, and any bytes are a valid Pod.

@@ -20,6 +20,10 @@ impl<'a, T> Shared<'a, T> {
     pub fn new(slice: &'a mut [T]) -> Self {
         Shared { ptr: slice.as_mut_ptr(), len: slice.len(), _life: PhantomData }
     }
+    /// First element; writing through it follows the contract of [`Shared::slice`].
+    pub fn ptr(&self) -> *mut T {
+        self.ptr
+    }
     /// One chunk's part.
     ///
     /// # Safety

@@ -3,8 +3,8 @@
 use super::super::simd::{Level, level, simd};
 use crate::tensor::Float;
 
-/// tile[MR × NR] = Σₖ a[k·MR + i]·b[k·NR + j].
-pub type Run<T> = unsafe fn(kc: usize, a: *const T, b: *const T, tile: *mut T);
+/// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile, or += where `add`.
+pub type Into<T> = unsafe fn(kc: usize, a: *const T, b: *const T, c: *mut T, ldc: usize, add: bool);
 
 /// A micro-kernel and its tile.
 #[derive(Clone, Copy)]
@@ -14,7 +14,19 @@ pub struct Kernel<T> {
     /// Columns of the tile.
     pub nr: usize,
     /// The kernel.
-    pub run: Run<T>,
+    pub into: Into<T>,
+}
+
+impl<T> Kernel<T> {
+    /// The tile in a place of its own, row-major.
+    ///
+    /// # Safety
+    /// The panels hold kc·MR and kc·NR elements, the tile MR·NR.
+    #[inline(always)]
+    pub unsafe fn run(&self, kc: usize, a: *const T, b: *const T, tile: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe { (self.into)(kc, a, b, tile, self.nr, false) }
+    }
 }
 
 /// Largest tile of any kernel, in elements.
@@ -30,9 +42,9 @@ impl Kernels for f32 {
     fn kernel() -> Kernel<f32> {
         match level() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => Kernel { mr: 12, nr: 32, run: avx512_f32 },
-            Level::Baseline => Kernel { mr: 4, nr: 8, run: generic::<f32, 4, 8> },
-            _ => Kernel { mr: 4, nr: 24, run: fused::<f32, 4, 24> },
+            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32 },
+            Level::Baseline => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8> },
+            _ => Kernel { mr: 4, nr: 24, into: fused::<f32, 4, 24> },
         }
     }
 }
@@ -40,25 +52,39 @@ impl Kernels for f32 {
 impl Kernels for f64 {
     fn kernel() -> Kernel<f64> {
         match level() {
-            Level::Avx512 => Kernel { mr: 8, nr: 16, run: fused::<f64, 8, 16> },
-            Level::Avx2 => Kernel { mr: 4, nr: 12, run: fused::<f64, 4, 12> },
-            Level::Baseline => Kernel { mr: 4, nr: 4, run: generic::<f64, 4, 4> },
+            Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16> },
+            Level::Avx2 => Kernel { mr: 4, nr: 12, into: fused::<f64, 4, 12> },
+            Level::Baseline => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4> },
         }
     }
 }
 
 /// Portable: multiply, then add.
-unsafe fn generic<T: Float, const MR: usize, const NR: usize>(kc: usize, a: *const T, b: *const T, tile: *mut T) {
-    // SAFETY: the caller gives panels of kc·MR and kc·NR elements and a tile of MR·NR.
-    unsafe { body::<T, MR, NR>(kc, a, b, tile, |x, y, s| s + x * y) }
+unsafe fn generic<T: Float, const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const T,
+    b: *const T,
+    c: *mut T,
+    ldc: usize,
+    add: bool,
+) {
+    // SAFETY: the caller gives panels of kc·MR and kc·NR elements and a tile of MR rows of NR, ldc apart.
+    unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| s + x * y) }
 }
 
 /// Vectorised by the compiler, with fused multiply-add.
-unsafe fn fused<T: Float, const MR: usize, const NR: usize>(kc: usize, a: *const T, b: *const T, tile: *mut T) {
+unsafe fn fused<T: Float, const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const T,
+    b: *const T,
+    c: *mut T,
+    ldc: usize,
+    add: bool,
+) {
     simd(
         #[inline(always)]
         // SAFETY: as above.
-        || unsafe { body::<T, MR, NR>(kc, a, b, tile, |x, y, s| x.mul_add(y, s)) },
+        || unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| x.mul_add(y, s)) },
     )
 }
 
@@ -67,7 +93,7 @@ unsafe fn body<T: Float, const MR: usize, const NR: usize>(
     kc: usize,
     a: *const T,
     b: *const T,
-    tile: *mut T,
+    (c, ldc, add): (*mut T, usize, bool),
     fma: impl Fn(T, T, T) -> T,
 ) {
     let mut acc = [[T::ZERO; NR]; MR];
@@ -81,21 +107,28 @@ unsafe fn body<T: Float, const MR: usize, const NR: usize>(
         }
     }
     for (i, row) in acc.iter().enumerate() {
-        for (j, &v) in row.iter().enumerate() {
-            // SAFETY: the tile holds MR·NR elements.
-            unsafe { *tile.add(i * NR + j) = v };
+        // SAFETY: the tile has MR rows of NR elements.
+        let c = unsafe { &mut *(c.add(i * ldc) as *mut [T; NR]) };
+        for (c, &v) in c.iter_mut().zip(row) {
+            *c = if add { *c + v } else { v };
         }
     }
 }
 
-/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts.
+/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts. The tile's lines are asked for
+/// first, so that they have come when the sums are ready.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, tile: *mut f32) {
+unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, add: bool) {
     use std::arch::x86_64::*;
     const MR: usize = 12;
     let mut acc = [[_mm512_setzero_ps(); 2]; MR];
     let (mut a, mut b) = (a, b);
+    for i in 0..MR {
+        // A prefetch may name any address.
+        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
+        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 31).cast());
+    }
     for _ in 0..kc {
         // SAFETY: panels hold kc·12 and kc·32 elements.
         unsafe {
@@ -111,8 +144,12 @@ unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, tile: *mut f32) {
     }
     for (i, acc) in acc.iter().enumerate() {
         for (j, &v) in acc.iter().enumerate() {
-            // SAFETY: the tile holds 12·32 elements.
-            unsafe { _mm512_storeu_ps(tile.add(i * 32 + j * 16), v) };
+            // SAFETY: the tile has 12 rows of 32 elements.
+            unsafe {
+                let c = c.add(i * ldc + j * 16);
+                let v = if add { _mm512_add_ps(_mm512_loadu_ps(c), v) } else { v };
+                _mm512_storeu_ps(c, v);
+            }
         }
     }
 }

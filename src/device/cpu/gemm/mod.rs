@@ -16,6 +16,7 @@ use crate::ops::linear::Activation;
 use crate::tensor::Float;
 use kernel::{Kernel, MAX_TILE};
 use pack::{pack_a, pack_b};
+use std::sync::Mutex;
 
 /// A strided matrix.
 #[derive(Clone, Copy)]
@@ -68,11 +69,35 @@ impl<T> Default for Epilogue<'_, T> {
     }
 }
 
-/// Stretch of K that is packed at a time.
-pub(crate) const KC: usize = 256;
-/// Rows and columns of one task, in tiles.
-const TASK_ROWS: usize = 8;
+/// Steps of K per panel: an A panel of 12 rows stays in the first-level cache while B panels stream from the second.
+pub(crate) const KC: usize = 512;
+/// Rows and columns of one task, in tiles: its part of the result and one stretch of both operands fit the
+/// second-level cache.
+const TASK_ROWS: usize = 16;
 const TASK_COLS: usize = 8;
+/// Packed operands stay below this many bytes; longer K is cut.
+const PACK_BYTES: usize = 8 << 20;
+
+/// The memory that operands are packed into, kept from product to product. Products that run at the same time make
+/// their own.
+static SCRATCH: Mutex<Option<Buffer>> = Mutex::new(None);
+
+/// At least `bytes`, from [`SCRATCH`] if it is free.
+fn take_scratch(bytes: usize) -> Buffer {
+    let kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner()).take();
+    match kept {
+        Some(b) if b.len() >= bytes => b,
+        _ => Buffer::uninit(bytes),
+    }
+}
+
+/// Keeps the larger of what is there and `buffer`.
+fn put_scratch(buffer: Buffer) {
+    let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
+    if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
+        *kept = Some(buffer);
+    }
+}
 
 /// out = a·b, or out += a·b, row-major `out`.
 pub fn matmul<T: Float>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &mut [T]) {
@@ -87,61 +112,84 @@ pub fn gemm<T: Float>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
     }
     let kern = T::kernel();
     let (mp, np) = (m.div_ceil(kern.mr), n.div_ceil(kern.nr));
-    let kc_max = k.min(KC);
-    let mut ap = Buffer::uninit((mp * kern.mr * kc_max).max(1) * T::DTYPE.size());
-    let mut bp = Buffer::uninit((np * kern.nr * kc_max).max(1) * T::DTYPE.size());
+    // Equal stretches of K, from its length alone; several are packed at a time.
+    let kc = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
+    let lanes = mp * kern.mr + np * kern.nr;
+    let span = (PACK_BYTES / T::DTYPE.size() / (lanes * kc)).max(1) * kc;
+    let mut packed = take_scratch(lanes * span.min(k.max(1)) * T::DTYPE.size());
     let out = Shared::new(&mut out[..m * n]);
     let pre = e.pre.as_mut().map(|p| Shared::new(&mut p[..m * n]));
+    let store = Store { m, n, kern, bias: e.bias, act: e.act };
+    let plain = e.bias.is_none() && e.act == Activation::None && pre.is_none();
+    let small = m * n * k < 1 << 18;
     let mut k0 = 0;
     loop {
-        let kc = KC.min(k - k0);
-        let last = k0 + kc == k;
-        let (asz, bsz) = (kern.mr * kc, kern.nr * kc);
-        let work = m * n * kc;
+        let len = span.min(k - k0);
+        let last = k0 + len == k;
+        let stretches = len.div_ceil(kc).max(1);
+        let stretch = |s: usize| (k0 + s * kc, kc.min(len - s * kc));
+        // Panel p of stretch s, A's panels first.
+        let place = |s: usize, p: usize| {
+            let (from, kc) = (s * kc * lanes, stretch(s).1);
+            if p < mp {
+                from + p * kern.mr * kc..from + (p + 1) * kern.mr * kc
+            } else {
+                let (from, p) = (from + mp * kern.mr * kc, p - mp);
+                from + p * kern.nr * kc..from + (p + 1) * kern.nr * kc
+            }
+        };
         {
-            let (pa, pb) = (Shared::new(ap.as_mut_slice::<T>()), Shared::new(bp.as_mut_slice::<T>()));
-            // One list of panels to pack, A's first.
-            let grain = if work < 1 << 18 { usize::MAX } else { ((1 << 14) / (asz.max(bsz)).max(1)).max(1) };
-            par_chunks(mp + np, grain, |r| {
-                for p in r {
+            let to = Shared::new(packed.as_mut_slice::<T>());
+            let grain = if small { usize::MAX } else { ((1 << 14) / (kern.nr * kc)).max(1) };
+            par_chunks(stretches * (mp + np), grain, |r| {
+                for t in r {
+                    let (s, p) = (t / (mp + np), t % (mp + np));
+                    let (k, kc) = stretch(s);
                     // SAFETY: each panel is written once.
-                    unsafe {
-                        if p < mp {
-                            pack_a(&a, p * kern.mr, kern.mr, k0, kc, e.scale, pa.slice(p * asz..(p + 1) * asz));
-                        } else {
-                            let p = p - mp;
-                            pack_b(&b, p * kern.nr, kern.nr, k0, kc, pb.slice(p * bsz..(p + 1) * bsz));
-                        }
+                    let to = unsafe { to.slice(place(s, p)) };
+                    if p < mp {
+                        pack_a(&a, p * kern.mr, kern.mr, k, kc, e.scale, to);
+                    } else {
+                        pack_b(&b, (p - mp) * kern.nr, kern.nr, k, kc, to);
                     }
                 }
             });
         }
-        let (pa, pb) = (ap.as_slice::<T>(), bp.as_slice::<T>());
-        let (tm, tn) = (mp.div_ceil(TASK_ROWS), np.div_ceil(TASK_COLS));
-        let grain = if work < 1 << 18 { usize::MAX } else { 1 };
-        let add = e.accumulate || k0 > 0;
-        par_chunks(tm * tn, grain, |r| {
+        let panels = packed.as_slice::<T>();
+        let (rows, cols) = task_shape(mp, np);
+        let (tm, tn) = (mp.div_ceil(rows), np.div_ceil(cols));
+        par_chunks(tm * tn, if small { usize::MAX } else { 1 }, |r| {
             for task in r {
-                let (ti, tj) = (task % tm, task / tm);
-                for jp in tj * TASK_COLS..((tj + 1) * TASK_COLS).min(np) {
-                    for ip in ti * TASK_ROWS..((ti + 1) * TASK_ROWS).min(mp) {
-                        let mut tile = [T::ZERO; MAX_TILE];
-                        // SAFETY: panels hold kc·mr and kc·nr elements.
-                        unsafe {
-                            (kern.run)(kc, pa.as_ptr().add(ip * asz), pb.as_ptr().add(jp * bsz), tile.as_mut_ptr())
-                        };
-                        let store = Store { m, n, kern, add, bias: e.bias, act: e.act };
-                        // SAFETY: tiles are disjoint.
-                        unsafe { store.tile(&mut tile, ip, jp, last, &out, pre.as_ref()) };
+                let (i, j) = (task % tm * rows, task / tm * cols);
+                for s in 0..stretches {
+                    let (k, kc) = stretch(s);
+                    let (add, finish) = (e.accumulate || k > 0, last && s + 1 == stretches && !plain);
+                    for jp in j..(j + cols).min(np) {
+                        let pb = &panels[place(s, mp + jp)];
+                        for ip in i..(i + rows).min(mp) {
+                            let pa = &panels[place(s, ip)];
+                            // SAFETY: the panels are whole, and tiles are disjoint.
+                            unsafe { store.tile(kc, pa, pb, (ip, jp), (add, finish), &out, pre.as_ref()) };
+                        }
                     }
                 }
             }
         });
-        k0 += kc;
+        k0 += len;
         if last {
             break;
         }
     }
+    put_scratch(packed);
+}
+
+/// Panels of A and B per task: smaller where there would be few tasks.
+fn task_shape(mp: usize, np: usize) -> (usize, usize) {
+    let (mut rows, mut cols) = (TASK_ROWS, TASK_COLS);
+    while mp.div_ceil(rows) * np.div_ceil(cols) < 32 && rows * cols > 8 {
+        if rows >= cols { rows /= 2 } else { cols /= 2 }
+    }
+    (rows, cols)
 }
 
 /// Copies a row of a tile or panel; the usual widths without a call.
@@ -163,67 +211,72 @@ pub(crate) fn copy_row<T: Copy>(from: &[T], to: &mut [T]) {
     }
 }
 
-/// Writes finished tiles.
+/// Computes tiles into the result.
 struct Store<'a, T> {
     m: usize,
     n: usize,
     kern: Kernel<T>,
-    add: bool,
     bias: Option<&'a [T]>,
     act: Activation,
 }
 
 impl<T: Float> Store<'_, T> {
+    /// One tile from its panels: added to the result or put in its place, then bias and activation where the sum is
+    /// complete (`finish`).
+    ///
     /// # Safety
-    /// Nobody else writes this tile.
+    /// `pa` and `pb` hold kc·mr and kc·nr elements; nobody else writes this tile.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
     unsafe fn tile(
         &self,
-        tile: &mut [T; MAX_TILE],
-        ip: usize,
-        jp: usize,
-        last: bool,
+        kc: usize,
+        pa: &[T],
+        pb: &[T],
+        (ip, jp): (usize, usize),
+        (add, finish): (bool, bool),
         out: &Shared<T>,
         pre: Option<&Shared<T>>,
     ) {
         let (i0, j0, nr) = (ip * self.kern.mr, jp * self.kern.nr, self.kern.nr);
         let (rows, cols) = (self.kern.mr.min(self.m - i0), nr.min(self.n - j0));
-        if !last || (self.bias.is_none() && self.act == Activation::None && pre.is_none()) {
-            simd(
-                #[inline(always)]
-                || {
-                    for i in 0..rows {
-                        let at = (i0 + i) * self.n + j0;
-                        // SAFETY: rows of disjoint tiles are disjoint.
-                        let o = unsafe { out.slice(at..at + cols) };
-                        let t = &tile[i * nr..i * nr + cols];
-                        if self.add {
-                            for (o, &t) in o.iter_mut().zip(t) {
-                                *o += t;
-                            }
-                        } else {
-                            copy_row(t, o);
-                        }
-                    }
-                },
-            );
-            return;
-        }
-        for i in 0..rows {
-            let at = (i0 + i) * self.n + j0;
-            // SAFETY: rows of disjoint tiles are disjoint.
-            let o = unsafe { out.slice(at..at + cols) };
-            let t = &mut tile[i * nr..i * nr + cols];
-            if self.add {
-                t.iter_mut().zip(&*o).for_each(|(t, &o)| *t += o);
+        let at = |i: usize| (i0 + i) * self.n + j0..(i0 + i) * self.n + j0 + cols;
+        if rows == self.kern.mr && cols == nr {
+            // SAFETY: the whole tile lies in the result, and is nobody else's.
+            unsafe { (self.kern.into)(kc, pa.as_ptr(), pb.as_ptr(), out.ptr().add(at(0).start), self.n, add) };
+        } else {
+            let mut tile = [T::ZERO; MAX_TILE];
+            // SAFETY: as promised; the tile is large enough.
+            unsafe { self.kern.run(kc, pa.as_ptr(), pb.as_ptr(), tile.as_mut_ptr()) };
+            for i in 0..rows {
+                // SAFETY: rows of disjoint tiles are disjoint.
+                let o = unsafe { out.slice(at(i)) };
+                let t = &tile[i * nr..i * nr + cols];
+                if add {
+                    o.iter_mut().zip(t).for_each(|(o, &t)| *o += t);
+                } else {
+                    copy_row(t, o);
+                }
             }
-            if last {
+        }
+        if finish {
+            for i in 0..rows {
+                // SAFETY: rows of disjoint tiles are disjoint.
+                let t = unsafe { out.slice(at(i)) };
                 if let Some(b) = self.bias {
-                    t.iter_mut().zip(&b[j0..j0 + cols]).for_each(|(t, &b)| *t += b);
+                    let b = &b[j0..j0 + cols];
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (t, &b) in t.iter_mut().zip(b) {
+                                *t += b;
+                            }
+                        },
+                    );
                 }
                 if let Some(p) = pre {
                     // SAFETY: as above.
-                    unsafe { p.slice(at..at + cols) }.copy_from_slice(t);
+                    unsafe { p.slice(at(i)) }.copy_from_slice(t);
                 }
                 if self.act != Activation::None {
                     let act = self.act;
@@ -254,7 +307,6 @@ impl<T: Float> Store<'_, T> {
                     );
                 }
             }
-            o.copy_from_slice(t);
         }
     }
 }

@@ -74,7 +74,7 @@ fn direct_sq_norm<T: Float>(l: &[T], r: &[T], t: usize) -> f64 {
         for j in 0..np {
             let mut tile = [T::ZERO; MAX_TILE];
             // SAFETY: panels hold t·mr and t·nr elements.
-            unsafe { (kern.run)(t, pa.as_ptr(), pb.as_ptr().add(j * kern.nr * t), tile.as_mut_ptr()) };
+            unsafe { kern.run(t, pa.as_ptr(), pb.as_ptr().add(j * kern.nr * t), tile.as_mut_ptr()) };
             total += sum_sq(&tile[..kern.mr * kern.nr]);
         }
     }
@@ -117,8 +117,8 @@ pub fn inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, u
             let (mut p, mut q) = ([T::ZERO; MAX_TILE], [T::ZERO; MAX_TILE]);
             // SAFETY: panels hold d·mr and d·nr elements.
             unsafe {
-                (kern.run)(rd, la.as_ptr().add(i * kern.mr * rd), lb.as_ptr().add(j * kern.nr * rd), p.as_mut_ptr());
-                (kern.run)(cd, ra.as_ptr().add(i * kern.mr * cd), rb.as_ptr().add(j * kern.nr * cd), q.as_mut_ptr());
+                kern.run(rd, la.as_ptr().add(i * kern.mr * rd), lb.as_ptr().add(j * kern.nr * rd), p.as_mut_ptr());
+                kern.run(cd, ra.as_ptr().add(i * kern.mr * cd), rb.as_ptr().add(j * kern.nr * cd), q.as_mut_ptr());
             }
             let n = kern.mr * kern.nr;
             if !same {
@@ -205,7 +205,7 @@ fn clipped_add_lanes<T: Float>(
                     let (ip, jp) = (i % mp, i / mp);
                     // SAFETY: panels hold t·mr and t·nr elements.
                     unsafe {
-                        (kern.run)(
+                        kern.run(
                             t,
                             pa.as_ptr().add(ip * kern.mr * t),
                             pb.as_ptr().add(jp * kern.nr * t),
@@ -325,7 +325,7 @@ pub fn clipped_add<T: Float>(
                 if t > 0 {
                     // SAFETY: panels hold t·mr and t·nr elements.
                     unsafe {
-                        (kern.run)(
+                        kern.run(
                             t,
                             pa.as_ptr().add(ip * kern.mr * t),
                             pb.as_ptr().add(jp * kern.nr * t),

@@ -1,0 +1,196 @@
+//! Nothing, unless the feature `emulator` is on: then the kernels are compiled for the CPU, with checks, into a shared
+//! object that answers to the name of the CUDA driver library. `PRISMGRAD_EMU=fast` leaves the checks out.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "emulator")]
+    emulator::build();
+}
+
+#[cfg(feature = "emulator")]
+mod emulator {
+    use std::collections::hash_map::DefaultHasher;
+    use std::hash::{Hash, Hasher};
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::{env, fs, thread};
+
+    /// Names of the kernels in preprocessed text (with -DCUEMU_SCAN, which leaves __global__ as it is), with the literal
+    /// of __launch_bounds__ if there is one.
+    fn kernels(text: &str) -> Vec<(String, u32)> {
+        let mut out = vec![];
+        let mut rest = text;
+        while let Some(p) = rest.find("__global__") {
+            rest = &rest[p + "__global__".len()..];
+            let (mut s, mut bound) = (rest, 0);
+            while let Some(open) = s.find('(') {
+                let before = s[..open].trim_end();
+                let from = before.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |i| i + 1);
+                let word = &before[from..];
+                if word == "__launch_bounds__" {
+                    let close = open + s[open..].find(')').unwrap_or(0);
+                    bound = s[open + 1..close].split(',').next().and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+                    s = &s[close + 1..];
+                    continue;
+                }
+                out.push((word.to_string(), bound));
+                break;
+            }
+        }
+        out
+    }
+
+    fn sources(folder: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        let mut files: Vec<PathBuf> =
+            entries.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|x| x == "cu")).collect();
+        files.sort();
+        files
+    }
+
+    fn hash(parts: &[&str]) -> String {
+        let mut h = DefaultHasher::new();
+        parts.hash(&mut h);
+        format!("{:016x}", h.finish())
+    }
+
+    struct Compiler {
+        path: PathBuf,
+        common: Vec<String>,
+        out: PathBuf,
+    }
+
+    impl Compiler {
+        fn run(&self, args: &[String]) -> Vec<u8> {
+            let done = Command::new(&self.path).args(&self.common).args(args).output();
+            let done = done
+                .unwrap_or_else(|e| panic!("{} cannot be started: {e}; install a C++ compiler", self.path.display()));
+            if !done.status.success() {
+                panic!("{} {}\n{}", self.path.display(), args.join(" "), String::from_utf8_lossy(&done.stderr));
+            }
+            done.stdout
+        }
+        /// The object file of `source` under `flags`, made unless one of the same contents is there.
+        fn object(&self, name: &str, source: &str, headers: &str, flags: &[&str]) -> PathBuf {
+            let key = hash(&[source, headers, &flags.join(" "), &self.common.join(" "), &self.path.to_string_lossy()]);
+            let object = self.out.join(format!("{name}-{key}.o"));
+            if !object.exists() {
+                let file = self.out.join(format!("{name}.cpp"));
+                fs::write(&file, source).unwrap();
+                let part = self.out.join(format!("{name}-{key}.part"));
+                let mut args: Vec<String> = flags.iter().map(|f| f.to_string()).collect();
+                args.extend(["-c".into(), file.display().to_string(), "-o".into(), part.display().to_string()]);
+                self.run(&args);
+                fs::rename(part, &object).unwrap();
+            }
+            object
+        }
+    }
+
+    pub fn build() {
+        let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+        let (cuda, emulator) = (root.join("cuda"), root.join("cuda/emulator"));
+        println!("cargo:rerun-if-changed=cuda");
+        println!("cargo:rerun-if-env-changed=CXX");
+        println!("cargo:rerun-if-env-changed=PRISMGRAD_EMU");
+        let checked = env::var("PRISMGRAD_EMU").as_deref() != Ok("fast");
+        let tool = cc::Build::new().cpp(true).warnings(false).get_compiler();
+        let compiler = Compiler {
+            path: tool.path().to_path_buf(),
+            common: [
+                "-std=c++17",
+                "-gdwarf-4", // addr2line names the wrong file under DWARF 5
+                "-fPIC",
+                "-fno-strict-aliasing",
+                "-ffp-contract=off",
+                "-Wno-unknown-pragmas",
+                "-DCUEMU",
+                &format!("-I{}", cuda.display()),
+                &format!("-I{}", emulator.display()),
+            ]
+            .map(String::from)
+            .to_vec(),
+            out: PathBuf::from(env::var("OUT_DIR").unwrap()),
+        };
+        let read = |p: &Path| fs::read_to_string(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
+        let headers = read(&cuda.join("prelude.cuh")) + &read(&emulator.join("cuemu.h"));
+        // Instrumented by the compiler, but linked against the emulator's own hooks instead of a sanitizer's library.
+        let mut flags = vec!["-O2"];
+        if checked {
+            let clang = tool.is_like_clang();
+            flags = vec![
+                "-O1",
+                "-fsanitize=thread",
+                "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+                "-ftrivial-auto-var-init=pattern",
+                if clang { "-mllvm" } else { "--param" },
+                if clang { "-tsan-instrument-func-entry-exit=0" } else { "tsan-instrument-func-entry-exit=0" },
+            ];
+        }
+        let mut files = sources(&cuda);
+        files.extend(sources(&emulator.join("planted")));
+        let units = Mutex::new(Vec::new());
+        let next = AtomicUsize::new(0);
+        let jobs = thread::available_parallelism().map_or(2, |n| n.get());
+        thread::scope(|s| {
+            for _ in 0..jobs {
+                s.spawn(|| {
+                    while let Some(f) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let planted = f.parent() != Some(&cuda);
+                        let file = f.file_name().unwrap().to_string_lossy().into_owned();
+                        let stem = format!("{}{}", if planted { "planted_" } else { "" }, file.trim_end_matches(".cu"));
+                        let text = read(f);
+                        let key = hash(&[&text, &headers]);
+                        let table = compiler.out.join(format!("{stem}-{key}.table"));
+                        if !table.exists() {
+                            let args = ["-DCUEMU_SCAN", "-E", "-P", "-x", "c++"].map(String::from);
+                            let seen = compiler.run(&[&args[..], &[f.display().to_string()]].concat());
+                            let rows: String = kernels(&String::from_utf8_lossy(&seen))
+                                .iter()
+                                .map(|(name, bound)| format!("  CUEMU_KERNEL({name}, \"{file}\", {bound}),\n"))
+                                .collect();
+                            fs::write(&table, rows).unwrap();
+                        }
+                        let source = format!(
+                            "// {key}\n#include \"{}\"\nextern \"C\" const cuemu_Kernel cuemu_tab_{stem}[] = {{\n{}  {{nullptr}}}};\n",
+                            f.display(),
+                            read(&table)
+                        );
+                        let object = compiler.object(&stem, &source, &headers, &flags);
+                        units.lock().unwrap().push((stem, object));
+                    }
+                });
+            }
+        });
+        let mut units = units.into_inner().unwrap();
+        units.sort();
+        let mut registry = String::from("struct cuemu_Kernel;\n");
+        for (stem, _) in &units {
+            registry += &format!("extern \"C\" const cuemu_Kernel cuemu_tab_{stem}[];\n");
+        }
+        let names: String = units.iter().map(|(stem, _)| format!("cuemu_tab_{stem}, ")).collect();
+        registry += &format!("extern \"C\" const cuemu_Kernel* const cuemu_tables[] = {{{names}nullptr}};\n");
+        let mut objects: Vec<PathBuf> = units.into_iter().map(|u| u.1).collect();
+        objects.push(compiler.object("registry", &registry, "", &["-O1"]));
+        let mut fast = vec!["-O3"];
+        #[cfg(target_arch = "x86_64")]
+        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            fast.extend(["-mavx2", "-mfma"]);
+        }
+        let own = headers + &read(&emulator.join("cuemu_api.h"));
+        for name in ["runtime", "driver"] {
+            let source = read(&emulator.join(format!("{name}.cpp")));
+            objects.push(compiler.object(name, &source, &own, &fast));
+        }
+        let library = compiler.out.join("libcuda.so");
+        let mut args =
+            ["-shared", "-Wl,-soname,libcuda.so", "-Wl,-Bsymbolic", "-pthread", "-o"].map(String::from).to_vec();
+        args.push(library.display().to_string());
+        args.extend(objects.iter().map(|o| o.display().to_string()));
+        args.push("-ldl".into());
+        compiler.run(&args);
+        println!("cargo:rustc-env=PRISMGRAD_EMULATOR={}", library.display());
+    }
+}

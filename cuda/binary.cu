@@ -1,0 +1,223 @@
+#include "prelude.cuh"
+// Two broadcast operands: arithmetic, comparison, selection, masks; and in-place sums.
+//
+// Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous results, in all kernels here
+// but scale_rows. Broadcasting is a step of 0: `x + bias` is rank 2, sizes [rows, cols], steps [cols, 1] and [0, 1].
+//
+//   {add,sub,mul,div,maximum,minimum}_{f32,f64,bf16,f16} (const T* a, const T* b, T* y, i64 n, Strided2 sab)
+//   {mul,div,maximum,minimum}_grad_{f32,f64,bf16,f16} (const T* a, const T* b, const T* g, T* d, i64 n, Strided3 sabg, i32 side)
+//       d = g·∂y/∂a (side 0) or g·∂y/∂b (side 1), of the broadcast shape: to be summed to the operand's (reduce.cu).
+//       A tie of maximum or minimum sends the gradient to a. add and sub: the gradient itself, and neg of it.
+//   compare_{f32,f64,bf16,f16,u32,i64,u8} (const T* a, const T* b, u8* y, i64 n, Strided2 sab, i32 op)
+//       op 0 a = b, 1 a ≠ b, 2 a < b, 3 a ≤ b, 4 a > b, 5 a ≥ b
+//   where_{b1,b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
+//   mask_{b1,b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
+//       b1 … b8: by width, any dtype of that many bytes.
+//   add_assign_{f32,f64,bf16,f16,u32,i64} (T* y, const T* x, i64 n, Strided1 sx)               y += x
+//   axpy_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx, f64 c)                      y += c·x
+//   axpy_f32_f64, axpy_f64_f32 (D* y, const S* x, i64 n, Strided1 sx, f64 c)                   y += c·x across dtypes, in f64
+//   scale_rows_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each)
+//       grid ceil(rows·cols / 1024). Row r times w[owner[r]], or w[r / each] where owner is null. A weight of exactly 0 gives
+//       zeros whatever the row holds: a sample left out for a NaN stays out.
+
+struct add_op { template <class A> static DEVM A f(A x, A y) { return x + y; } };
+struct sub_op { template <class A> static DEVM A f(A x, A y) { return x - y; } };
+struct mul_op { template <class A> static DEVM A f(A x, A y) { return x * y; } };
+struct div_op { template <class A> static DEVM A f(A x, A y) { return x / y; } };
+// NaN if either is NaN; fmax would hide it.
+struct maximum_op { template <class A> static DEVM A f(A x, A y) { return is_nan(x) ? x : x > y ? x : y; } };
+struct minimum_op { template <class A> static DEVM A f(A x, A y) { return is_nan(x) ? x : x < y ? x : y; } };
+
+// The factor of the gradient. It is multiplied, not selected, so that an infinite gradient shows as NaN as on the CPU.
+struct mul_der { template <class A> static DEVM A f(A x, A y, int side) { return side ? x : y; } };
+struct div_der { template <class A> static DEVM A f(A x, A y, int side) { return side ? -x / (y * y) : A(1) / y; } };
+struct maximum_der { template <class A> static DEVM A f(A x, A y, int side) { return (x >= y) == (side == 0) ? A(1) : A(0); } };
+struct minimum_der { template <class A> static DEVM A f(A x, A y, int side) { return (x <= y) == (side == 0) ? A(1) : A(0); } };
+
+template <class Op, class T> DEV void binary_body(const T* a, const T* b, T* y, i64 n, const Strided2& s) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided2, 2> at;
+    locate<2>(s, i, count, at);
+    T v[4], w[4];
+    load4(a, s, at, 0, count, v);
+    load4(b, s, at, 1, count, w);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) v[k] = from_acc<T>(Op::f(to_acc(v[k]), to_acc(w[k])));
+    store4(y, i, count, v);
+}
+template <class Op, class T>
+DEV void binary_grad_body(const T* a, const T* b, const T* g, T* d, i64 n, const Strided3& s, int side) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided3, 3> at;
+    locate<3>(s, i, count, at);
+    T v[4], w[4], r[4];
+    load4(a, s, at, 0, count, v);
+    load4(b, s, at, 1, count, w);
+    load4(g, s, at, 2, count, r);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) r[k] = from_acc<T>(Op::f(to_acc(v[k]), to_acc(w[k]), side) * to_acc(r[k]));
+    store4(d, i, count, r);
+}
+#define INST_F(NAME, T, S)                                                                                     \
+    KERNEL NAME##_##S(const T* a, const T* b, T* y, i64 n, const Strided2 sab) {                               \
+        binary_body<NAME##_op>(a, b, y, n, sab);                                                               \
+    }
+#define INST_D(NAME, T, S)                                                                                     \
+    KERNEL NAME##_grad_##S(const T* a, const T* b, const T* g, T* d, i64 n, const Strided3 sabg, i32 side) {   \
+        binary_grad_body<NAME##_der>(a, b, g, d, n, sabg, side);                                               \
+    }
+#define ARITHMETIC(T, S)                                                                                       \
+    INST_F(add, T, S) INST_F(sub, T, S) INST_F(mul, T, S) INST_F(div, T, S)                                    \
+    INST_F(maximum, T, S) INST_F(minimum, T, S)                                                                \
+    INST_D(mul, T, S) INST_D(div, T, S) INST_D(maximum, T, S) INST_D(minimum, T, S)
+FOR_FLOATS(ARITHMETIC)
+
+// ---------------------------------------------------------------- comparison
+DEV u32 to_acc(u32 v) { return v; }
+DEV i64 to_acc(i64 v) { return v; }
+DEV u32 to_acc(u8 v) { return v; }
+
+template <class T> DEV void compare_body(const T* a, const T* b, u8* y, i64 n, const Strided2& s, int op) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided2, 2> at;
+    locate<2>(s, i, count, at);
+    T v[4], w[4];
+    u8 r[4];
+    load4(a, s, at, 0, count, v);
+    load4(b, s, at, 1, count, w);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) {
+            auto p = to_acc(v[k]);
+            auto q = to_acc(w[k]);
+            r[k] = op == 0 ? p == q : op == 1 ? p != q : op == 2 ? p < q : op == 3 ? p <= q : op == 4 ? p > q : p >= q;
+        }
+    store4(y, i, count, r);
+}
+#define COMPARE(T, S)                                                                                          \
+    KERNEL compare_##S(const T* a, const T* b, u8* y, i64 n, const Strided2 sab, i32 op) {                     \
+        compare_body(a, b, y, n, sab, op);                                                                     \
+    }
+FOR_FLOATS(COMPARE)
+COMPARE(u32, u32)
+COMPARE(i64, i64)
+COMPARE(u8, u8)
+
+// ---------------------------------------------------------------- selection, by width
+template <class T> DEV void where_body(const u8* mask, const T* a, const T* b, T* y, i64 n, const Strided3& s) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided3, 3> at;
+    locate<3>(s, i, count, at);
+    u8 m[4];
+    T v[4], w[4];
+    load4(mask, s, at, 0, count, m);
+    load4(a, s, at, 1, count, v);
+    load4(b, s, at, 2, count, w);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count && !m[k]) v[k] = w[k];
+    store4(y, i, count, v);
+}
+template <class T> DEV void mask_body(const T* g, const u8* mask, T* y, i64 n, const Strided2& s, int keep) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided2, 2> at;
+    locate<2>(s, i, count, at);
+    T v[4];
+    u8 m[4];
+    load4(g, s, at, 0, count, v);
+    load4(mask, s, at, 1, count, m);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count && (m[k] != 0) != (keep != 0)) v[k] = T(0);
+    store4(y, i, count, v);
+}
+#define SELECT(T, S)                                                                                           \
+    KERNEL where_##S(const u8* mask, const T* a, const T* b, T* y, i64 n, const Strided3 smab) {               \
+        where_body(mask, a, b, y, n, smab);                                                                    \
+    }                                                                                                          \
+    KERNEL mask_##S(const T* g, const u8* mask, T* y, i64 n, const Strided2 sgm, i32 keep) {                   \
+        mask_body(g, mask, y, n, sgm, keep);                                                                   \
+    }
+SELECT(u8, b1)
+SELECT(u16, b2)
+SELECT(u32, b4)
+SELECT(u64, b8)
+
+// ---------------------------------------------------------------- sums in place
+template <class D, class S, class F> DEV void update_body(D* y, const S* x, i64 n, const Strided1& s, F f) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided1, 1> at;
+    locate<1>(s, i, count, at);
+    S v[4];
+    D r[4];
+    load4(x, s, at, 0, count, v);
+    load4(y, i, count, r);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) r[k] = f(r[k], v[k]);
+    store4(y, i, count, r);
+}
+#define UPDATE(T, S)                                                                                           \
+    KERNEL add_assign_##S(T* y, const T* x, i64 n, const Strided1 sx) {                                        \
+        update_body(y, x, n, sx, [](T a, T b) { return from_acc<T>(to_acc(a) + to_acc(b)); });                 \
+    }                                                                                                          \
+    KERNEL axpy_##S(T* y, const T* x, i64 n, const Strided1 sx, double c) {                                    \
+        acc_t<T> k = (acc_t<T>)c;                                                                              \
+        update_body(y, x, n, sx, [k](T a, T b) { return from_acc<T>(to_acc(a) + k * to_acc(b)); });            \
+    }
+FOR_FLOATS(UPDATE)
+KERNEL add_assign_u32(u32* y, const u32* x, i64 n, const Strided1 sx) {
+    update_body(y, x, n, sx, [](u32 a, u32 b) { return a + b; });
+}
+KERNEL add_assign_i64(i64* y, const i64* x, i64 n, const Strided1 sx) {
+    update_body(y, x, n, sx, [](i64 a, i64 b) { return a + b; });
+}
+KERNEL axpy_f32_f64(double* y, const float* x, i64 n, const Strided1 sx, double c) {
+    update_body(y, x, n, sx, [c](double a, float b) { return a + c * (double)b; });
+}
+KERNEL axpy_f64_f32(float* y, const double* x, i64 n, const Strided1 sx, double c) {
+    update_body(y, x, n, sx, [c](float a, double b) { return (float)((double)a + c * b); });
+}
+
+// ---------------------------------------------------------------- rows
+template <class T>
+DEV void scale_rows_body(const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each) {
+    i64 i;
+    int count = quad_of(rows * cols, i);
+    if (!count) return;
+    T v[4];
+    load4(x, i, count, v);
+    i64 row = i / cols, col = i - row * cols;
+    acc_t<T> f = w[owner ? (i64)owner[row] : row / each];
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) {
+            if (col == cols) {
+                row++;
+                col = 0;
+                f = w[owner ? (i64)owner[row] : row / each];
+            }
+            v[k] = from_acc<T>(f == acc_t<T>(0) ? acc_t<T>(0) : f * to_acc(v[k]));
+            col++;
+        }
+    store4(y, i, count, v);
+}
+#define SCALE(T, S)                                                                                            \
+    KERNEL scale_rows_##S(const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each) { \
+        scale_rows_body(x, w, owner, y, rows, cols, each);                                                     \
+    }
+FOR_FLOATS(SCALE)

@@ -1,0 +1,340 @@
+// The part of libcuda that the crate uses, on top of the emulator. Built into a shared object with the SONAME libcuda.so:
+// a program that opens it by path first gets it for every later dlopen("libcuda.so").
+//
+// Streams are queues. Seed 0 runs each operation as it is queued, in program order. Any other seed runs a queue only
+// when somebody waits for it: an operation that should have waited for an event of another stream then runs before that
+// event (odd seeds: only what is waited for runs; even seeds: the other queues run first, as far as they can). What the
+// program promises, such as pinned memory that stays as it is until a copy has run, is taken at its word.
+#include "cuemu_api.h"
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#define API extern "C" __attribute__((visibility("default"))) int
+typedef uint64_t Ptr;
+typedef std::chrono::steady_clock Clock;
+// As in cuemu.h; the runtime hands out pointers to these.
+struct cuemu_Kernel { const char* name; const void* call; int nargs; const uint16_t* arg_size; };
+
+namespace {
+enum { OK = 0, INVALID = 1, NOMEM = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NOT_FOUND = 500, NOT_READY = 600, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
+
+// One recording of an event: waiting for it means this one, whatever is recorded later.
+struct Mark { bool done = false; Clock::time_point at; struct Stream* stream = nullptr; };
+struct Event { std::shared_ptr<Mark> mark; };
+struct Op { std::function<int()> run; std::shared_ptr<Mark> wait; };
+struct Stream { std::deque<Op> queue; bool running = false; };
+struct Graph { std::vector<std::function<int()>> ops; };
+struct Func { const cuemu_Kernel* kernel; int most_dynamic; };
+
+std::recursive_mutex g_mu; // the driver is one lock: it is for tests
+std::map<std::string, Func> g_funcs;
+std::map<char*, size_t> g_pinned;
+std::vector<Stream*> g_streams;
+Stream g_default;
+Graph* g_capture = nullptr;
+Stream* g_capture_stream = nullptr;
+int g_sticky = 0; // as on a device, a faulted context stays unusable until it is reset
+std::string g_report;
+std::map<std::string, uint64_t> g_stats;
+int g_context_object, g_module_object;
+thread_local void* t_context = nullptr;
+
+typedef std::lock_guard<std::recursive_mutex> Lock;
+Stream* stream(void* s) { return s ? (Stream*)s : &g_default; }
+
+int fail(int code, const std::string& text) {
+    g_report = text;
+    fprintf(stderr, "emulator: %s\n", text.c_str());
+    if (code == 700 || code == 719) g_sticky = code;
+    return code;
+}
+
+// Runs a queue until it is empty or its `until` is done; what it waits for runs first.
+int drain(Stream* s, const Mark* until = nullptr) {
+    if (s->running) return OK; // a cycle of waits: the one below goes on
+    s->running = true;
+    int r = OK;
+    while (!s->queue.empty() && !(until && until->done)) {
+        Op op = std::move(s->queue.front());
+        s->queue.pop_front();
+        if (op.wait && !op.wait->done && op.wait->stream && op.wait->stream != s) {
+            s->running = false;
+            int w = drain(op.wait->stream, op.wait.get());
+            s->running = true;
+            if (w && !r) r = w;
+        }
+        if (op.run) {
+            int e = g_sticky ? g_sticky : op.run();
+            if (e && !r) r = e;
+        }
+    }
+    s->running = false;
+    return r;
+}
+
+// Somebody waits for `s`.
+int reach(Stream* s, const Mark* until = nullptr) {
+    int64_t seed = cuemu_get_config("seed");
+    if (seed && seed % 2 == 0)
+        for (Stream* other : g_streams)
+            if (other != s) drain(other);
+    int r = drain(s, until);
+    return g_sticky ? g_sticky : r;
+}
+
+int reach_all() {
+    int r = drain(&g_default);
+    for (size_t i = 0; i < g_streams.size(); i++) if (int e = drain(g_streams[i])) r = r ? r : e;
+    return g_sticky ? g_sticky : r;
+}
+
+int put(Stream* s, std::function<int()> run) {
+    if (g_sticky) return g_sticky;
+    if (g_capture && s == g_capture_stream) { g_capture->ops.push_back(std::move(run)); return OK; }
+    s->queue.push_back({std::move(run), nullptr});
+    return cuemu_get_config("seed") == 0 ? drain(s) : OK;
+}
+
+int inside(const char* what, Ptr p, size_t n) {
+    if (n == 0 || cuemu_in_alloc((void*)p, n)) return OK;
+    char text[200];
+    snprintf(text, sizeof text, "%s of %zu bytes at %#llx is not inside one live device buffer", what, n, (unsigned long long)p);
+    return fail(700, text);
+}
+
+bool pinned(const void* p, size_t n) {
+    auto it = g_pinned.upper_bound((char*)p);
+    if (it == g_pinned.begin()) return false;
+    --it;
+    return (char*)p + n <= it->first + it->second;
+}
+} // namespace
+
+// ---- for tests
+extern "C" __attribute__((visibility("default"))) const char* prismgrad_emu_report() { return g_report.c_str(); }
+extern "C" __attribute__((visibility("default"))) uint64_t prismgrad_emu_stat(const char* key) { Lock l(g_mu); return g_stats[key]; }
+extern "C" __attribute__((visibility("default"))) int prismgrad_emu_config(const char* key, int64_t value) {
+    Lock l(g_mu);
+    reach_all(); // an order of execution holds from here on
+    return cuemu_config(key, value);
+}
+
+// ---- start
+API cuInit(unsigned) {
+    for (auto [name, key] : {std::pair{"PRISMGRAD_EMU_SEED", "seed"}, {"PRISMGRAD_EMU_CHECK", "check"}, {"PRISMGRAD_EMU_PREEMPT", "preempt"}})
+        if (const char* s = getenv(name)) cuemu_config(key, atoll(s));
+    return OK;
+}
+API cuDriverGetVersion(int* v) { *v = 13000; return OK; }
+API cuDeviceGetCount(int* n) { *n = 1; return OK; }
+API cuDeviceGet(int* d, int i) { if (i) return INVALID_DEVICE; *d = 0; return OK; }
+API cuDeviceGetName(char* b, int n, int) { snprintf(b, n, "Prismgrad emulated CUDA device"); return OK; }
+API cuDeviceTotalMem_v2(size_t* b, int) { *b = size_t(8) << 30; return OK; }
+API cuDeviceGetAttribute(int* v, int a, int) {
+    switch (a) {
+        case 1: case 2: *v = 1024; break;    // threads a block; block x
+        case 3: *v = 1024; break;            // block y
+        case 4: *v = 64; break;              // block z
+        case 5: *v = 0x7fffffff; break;      // grid x
+        case 6: case 7: *v = 65535; break;   // grid y, z
+        case 8: *v = 48 * 1024; break;       // shared memory a block
+        case 10: *v = 32; break;             // warp size
+        case 12: *v = 65536; break;          // registers a block
+        case 13: *v = 1000000; break;        // clock kHz
+        case 16: *v = 4; break;              // multiprocessors
+        case 39: *v = 2048; break;           // threads a multiprocessor
+        case 75: *v = 9; break;              // compute capability
+        case 76: *v = 0; break;
+        case 81: *v = 228 * 1024; break;     // shared memory a multiprocessor
+        case 95: *v = 1; break;              // cooperative launch
+        case 97: *v = 227 * 1024; break;     // shared memory a block may ask for
+        case 115: *v = 1; break;             // memory pools
+        default: *v = 0;
+    }
+    return OK;
+}
+API cuDevicePrimaryCtxRetain(void** c, int) { *c = &g_context_object; return OK; }
+API cuDevicePrimaryCtxRelease_v2(int) { return OK; }
+API cuDevicePrimaryCtxReset_v2(int) {
+    Lock l(g_mu);
+    for (Stream* s : g_streams) s->queue.clear();
+    g_default.queue.clear();
+    g_sticky = 0;
+    return OK;
+}
+API cuCtxGetCurrent(void** c) { *c = t_context; return OK; }
+API cuCtxSetCurrent(void* c) { t_context = c; return OK; }
+API cuCtxSynchronize() { Lock l(g_mu); g_stats["synchronisations"]++; return reach_all(); }
+API cuMemGetInfo_v2(size_t* f, size_t* t) { *f = size_t(7) << 30; *t = size_t(8) << 30; return OK; }
+
+// ---- streams and events
+API cuStreamCreateWithPriority(void** s, unsigned, int) { Lock l(g_mu); auto* n = new Stream; g_streams.push_back(n); *s = n; return OK; }
+API cuStreamCreate(void** s, unsigned f) { return cuStreamCreateWithPriority(s, f, 0); }
+API cuStreamDestroy_v2(void* s) { Lock l(g_mu); return drain(stream(s)); } // kept: marks point at it
+API cuStreamSynchronize(void* s) {
+    Lock l(g_mu);
+    if (g_capture && stream(s) == g_capture_stream) return CAPTURE_UNSUPPORTED;
+    g_stats["synchronisations"]++;
+    return reach(stream(s));
+}
+API cuStreamQuery(void* s) { Lock l(g_mu); return g_sticky ? g_sticky : stream(s)->queue.empty() ? OK : NOT_READY; }
+API cuStreamWaitEvent(void* s, void* e, unsigned) {
+    Lock l(g_mu);
+    auto mark = ((Event*)e)->mark;
+    if (!mark || mark->done || (g_capture && stream(s) == g_capture_stream)) return OK;
+    stream(s)->queue.push_back({nullptr, mark});
+    return OK;
+}
+API cuStreamIsCapturing(void* s, int* st) { *st = g_capture && stream(s) == g_capture_stream; return OK; }
+API cuEventCreate(void** e, unsigned) { *e = new Event(); return OK; }
+API cuEventDestroy_v2(void* e) { Lock l(g_mu); delete (Event*)e; return OK; }
+API cuEventRecord(void* e, void* s) {
+    Lock l(g_mu);
+    auto mark = std::make_shared<Mark>();
+    mark->stream = stream(s);
+    ((Event*)e)->mark = mark;
+    return put(stream(s), [mark] { mark->done = true; mark->at = Clock::now(); return OK; });
+}
+API cuEventSynchronize(void* e) {
+    Lock l(g_mu);
+    auto mark = ((Event*)e)->mark;
+    g_stats["synchronisations"]++;
+    if (!mark || mark->done) return g_sticky;
+    return reach(mark->stream, mark.get());
+}
+API cuEventQuery(void* e) {
+    Lock l(g_mu);
+    auto mark = ((Event*)e)->mark;
+    // Asking often enough makes it happen, as time would.
+    static int asked = 0;
+    if (mark && !mark->done && ++asked % 8 == 0) reach(mark->stream, mark.get());
+    return g_sticky ? g_sticky : !mark || mark->done ? OK : NOT_READY;
+}
+API cuEventElapsedTime_v2(float* ms, void* a, void* b) {
+    Lock l(g_mu);
+    auto x = ((Event*)a)->mark, y = ((Event*)b)->mark;
+    if (!x || !y) return INVALID;
+    if (!x->done || !y->done) return NOT_READY;
+    *ms = std::chrono::duration<float, std::milli>(y->at - x->at).count();
+    return OK;
+}
+API cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventElapsedTime_v2(ms, a, b); }
+
+// ---- graphs: what was put on the capturing stream, to be put again
+API cuStreamBeginCapture_v2(void* s, int) { Lock l(g_mu); if (g_capture) return CAPTURE_UNSUPPORTED; g_capture = new Graph; g_capture_stream = stream(s); return OK; }
+API cuStreamEndCapture(void*, void** g) { Lock l(g_mu); if (!g_capture) return CAPTURE_INVALIDATED; *g = g_capture; g_capture = nullptr; g_capture_stream = nullptr; return OK; }
+API cuGraphInstantiateWithFlags(void** e, void* g, unsigned long long) { *e = new Graph(*(Graph*)g); return OK; }
+API cuGraphDestroy(void* g) { delete (Graph*)g; return OK; }
+API cuGraphExecDestroy(void* g) { Lock l(g_mu); reach_all(); delete (Graph*)g; return OK; }
+API cuGraphLaunch(void* g, void* s) {
+    Lock l(g_mu);
+    for (auto& op : ((Graph*)g)->ops) if (int r = put(stream(s), op)) return r;
+    return OK;
+}
+
+// ---- memory
+static int allocate(Ptr* p, size_t n) {
+    Lock l(g_mu);
+    if (g_capture) return CAPTURE_UNSUPPORTED;
+    if (g_sticky) return g_sticky;
+    g_stats["allocations"]++;
+    void* q;
+    int r = cuemu_malloc(n, &q);
+    *p = (Ptr)q;
+    return r;
+}
+static int release(Ptr p) {
+    int r = cuemu_free((void*)p);
+    return r ? fail(r, cuemu_last_error()) : OK;
+}
+API cuMemAlloc_v2(Ptr* p, size_t n) { return allocate(p, n); }
+API cuMemAllocAsync(Ptr* p, size_t n, void*) { return allocate(p, n); }
+API cuMemFree_v2(Ptr p) { Lock l(g_mu); reach_all(); return release(p); } // the driver waits for the device here
+API cuMemFreeAsync(Ptr p, void* s) { Lock l(g_mu); return put(stream(s), [p] { return release(p); }); }
+API cuMemHostAlloc(void** p, size_t n, unsigned) { Lock l(g_mu); *p = malloc(n ? n : 1); g_pinned[(char*)*p] = n; return *p ? OK : NOMEM; }
+API cuMemAllocHost_v2(void** p, size_t n) { return cuMemHostAlloc(p, n, 0); }
+API cuMemFreeHost(void* p) { Lock l(g_mu); reach_all(); g_pinned.erase((char*)p); free(p); return OK; }
+API cuMemcpyHtoDAsync_v2(Ptr d, const void* s, size_t n, void* st) {
+    Lock l(g_mu);
+    g_stats["uploads"]++;
+    if (pinned(s, n)) return put(stream(st), [=] { if (int r = inside("copy to the device", d, n)) return r; memcpy((void*)d, s, n); return (int)OK; });
+    auto staged = std::make_shared<std::vector<char>>((const char*)s, (const char*)s + n);
+    return put(stream(st), [=] { if (int r = inside("copy to the device", d, n)) return r; memcpy((void*)d, staged->data(), n); return (int)OK; });
+}
+API cuMemcpyDtoHAsync_v2(void* d, Ptr s, size_t n, void* st) {
+    Lock l(g_mu);
+    g_stats["downloads"]++;
+    int r = put(stream(st), [=] { if (int r = inside("copy from the device", s, n)) return r; memcpy(d, (void*)s, n); return (int)OK; });
+    if (r || pinned(d, n)) return r;
+    g_stats["synchronisations"]++;
+    return reach(stream(st));
+}
+API cuMemcpyDtoDAsync_v2(Ptr d, Ptr s, size_t n, void* st) {
+    Lock l(g_mu);
+    return put(stream(st), [=] {
+        if (int r = inside("copy", d, n)) return r;
+        if (int r = inside("copy", s, n)) return r;
+        memmove((void*)d, (void*)s, n);
+        return (int)OK;
+    });
+}
+API cuMemsetD8Async(Ptr d, unsigned char v, size_t n, void* st) {
+    Lock l(g_mu);
+    return put(stream(st), [=] { if (int r = inside("memset", d, n)) return r; memset((void*)d, v, n); return (int)OK; });
+}
+API cuMemsetD8_v2(Ptr d, unsigned char v, size_t n) { return cuMemsetD8Async(d, v, n, nullptr); }
+
+// ---- modules: the image is not looked at, kernels come from the registry that was compiled in
+API cuModuleLoadData(void** m, const void*) { *m = &g_module_object; return OK; }
+API cuModuleUnload(void*) { return OK; }
+API cuModuleGetFunction(void** f, void*, const char* name) {
+    Lock l(g_mu);
+    auto* k = cuemu_find(name);
+    if (!k) return NOT_FOUND;
+    auto& e = g_funcs[name];
+    if (!e.kernel) e = {k, 48 * 1024};
+    *f = &e;
+    return OK;
+}
+API cuFuncSetAttribute(void* f, int a, int v) { if (a == 8) ((Func*)f)->most_dynamic = v; return OK; }
+API cuFuncGetAttribute(int* v, int a, void*) { *v = a == 0 ? 1024 : 0; return OK; }
+static int launch(void* f, std::vector<uint32_t> dims, unsigned dynamic, void* st, void** args, int flags) {
+    Lock l(g_mu);
+    g_stats["launches"]++;
+    auto* func = (Func*)f;
+    auto* k = func->kernel;
+    if ((int)dynamic > func->most_dynamic)
+        return fail(INVALID, std::string(k->name) + ": " + std::to_string(dynamic) + " bytes of dynamic shared memory without MAX_DYNAMIC_SHARED_SIZE_BYTES set");
+    auto values = std::make_shared<std::vector<std::vector<char>>>();
+    for (int i = 0; i < k->nargs; i++) values->emplace_back((char*)args[i], (char*)args[i] + k->arg_size[i]);
+    return put(stream(st), [=] {
+        std::vector<void*> a;
+        for (auto& v : *values) a.push_back(v.data());
+        int r = cuemu_launch(k, dims.data(), dims.data() + 3, dynamic, a.data(), flags);
+        return r ? fail(r, cuemu_last_error()) : (int)OK;
+    });
+}
+API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned dynamic, void* st, void** args, void**) {
+    return launch(f, {gx, gy, gz, bx, by, bz}, dynamic, st, args, 0);
+}
+API cuLaunchCooperativeKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned dynamic, void* st, void** args) {
+    return launch(f, {gx, gy, gz, bx, by, bz}, dynamic, st, args, CUEMU_COOPERATIVE);
+}
+API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void*, int, size_t) { *n = 2; return OK; }
+API cuGetErrorName(int e, const char** s) {
+    *s = e == 1 ? "CUDA_ERROR_INVALID_VALUE" : e == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : e == 101 ? "CUDA_ERROR_INVALID_DEVICE" : e == 500 ? "CUDA_ERROR_NOT_FOUND" : e == 600 ? "CUDA_ERROR_NOT_READY" : e == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : e == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : e == 900 ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" : "CUDA_ERROR";
+    return OK;
+}
+API cuGetErrorString(int e, const char** s) {
+    if (e == 700 || e == 719) { *s = g_report.c_str(); return OK; }
+    return cuGetErrorName(e, s);
+}

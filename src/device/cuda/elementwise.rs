@@ -1,0 +1,218 @@
+//! Launches of the elementwise kernels (`cuda/unary.cu`, `cuda/binary.cu`, `cuda/move.cu`): strided operands in, a
+//! contiguous result out, 4 elements per thread.
+
+use super::{Gpu, Launch};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::shape::{Dims, broadcast};
+use crate::tensor::{Array, DType};
+use smallvec::SmallVec;
+use std::sync::Arc;
+
+/// Dimensions that a kernel's table of sizes and steps holds.
+const RANK: usize = 6;
+
+/// `Strided<N>` of `cuda/prelude.cuh`, as the words of its layout: rank, six sizes, six steps per operand.
+pub(crate) fn strided<const N: usize, const W: usize>(
+    op: &str,
+    shape: &[usize],
+    steps: [&[usize]; N],
+) -> Result<[i64; W]> {
+    assert_eq!(W, 1 + RANK + RANK * N, "words of the table");
+    // Adjacent dimensions that run together in every operand are merged.
+    let mut dims: SmallVec<[(usize, [usize; N]); RANK]> = SmallVec::new();
+    for d in 0..shape.len() {
+        let (size, step) = (shape[d], std::array::from_fn(|k| steps[k][d]));
+        if size == 1 {
+            continue;
+        }
+        match dims.last_mut() {
+            Some((s, st)) if (0..N).all(|k| st[k] == step[k] * size) => {
+                *s *= size;
+                *st = step;
+            }
+            _ => dims.push((size, step)),
+        }
+    }
+    if dims.is_empty() {
+        dims.push((1, [1; N]));
+    }
+    if dims.len() > RANK {
+        let message = format!("{shape:?} with these strides has {} dimensions; make the operands contiguous", dims.len());
+        return Err(Error::shape("elementwise", format!("{op}: {message}")));
+    }
+    let mut words = [0i64; W];
+    words[0] = dims.len() as i64;
+    for (d, (size, step)) in dims.iter().enumerate() {
+        words[1 + d] = *size as i64;
+        for k in 0..N {
+            words[1 + RANK + RANK * k + d] = step[k] as i64;
+        }
+    }
+    Ok(words)
+}
+
+/// Suffix of a dtype in kernel names.
+pub(crate) fn suffix(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F64 => "f64",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        DType::U32 => "u32",
+        DType::I64 => "i64",
+        DType::U8 => "u8",
+    }
+}
+
+fn width(dtype: DType) -> &'static str {
+    ["", "b1", "b2", "", "b4", "", "", "", "b8"][dtype.size()]
+}
+
+/// The array on this GPU: operands on the CPU are copied over.
+pub(crate) fn on(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
+    a.to(&Device::Cuda(gpu.clone()))
+}
+
+/// Launches `file::name` over `n` elements with `args` after the result and the operands.
+fn run<'a>(gpu: &'a Arc<Gpu>, file: &str, name: &str, n: usize, args: impl FnOnce(Launch<'a>) -> Launch<'a>) -> Result<()> {
+    if n == 0 {
+        return Ok(());
+    }
+    args(Launch::new(gpu, file, name)?.grid(n.div_ceil(1024), 1, 1).block(256)).run()
+}
+
+/// A row-major copy.
+pub(crate) fn copy(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
+    let out = Array::uninit_on(gpu, a.shape(), a.dtype())?;
+    let s: [i64; 19] = strided("copy", a.shape(), [a.strides(), out.strides()])?;
+    let (src, dst) = (a.block("copy")?, out.block("copy")?);
+    let name = format!("copy_{}", width(a.dtype()));
+    run(gpu, "move", &name, a.numel(), |l| l.buf(src.0, src.1).buf(dst.0, dst.1).val(a.numel() as i64).val(s))?;
+    Ok(out)
+}
+
+/// Converted to another dtype.
+pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
+    let name = format!("cast_{}_{}", suffix(a.dtype()), suffix(dtype));
+    let out = Array::uninit_on(gpu, a.shape(), dtype)?;
+    let s: [i64; 13] = strided("cast", a.shape(), [a.strides()])?;
+    let (src, dst) = (a.block("cast")?, out.block("cast")?);
+    run(gpu, "move", &name, a.numel(), |l| l.buf(src.0, src.1).buf(dst.0, dst.1).val(a.numel() as i64).val(s))?;
+    Ok(out)
+}
+
+/// y += x, in y's memory where nobody shares it.
+pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<()> {
+    if !y.is_contiguous() || !y.is_unique() {
+        *y = copy(gpu, y)?;
+    }
+    let x = on(gpu, x)?;
+    let s: [i64; 13] = strided("accumulate", x.shape(), [x.strides()])?;
+    let (dst, src) = (y.block("accumulate")?, x.block("accumulate")?);
+    let name = format!("add_assign_{}", suffix(y.dtype()));
+    run(gpu, "binary", &name, x.numel(), |l| l.buf(dst.0, dst.1).buf(src.0, src.1).val(x.numel() as i64).val(s))
+}
+
+/// `name(x, p, q)` of `cuda/unary.cu`.
+pub(crate) fn unary(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2]) -> Result<Array> {
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let s: [i64; 13] = strided(name, x.shape(), [x.strides()])?;
+    let (src, dst) = (x.block(name)?, out.block(name)?);
+    let kernel = format!("{name}_{}", suffix(x.dtype()));
+    run(gpu, "unary", &kernel, x.numel(), |l| {
+        l.buf(src.0, src.1).buf(dst.0, dst.1).val(x.numel() as i64).val(s).val(p).val(q)
+    })?;
+    Ok(out)
+}
+
+/// g·f′(saved), for the `_grad` kernels of `cuda/unary.cu`.
+pub(crate) fn unary_grad(gpu: &Arc<Gpu>, name: &str, g: &Array, saved: &Array, [p, q]: [f64; 2]) -> Result<Array> {
+    let (g, saved) = (on(gpu, g)?, on(gpu, saved)?);
+    let out = Array::uninit_on(gpu, g.shape(), g.dtype())?;
+    let s: [i64; 19] = strided(name, g.shape(), [g.strides(), saved.strides()])?;
+    let (a, b, dst) = (g.block(name)?, saved.block(name)?, out.block(name)?);
+    let kernel = format!("{name}_grad_{}", suffix(g.dtype()));
+    run(gpu, "unary", &kernel, g.numel(), |l| {
+        l.buf(a.0, a.1).buf(b.0, b.1).buf(dst.0, dst.1).val(g.numel() as i64).val(s).val(p).val(q)
+    })?;
+    Ok(out)
+}
+
+/// Both operands on the GPU, expanded to their common shape.
+fn pair(gpu: &Arc<Gpu>, op: &'static str, a: &Array, b: &Array) -> Result<(Array, Array, Dims)> {
+    let shape = broadcast(op, a.shape(), b.shape())?;
+    Ok((on(gpu, a)?.expand(&shape)?, on(gpu, b)?.expand(&shape)?, shape))
+}
+
+/// `name(a, b)` of `cuda/binary.cu`, broadcast.
+pub(crate) fn binary(gpu: &Arc<Gpu>, name: &'static str, a: &Array, b: &Array) -> Result<Array> {
+    let (a, b, shape) = pair(gpu, name, a, b)?;
+    let out = Array::uninit_on(gpu, &shape, a.dtype())?;
+    let s: [i64; 19] = strided(name, &shape, [a.strides(), b.strides()])?;
+    let (x, y, dst) = (a.block(name)?, b.block(name)?, out.block(name)?);
+    let kernel = format!("{name}_{}", suffix(a.dtype()));
+    run(gpu, "binary", &kernel, out.numel(), |l| {
+        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s)
+    })?;
+    Ok(out)
+}
+
+/// g·∂/∂(operand `side`) of the broadcast operands, in their common shape.
+pub(crate) fn binary_grad(
+    gpu: &Arc<Gpu>,
+    name: &'static str,
+    (a, b): (&Array, &Array),
+    g: &Array,
+    side: usize,
+) -> Result<Array> {
+    let (a, b, shape) = pair(gpu, name, a, b)?;
+    let g = on(gpu, g)?;
+    let out = Array::uninit_on(gpu, &shape, g.dtype())?;
+    let s: [i64; 25] = strided(name, &shape, [a.strides(), b.strides(), g.strides()])?;
+    let (x, y, z, dst) = (a.block(name)?, b.block(name)?, g.block(name)?, out.block(name)?);
+    let kernel = format!("{name}_grad_{}", suffix(g.dtype()));
+    run(gpu, "binary", &kernel, out.numel(), |l| {
+        l.buf(x.0, x.1).buf(y.0, y.1).buf(z.0, z.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(side as i32)
+    })?;
+    Ok(out)
+}
+
+/// Comparison `code` (0 =, 1 ≠, 2 <, 3 ≤, 4 >, 5 ≥) as a mask.
+pub(crate) fn compare(gpu: &Arc<Gpu>, code: i32, a: &Array, b: &Array) -> Result<Array> {
+    let (a, b, shape) = pair(gpu, "compare", a, b)?;
+    let out = Array::uninit_on(gpu, &shape, DType::U8)?;
+    let s: [i64; 19] = strided("compare", &shape, [a.strides(), b.strides()])?;
+    let (x, y, dst) = (a.block("compare")?, b.block("compare")?, out.block("compare")?);
+    let kernel = format!("compare_{}", suffix(a.dtype()));
+    run(gpu, "binary", &kernel, out.numel(), |l| {
+        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(code)
+    })?;
+    Ok(out)
+}
+
+/// `a` where the mask is not 0, `b` elsewhere; all of one shape.
+pub(crate) fn select(gpu: &Arc<Gpu>, mask: &Array, a: &Array, b: &Array) -> Result<Array> {
+    let (mask, a, b) = (on(gpu, mask)?, on(gpu, a)?, on(gpu, b)?);
+    let out = Array::uninit_on(gpu, mask.shape(), a.dtype())?;
+    let s: [i64; 25] = strided("where", mask.shape(), [mask.strides(), a.strides(), b.strides()])?;
+    let (m, x, y, dst) = (mask.block("where")?, a.block("where")?, b.block("where")?, out.block("where")?);
+    let kernel = format!("where_{}", width(a.dtype()));
+    run(gpu, "binary", &kernel, out.numel(), |l| {
+        l.buf(m.0, m.1).buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s)
+    })?;
+    Ok(out)
+}
+
+/// `g` where (mask ≠ 0) = `keep`, 0 elsewhere; of one shape.
+pub(crate) fn mask(gpu: &Arc<Gpu>, g: &Array, mask: &Array, keep: bool) -> Result<Array> {
+    let (g, mask) = (on(gpu, g)?, on(gpu, mask)?);
+    let out = Array::uninit_on(gpu, g.shape(), g.dtype())?;
+    let s: [i64; 19] = strided("where", g.shape(), [g.strides(), mask.strides()])?;
+    let (x, m, dst) = (g.block("where")?, mask.block("where")?, out.block("where")?);
+    let kernel = format!("mask_{}", width(g.dtype()));
+    run(gpu, "binary", &kernel, out.numel(), |l| {
+        l.buf(x.0, x.1).buf(m.0, m.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(keep as i32)
+    })?;
+    Ok(out)
+}

@@ -1,0 +1,122 @@
+//! Launches of the matrix products of `cuda/gemm.cu`.
+
+use super::elementwise::{on, suffix};
+use super::{Gpu, Launch};
+use crate::error::{Error, Result};
+use crate::ops::linear::Activation;
+use crate::tensor::{Array, DType};
+use bytemuck::NoUninit;
+use std::sync::Arc;
+
+/// `GemmShape` of `cuda/gemm.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+struct Shape {
+    sizes: [i64; 3],
+    /// a_rs, a_cs, b_rs, b_cs, c_rs.
+    steps: [i64; 5],
+    batch: [i64; 2],
+    /// a_s0, a_s1, b_s0, b_s1, c_s0, c_s1.
+    batch_steps: [i64; 6],
+    each: i64,
+    alpha: f64,
+    act: i32,
+    accumulate: i32,
+    splits: i32,
+    reserved: i32,
+}
+
+/// What happens to a product on its way to memory.
+#[derive(Default)]
+pub(crate) struct Epilogue<'a> {
+    /// Added to every row.
+    pub bias: Option<&'a Array>,
+    /// Applied last.
+    pub act: Activation,
+    /// Whether the values before the activation are wanted as well.
+    pub pre: bool,
+}
+
+/// Code of an activation in `cuda/prelude.cuh`; `None` for those the kernels do not know.
+fn code(act: Activation) -> Option<i32> {
+    Some(match act {
+        Activation::None => 0,
+        Activation::Relu => 1,
+        Activation::Gelu => 2,
+        Activation::GeluTanh => 3,
+        Activation::Silu => 4,
+        Activation::Tanh => 5,
+        #[allow(unreachable_patterns)]
+        _ => return None,
+    })
+}
+
+/// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one dtype (f32 or f64) and equal
+/// leading dimensions, in any strides.
+pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Result<(Array, Option<Array>)> {
+    let (a, b) = (on(gpu, a)?, on(gpu, b)?);
+    let r = a.rank() - 2;
+    let (m, k, n) = (a.shape()[r], a.shape()[r + 1], b.shape()[r + 1]);
+    let shape: Vec<usize> = a.shape()[..r].iter().copied().chain([m, n]).collect();
+    let out = Array::uninit_on(gpu, &shape, a.dtype())?;
+    let pre = if e.pre { Some(Array::uninit_on(gpu, &shape, a.dtype())?) } else { None };
+    let bias = e.bias.map(|b| on(gpu, b)?.contiguous().to(&crate::Device::Cuda(gpu.clone()))).transpose()?;
+    if out.numel() == 0 {
+        return Ok((out, pre));
+    }
+    let act = code(e.act).ok_or_else(|| Error::invalid("linear", format!("no kernel for {:?}", e.act)))?;
+    let tile = if a.dtype() == DType::F64 { 64 } else { 128 };
+    let lead = &shape[..r];
+    // The last two leading dimensions are the kernel's; the host goes through the others.
+    let (outer, inner) = lead.split_at(r.saturating_sub(2));
+    let batch = [if inner.len() > 1 { inner[0] } else { 1 }, *inner.last().unwrap_or(&1)];
+    let at = |x: &Array, d: usize| if d < r { x.strides()[d] as i64 } else { 0 };
+    let (d0, d1) = if inner.len() > 1 { (r - 2, r - 1) } else { (r, r.wrapping_sub(1)) };
+    let d1 = if inner.is_empty() { r } else { d1 };
+    let way = |x: &Array| if x.strides()[r + 1] == 1 || x.strides()[r] != 1 { 'n' } else { 't' };
+    let name = format!("gemm_{}{}_{}", way(&a), way(&b), suffix(a.dtype()));
+    let s = |x: &Array, d: usize| x.strides()[d] as i64;
+    let shape = Shape {
+        sizes: [m as i64, n as i64, k as i64],
+        steps: [s(&a, r), s(&a, r + 1), s(&b, r), s(&b, r + 1), n as i64],
+        batch: [batch[0] as i64, batch[1] as i64],
+        batch_steps: [at(&a, d0), at(&a, d1), at(&b, d0), at(&b, d1), at(&out, d0), at(&out, d1)],
+        each: 1,
+        alpha: 1.0,
+        act,
+        accumulate: 0,
+        splits: 1,
+        reserved: 0,
+    };
+    let size = a.dtype().size();
+    for i in 0..outer.iter().product::<usize>() {
+        let (mut left, mut oa, mut ob, mut oc) = (i, 0, 0, 0);
+        for d in (0..outer.len()).rev() {
+            let j = left % outer[d];
+            left /= outer[d];
+            oa += j * a.strides()[d] * size;
+            ob += j * b.strides()[d] * size;
+            oc += j * out.strides()[d] * size;
+        }
+        let grid = m.div_ceil(tile) * n.div_ceil(tile) * batch[0] * batch[1];
+        let (x, y, z) = (a.block("matmul")?, b.block("matmul")?, out.block("matmul")?);
+        let mut l = Launch::new(gpu, "gemm", &name)?.grid(grid, 1, 1).block(256).shared(33_792);
+        l = l.buf(x.0, x.1 + oa).buf(y.0, y.1 + ob).buf(z.0, z.1 + oc);
+        l = match &bias {
+            Some(b) => {
+                let (b, at) = b.block("matmul")?;
+                l.buf(b, at)
+            }
+            None => l.null(),
+        };
+        l = match &pre {
+            Some(p) => {
+                let (p, at) = p.block("matmul")?;
+                l.buf(p, at + oc)
+            }
+            None => l.null(),
+        };
+        l.null().null().null().val(shape).run()?;
+    }
+    Ok((out, pre))
+}

@@ -1,0 +1,284 @@
+//! From a kernel's name to something that can be launched: compile or read from the cache, load, look up; once each.
+
+use super::cache::{KernelCache, Key};
+use super::context::{Gpu, count, lock};
+use super::errors::check;
+use super::nvrtc::{Compiled, Nvrtc};
+use super::sources::{PRELUDE, SOURCES};
+use crate::error::{Error, Result};
+use cudarc::driver::sys::{self, CUresult};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, RwLock};
+
+/// A loaded kernel of one device. Copying it is free.
+#[derive(Clone, Copy)]
+pub struct Kernel(pub(super) &'static KernelInfo);
+
+pub(super) struct KernelInfo {
+    pub(super) file: &'static str,
+    pub(super) name: String,
+    pub(super) function: sys::CUfunction,
+    pub(super) ordinal: usize,
+    /// Dynamic shared memory that the driver has been told to allow.
+    pub(super) shared: AtomicUsize,
+}
+// SAFETY: a function handle is never changed and may be used from any thread.
+unsafe impl Sync for KernelInfo {}
+// SAFETY: as above.
+unsafe impl Send for KernelInfo {}
+
+impl Kernel {
+    /// The file it is in, without `.cu`.
+    pub fn file(&self) -> &'static str {
+        self.0.file
+    }
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        &self.0.name
+    }
+}
+
+/// A loaded module; never unloaded.
+#[derive(Clone, Copy)]
+struct Module(sys::CUmodule);
+// SAFETY: as for `KernelInfo`.
+unsafe impl Send for Module {}
+
+type ModuleCell = Arc<Mutex<Option<Module>>>;
+
+const RECENT: usize = 8;
+
+/// The kernels of one device.
+#[derive(Default)]
+pub(crate) struct Modules {
+    /// By kernel name, which is unique in the project.
+    kernels: RwLock<HashMap<&'static str, Kernel>>,
+    /// By file. Each file has its own lock, so that several can compile at once and none twice.
+    files: Mutex<HashMap<&'static str, ModuleCell>>,
+    frozen: AtomicBool,
+    recent: [AtomicPtr<KernelInfo>; RECENT],
+    next: AtomicUsize,
+}
+
+impl Modules {
+    /// Remembers a launch, for the error message of a fault that shows later.
+    pub(super) fn launched(&self, kernel: Kernel) {
+        let i = self.next.fetch_add(1, Relaxed) % RECENT;
+        self.recent[i].store(std::ptr::from_ref(kernel.0).cast_mut(), Relaxed);
+    }
+
+    /// Names of the last kernels launched, latest first.
+    pub(crate) fn last_launched(&self) -> Vec<&'static str> {
+        let next = self.next.load(Relaxed);
+        let latest = (1..=RECENT.min(next)).map(|back| self.recent[(next - back) % RECENT].load(Relaxed));
+        // SAFETY: only pointers to leaked `KernelInfo`s are stored.
+        let mut names: Vec<&str> = latest.filter_map(|p| unsafe { p.as_ref() }).map(|k| k.name.as_str()).collect();
+        names.dedup();
+        names
+    }
+}
+
+/// Options of every compilation, besides the architecture.
+const OPTIONS: [&str; 3] = ["--std=c++17", "-default-device", "-lineinfo"];
+
+/// The text of a kernel file.
+fn source(file: &str) -> Result<(&'static str, &'static str)> {
+    SOURCES.iter().find(|(name, _)| *name == file).copied().ok_or_else(|| {
+        Error::device("find a kernel", format!("there is no cuda/{file}.cu in src/device/cuda/sources.rs"))
+    })
+}
+
+/// Compiles one kernel file for a target such as `sm_90a`, with further options for NVRTC. Needs no GPU.
+pub fn compile_for(file: &str, target: &str, further: &[&str]) -> Result<Compiled> {
+    let (name, text) = source(file)?;
+    let mut options = vec![format!("--gpu-architecture={target}")];
+    options.extend(OPTIONS.iter().chain(further).map(|o| o.to_string()));
+    Nvrtc::find()?.compile(&format!("{name}.cu"), text, &[PRELUDE], &options)
+}
+
+/// The target for a compute capability: its own machine code where the compiler knows it, else the newest PTX before it,
+/// which the driver translates. 9.0 gets `sm_90a`, which has Hopper's own instructions.
+pub fn target_for(capability: (u32, u32), known: &[u32]) -> Result<String> {
+    let number = capability.0 * 10 + capability.1;
+    let own = if capability == (9, 0) { "sm_90a".to_string() } else { format!("sm_{number}") };
+    match known.iter().rfind(|a| **a <= number) {
+        Some(a) if *a == number => Ok(own),
+        Some(a) => Ok(format!("compute_{a}")),
+        None if known.is_empty() => Ok(own),
+        None => Err(Error::device(
+            "compile kernels",
+            format!(
+                "compute capability {}.{} is older than {}.{}, the first that this NVRTC compiles for",
+                capability.0,
+                capability.1,
+                known[0] / 10,
+                known[0] % 10
+            ),
+        )),
+    }
+}
+
+/// Target and key of a kernel file for a compute capability, and its image where the cache has it.
+fn cached_image(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(String, Key, Option<Vec<u8>>)> {
+    let (name, text) = source(file)?;
+    let nvrtc = Nvrtc::find().ok();
+    let target = target_for(capability, nvrtc.map_or(&[], |n| n.architectures()))?;
+    let key = Key::of([text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
+    // Without a compiler there is no version to compare with, and any will do.
+    let image = cache.load(name, &target, key, nvrtc.map(|n| n.version()));
+    Ok((target, key, image))
+}
+
+/// The machine code of a kernel file for a compute capability: from the cache, else compiled and put there. The flag says
+/// whether it was compiled.
+pub fn image_for(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(Vec<u8>, bool)> {
+    let (target, key, cached) = cached_image(file, capability, cache)?;
+    if let Some(image) = cached {
+        return Ok((image, false));
+    }
+    let image = compile_for(file, &target, &[])?.image;
+    cache.store(file, &target, key, Nvrtc::find()?.version(), &image);
+    Ok((image, true))
+}
+
+impl Gpu {
+    /// A kernel by file (without `.cu`) and name. The first use of a file compiles or loads it; later ones cost a look-up
+    /// (tens of nanoseconds).
+    pub fn kernel(&self, file: &str, name: &str) -> Result<Kernel> {
+        if let Some(kernel) = self.modules.kernels.read().unwrap_or_else(|e| e.into_inner()).get(name)
+            && kernel.0.file == file
+        {
+            return Ok(*kernel);
+        }
+        self.find_kernel(file, name)
+    }
+
+    #[cold]
+    fn find_kernel(&self, file: &str, name: &str) -> Result<Kernel> {
+        let op = format!("load kernel {name} of cuda/{file}.cu");
+        self.refuse_in_capture(&format!("load a kernel for the first time ({name} of cuda/{file}.cu)"))?;
+        let (file, _) = source(file)?;
+        let module = self.module(file)?;
+        let symbol = CString::new(name).map_err(|_| Error::device(&op, "the name has a zero byte"))?;
+        let mut function = null_mut();
+        self.bind()?;
+        // SAFETY: the module is loaded; the pointers are to locals.
+        match unsafe { sys::cuModuleGetFunction(&mut function, module.0, symbol.as_ptr()) } {
+            CUresult::CUDA_ERROR_NOT_FOUND => return Err(Error::device(op, "the file has no kernel of that name")),
+            code => check(&op, code)?,
+        }
+        let mut kernels = self.modules.kernels.write().unwrap_or_else(|e| e.into_inner());
+        if let Some(kernel) = kernels.get(name) {
+            if kernel.0.file == file {
+                return Ok(*kernel);
+            }
+            return Err(Error::device(op, format!("cuda/{}.cu has a kernel of that name, too", kernel.0.file)));
+        }
+        // Lives as long as the process, as its module does; bounded by the number of kernels.
+        let info: &'static KernelInfo = Box::leak(Box::new(KernelInfo {
+            file,
+            name: name.to_string(),
+            function,
+            ordinal: self.ordinal(),
+            shared: AtomicUsize::new(48 << 10),
+        }));
+        kernels.insert(&info.name, Kernel(info));
+        Ok(Kernel(info))
+    }
+
+    fn module(&self, file: &'static str) -> Result<Module> {
+        let cell = lock(&self.modules.files).entry(file).or_default().clone();
+        let mut cell = lock(&cell);
+        if let Some(module) = *cell {
+            return Ok(module);
+        }
+        if self.modules.frozen.load(Relaxed) {
+            return Err(Error::device(
+                format!("load cuda/{file}.cu"),
+                "assert_no_compile is on and the file is not loaded yet; call warm_up before",
+            ));
+        }
+        let image = if self.is_emulated() {
+            // Its kernels are built in; the image is not looked at.
+            vec![0u8; 16]
+        } else {
+            let (image, compiled) = image_for(file, self.capability(), &KernelCache::from_env())?;
+            if compiled {
+                count(&self.counters.compiles);
+            }
+            image
+        };
+        self.bind()?;
+        let mut module = null_mut();
+        // SAFETY: a cubin, or PTX that ends in a zero byte; the driver copies what it keeps.
+        let code = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+        check(&format!("load cuda/{file}.cu on {self:?}"), code)?;
+        *cell = Some(Module(module));
+        Ok(Module(module))
+    }
+
+    /// Compiles (or reads from the cache) and loads every kernel file now, several at once.
+    pub fn warm_up(&self) -> Result<()> {
+        self.refuse_in_capture("load kernels")?;
+        SOURCES.par_iter().try_for_each(|(file, _)| self.module(file).map(|_| ()))
+    }
+
+    /// While on, a kernel file that is not loaded yet is an error instead of a pause in the middle of training.
+    pub fn assert_no_compile(&self, on: bool) {
+        self.modules.frozen.store(on, Relaxed);
+    }
+
+    /// Whether kernels can be had: NVRTC is there, or all are in the cache. Else one sentence says what to do.
+    pub fn check_kernels(&self) -> Result<()> {
+        if self.is_emulated() {
+            return Ok(());
+        }
+        let missing = match Nvrtc::find() {
+            // Machine code of a newer major version does not load.
+            Ok(nvrtc) if nvrtc.version().0 > super::driver()?.version / 1000 => Error::device(
+                "compile kernels",
+                format!(
+                    "{} is NVRTC {}.{}, newer than the driver (CUDA {}.{}); update the driver, or \
+                     `pip install 'nvidia-cuda-nvrtc-cu12'`",
+                    nvrtc.found(),
+                    nvrtc.version().0,
+                    nvrtc.version().1,
+                    super::driver()?.version / 1000,
+                    super::driver()?.version % 1000 / 10
+                ),
+            ),
+            Ok(_) => return Ok(()),
+            // All of them may be in the cache.
+            Err(missing) => missing,
+        };
+        let cache = KernelCache::from_env();
+        let cached =
+            |(file, _): &(&str, &str)| matches!(cached_image(file, self.capability(), &cache), Ok((_, _, Some(_))));
+        if SOURCES.iter().all(cached) { Ok(()) } else { Err(missing) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets() {
+        let known = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121];
+        assert_eq!(target_for((8, 0), &known).unwrap(), "sm_80");
+        assert_eq!(target_for((9, 0), &known).unwrap(), "sm_90a");
+        assert_eq!(target_for((12, 0), &known).unwrap(), "sm_120");
+        assert_eq!(target_for((13, 0), &known).unwrap(), "compute_121");
+        assert!(target_for((7, 0), &known).unwrap_err().to_string().contains("7.0 is older than 7.5"));
+        assert_eq!(target_for((9, 0), &[]).unwrap(), "sm_90a", "the cache may have it without a compiler");
+    }
+
+    #[test]
+    fn an_unknown_file_is_named() {
+        assert!(compile_for("no_such", "sm_80", &[]).err().unwrap().to_string().contains("cuda/no_such.cu"));
+    }
+}

@@ -1,0 +1,253 @@
+//! One kernel launch: grid, block, shared memory, arguments.
+//!
+//! Arguments are copied into a buffer inside the builder; a launch allocates nothing on the heap until it has more than
+//! 32 words of them. The host's part costs about a microsecond beside the driver's own.
+
+use super::context::{Gpu, Stream, count};
+use super::errors::describe;
+use super::kernels::Kernel;
+use super::pool::Block;
+use crate::error::{Error, Result};
+use bytemuck::NoUninit;
+use cudarc::driver::sys::{self, CUfunction_attribute, CUresult};
+use smallvec::SmallVec;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Grid dimensions y and z end here; x at 2³¹ − 1.
+pub const MAX_GRID_YZ: usize = 65_535;
+
+/// A launch being put together.
+///
+/// ```no_run
+/// # use prismgrad::device::cuda::{Gpu, Launch};
+/// # fn main() -> prismgrad::Result<()> {
+/// let gpu = Gpu::open(0)?;
+/// let (x, y) = (gpu.upload(&[1f32; 1000])?, gpu.upload(&[2f32; 1000])?);
+/// Launch::new(&gpu, "device_check", "check_axpy_f32")?
+///     .grid(4, 1, 1)
+///     .block(256)
+///     .buf(&x, 0)
+///     .buf(&y, 0)
+///     .val(0.5f32)
+///     .val(1000i64)
+///     .run()?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a launch does nothing before run()"]
+pub struct Launch<'a> {
+    gpu: &'a Arc<Gpu>,
+    kernel: Kernel,
+    grid: [usize; 3],
+    block: usize,
+    shared: usize,
+    stream: Stream,
+    cooperative: bool,
+    /// The arguments, each at a multiple of 8 bytes.
+    words: SmallVec<[u64; 32]>,
+    /// Where each begins.
+    starts: SmallVec<[u32; 24]>,
+    /// What the pointers point into.
+    blocks: SmallVec<[&'a Block; 8]>,
+    error: Option<Error>,
+}
+
+impl<'a> Launch<'a> {
+    /// A launch of one block of 256 threads on the compute stream, to be changed by the other methods.
+    pub fn new(gpu: &'a Arc<Gpu>, file: &str, name: &str) -> Result<Launch<'a>> {
+        Ok(Launch::of(gpu, gpu.kernel(file, name)?))
+    }
+
+    /// The same for a kernel that was looked up before.
+    pub fn of(gpu: &'a Arc<Gpu>, kernel: Kernel) -> Launch<'a> {
+        Launch {
+            gpu,
+            kernel,
+            grid: [1; 3],
+            block: 256,
+            shared: 0,
+            stream: Stream::Compute,
+            cooperative: false,
+            words: SmallVec::new(),
+            starts: SmallVec::new(),
+            blocks: SmallVec::new(),
+            error: None,
+        }
+    }
+
+    /// Number of blocks. With a zero among them, `run` does nothing.
+    #[inline]
+    pub fn grid(mut self, x: usize, y: usize, z: usize) -> Self {
+        self.grid = [x, y, z];
+        self
+    }
+
+    /// Blocks in x for `n` elements at `per_block` each, with at most as many as fill the device about 16 times over: for
+    /// kernels that stride over the grid.
+    #[inline]
+    pub fn grid_stride(mut self, n: usize, per_block: usize) -> Self {
+        let most = self.gpu.multiprocessors() as usize * 128;
+        self.grid = [n.div_ceil(per_block.max(1)).min(most.max(1)), 1, 1];
+        self
+    }
+
+    /// Threads in a block.
+    #[inline]
+    pub fn block(mut self, threads: usize) -> Self {
+        self.block = threads;
+        self
+    }
+
+    /// Dynamic shared memory in bytes. Above 48 KiB the driver is told once per kernel.
+    #[inline]
+    pub fn shared(mut self, bytes: usize) -> Self {
+        self.shared = bytes;
+        self
+    }
+
+    /// Launches on another stream. Blocks made for a different one are kept until this launch is done.
+    #[inline]
+    pub fn on(mut self, stream: Stream) -> Self {
+        self.stream = stream;
+        self
+    }
+
+    /// All blocks run at the same time, so that they can wait for each other.
+    #[inline]
+    pub fn cooperative(mut self) -> Self {
+        self.cooperative = true;
+        self
+    }
+
+    /// A pointer argument: `offset` bytes into a block.
+    #[inline]
+    pub fn buf(mut self, block: &'a Block, offset: usize) -> Self {
+        if offset > block.bytes() || block.gpu().ordinal() != self.gpu.ordinal() {
+            self.refuse(block, offset);
+        }
+        self.blocks.push(block);
+        self.val(block.ptr() + offset as u64)
+    }
+
+    /// A null pointer argument, for what is optional.
+    #[inline]
+    pub fn null(self) -> Self {
+        self.val(0u64)
+    }
+
+    /// Any plain value: a number, or a struct of them laid out as in C (alignment at most 8).
+    #[inline]
+    pub fn val<T: NoUninit>(mut self, value: T) -> Self {
+        const { assert!(align_of::<T>() <= 8, "arguments of a kernel are aligned to at most 8 bytes") };
+        let start = self.words.len();
+        self.starts.push(start as u32);
+        self.words.resize(start + size_of::<T>().div_ceil(8).max(1), 0);
+        let bytes = bytemuck::bytes_of(&value);
+        bytemuck::cast_slice_mut::<u64, u8>(&mut self.words[start..])[..bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    #[cold]
+    fn refuse(&mut self, block: &Block, offset: usize) {
+        let why = format!("offset {offset} into a block of {} bytes on cuda:{}", block.bytes(), block.gpu().ordinal());
+        self.error = Some(Error::device(self.describe(), format!("argument {}: {why}", self.starts.len())));
+    }
+
+    fn describe(&self) -> String {
+        let [x, y, z] = self.grid;
+        format!(
+            "launch {} (cuda/{}.cu) on cuda:{}, grid {x}×{y}×{z}, {} threads, {} bytes of dynamic shared memory",
+            self.kernel.name(),
+            self.kernel.file(),
+            self.gpu.ordinal(),
+            self.block,
+            self.shared
+        )
+    }
+
+    #[cold]
+    fn fail(&self, why: impl std::fmt::Display) -> Error {
+        Error::device(self.describe(), why)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let [x, y, z] = self.grid;
+        if x > i32::MAX as usize || y > MAX_GRID_YZ || z > MAX_GRID_YZ {
+            return Err(self.fail("the grid may have 2147483647 × 65535 × 65535 blocks"));
+        }
+        if self.block == 0 || self.block > 1024 {
+            return Err(self.fail("a block may have 1 to 1024 threads"));
+        }
+        if self.shared > self.gpu.shared_limit() {
+            return Err(self.fail(format!("a block of this GPU may have {} bytes", self.gpu.shared_limit())));
+        }
+        if self.kernel.0.ordinal != self.gpu.ordinal() {
+            return Err(self.fail(format!("the kernel was loaded for cuda:{}", self.kernel.0.ordinal)));
+        }
+        Ok(())
+    }
+
+    /// Queues it. Errors of the kernel itself show at a later call, unless `PRISMGRAD_CUDA_SYNC=1`.
+    pub fn run(mut self) -> Result<()> {
+        if let Some(e) = self.error.take() {
+            return Err(e);
+        }
+        if self.grid.contains(&0) {
+            return Ok(());
+        }
+        self.validate()?;
+        let (gpu, info) = (self.gpu, self.kernel.0);
+        gpu.bind()?;
+        if self.shared > info.shared.load(Relaxed) {
+            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a loaded function of this context.
+            match unsafe { sys::cuFuncSetAttribute(info.function, attribute, self.shared as i32) } {
+                CUresult::CUDA_SUCCESS => info.shared.fetch_max(self.shared, Relaxed),
+                code => return Err(self.fail(format!("more shared memory than it can have: {}", describe(code)))),
+            };
+        }
+        let base = self.words.as_mut_ptr();
+        // SAFETY: every start is inside `words`.
+        let mut arguments: SmallVec<[*mut core::ffi::c_void; 24]> =
+            self.starts.iter().map(|s| unsafe { base.add(*s as usize) }.cast()).collect();
+        let [x, y, z] = self.grid.map(|d| d as u32);
+        let (threads, shared, stream) = (self.block as u32, self.shared as u32, gpu.raw_stream(self.stream));
+        // SAFETY: the handles are of this context; the driver copies the arguments before it returns. That the kernel's
+        // parameters are what was given here, and its accesses inside the blocks, is for the op's launch code to get
+        // right; the emulator checks both. Blocks dropped after this call are not handed out before it has run.
+        let code = unsafe {
+            if self.cooperative {
+                sys::cuLaunchCooperativeKernel(
+                    info.function,
+                    x,
+                    y,
+                    z,
+                    threads,
+                    1,
+                    1,
+                    shared,
+                    stream,
+                    arguments.as_mut_ptr(),
+                )
+            } else {
+                let none = std::ptr::null_mut();
+                sys::cuLaunchKernel(info.function, x, y, z, threads, 1, 1, shared, stream, arguments.as_mut_ptr(), none)
+            }
+        };
+        if code != CUresult::CUDA_SUCCESS {
+            return gpu.check(&self.describe(), code);
+        }
+        count(&gpu.counters.launches);
+        gpu.modules.launched(self.kernel);
+        for block in &self.blocks {
+            block.record_use(self.stream)?;
+        }
+        if gpu.sync_each && !gpu.is_capturing() {
+            // For finding faults only, so it is not among the counted waits.
+            // SAFETY: our stream.
+            gpu.check(&self.describe(), unsafe { sys::cuStreamSynchronize(stream) })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,87 @@
+//! Every op of the registry on the emulated CUDA device, beside the CPU: values, gradients of inputs, gradients of
+//! parameters, under several schedules with all checks on.
+#![cfg(feature = "emulator")]
+
+use prismgrad::check::{self, Gen};
+use prismgrad::emulator::{config, lock};
+use prismgrad::ops::{Differentiable, registry};
+use prismgrad::tensor::read_back;
+use prismgrad::{Device, Gradients, Result, Tensor};
+use std::collections::BTreeSet;
+
+/// Ops that run on the CPU for now, because their kernels are not launched yet. This list only gets shorter.
+const ON_THE_CPU: &[&str] = &[];
+
+struct Outcome {
+    value: Vec<f64>,
+    inputs: Vec<Vec<f64>>,
+    params: Vec<(String, Vec<f64>, Vec<f64>)>,
+}
+
+fn run(make: fn(&mut Gen) -> Result<check::Case>, seed: u64, differentiable: bool, device: &Device) -> Result<Outcome> {
+    let case = make(&mut Gen::new(seed))?;
+    case.params.iter().try_for_each(|p| p.to(device))?;
+    let inputs: Vec<Tensor> = case.inputs.iter().map(|a| Ok(Tensor::leaf(a.to(device)?))).collect::<Result<_>>()?;
+    let y = (case.run)(&inputs)?;
+    let mut out = Outcome { value: y.array().to_f64(), inputs: Vec::new(), params: Vec::new() };
+    if differentiable {
+        assert_eq!(y.device(), *device, "the result is where the operands are");
+        let seed = prismgrad::Array::generate(y.shape(), y.dtype(), |i| ((i * 37 % 11) as f64 - 5.0) / 7.0).to(device)?;
+        let mut grads = Gradients::default();
+        y.backward_from(seed, false, &mut grads)?;
+        for t in &inputs {
+            let g = grads.of(t);
+            out.inputs.push(g.map_or(Vec::new(), |g| g.to_f64()));
+        }
+        for p in &case.params {
+            if let Some(g) = grads.param(p) {
+                let norms = if g.expect_samples().is_ok() { g.sample_sq_norms()? } else { Vec::new() };
+                out.params.push((p.name().to_string(), g.sum()?.to_f64(), norms));
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn close(what: &str, got: &[f64], want: &[f64]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((g - w).abs() <= 1e-10 * scale || (g.is_nan() && w.is_nan()), "{what}[{i}]: {g} on the device, {w} on the CPU");
+    }
+}
+
+#[test]
+fn every_op_agrees_with_the_cpu() {
+    let _one = lock();
+    let device = Device::cuda(0).unwrap();
+    let (mut on_cpu, mut cases) = (BTreeSet::new(), 0);
+    for op in registry() {
+        let differentiable = matches!(op.differentiable, Differentiable::Yes);
+        for (k, &make) in op.cases.iter().enumerate() {
+            for (seed, preempt) in [(0, 0), (1, 0), (2, 0), (3, 20), (4, 7)] {
+                config("seed", seed as i64);
+                config("preempt", preempt);
+                let what = format!("{} case {k} seed {seed}", op.name);
+                let want = run(make, 100 + seed, differentiable, &Device::Cpu).unwrap_or_else(|e| panic!("{what}: {e}"));
+                let before = read_back();
+                let got = run(make, 100 + seed, differentiable, &device).unwrap_or_else(|e| panic!("{what}: {e}"));
+                if read_back() > before {
+                    on_cpu.insert(op.name);
+                }
+                close(&what, &got.value, &want.value);
+                for (i, (g, w)) in got.inputs.iter().zip(&want.inputs).enumerate() {
+                    close(&format!("{what}, gradient of input {i}"), g, w);
+                }
+                for (g, w) in got.params.iter().zip(&want.params) {
+                    close(&format!("{what}, gradient of {}", g.0), &g.1, &w.1);
+                    close(&format!("{what}, norms of {}", g.0), &g.2, &w.2);
+                }
+                cases += 1;
+            }
+        }
+    }
+    assert!(cases > 250, "{cases} cases");
+    let listed: BTreeSet<&str> = ON_THE_CPU.iter().copied().collect();
+    assert_eq!(on_cpu, listed, "ops without kernels and the list of them");
+}
