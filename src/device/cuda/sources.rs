@@ -13,6 +13,7 @@ macro_rules! sources {
 #[rustfmt::skip] // one line per file
 pub static SOURCES: &[(&str, &str)] = sources![
     "attention",
+    "attention_mma",
     "binary",
     "conv",
     "device_check",
