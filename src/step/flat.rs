@@ -30,6 +30,16 @@ impl Flat {
                 format!("{} is {}: trained parameters are all f32 or all f64", p.name(), p.dtype()),
             ));
         }
+        if let Some(p) = params.iter().find(|p| p.value().device().is_cuda()) {
+            return Err(Error::device(
+                "TrainStep",
+                format!(
+                    "{} is on {}; updates run on the CPU for now: move the model with .to(&Device::Cpu)",
+                    p.name(),
+                    p.value().device()
+                ),
+            ));
+        }
         let (mut segments, mut at, mut n) = (Vec::new(), HashMap::new(), 0);
         for (i, p) in params.iter().enumerate() {
             if at.insert(p.id(), i).is_some() {
