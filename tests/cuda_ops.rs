@@ -26,7 +26,8 @@ fn run(make: fn(&mut Gen) -> Result<check::Case>, seed: u64, differentiable: boo
     let mut out = Outcome { value: y.array().to_f64(), inputs: Vec::new(), params: Vec::new() };
     if differentiable {
         assert_eq!(y.device(), *device, "the result is where the operands are");
-        let seed = prismgrad::Array::generate(y.shape(), y.dtype(), |i| ((i * 37 % 11) as f64 - 5.0) / 7.0).to(device)?;
+        let seed =
+            prismgrad::Array::generate(y.shape(), y.dtype(), |i| ((i * 37 % 11) as f64 - 5.0) / 7.0).to(device)?;
         let mut grads = Gradients::default();
         y.backward_from(seed, false, &mut grads)?;
         for t in &inputs {
@@ -47,7 +48,10 @@ fn close(what: &str, got: &[f64], want: &[f64]) {
     assert_eq!(got.len(), want.len(), "{what}");
     let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
     for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= 1e-10 * scale || (g.is_nan() && w.is_nan()), "{what}[{i}]: {g} on the device, {w} on the CPU");
+        assert!(
+            (g - w).abs() <= 1e-10 * scale || (g.is_nan() && w.is_nan()),
+            "{what}[{i}]: {g} on the device, {w} on the CPU"
+        );
     }
 }
 
@@ -63,7 +67,8 @@ fn every_op_agrees_with_the_cpu() {
                 config("seed", seed as i64);
                 config("preempt", preempt);
                 let what = format!("{} case {k} seed {seed}", op.name);
-                let want = run(make, 100 + seed, differentiable, &Device::Cpu).unwrap_or_else(|e| panic!("{what}: {e}"));
+                let want =
+                    run(make, 100 + seed, differentiable, &Device::Cpu).unwrap_or_else(|e| panic!("{what}: {e}"));
                 let before = read_back();
                 let got = run(make, 100 + seed, differentiable, &device).unwrap_or_else(|e| panic!("{what}: {e}"));
                 if read_back() > before {

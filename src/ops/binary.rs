@@ -220,7 +220,10 @@ impl Tensor {
                     for (side, keep) in [(0, true), (1, false)] {
                         if flow.wants(side) {
                             let part = gpu_ew::mask(gpu, &grad, &self.mask, keep)?;
-                            flow.input(side, super::reduce::sum_to(&part, if side == 0 { &self.sa } else { &self.sb })?);
+                            flow.input(
+                                side,
+                                super::reduce::sum_to(&part, if side == 0 { &self.sa } else { &self.sb })?,
+                            );
                         }
                     }
                     return Ok(());

@@ -3,9 +3,9 @@
 use super::dtype::{DType, Element};
 use super::shape::{self, Dims, Nest};
 use super::storage::{OnGpu, Storage};
+use crate::device::Device;
 use crate::device::cpu::{par, pool::Buffer, shared::Shared};
 use crate::device::cuda::{Block, Gpu, elementwise as gpu_ew};
-use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::with_dtype;
 use std::fmt;

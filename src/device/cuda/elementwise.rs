@@ -38,7 +38,8 @@ pub(crate) fn strided<const N: usize, const W: usize>(
         dims.push((1, [1; N]));
     }
     if dims.len() > RANK {
-        let message = format!("{shape:?} with these strides has {} dimensions; make the operands contiguous", dims.len());
+        let message =
+            format!("{shape:?} with these strides has {} dimensions; make the operands contiguous", dims.len());
         return Err(Error::shape("elementwise", format!("{op}: {message}")));
     }
     let mut words = [0i64; W];
@@ -75,7 +76,13 @@ pub(crate) fn on(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
 }
 
 /// Launches `file::name` over `n` elements with `args` after the result and the operands.
-fn run<'a>(gpu: &'a Arc<Gpu>, file: &str, name: &str, n: usize, args: impl FnOnce(Launch<'a>) -> Launch<'a>) -> Result<()> {
+fn run<'a>(
+    gpu: &'a Arc<Gpu>,
+    file: &str,
+    name: &str,
+    n: usize,
+    args: impl FnOnce(Launch<'a>) -> Launch<'a>,
+) -> Result<()> {
     if n == 0 {
         return Ok(());
     }
