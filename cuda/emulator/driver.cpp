@@ -28,11 +28,19 @@ namespace {
 enum { OK = 0, INVALID = 1, NOMEM = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NOT_FOUND = 500, NOT_READY = 600, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 
 // One recording of an event: waiting for it means this one, whatever is recorded later.
-struct Mark { bool done = false; Clock::time_point at; struct Stream* stream = nullptr; };
+struct Mark { bool done = false; Clock::time_point at; struct Stream* stream = nullptr; std::vector<uint64_t> clock; };
 struct Event { std::shared_ptr<Mark> mark; };
-struct Op { std::function<int()> run; std::shared_ptr<Mark> wait; };
-struct Stream { std::deque<Op> queue; bool running = false; };
-struct Graph { std::vector<std::function<int()>> ops; };
+// Vector clocks over streams: of each stream, how many of its operations are over for whoever has the clock. Operations
+// get theirs as they are queued: after what their stream did, what it waited for and what the host has waited for.
+typedef std::vector<uint64_t> Time;
+struct When { int stream = 0; Time time; std::string what; };
+struct Op { std::function<int(const When&)> run; std::shared_ptr<Mark> wait; When when; };
+struct Stream { int number = 0; Time time; std::deque<Op> queue; bool running = false; };
+// A range of a buffer that an operation has read or written.
+struct Past { uint64_t lo, hi; bool write; int stream; uint64_t tick; std::string what; };
+struct History { uint64_t id; std::vector<Past> past; };
+struct Task { std::function<int(const When&)> run; std::string what; const char* stat; };
+struct Graph { std::vector<Task> ops; };
 struct Func { const cuemu_Kernel* kernel; int most_dynamic; };
 
 std::recursive_mutex g_mu; // the driver is one lock: it is for tests
@@ -42,6 +50,8 @@ std::vector<Stream*> g_streams;
 Stream g_default;
 Graph* g_capture = nullptr;
 Stream* g_capture_stream = nullptr;
+Time g_host; // what the host has waited for
+std::map<uint64_t, History> g_history; // by start of the buffer
 int g_sticky = 0; // as on a device, a faulted context stays unusable until it is reset
 std::string g_report;
 std::map<std::string, uint64_t> g_stats;
@@ -58,6 +68,55 @@ int fail(int code, const std::string& text) {
     return code;
 }
 
+// ---- missing waits
+uint64_t tick(const Time& t, int stream) { return stream < (int)t.size() ? t[stream] : 0; }
+void join(Time& a, const Time& b) {
+    if (a.size() < b.size()) a.resize(b.size());
+    for (size_t i = 0; i < b.size(); i++) a[i] = std::max(a[i], b[i]);
+}
+// The next moment of a stream.
+Time advance(Stream* s) {
+    join(s->time, g_host);
+    if ((int)s->time.size() <= s->number) s->time.resize(s->number + 1);
+    s->time[s->number]++;
+    return s->time;
+}
+
+// Operations run in an order that keeps to every wait, so that an earlier access is either known to the later one's
+// clock or not ordered with it at all.
+int touch(const When& w, uint64_t p, uint64_t lo, uint64_t hi, bool write) {
+    if (lo >= hi || cuemu_get_config("check") < 2) return OK;
+    char text[300];
+    uint64_t id, start = cuemu_buffer_of((void*)p, &id, text, sizeof text);
+    if (!start) return OK;
+    History& h = g_history[start];
+    if (h.id != id) h = {id, {}};
+    bool idle = g_default.queue.empty(); // else what was queued before the host waited may still come
+    for (Stream* s : g_streams) idle = idle && s->queue.empty();
+    std::vector<Past> keep;
+    for (auto& e : h.past) {
+        bool before = e.stream == w.stream || e.tick <= tick(w.time, e.stream), apart = e.hi <= lo || hi <= e.lo;
+        if (!apart && !before && (write || e.write)) {
+            char part[200];
+            snprintf(part, sizeof part, "bytes %llu to %llu", (unsigned long long)(std::max(lo, e.lo) - start), (unsigned long long)(std::min(hi, e.hi) - start));
+            return fail(719, "missing event wait: " + w.what + " on stream " + std::to_string(w.stream) + (write ? " writes " : " reads ") + part + " of " + text + ", which " + e.what +
+                                 " on stream " + std::to_string(e.stream) + (e.write ? " writes" : " reads") + ", and no event or synchronisation orders the two");
+        }
+        if (idle && before && e.tick <= tick(g_host, e.stream)) continue; // everything to come is after it
+        if (!apart && (write || (e.stream == w.stream && !e.write))) { // what this access stands for from now on
+            if (e.lo < lo) { keep.push_back(e); keep.back().hi = lo; }
+            if (e.hi > hi) { keep.push_back(e); keep.back().lo = hi; }
+            continue;
+        }
+        keep.push_back(std::move(e));
+    }
+    keep.push_back({lo, hi, write, w.stream, tick(w.time, w.stream), w.what});
+    h.past = std::move(keep);
+    return OK;
+}
+int reads(const When& w, uint64_t p, size_t n) { return touch(w, p, p, p + n, false); }
+int writes(const When& w, uint64_t p, size_t n) { return touch(w, p, p, p + n, true); }
+
 // Runs a queue until it is empty or its `until` is done; what it waits for runs first.
 int drain(Stream* s, const Mark* until = nullptr) {
     if (s->running) return OK; // a cycle of waits: the one below goes on
@@ -73,7 +132,7 @@ int drain(Stream* s, const Mark* until = nullptr) {
             if (w && !r) r = w;
         }
         if (op.run) {
-            int e = g_sticky ? g_sticky : op.run();
+            int e = g_sticky ? g_sticky : op.run(op.when);
             if (e && !r) r = e;
         }
     }
@@ -97,10 +156,23 @@ int reach_all() {
     return g_sticky ? g_sticky : r;
 }
 
-int put(Stream* s, std::function<int()> run) {
+// The host has waited for all of a stream.
+int reached(Stream* s, int r) {
+    if (!r) join(g_host, s->time);
+    return r;
+}
+int everything_reached(int r) {
+    if (r) return r;
+    join(g_host, g_default.time);
+    for (Stream* s : g_streams) join(g_host, s->time);
+    return r;
+}
+
+int put(Stream* s, Task task) {
     if (g_sticky) return g_sticky;
-    if (g_capture && s == g_capture_stream) { g_capture->ops.push_back(std::move(run)); return OK; }
-    s->queue.push_back({std::move(run), nullptr});
+    if (g_capture && s == g_capture_stream) { g_capture->ops.push_back(std::move(task)); return OK; }
+    if (task.stat) g_stats[task.stat]++;
+    s->queue.push_back({std::move(task.run), nullptr, {s->number, advance(s), std::move(task.what)}});
     return cuemu_get_config("seed") == 0 ? drain(s) : OK;
 }
 
@@ -169,29 +241,38 @@ API cuDevicePrimaryCtxReset_v2(int) {
     for (Stream* s : g_streams) s->queue.clear();
     g_default.queue.clear();
     g_sticky = 0;
+    g_history.clear();
     return OK;
 }
 API cuCtxGetCurrent(void** c) { *c = t_context; return OK; }
 API cuCtxSetCurrent(void* c) { t_context = c; return OK; }
-API cuCtxSynchronize() { Lock l(g_mu); g_stats["synchronisations"]++; return reach_all(); }
+API cuCtxSynchronize() { Lock l(g_mu); g_stats["synchronisations"]++; return everything_reached(reach_all()); }
 API cuMemGetInfo_v2(size_t* f, size_t* t) { *f = size_t(7) << 30; *t = size_t(8) << 30; return OK; }
 
 // ---- streams and events
-API cuStreamCreateWithPriority(void** s, unsigned, int) { Lock l(g_mu); auto* n = new Stream; g_streams.push_back(n); *s = n; return OK; }
+API cuStreamCreateWithPriority(void** s, unsigned, int) { Lock l(g_mu); auto* n = new Stream; g_streams.push_back(n); n->number = (int)g_streams.size(); *s = n; return OK; }
 API cuStreamCreate(void** s, unsigned f) { return cuStreamCreateWithPriority(s, f, 0); }
 API cuStreamDestroy_v2(void* s) { Lock l(g_mu); return drain(stream(s)); } // kept: marks point at it
 API cuStreamSynchronize(void* s) {
     Lock l(g_mu);
     if (g_capture && stream(s) == g_capture_stream) return CAPTURE_UNSUPPORTED;
     g_stats["synchronisations"]++;
-    return reach(stream(s));
+    return reached(stream(s), reach(stream(s)));
 }
-API cuStreamQuery(void* s) { Lock l(g_mu); return g_sticky ? g_sticky : stream(s)->queue.empty() ? OK : NOT_READY; }
+// Asking often enough makes it happen, as time would.
+static bool asked_often() { static int asked = 0; return ++asked % 8 == 0; }
+API cuStreamQuery(void* s) {
+    Lock l(g_mu);
+    if (!stream(s)->queue.empty() && asked_often()) reach(stream(s));
+    return g_sticky ? g_sticky : stream(s)->queue.empty() ? reached(stream(s), OK) : NOT_READY;
+}
 API cuStreamWaitEvent(void* s, void* e, unsigned) {
     Lock l(g_mu);
     auto mark = ((Event*)e)->mark;
-    if (!mark || mark->done || (g_capture && stream(s) == g_capture_stream)) return OK;
-    stream(s)->queue.push_back({nullptr, mark});
+    if (!mark || (g_capture && stream(s) == g_capture_stream)) return OK;
+    join(stream(s)->time, mark->clock);
+    if (mark->done) return OK;
+    stream(s)->queue.push_back({nullptr, mark, {}});
     return OK;
 }
 API cuStreamIsCapturing(void* s, int* st) { *st = g_capture && stream(s) == g_capture_stream; return OK; }
@@ -202,21 +283,23 @@ API cuEventRecord(void* e, void* s) {
     auto mark = std::make_shared<Mark>();
     mark->stream = stream(s);
     ((Event*)e)->mark = mark;
-    return put(stream(s), [mark] { mark->done = true; mark->at = Clock::now(); return OK; });
+    mark->clock = stream(s)->time;
+    join(mark->clock, g_host);
+    return put(stream(s), {[mark](const When&) { mark->done = true; mark->at = Clock::now(); return OK; }, "event", nullptr});
 }
 API cuEventSynchronize(void* e) {
     Lock l(g_mu);
     auto mark = ((Event*)e)->mark;
     g_stats["synchronisations"]++;
-    if (!mark || mark->done) return g_sticky;
-    return reach(mark->stream, mark.get());
+    int r = !mark || mark->done ? g_sticky : reach(mark->stream, mark.get());
+    if (mark && !r) join(g_host, mark->clock);
+    return r;
 }
 API cuEventQuery(void* e) {
     Lock l(g_mu);
     auto mark = ((Event*)e)->mark;
-    // Asking often enough makes it happen, as time would.
-    static int asked = 0;
-    if (mark && !mark->done && ++asked % 8 == 0) reach(mark->stream, mark.get());
+    if (mark && !mark->done && asked_often()) reach(mark->stream, mark.get());
+    if (mark && mark->done) join(g_host, mark->clock);
     return g_sticky ? g_sticky : !mark || mark->done ? OK : NOT_READY;
 }
 API cuEventElapsedTime_v2(float* ms, void* a, void* b) {
@@ -234,7 +317,7 @@ API cuStreamBeginCapture_v2(void* s, int) { Lock l(g_mu); if (g_capture) return 
 API cuStreamEndCapture(void*, void** g) { Lock l(g_mu); if (!g_capture) return CAPTURE_INVALIDATED; *g = g_capture; g_capture = nullptr; g_capture_stream = nullptr; return OK; }
 API cuGraphInstantiateWithFlags(void** e, void* g, unsigned long long) { *e = new Graph(*(Graph*)g); return OK; }
 API cuGraphDestroy(void* g) { delete (Graph*)g; return OK; }
-API cuGraphExecDestroy(void* g) { Lock l(g_mu); reach_all(); delete (Graph*)g; return OK; }
+API cuGraphExecDestroy(void* g) { Lock l(g_mu); g_stats["synchronisations"]++; everything_reached(reach_all()); delete (Graph*)g; return OK; }
 API cuGraphLaunch(void* g, void* s) {
     Lock l(g_mu);
     for (auto& op : ((Graph*)g)->ops) if (int r = put(stream(s), op)) return r;
@@ -253,43 +336,63 @@ static int allocate(Ptr* p, size_t n) {
     return r;
 }
 static int release(Ptr p) {
+    g_history.erase(p);
     int r = cuemu_free((void*)p);
     return r ? fail(r, cuemu_last_error()) : OK;
 }
 API cuMemAlloc_v2(Ptr* p, size_t n) { return allocate(p, n); }
 API cuMemAllocAsync(Ptr* p, size_t n, void*) { return allocate(p, n); }
-API cuMemFree_v2(Ptr p) { Lock l(g_mu); reach_all(); return release(p); } // the driver waits for the device here
-API cuMemFreeAsync(Ptr p, void* s) { Lock l(g_mu); return put(stream(s), [p] { return release(p); }); }
+API cuMemFree_v2(Ptr p) { Lock l(g_mu); g_stats["synchronisations"]++; everything_reached(reach_all()); return release(p); } // the driver waits for the device here
+API cuMemFreeAsync(Ptr p, void* s) {
+    Lock l(g_mu);
+    return put(stream(s), {[p](const When& w) { int r = touch(w, p, p, ~0ull, true); return r ? r : release(p); }, "free", nullptr});
+}
 API cuMemHostAlloc(void** p, size_t n, unsigned) { Lock l(g_mu); *p = malloc(n ? n : 1); g_pinned[(char*)*p] = n; return *p ? OK : NOMEM; }
 API cuMemAllocHost_v2(void** p, size_t n) { return cuMemHostAlloc(p, n, 0); }
-API cuMemFreeHost(void* p) { Lock l(g_mu); reach_all(); g_pinned.erase((char*)p); free(p); return OK; }
+API cuMemFreeHost(void* p) { Lock l(g_mu); g_stats["synchronisations"]++; everything_reached(reach_all()); g_pinned.erase((char*)p); free(p); return OK; }
+static std::string of(const char* what, size_t n) { return std::string(what) + " of " + std::to_string(n) + " bytes"; }
 API cuMemcpyHtoDAsync_v2(Ptr d, const void* s, size_t n, void* st) {
     Lock l(g_mu);
-    g_stats["uploads"]++;
-    if (pinned(s, n)) return put(stream(st), [=] { if (int r = inside("copy to the device", d, n)) return r; memcpy((void*)d, s, n); return (int)OK; });
-    auto staged = std::make_shared<std::vector<char>>((const char*)s, (const char*)s + n);
-    return put(stream(st), [=] { if (int r = inside("copy to the device", d, n)) return r; memcpy((void*)d, staged->data(), n); return (int)OK; });
+    std::shared_ptr<std::vector<char>> staged;
+    if (!pinned(s, n)) staged = std::make_shared<std::vector<char>>((const char*)s, (const char*)s + n);
+    return put(stream(st), {[=](const When& w) {
+        if (int r = inside("copy to the device", d, n)) return r;
+        if (int r = writes(w, d, n)) return r;
+        memcpy((void*)d, staged ? staged->data() : s, n);
+        return (int)OK;
+    }, of("copy to the device", n), "uploads"});
 }
 API cuMemcpyDtoHAsync_v2(void* d, Ptr s, size_t n, void* st) {
     Lock l(g_mu);
-    g_stats["downloads"]++;
-    int r = put(stream(st), [=] { if (int r = inside("copy from the device", s, n)) return r; memcpy(d, (void*)s, n); return (int)OK; });
+    if (g_capture && stream(st) == g_capture_stream && !pinned(d, n)) return CAPTURE_UNSUPPORTED;
+    int r = put(stream(st), {[=](const When& w) {
+        if (int r = inside("copy from the device", s, n)) return r;
+        if (int r = reads(w, s, n)) return r;
+        memcpy(d, (void*)s, n);
+        return (int)OK;
+    }, of("copy from the device", n), "downloads"});
     if (r || pinned(d, n)) return r;
     g_stats["synchronisations"]++;
-    return reach(stream(st));
+    return reached(stream(st), reach(stream(st)));
 }
 API cuMemcpyDtoDAsync_v2(Ptr d, Ptr s, size_t n, void* st) {
     Lock l(g_mu);
-    return put(stream(st), [=] {
-        if (int r = inside("copy", d, n)) return r;
-        if (int r = inside("copy", s, n)) return r;
+    return put(stream(st), {[=](const When& w) {
+        for (Ptr p : {d, s}) if (int r = inside("copy", p, n)) return r;
+        if (int r = reads(w, s, n)) return r;
+        if (int r = writes(w, d, n)) return r;
         memmove((void*)d, (void*)s, n);
         return (int)OK;
-    });
+    }, of("copy", n), nullptr});
 }
 API cuMemsetD8Async(Ptr d, unsigned char v, size_t n, void* st) {
     Lock l(g_mu);
-    return put(stream(st), [=] { if (int r = inside("memset", d, n)) return r; memset((void*)d, v, n); return (int)OK; });
+    return put(stream(st), {[=](const When& w) {
+        if (int r = inside("memset", d, n)) return r;
+        if (int r = writes(w, d, n)) return r;
+        memset((void*)d, v, n);
+        return (int)OK;
+    }, of("memset", n), nullptr});
 }
 API cuMemsetD8_v2(Ptr d, unsigned char v, size_t n) { return cuMemsetD8Async(d, v, n, nullptr); }
 
@@ -309,19 +412,24 @@ API cuFuncSetAttribute(void* f, int a, int v) { if (a == 8) ((Func*)f)->most_dyn
 API cuFuncGetAttribute(int* v, int a, void*) { *v = a == 0 ? 1024 : 0; return OK; }
 static int launch(void* f, std::vector<uint32_t> dims, unsigned dynamic, void* st, void** args, int flags) {
     Lock l(g_mu);
-    g_stats["launches"]++;
     auto* func = (Func*)f;
     auto* k = func->kernel;
     if ((int)dynamic > func->most_dynamic)
         return fail(INVALID, std::string(k->name) + ": " + std::to_string(dynamic) + " bytes of dynamic shared memory without MAX_DYNAMIC_SHARED_SIZE_BYTES set");
     auto values = std::make_shared<std::vector<std::vector<char>>>();
     for (int i = 0; i < k->nargs; i++) values->emplace_back((char*)args[i], (char*)args[i] + k->arg_size[i]);
-    return put(stream(st), [=] {
+    return put(stream(st), {[=](const When& w) {
         std::vector<void*> a;
         for (auto& v : *values) a.push_back(v.data());
         int r = cuemu_launch(k, dims.data(), dims.data() + 3, dynamic, a.data(), flags);
-        return r ? fail(r, cuemu_last_error()) : (int)OK;
-    });
+        if (r) return fail(r, cuemu_last_error());
+        cuemu_Touch t;
+        for (int i = 0; cuemu_touched(i, &t); i++) {
+            if (int r = touch(w, (Ptr)t.buffer, t.read_lo, t.read_hi, false)) return r;
+            if (int r = touch(w, (Ptr)t.buffer, t.write_lo, t.write_hi, true)) return r;
+        }
+        return (int)OK;
+    }, std::string("kernel ") + k->name, "launches"});
 }
 API cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned dynamic, void* st, void** args, void**) {
     return launch(f, {gx, gy, gz, bx, by, bz}, dynamic, st, args, 0);

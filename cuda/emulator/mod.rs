@@ -2,8 +2,9 @@
 //!
 //! [`install`] makes it this process's driver; from then on [`Gpu::open`](crate::device::cuda::Gpu::open) finds one
 //! device, and everything above it runs as on a card. Out-of-bounds and uninitialised accesses, data races, divergent
-//! barriers and deadlocks end a launch with an error that names the place; streams run in an adverse order, so that a
-//! missing wait shows as a wrong result.
+//! barriers and deadlocks end a launch with an error that names the place; streams run in an adverse order, and
+//! two operations on one buffer that no event orders are reported, under any schedule (for kernels: in the checked build,
+//! by the ends of the range that they touched).
 
 use crate::error::{Error, Result};
 use libloading::os::unix::{Library, RTLD_NOW, Symbol};
