@@ -60,7 +60,7 @@ fn close(a: &[f32], b: &[f32], tol: f32) -> std::result::Result<(), String> {
     let mut bad = 0;
     let mut first = String::new();
     for i in 0..a.len() {
-        if !((a[i] - b[i]).abs() <= tol * (1.0 + b[i].abs())) {
+        if (a[i] - b[i]).abs() > tol * (1.0 + b[i].abs()) || (a[i] - b[i]).is_nan() {
             if bad == 0 {
                 first = format!("[{i}] {} != {}", a[i], b[i]);
             }

@@ -478,7 +478,7 @@ mod tests {
         let mut before = 0;
         for bytes in (1..200_000).step_by(7) {
             let class = size_class(bytes);
-            assert!(class >= bytes && class % ALIGN == 0 && size_class(class) == class && class >= before);
+            assert!(class >= bytes && class.is_multiple_of(ALIGN) && size_class(class) == class && class >= before);
             assert!(class - bytes < ALIGN || (class - bytes) * 4 <= bytes, "{bytes} in {class}");
             before = class;
         }
