@@ -53,11 +53,21 @@ pub mod f32 {
     #[inline(always)]
     pub fn tanh(x: f32) -> f32 {
         let s = x * x;
-        let small = x * (1.0 + s * (-0.333_333_33 + s * (0.133_333_33 + s * (-0.053_968_254 + s * 0.021_869_488))));
+        // Taylor to the thirteenth power: 4·10⁻⁹ at the border.
+        let c = [
+            1.0,
+            -0.333_333_333,
+            0.133_333_333,
+            -0.053_968_254,
+            0.021_869_488,
+            -8.863_235_53e-3,
+            3.592_128_04e-3,
+        ];
+        let small = x * poly(s, c);
         let a = x.abs().min(10.0);
         let large = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
         let large = if x < 0.0 { -large } else { large };
-        let y = if x.abs() < 0.25 { small } else { large };
+        let y = if x.abs() < 0.4 { small } else { large };
         if x.is_nan() { x } else { y }
     }
     /// 1/(1 + e⁻ˣ).
