@@ -2,7 +2,7 @@
 
 use super::elementwise::{on, suffix};
 use super::{Gpu, Launch};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::linear::Activation;
 use crate::tensor::{Array, DType};
 use bytemuck::NoUninit;
@@ -37,18 +37,16 @@ pub(crate) struct Epilogue<'a> {
     pub pre: bool,
 }
 
-/// Code of an activation in `cuda/prelude.cuh`; `None` for those the kernels do not know.
-fn code(act: Activation) -> Option<i32> {
-    Some(match act {
+/// Code of an activation in `cuda/prelude.cuh`.
+fn code(act: Activation) -> i32 {
+    match act {
         Activation::None => 0,
         Activation::Relu => 1,
         Activation::Gelu => 2,
         Activation::GeluTanh => 3,
         Activation::Silu => 4,
         Activation::Tanh => 5,
-        #[allow(unreachable_patterns)]
-        _ => return None,
-    })
+    }
 }
 
 /// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one dtype (f32 or f64) and equal
@@ -60,11 +58,11 @@ pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Resu
     let shape: Vec<usize> = a.shape()[..r].iter().copied().chain([m, n]).collect();
     let out = Array::uninit_on(gpu, &shape, a.dtype())?;
     let pre = if e.pre { Some(Array::uninit_on(gpu, &shape, a.dtype())?) } else { None };
-    let bias = e.bias.map(|b| on(gpu, b)?.contiguous().to(&crate::Device::Cuda(gpu.clone()))).transpose()?;
+    let bias = e.bias.map(|b| on(gpu, b).map(|b| b.contiguous())).transpose()?;
     if out.numel() == 0 {
         return Ok((out, pre));
     }
-    let act = code(e.act).ok_or_else(|| Error::invalid("linear", format!("no kernel for {:?}", e.act)))?;
+    let act = code(e.act);
     let tile = if a.dtype() == DType::F64 { 64 } else { 128 };
     let lead = &shape[..r];
     // The last two leading dimensions are the kernel's; the host goes through the others.

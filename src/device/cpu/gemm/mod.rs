@@ -91,8 +91,11 @@ fn take_scratch(bytes: usize) -> Buffer {
     }
 }
 
-/// Keeps the larger of what is there and `buffer`.
+/// Keeps the larger of what is there and `buffer`; what a giant product needed goes back to the pool instead.
 fn put_scratch(buffer: Buffer) {
+    if buffer.len() > 4 * PACK_BYTES {
+        return;
+    }
     let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
     if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
         *kept = Some(buffer);
