@@ -14,11 +14,23 @@ macro_rules! sources {
 pub static SOURCES: &[(&str, &str)] = sources![
     "attention",
     "binary",
+    "conv",
     "device_check",
+    "embedding",
     "factored",
     "gemm",
     "gemm_grouped",
+    "index",
+    "loss",
     "move",
+    "norm",
+    "optim",
+    "random",
+    "reduce",
+    "rotary",
+    "segment",
+    "softmax",
+    "sort",
     "unary",
 ];
 
