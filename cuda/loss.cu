@@ -33,15 +33,25 @@ DEV void cross_entropy_body(const T* x, const u32* targets, acc_t<T>* loss, acc_
     x += t.row * d;
     // NaN is left to show up in the sum. Rows of tens of thousands of classes: read twice, from the second-level cache.
     A m = -inf_of(A(0)), s = 0, all = 0;
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A v = to_acc(x[i]);
-        m = v > m ? v : m;
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count && to_acc(v[k]) > m) m = to_acc(v[k]);
     }
     m = team_reduce(t, m, red, [](A a, A b) { return a > b ? a : b; });
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A v = to_acc(x[i]);
-        s += exp_of(v - m);
-        all += v;
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                s += exp_of(to_acc(v[k]) - m);
+                all += to_acc(v[k]);
+            }
     }
     s = team_sum(t, s, red);
     A even = (A)smoothing;
@@ -66,10 +76,18 @@ DEV void cross_entropy_grad_body(const T* x, const acc_t<T>* lse, const u32* tar
     A even = (A)smoothing / (A)d, hit = A(1) - (A)smoothing;
     x += t.row * d;
     dx += t.row * d;
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A v = exp_of(to_acc(x[i]) - z) - even;
-        if (i == target) v -= hit;
-        dx[i] = from_acc<T>(none ? A(0) : w * v);
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                A p = exp_of(to_acc(v[k]) - z) - even;
+                if (i + k == target) p -= hit;
+                v[k] = from_acc<T>(none ? A(0) : w * p);
+            }
+        store4(dx, i, count, v);
     }
 }
 #define CROSS(T, S)                                                                                            \

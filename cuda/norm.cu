@@ -24,20 +24,45 @@ DEV void norm_body(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y,
     y += t.row * d;
     A inv = A(1) / (A)d, mean = 0, var = 0;
     if (center) {
-        for (i64 i = t.rank; i < d; i += t.size) mean += to_acc(x[i]);
+        for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+            int count = (int)min64(d - i, 4);
+            T v[4];
+            load4(x, i, count, v);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                if (k < count) mean += to_acc(v[k]);
+        }
         mean = team_sum(t, mean, red) * inv;
     }
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A c = to_acc(x[i]) - mean;
-        var += c * c;
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                A c = to_acc(v[k]) - mean;
+                var += c * c;
+            }
     }
     var = team_sum(t, var, red) * inv;
     A rstd = A(1) / sqrt_of(var + (A)eps);
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A v = (to_acc(x[i]) - mean) * rstd;
-        if (gain) v *= gain[i];
-        if (bias) v += bias[i];
-        y[i] = from_acc<T>(v);
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        A g[4], b[4];
+        load4(x, i, count, v);
+        if (gain) load4(gain, i, count, g);
+        if (bias) load4(bias, i, count, b);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                A a = (to_acc(v[k]) - mean) * rstd;
+                if (gain) a *= g[k];
+                if (bias) a += b[k];
+                v[k] = from_acc<T>(a);
+            }
+        store4(y, i, count, v);
     }
     if (t.rank == 0) {
         stats[2 * t.row] = mean;
@@ -51,24 +76,44 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
     SHARED(A, red, [8]);
     Team t = row_team(rows, d);
     if (!t.in) return;
-    i64 at = t.row * d;
+    x += t.row * d;
+    dy += t.row * d;
     A inv = A(1) / (A)d, mean = stats[2 * t.row], rstd = stats[2 * t.row + 1], a = 0, b = 0;
     if (dx) {
-        for (i64 i = t.rank; i < d; i += t.size) {
-            A h = to_acc(dy[at + i]) * (gain ? gain[i] : A(1));
-            a += h;
-            b += h * (to_acc(x[at + i]) - mean);
+        for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+            int count = (int)min64(d - i, 4);
+            T v[4], w[4];
+            A g[4];
+            load4(x, i, count, v);
+            load4(dy, i, count, w);
+            if (gain) load4(gain, i, count, g);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                if (k < count) {
+                    A h = to_acc(w[k]) * (gain ? g[k] : A(1));
+                    a += h;
+                    b += h * (to_acc(v[k]) - mean);
+                }
         }
         a = center ? team_sum(t, a, red) * inv : A(0);
         b = team_sum(t, b, red) * inv * rstd;
     }
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A c = (to_acc(x[at + i]) - mean) * rstd;
-        if (dx) {
-            A h = to_acc(dy[at + i]) * (gain ? gain[i] : A(1));
-            dx[at + i] = from_acc<T>(rstd * (h - a - c * b));
-        }
-        if (xhat) xhat[at + i] = from_acc<T>(c);
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4], w[4];
+        A g[4];
+        load4(x, i, count, v);
+        if (dx) load4(dy, i, count, w);
+        if (dx && gain) load4(gain, i, count, g);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                A c = (to_acc(v[k]) - mean) * rstd;
+                if (dx) w[k] = from_acc<T>(rstd * (to_acc(w[k]) * (gain ? g[k] : A(1)) - a - c * b));
+                v[k] = from_acc<T>(c);
+            }
+        if (dx) store4(dx + t.row * d, i, count, w);
+        if (xhat) store4(xhat + t.row * d, i, count, v);
     }
 }
 #define INSTANCES(T, S)                                                                                        \

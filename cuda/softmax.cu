@@ -7,15 +7,21 @@
 // Forward reads x twice (the second time from the cache while a row fits) and writes y: maximum and sum come from one pass,
 // the sum rescaled whenever the maximum grows. A row with a NaN or ∞, or of −∞ only, is NaN.
 
-// Maximum so far and Σ exp(x − m). A leading −∞ adds nothing; ∞ makes the sum NaN (x − x), as exp(∞ − ∞) would.
+// Maximum so far and Σ exp(x − m), four elements at a time: five exponentials at most. ∞ makes the sum NaN by ∞ − ∞.
 template <class A> struct Online {
     A m, s;
 };
-template <class A> DEV void push(Online<A>& o, A x) {
-    if (x > o.m) {
-        o.s = o.s * exp_of(o.m - x) + (A(1) + (x - x));
-        o.m = x;
-    } else if (!(x == o.m && x == -inf_of(A(0)))) o.s += exp_of(x - o.m);
+template <class A> DEV void push(Online<A>& o, const A (&v)[4], int count) {
+    A m = o.m;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count && v[k] > m) m = v[k];
+    if (m != o.m) o.s *= exp_of(o.m - m);
+    o.m = m;
+    bool nothing = m == -inf_of(A(0)); // so far −∞ and NaN only
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) o.s += nothing ? (is_nan(v[k]) ? v[k] : A(0)) : exp_of(v[k] - m);
 }
 // Sums meet at the larger maximum; nothing is rescaled by exp(−∞ + ∞).
 template <class A> DEV Online<A> join(Online<A> a, Online<A> b) {
@@ -49,13 +55,27 @@ template <bool LOG, class T> DEV void softmax_body(const T* x, T* y, i64 rows, i
     x += t.row * d;
     y += t.row * d;
     Online<A> o = {-inf_of(A(0)), A(0)};
-    for (i64 i = t.rank; i < d; i += t.size) push(o, to_acc(x[i]));
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        A a[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) a[k] = to_acc(v[k]);
+        push(o, a, count);
+    }
     o = team_join(t, o, ms, ss);
     A inv = A(1) / o.s, z = o.m + log_of(o.s);
     // Every thread overwrites only what it has itself read; the block has passed a barrier since.
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A v = to_acc(x[i]);
-        y[i] = from_acc<T>(LOG ? v - z : exp_of(v - o.m) * inv);
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T v[4];
+        load4(x, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) v[k] = from_acc<T>(LOG ? to_acc(v[k]) - z : exp_of(to_acc(v[k]) - o.m) * inv);
+        store4(y, i, count, v);
     }
 }
 template <bool LOG, class T> DEV void softmax_grad_body(const T* y, const T* dy, T* dx, i64 rows, i64 d) {
@@ -63,16 +83,32 @@ template <bool LOG, class T> DEV void softmax_grad_body(const T* y, const T* dy,
     SHARED(A, red, [8]);
     Team t = row_team(rows, d);
     if (!t.in) return;
-    i64 at = t.row * d;
+    y += t.row * d;
+    dy += t.row * d;
+    dx += t.row * d;
     A s = 0;
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A g = to_acc(dy[at + i]);
-        s += LOG ? g : g * to_acc(y[at + i]);
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T g[4], v[4];
+        load4(dy, i, count, g);
+        if (!LOG) load4(y, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) s += LOG ? to_acc(g[k]) : to_acc(g[k]) * to_acc(v[k]);
     }
     s = team_sum(t, s, red);
-    for (i64 i = t.rank; i < d; i += t.size) {
-        A g = to_acc(dy[at + i]), v = to_acc(y[at + i]);
-        dx[at + i] = from_acc<T>(LOG ? g - exp_of(v) * s : v * (g - s));
+    for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
+        int count = (int)min64(d - i, 4);
+        T g[4], v[4];
+        load4(dy, i, count, g);
+        load4(y, i, count, v);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if (k < count) {
+                A a = to_acc(g[k]), b = to_acc(v[k]);
+                g[k] = from_acc<T>(LOG ? a - exp_of(b) * s : b * (a - s));
+            }
+        store4(dx, i, count, g);
     }
 }
 #define INSTANCES(T, S)                                                                                        \

@@ -1,0 +1,232 @@
+use crate::common::*;
+use prismgrad::ops::rotary::{Pairing, RotaryTable};
+use prismgrad::optim::{AdamW, Optimizer, Segment, Sgd};
+use prismgrad::random::{NoiseKey, add_gaussian, philox};
+use prismgrad::{Array, DType, Tensor};
+fn arr(v: &[f64], s: &[usize]) -> Array {
+    Array::from_slice(v, s).unwrap()
+}
+
+fn drops<T: El>() {
+    for n in [1usize, 5, 1029] {
+        let v = round::<T>(&Rng(1).vec(n));
+        let (x, y) = (up::<T>(&v), Buf::<T>::new(n));
+        let seed = 0x1234_5678_9abc_def1u64;
+        go!(format!("dropout_{}", T::NAME), quads(n); x.ptr, y.ptr, n as i64, seed, 0.4f64);
+        let want = Tensor::new(arr(&v, &[n])).dropout(0.4, seed).unwrap();
+        close("dropout", &back(&y.get()), &want.array().to_f64(), T::TOL);
+        assert!(back(&y.get()).iter().zip(want.array().to_f64()).all(|(a, b)| (*a == 0.) == (b == 0.)));
+    }
+}
+#[test]
+fn dropout() {
+    let _g = setup();
+    floats!(drops);
+}
+
+/// What src/random/philox.rs must compute to have the device's bits.
+fn normal(seed: u64, stream: u64, index: u64) -> f64 {
+    let k = |i| philox::bits(seed, stream, i) >> 11;
+    let pair = index / 2;
+    let u = 1.0 - k(2 * pair) as f64 / (1u64 << 53) as f64;
+    let (s, c) = sin_cos_turn(k(2 * pair + 1));
+    let r = (-2.0 * ln_unit(u)).sqrt();
+    if index % 2 == 0 { r * c } else { r * s }
+}
+fn ln_unit(u: f64) -> f64 {
+    let bits = u.to_bits();
+    let e = bits.wrapping_sub(0x3fe6_a09e_667f_3bcd) as i64 >> 52;
+    let m = f64::from_bits(bits.wrapping_sub((e as u64) << 52)) - 1.0;
+    let s = m / (2.0 + m);
+    let z = s * s;
+    let p = (0..=10).rev().fold(1.0 / 23.0, |p, k| 1.0 / (2 * k + 1) as f64 + z * p);
+    let e = e as f64;
+    e * 0.693147180369123816490 + (e * 1.90821492927058770002e-10 + 2.0 * s * p)
+}
+fn sin_cos_turn(k: u64) -> (f64, f64) {
+    let q = (k + (1 << 50)) >> 51;
+    let t = (k as i64 - (q << 51) as i64) as f64 * (std::f64::consts::TAU / (1u64 << 53) as f64);
+    let z = t * t;
+    let s = [-1307674368000.0, 6227020800.0, -39916800.0, 362880.0, -5040.0, 120.0, -6.0]
+        .iter()
+        .fold(1.0 / 355687428096000.0, |s, d| 1.0 / d + z * s);
+    let s = t * (1.0 + z * s);
+    let c = [20922789888000.0, -87178291200.0, 479001600.0, -3628800.0, 40320.0, -720.0, 24.0]
+        .iter()
+        .fold(-1.0 / 6402373705728000.0, |c, d| 1.0 / d + z * c);
+    let c = 1.0 + z * (-0.5 + z * c);
+    let (a, d) = if q & 1 == 0 { (s, c) } else { (c, s) };
+    (if q & 2 == 0 { a } else { -a }, if (q + 1) & 2 == 0 { d } else { -d })
+}
+#[test]
+fn philox_bits() {
+    let _g = setup();
+    let (seed, stream) = (77u64 << 40 | 3, 5u64);
+    for n in [1usize, 6, 2001] {
+        let (y, z) = (Buf::<f64>::new(n), Buf::<f32>::new(n));
+        go!("philox_uniform_f64", [n.div_ceil(512) as u32, 1, 1]; y.ptr, n as i64, seed, stream, 0f64);
+        for (i, u) in y.get().iter().enumerate() {
+            assert_eq!(*u, philox::uniform(seed, stream, i as u64));
+        }
+        go!("philox_uniform_f32", [n.div_ceil(512) as u32, 1, 1]; z.ptr, n as i64, seed, stream, 0.3f64);
+        for (i, u) in z.get().iter().enumerate() {
+            assert_eq!(*u, (0.3 * (2.0 * philox::uniform(seed, stream, i as u64) - 1.0)) as f32);
+        }
+        go!("philox_normal_f64", [n.div_ceil(512) as u32, 1, 1]; y.ptr, n as i64, seed, stream, 1f64);
+        for (i, u) in y.get().iter().enumerate() {
+            assert_eq!(*u, normal(seed, stream, i as u64));
+            assert!((*u - philox::normal(seed, stream, i as u64)).abs() < 4e-15, "{u}");
+        }
+        go!("philox_normal_f32", [n.div_ceil(512) as u32, 1, 1]; z.ptr, n as i64, seed, stream, 0.02f64);
+        for (i, u) in z.get().iter().enumerate() {
+            assert_eq!(*u, (0.02 * normal(seed, stream, i as u64)) as f32);
+        }
+    }
+    for i in 0..200_000u64 {
+        let u = 1.0 - philox::uniform(9, 9, i);
+        assert!((ln_unit(u) - u.ln()).abs() <= 5e-16 * u.ln().abs(), "{u:e} {} {}", ln_unit(u), u.ln());
+    }
+    for u in [1.0, 1.0 - 1.0 / (1u64 << 53) as f64, 1.0 / (1u64 << 53) as f64, 0.70710678118654746, 0.7071067811865476]
+    {
+        assert!((ln_unit(u) - u.ln()).abs() <= 5e-16 * u.ln().abs());
+    }
+}
+#[test]
+fn chacha_bits() {
+    let _g = setup();
+    for s in SEEDS {
+        seed(s);
+        let key = NoiseKey::from_seed_for_tests(4);
+        let words: [u32; 8] =
+            std::array::from_fn(|i| u32::from_le_bytes(key.to_bytes()[4 * i..4 * i + 4].try_into().unwrap()));
+        for (first, n, step) in [(0u64, 1usize, 3u64), (5, 700, 1 << 33), (255, 2, 0), (1 << 36, 4097, 7)] {
+            let init: Vec<f64> = round::<f32>(&Rng(1).vec(n));
+            let (y, z) = (up::<f32>(&init), up::<f64>(&init));
+            let groups = (first + n as u64).div_ceil(256) - first / 256;
+            let grid = [(16 * groups).div_ceil(256) as u32, 1, 1];
+            go!("chacha_gaussian_f32", grid; y.ptr, n as i64, words, step, first, 1.7f32, null::<u64>());
+            let mut want: Vec<f32> = init.iter().map(|&x| x as f32).collect();
+            add_gaussian(&key, step, first, 1.7, &mut want);
+            assert!(y.get() == want, "{first} {n}");
+            let live = Buf::from(&[step]);
+            go!("chacha_gaussian_f64", grid; z.ptr, n as i64, words, 99u64, first, 1.7f32, live.ptr);
+            let mut noise = vec![0f32; n];
+            add_gaussian(&key, step, first, 1.7, &mut noise);
+            assert!(z.get().iter().zip(&init).zip(&noise).all(|((z, i), n)| *z == i + *n as f64));
+        }
+    }
+}
+fn optimizers<T: El + prismgrad::tensor::Element>() {
+    let mut r = Rng(1);
+    for n in [1usize, 7, 1500] {
+        let ends: Vec<usize> = if n > 100 { vec![3, 5, 5, 700, 701, n] } else { vec![n] };
+        let segs: Vec<Segment> = ends
+            .iter()
+            .enumerate()
+            .map(|(k, &e)| Segment { range: if k == 0 { 0 } else { ends[k - 1] }..e, decay: k % 2 == 0 })
+            .collect();
+        let [p, g, m, v] = [0; 4].map(|_| round::<T>(&r.vec(n)));
+        let v: Vec<f64> = v.iter().map(|x| x.abs()).collect();
+        let dt = if T::NAME == "f32" { DType::F32 } else { DType::F64 };
+        let a = |x: &[f64]| arr(x, &[n]).cast(dt);
+        let (be, bd) = (
+            Buf::from(&ends.iter().map(|&e| e as i64).collect::<Vec<_>>()),
+            Buf::from(&(0..ends.len()).map(|k| (k % 2 == 0) as u8).collect::<Vec<_>>()),
+        );
+        let o = AdamW { weight_decay: 0.1, ..AdamW::default() };
+        let (mut wp, mut state) = (a(&p), vec![a(&m), a(&v)]);
+        o.update(5, 0.01, &mut wp, &a(&g), &mut state, &segs).unwrap();
+        let (c1, c2) = (1.0 - o.beta1.powi(5), 1.0 - o.beta2.powi(5));
+        let args =
+            [o.beta1, 1.0 - o.beta1, o.beta2, 1.0 - o.beta2, 0.01 / c1, 1.0 / f64::sqrt(c2), o.eps, 1.0 - 0.01 * 0.1];
+        for live in [false, true] {
+            let [bp, bg, bm, bv] = [&p, &g, &m, &v].map(|x| up::<T>(x));
+            let bl = Buf::from(&[args[4], args[5], args[7]]);
+            let mut args = args;
+            if live {
+                args[4] = 9.;
+                args[5] = 9.;
+                args[7] = 9.;
+            }
+            go!(format!("adamw_{}", T::NAME), quads(n); bp.ptr, bg.ptr, bm.ptr, bv.ptr, n as i64, be.ptr, bd.ptr, ends.len() as i32, args, if live { bl.ptr } else { nullm() });
+            close("adamw p", &back(&bp.get()), &wp.to_f64(), T::TOL / 10.);
+            close("adamw m", &back(&bm.get()), &state[0].to_f64(), T::TOL / 10.);
+            close("adamw v", &back(&bv.get()), &state[1].to_f64(), T::TOL / 10.);
+        }
+        for mu in [0.0, 0.9] {
+            let o = Sgd { momentum: mu, weight_decay: 0.1 };
+            let (mut wp, mut state) = (a(&p), if mu == 0. { vec![] } else { vec![a(&m)] });
+            o.update(1, 0.01, &mut wp, &a(&g), &mut state, &segs).unwrap();
+            let [bp, bg, bm] = [&p, &g, &m].map(|x| up::<T>(x));
+            go!(format!("sgd_{}", T::NAME), quads(n); bp.ptr, bg.ptr, if mu == 0. { nullm() } else { bm.ptr }, n as i64, be.ptr, bd.ptr, ends.len() as i32, 0.01f64, mu, 1.0 - 0.01 * 0.1, null::<f64>());
+            close("sgd", &back(&bp.get()), &wp.to_f64(), T::TOL / 10.);
+        }
+    }
+}
+#[test]
+fn optim() {
+    let _g = setup();
+    for s in SEEDS {
+        seed(s);
+        optimizers::<f32>();
+        optimizers::<f64>();
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Rotary {
+    n: [i64; 8],
+    flags: [i32; 2],
+}
+fn rotaries<T: Acc>() {
+    let (b, t, h, half, extra) = (2usize, 5usize, 3usize, 4usize, 3usize);
+    let d = 2 * half;
+    let (st, sb) = (h * d + extra, t * (h * d + extra) + 2);
+    let v = round::<T>(&Rng(1).vec(b * sb));
+    let mut x = vec![];
+    for i in 0..b {
+        for j in 0..t {
+            x.extend_from_slice(&v[i * sb + j * st..i * sb + j * st + h * d]);
+        }
+    }
+    let table = RotaryTable::new(20, d, 100.0).unwrap();
+    let (mut cos, mut sin) = (vec![], vec![]);
+    for p in 0..20 {
+        for i in 0..half {
+            let a = p as f64 * 100f64.powf(-2.0 * i as f64 / d as f64);
+            cos.push(a.cos());
+            sin.push(a.sin());
+        }
+    }
+    let (bx, bc, bs, y) = (up::<T>(&v), up::<T::A>(&cos), up::<T::A>(&sin), Buf::<T>::new(b * t * h * d));
+    for (pairing, inter) in [(Pairing::Half, 0), (Pairing::Interleaved, 1)] {
+        for inverse in [0, 1] {
+            let leaf = Tensor::leaf(arr(&x, &[b, t, h, d]));
+            let want = if inverse == 0 {
+                leaf.rotary(&table, 7, pairing).unwrap().array().to_f64()
+            } else {
+                leaf.rotary(&table, 7, pairing)
+                    .unwrap()
+                    .mul(&Tensor::new(arr(&x, &[b, t, h, d])))
+                    .unwrap()
+                    .backward()
+                    .unwrap()
+                    .of(&leaf)
+                    .unwrap()
+                    .to_f64()
+            };
+            let a = Rotary {
+                n: [b as i64, t as i64, h as i64, half as i64, sb as i64, st as i64, d as i64, 7],
+                flags: [inter, inverse],
+            };
+            go!(format!("rotary_{}", T::NAME), [(b * t * h * half).div_ceil(256) as u32, 1, 1]; bx.ptr, bc.ptr, bs.ptr, y.ptr, a);
+            close("rotary", &back(&y.get()), &want, T::TOL);
+        }
+    }
+}
+#[test]
+fn rotary() {
+    let _g = setup();
+    floats!(rotaries);
+}
