@@ -13,7 +13,9 @@
 //! n runs over rows; [`Samples`] says whose they are.
 
 use crate::autograd::Samples;
+use crate::device::Device;
 use crate::device::cpu::factored as cpu;
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Float};
 use crate::with_float;
@@ -246,6 +248,41 @@ impl Factor {
         Ok(())
     }
 
+    /// Whether the rows of one sample and one group lie together, for every sample and group.
+    pub(crate) fn groups_are_neighbours(&self) -> bool {
+        let Factor::GroupedOuter { group, samples, .. } = self else { return true };
+        let order = samples.order();
+        let mut seen: Vec<u32> = Vec::new();
+        (0..samples.count()).all(|i| {
+            seen.clear();
+            let rows = samples.range(i).map(|at| group[order.map_or(at, |o| o[at] as usize)]);
+            rows.for_each(|e| {
+                if seen.last() != Some(&e) {
+                    seen.push(e);
+                }
+            });
+            seen.sort_unstable();
+            seen.windows(2).all(|w| w[0] != w[1])
+        })
+    }
+    /// The same operands on a device.
+    pub(crate) fn to(self, device: &Device) -> Result<Factor> {
+        let t = |a: Array| a.to(device);
+        Ok(match self {
+            Factor::Outer { left, right, samples } => Factor::Outer { left: t(left)?, right: t(right)?, samples },
+            Factor::RowSum { grad, samples } => Factor::RowSum { grad: t(grad)?, samples },
+            Factor::ScaledRowSum { grad, scale, samples } => {
+                Factor::ScaledRowSum { grad: t(grad)?, scale: t(scale)?, samples }
+            }
+            Factor::Lookup { ids, grad, samples } => Factor::Lookup { ids: t(ids)?, grad: t(grad)?, samples },
+            Factor::GroupedOuter { left, right, group, samples } => {
+                Factor::GroupedOuter { left: t(left)?, right: t(right)?, group, samples }
+            }
+            Factor::PerSample { grads } => Factor::PerSample { grads: t(grads)? },
+            Factor::Dense { grad } => Factor::Dense { grad: t(grad)? },
+        })
+    }
+
     /// The same factor with each sample's rows together, in order.
     pub(crate) fn sorted(&self) -> Result<Factor> {
         let order = match self {
@@ -258,6 +295,10 @@ impl Factor {
         };
         let Some(order) = order else { return Ok(self.clone()) };
         let take = |a: &Array| -> Result<Array> {
+            if let Some(gpu) = a.gpu() {
+                let order = Array::from_slice(order, &[order.len()])?;
+                return gpu_rows::take(gpu, a, &order, 1, order.numel(), a.shape()[1], a.shape());
+            }
             with_float!("factor", a.dtype(), T => {
                 let w = a.shape()[1];
                 let mut out = Array::uninit(a.shape(), a.dtype());
@@ -278,13 +319,15 @@ impl Factor {
                 Factor::ScaledRowSum { grad: take(grad)?, scale: take(scale)?, samples: map(samples)? }
             }
             Factor::Lookup { ids, grad, samples } => {
-                let old = ids.as_slice::<u32>()?;
-                let ids: Vec<u32> = order.iter().map(|&r| old[r as usize]).collect();
-                Factor::Lookup {
-                    ids: Array::from_slice(&ids, &[ids.len()])?,
-                    grad: take(grad)?,
-                    samples: map(samples)?,
-                }
+                let ids = match ids.gpu() {
+                    Some(_) => take(&ids.reshape(&[order.len(), 1])?)?.reshape(&[order.len()])?,
+                    None => {
+                        let old = ids.as_slice::<u32>()?;
+                        let ids: Vec<u32> = order.iter().map(|&r| old[r as usize]).collect();
+                        Array::from_slice(&ids, &[ids.len()])?
+                    }
+                };
+                Factor::Lookup { ids, grad: take(grad)?, samples: map(samples)? }
             }
             Factor::GroupedOuter { left, right, group, samples } => Factor::GroupedOuter {
                 left: take(left)?,
@@ -309,7 +352,7 @@ impl Factor {
         }
     }
     /// Sample `i`'s rows alone, as views. The factor must be sorted.
-    fn only(&self, i: usize) -> Result<Factor> {
+    pub(crate) fn only(&self, i: usize) -> Result<Factor> {
         let cut = |a: &Array, s: &Samples| a.slice(0, s.range(i));
         let one = |s: &Samples| Samples::uniform(1, s.range(i).len());
         Ok(match self {

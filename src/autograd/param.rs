@@ -76,6 +76,10 @@ impl Param {
         *self.0.value.write().unwrap_or_else(|e| e.into_inner()) = value.contiguous();
         Ok(())
     }
+    /// Where the value is.
+    pub fn device(&self) -> Device {
+        self.0.value.read().unwrap_or_else(|e| e.into_inner()).device()
+    }
     /// Moves the value to a device.
     pub fn to(&self, device: &Device) -> Result<()> {
         let value = self.value().to(device)?;

@@ -1,11 +1,14 @@
 //! [`ParamGrad`]: a parameter's gradient, factored, and what can be asked of it.
 
 use super::{Factor, Param};
+use crate::device::Device;
 use crate::device::cpu::factored as cpu;
+use crate::device::cuda::{Gpu, factored as gpu_factored};
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Float};
 use crate::with_float;
 use smallvec::SmallVec;
+use std::sync::Arc;
 
 /// The gradient of one parameter over a batch, as the sum of one factor per use.
 ///
@@ -22,16 +25,19 @@ pub struct ParamGrad {
     param: Param,
     samples: usize,
     factors: SmallVec<[Factor; 1]>,
+    device: Device,
 }
 
 impl ParamGrad {
     /// A zero gradient over `samples` samples; add factors with [`ParamGrad::push`].
     pub fn new(param: Param, samples: usize) -> ParamGrad {
-        ParamGrad { param, samples, factors: SmallVec::new() }
+        let device = param.device();
+        ParamGrad { param, samples, factors: SmallVec::new(), device }
     }
-    /// Adds one use's factor.
+    /// Adds one use's factor, moved to where the parameter is.
     pub fn push(&mut self, factor: Factor) -> Result<()> {
-        self.factors.push(factor.checked(self.param.name(), self.param.shape(), self.dtype())?);
+        let factor = factor.checked(self.param.name(), self.param.shape(), self.dtype())?;
+        self.factors.push(factor.to(&self.device)?);
         Ok(())
     }
     /// The parameter.
@@ -52,6 +58,9 @@ impl ParamGrad {
     }
     fn dtype(&self) -> DType {
         self.param.dtype().compute()
+    }
+    fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.device.gpu()
     }
     fn numel(&self) -> usize {
         self.param.numel()
@@ -82,9 +91,26 @@ impl ParamGrad {
 
     /// The batch gradient, in the parameter's shape (f32, or f64 for f64 parameters).
     pub fn sum(&self) -> Result<Array> {
+        if let Some(gpu) = self.gpu() {
+            return self.sum_on(gpu, None);
+        }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
         with_float!("sum", self.dtype(), T => self.add_sum::<T>(None, out.as_mut_slice::<T>()?))?;
         Ok(out)
+    }
+    fn sum_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>) -> Result<Array> {
+        let out = Array::zeros_on(gpu, &[self.numel()], self.dtype())?;
+        self.add_on(gpu, weights, &out)?;
+        out.reshape(self.param.shape())
+    }
+    /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to `out [numel]`, on the GPU; `weights [B]` in its dtype.
+    pub(crate) fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()> {
+        self.factors.iter().try_for_each(|f| gpu_factored::add(gpu, f, weights, out))
+    }
+    /// |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.
+    pub(crate) fn sq_norms_on(&self, gpu: &Arc<Gpu>, base: Option<Array>) -> Result<Array> {
+        self.expect_samples()?;
+        gpu_factored::sq_norms(gpu, &self.factors, (self.samples, self.numel()), base)
     }
     /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to a slice of the parameter's size.
     pub(crate) fn add_sum<T: Float>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
@@ -92,11 +118,19 @@ impl ParamGrad {
     }
     /// Σᵢ wᵢ·gᵢ, one weight per sample. A zero weight removes a sample, even a non-finite one.
     pub fn weighted_sum(&self, weights: &[f64]) -> Result<Array> {
+        if let Some(gpu) = self.gpu() {
+            self.expect_weights(weights)?;
+            return self.sum_on(gpu, Some(&gpu_factored::weights(gpu, weights, self.dtype())?));
+        }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
         with_float!("weighted_sum", self.dtype(), T => self.add_weighted::<T>(weights, out.as_mut_slice::<T>()?))?;
         Ok(out)
     }
     pub(crate) fn add_weighted<T: Float>(&self, weights: &[f64], out: &mut [T]) -> Result<()> {
+        self.expect_weights(weights)?;
+        self.add_sum(Some(weights), out)
+    }
+    fn expect_weights(&self, weights: &[f64]) -> Result<()> {
         self.expect_samples()?;
         if weights.len() != self.samples {
             return Err(Error::shape(
@@ -104,10 +138,15 @@ impl ParamGrad {
                 format!("{} weights for {} samples of {}", weights.len(), self.samples, self.param.name()),
             ));
         }
-        self.add_sum(Some(weights), out)
+        Ok(())
     }
     /// |gᵢ|² per sample, exactly, for parameters used twice or tied as well.
     pub fn sample_sq_norms(&self) -> Result<Vec<f64>> {
+        if let Some(gpu) = self.gpu() {
+            let mut sq: Vec<f64> = self.sq_norms_on(gpu, None)?.to_vec()?;
+            sq.iter_mut().filter(|s| **s < 0.0).for_each(|s| *s = 0.0);
+            return Ok(sq);
+        }
         self.expect_samples()?;
         let factors = self.sorted()?;
         with_float!("sample_sq_norms", self.dtype(), T => {
@@ -127,6 +166,13 @@ impl ParamGrad {
     /// Norms and clipped sum in one pass, for a group whose other members' squared norms are already in `base`:
     /// totalᵢ = baseᵢ + |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
     pub fn clipped_sum(&self, base: &[f64], clip: &(dyn Fn(f64) -> f64 + Sync)) -> Result<(Array, Vec<f64>)> {
+        if let Some(gpu) = self.gpu() {
+            self.expect_base(base)?;
+            let totals: Vec<f64> = self.sample_sq_norms()?.iter().zip(base).map(|(n, b)| n + b).collect();
+            let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
+            let weights = gpu_factored::weights(gpu, &weights, self.dtype())?;
+            return Ok((self.sum_on(gpu, Some(&weights))?, totals));
+        }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
         let totals =
             with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
@@ -138,10 +184,7 @@ impl ParamGrad {
         clip: &(dyn Fn(f64) -> f64 + Sync),
         out: &mut [T],
     ) -> Result<Vec<f64>> {
-        self.expect_samples()?;
-        if base.len() != self.samples {
-            return Err(Error::shape("clipped_sum", format!("{} norms for {} samples", base.len(), self.samples)));
-        }
+        self.expect_base(base)?;
         if let [Factor::Outer { left, right, samples }] = &self.factors[..]
             && let Some(totals) = cpu::outer_clipped_add::<T>(left, right, samples, base, clip, out)?
         {
@@ -151,6 +194,13 @@ impl ParamGrad {
         let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
         self.add_sum(Some(&weights), out)?;
         Ok(totals)
+    }
+    fn expect_base(&self, base: &[f64]) -> Result<()> {
+        self.expect_samples()?;
+        if base.len() != self.samples {
+            return Err(Error::shape("clipped_sum", format!("{} norms for {} samples", base.len(), self.samples)));
+        }
+        Ok(())
     }
     /// The same gradient with less memory where that is free: row sums and scaled row sums whose per-sample gradients are
     /// small beside their rows (biases and gains) are summed per sample, which the norms need anyway.
@@ -165,8 +215,14 @@ impl ParamGrad {
     /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
     pub fn per_sample(&self) -> Result<Array> {
         self.expect_samples()?;
-        let factors = self.sorted()?;
         let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
+        if let Some(gpu) = self.gpu() {
+            if self.factors.is_empty() {
+                return Array::zeros_on(gpu, &shape, self.dtype());
+            }
+            return gpu_factored::per_sample(gpu, &self.factors, 0..self.samples, self.numel())?.reshape(&shape);
+        }
+        let factors = self.sorted()?;
         let mut out = Array::zeros(&shape, self.dtype());
         with_float!("per_sample", self.dtype(), T => {
             for (i, g) in out.as_mut_slice::<T>()?.chunks_exact_mut(self.numel().max(1)).enumerate() {
@@ -184,6 +240,10 @@ impl ParamGrad {
         }
         self.expect_samples()?;
         other.expect_samples()?;
+        if let Some(gpu) = self.gpu() {
+            let counts = (self.samples, other.samples);
+            return gpu_factored::gram(gpu, &self.factors, &other.factors, counts, self.numel());
+        }
         let (a, b, n) = (self.sorted()?, other.sorted()?, other.samples);
         let pairs = with_float!("gram", self.dtype(), T => {
             cpu::collect(self.samples * n, |k| {

@@ -1,8 +1,11 @@
 //! Which rows belong to which sample.
 
+use crate::device::Device;
+use crate::device::cuda::{Gpu, factored::Owners};
 use crate::error::{Error, Result};
+use crate::tensor::Array;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Maps rows to samples. A *sample* is the unit whose gradient is told apart: a sequence, an image, a table, all
 /// records of one user. Layers see rows; this says whose they are.
@@ -34,6 +37,7 @@ pub struct Ragged {
     /// Rows sorted by owner, each owner's in ascending order; `None` if they are sorted already.
     order: Option<Vec<u32>>,
     offsets: Vec<usize>,
+    on_gpu: Mutex<Option<(usize, Owners)>>,
 }
 
 impl Samples {
@@ -53,6 +57,7 @@ impl Samples {
             owner,
             order: None,
             offsets: offsets.to_vec(),
+            on_gpu: Mutex::default(),
         })))
     }
     /// Row `r` belongs to sample `owner[r]`, of `count` samples in all. Rows may come in any order (routed tokens,
@@ -73,7 +78,7 @@ impl Samples {
             }
             order
         });
-        Ok(Samples::Ragged(Arc::new(Ragged { count, owner, order, offsets })))
+        Ok(Samples::Ragged(Arc::new(Ragged { count, owner, order, offsets, on_gpu: Mutex::default() })))
     }
     /// Dimension 0 is the sample axis; the dimensions before the last `row_dims` count rows.
     /// `[B, T, d]` with one row dimension is `B` samples of `T` rows.
@@ -134,6 +139,35 @@ impl Samples {
             Samples::Uniform { .. } => None,
             Samples::Ragged(r) => r.order.as_deref(),
         }
+    }
+    /// The map in a GPU's memory, copied there once.
+    pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Owners> {
+        let r = match self {
+            Samples::Uniform { count, each } => {
+                let (count, each) = (*count, *each);
+                return Ok(Owners { each, count, longest: each, owner: None, offsets: None, order: None });
+            }
+            Samples::Ragged(r) => r,
+        };
+        let mut slot = r.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((ordinal, owners)) = &*slot
+            && *ordinal == gpu.ordinal()
+        {
+            return Ok(owners.clone());
+        }
+        let device = Device::Cuda(gpu.clone());
+        let ids = |v: &[u32]| Array::from_slice(v, &[v.len()])?.to(&device);
+        let offsets: Vec<i64> = r.offsets.iter().map(|&o| o as i64).collect();
+        let owners = Owners {
+            each: 0,
+            count: r.count,
+            longest: r.offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0),
+            owner: Some(ids(&r.owner)?),
+            offsets: Some(Array::from_slice(&offsets, &[offsets.len()])?.to(&device)?),
+            order: r.order.as_deref().map(ids).transpose()?,
+        };
+        *slot = Some((gpu.ordinal(), owners.clone()));
+        Ok(owners)
     }
     /// Each row becomes `k` consecutive rows of the same sample (attention heads, unfolded pixels).
     pub fn repeat_rows(&self, k: usize) -> Result<Samples> {

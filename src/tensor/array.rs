@@ -34,6 +34,22 @@ impl Array {
     pub(crate) fn uninit_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
         Ok(Array::over(Storage::cuda(gpu, shape::numel(shape) * dtype.size())?, shape, dtype))
     }
+    /// All zeros, on a GPU.
+    pub(crate) fn zeros_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
+        let a = Array::uninit_on(gpu, shape, dtype)?;
+        if a.numel() > 0 {
+            let (block, at) = a.block("zeros")?;
+            gpu.fill(block, at, a.numel() * dtype.size(), 0)?;
+        }
+        Ok(a)
+    }
+    /// All zeros, where `device` is.
+    pub fn zeros_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
+        match device.gpu() {
+            Some(gpu) => Array::zeros_on(gpu, shape, dtype),
+            None => Ok(Array::zeros(shape, dtype)),
+        }
+    }
     fn over(storage: Storage, shape: &[usize], dtype: DType) -> Array {
         Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
     }

@@ -8,6 +8,7 @@ use super::errors::describe;
 use super::kernels::Kernel;
 use super::pool::Block;
 use crate::error::{Error, Result};
+use crate::tensor::Array;
 use bytemuck::NoUninit;
 use cudarc::driver::sys::{self, CUfunction_attribute, CUresult};
 use smallvec::SmallVec;
@@ -128,6 +129,25 @@ impl<'a> Launch<'a> {
         }
         self.blocks.push(block);
         self.val(block.ptr() + offset as u64)
+    }
+
+    /// A pointer argument: the first element of an array on this GPU.
+    pub(crate) fn array(mut self, a: &'a Array) -> Self {
+        match a.block("launch") {
+            Ok((block, at)) => self.buf(block, at),
+            Err(e) => {
+                self.error = Some(e);
+                self
+            }
+        }
+    }
+
+    /// The same, or null.
+    pub(crate) fn optional(self, a: Option<&'a Array>) -> Self {
+        match a {
+            Some(a) => self.array(a),
+            None => self.null(),
+        }
     }
 
     /// A null pointer argument, for what is optional.

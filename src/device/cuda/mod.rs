@@ -12,7 +12,7 @@
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
-//! | `elementwise`, `rows`, `gemm`, `attention` | launches of the kernels of `cuda/` on arrays |
+//! | `elementwise`, `rows`, `gemm`, `attention`, `factored`, `sort` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -27,6 +27,7 @@ pub mod cache;
 mod context;
 pub(crate) mod elementwise;
 mod errors;
+pub(crate) mod factored;
 pub(crate) mod gemm;
 mod graph;
 pub mod kernels;
@@ -36,6 +37,7 @@ pub mod nvrtc;
 mod pool;
 mod probe;
 pub(crate) mod rows;
+pub(crate) mod sort;
 pub mod sources;
 mod transfer;
 

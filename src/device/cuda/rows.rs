@@ -73,6 +73,18 @@ pub(crate) fn sum_columns(gpu: &Arc<Gpu>, a: &Array, n: usize, inner: usize, sha
     Ok(out)
 }
 
+/// Σ over the middle of a contiguous `[outer, n, inner]`: `[outer, inner]`.
+pub(crate) fn sum_middle(gpu: &Arc<Gpu>, a: &Array, (outer, n, inner): (usize, usize, usize)) -> Result<Array> {
+    let s = suffix(a.dtype());
+    if outer * n * inner == 0 {
+        return Array::zeros_on(gpu, &[outer, inner], a.dtype());
+    }
+    let out = Array::uninit_on(gpu, &[outer, inner], a.dtype())?;
+    let l = Launch::new(gpu, "reduce", &format!("sum_cols_{s}"))?.grid(outer * inner.div_ceil(32), 1, 1);
+    l.array(a).array(&out).val(outer as i64).val(n as i64).val(inner as i64).val(1f64).run()?;
+    Ok(out)
+}
+
 /// Softmax, or its logarithm, of the rows of a contiguous array.
 pub(crate) fn softmax(gpu: &Arc<Gpu>, x: &Array, log: bool) -> Result<Array> {
     let op = if log { "log_softmax" } else { "softmax" };
