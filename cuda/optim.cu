@@ -1,16 +1,18 @@
 #include "prelude.cuh"
 // Optimizers over flat buffers: one launch whatever the number of parameters. Grid ceil(n / 1024), block 256, n > 0.
 //
-//   adamw_{f32,f64} (T* p, const T* g, T* m, T* v, i64 n, const i64* ends, const u8* decays, i32 pieces, AdamW a, const f64* live)
+//   adamw_{f32,f64} (T* p, const T* g, T* m, T* v, i64 n, const i64* ends, const u8* decays, i32 pieces, AdamW a, const f64* live,
+//                   const u64* stop)
 //       m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², p ← keep·p − scale·m/(√v·root + ε)
 //       AdamW, f64 each: beta1, one_minus_beta1, beta2, one_minus_beta2, scale = lr/(1−β₁ᵗ), root = 1/√(1−β₂ᵗ), eps, keep = 1−lr·λ.
 //   sgd_{f32,f64}   (T* p, const T* g, T* b, i64 n, const i64* ends, const u8* decays, i32 pieces, f64 lr, f64 momentum, f64 keep,
-//                    const f64* live)
+//                    const f64* live, const u64* stop)
 //       b ← μb + g, p ← keep·p − lr·b; without b (null) p ← keep·p − lr·g.
 //   Stretch k of the buffer ends at ends[k] (rising, the last is n) and is decayed (keep) where decays[k] is not 0; the table
 //   is made once, when the parameters are laid out. pieces 0: nothing is decayed.
 //   live, if not null, holds what changes from step to step, so that a captured graph can be replayed: AdamW [scale, root,
 //   keep], SGD [lr, keep].
+//   stop, if not null: nothing is done where it is not 0 (step.cu).
 //
 // Bytes per f32 element: AdamW reads 16 and writes 12, SGD with momentum 12 and 8.
 
@@ -46,7 +48,8 @@ DEV void each_decayed(i64 i, int count, const i64* ends, const u8* decays, i32 p
 }
 template <class T>
 DEV void adamw_body(T* p, const T* g, T* m, T* v, i64 n, const i64* ends, const u8* decays, i32 pieces, const AdamW& a,
-                    const double* live) {
+                    const double* live, const u64* stop) {
+    if (stop && *stop) return;
     i64 i;
     int count = quad_of(n, i);
     if (!count) return;
@@ -68,7 +71,8 @@ DEV void adamw_body(T* p, const T* g, T* m, T* v, i64 n, const i64* ends, const 
 }
 template <class T>
 DEV void sgd_body(T* p, const T* g, T* b, i64 n, const i64* ends, const u8* decays, i32 pieces, double lr, double momentum,
-                  double keep, const double* live) {
+                  double keep, const double* live, const u64* stop) {
+    if (stop && *stop) return;
     i64 i;
     int count = quad_of(n, i);
     if (!count) return;
@@ -88,12 +92,12 @@ DEV void sgd_body(T* p, const T* g, T* b, i64 n, const i64* ends, const u8* deca
 }
 #define INSTANCES(T, S)                                                                                        \
     KERNEL adamw_##S(T* p, const T* g, T* m, T* v, i64 n, const i64* ends, const u8* decays, i32 pieces,       \
-                     const __grid_constant__ AdamW a, const double* live) {                                    \
-        adamw_body(p, g, m, v, n, ends, decays, pieces, a, live);                                              \
+                     const __grid_constant__ AdamW a, const double* live, const u64* stop) {                   \
+        adamw_body(p, g, m, v, n, ends, decays, pieces, a, live, stop);                                        \
     }                                                                                                          \
     KERNEL sgd_##S(T* p, const T* g, T* b, i64 n, const i64* ends, const u8* decays, i32 pieces, double lr,    \
-                   double momentum, double keep, const double* live) {                                         \
-        sgd_body(p, g, b, n, ends, decays, pieces, lr, momentum, keep, live);                                  \
+                   double momentum, double keep, const double* live, const u64* stop) {                        \
+        sgd_body(p, g, b, n, ends, decays, pieces, lr, momentum, keep, live, stop);                            \
     }
 INSTANCES(float, f32)
 INSTANCES(double, f64)

@@ -65,7 +65,7 @@ fn run() -> Result<()> {
         let mut total = 0.0;
         for batch in shuffled(train.len(), epoch).chunks(64) {
             let report = step.run([batch], |part| Ok(model.losses(&train, part)?.1))?;
-            total += report.loss * report.samples as f64;
+            total += report.loss()? * report.samples as f64;
         }
         folder.log(step.steps(), &json!({"epoch": epoch + 1, "loss": total / train.len() as f64}))?;
     }

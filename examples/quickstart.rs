@@ -23,7 +23,7 @@ use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::{Existing, Progress, RunFolder, interrupt, interrupted, state};
-use prismgrad::{Array, Error, Result};
+use prismgrad::{Array, Device, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -106,7 +106,10 @@ fn run(args: &Args) -> Result<()> {
         seed: args.get("seed", "a whole number", |_| true),
         records: 0,
     };
-    println!("reading public text (sources of this build's dependencies) and private text ({private_text})");
+    let device = Device::from_env()?;
+    println!(
+        "device: {device}; reading public text (sources of this build's dependencies) and private text ({private_text})"
+    );
     let data = load(&config, &private_text)?;
     config.records = data.private.len();
     config.delta = match args.text("delta") {
@@ -147,6 +150,7 @@ fn run(args: &Args) -> Result<()> {
     let mut epsilon = 0.0;
     for (phase, name) in PHASES.iter().enumerate().skip(start) {
         let model = Gpt::new(model_config(&config), config.seed)?;
+        model.params().to(&device)?;
         if phase == 1 && from.as_ref().is_none_or(|c| state::extra::<Position>(c).is_ok_and(|p| p.phase < 1)) {
             // The private phase starts from the public model.
             copy(&Gpt::load(folder.path().join("model-0"))?, &model)?;
@@ -233,7 +237,7 @@ fn secret_key(folder: &Path) -> Result<[NoiseKey; 2]> {
 }
 
 fn copy(from: &Gpt, to: &Gpt) -> Result<()> {
-    from.params().all().iter().zip(to.params().all()).try_for_each(|(a, b)| b.set(a.value()))
+    from.params().all().iter().zip(to.params().all()).try_for_each(|(a, b)| b.set(a.value().to(&b.device())?))
 }
 
 fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<prismgrad::Tensor> {
@@ -269,6 +273,7 @@ fn train(
     if step.steps() == 0 {
         log(folder, phase, before, 0, evaluate(model, &data.held_out)?, None)?;
     }
+    let mut loss = f64::NAN;
     while step.steps() < total {
         let t = step.steps();
         let ctx = Ctx::train(t);
@@ -283,7 +288,11 @@ fn train(
             let batch = step.next_batch()?;
             step.run(batch.chunks(64), |b| losses(model, &data.private, b, &ctx))?
         };
-        let mut shown = vec![("loss", report.loss)];
+        if report.step % 8 == 1 {
+            // On a GPU this waits for the step, so not every time.
+            loss = report.loss()?;
+        }
+        let mut shown = vec![("loss", loss)];
         shown.extend(report.epsilon.map(|e| ("ε", e)));
         progress.set(report.step, &shown);
         let stop = interrupted();
@@ -327,9 +336,9 @@ fn log(
         phase: PHASES[phase],
         phase_step: step,
         held_out_loss: held_out,
-        train_loss: r.map(|r| r.loss).filter(|l| l.is_finite()),
+        train_loss: r.map(StepReport::loss).transpose()?.filter(|l| l.is_finite()),
         epsilon: r.and_then(|r| r.epsilon),
-        clipped: r.filter(|_| phase > 0).map(|r| r.clipped),
+        clipped: r.filter(|_| phase > 0).map(StepReport::clipped).transpose()?,
         samples: r.map(|r| r.samples),
     };
     folder.log(before + step, &line)

@@ -7,10 +7,8 @@ use prismgrad::emulator::{config, lock};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};
-use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::step::TrainStep;
 use prismgrad::tensor::read_back;
-use prismgrad::{Array, DType, Device, Gradients, Param, Result, Tensor};
+use prismgrad::{Array, DType, Device, Gradients, Result, Tensor};
 use std::collections::BTreeSet;
 
 /// Ops of which something runs on the CPU for now, because a kernel is not launched yet. This list only gets shorter.
@@ -118,16 +116,6 @@ fn every_op_agrees_with_the_cpu() {
     assert!(cases > 250, "{cases} cases");
     let listed: BTreeSet<&str> = ON_THE_CPU.iter().copied().collect();
     assert_eq!(on_cpu, listed, "ops without kernels and the list of them");
-}
-
-/// What is not there yet says so.
-#[test]
-fn training_on_a_gpu_is_refused_for_now() {
-    let _one = lock();
-    let w = Param::new("w", Array::zeros(&[3], DType::F32));
-    w.to(&Device::cuda(0).unwrap()).unwrap();
-    let e = TrainStep::plain(&[w], AdamW::default(), Schedule::constant(0.1)).err().unwrap().to_string();
-    assert!(e.contains("w is on cuda:0") && e.contains("Device::Cpu"), "{e}");
 }
 
 /// A whole model: losses and every parameter's gradient and per-sample norms.

@@ -255,7 +255,7 @@ fn every_trainable_element_gets_noise_even_in_an_empty_batch() {
     let none: [(); 0] = [];
     let report = step.run(none, |_| unreachable!()).unwrap();
     assert_eq!(report.samples, 0);
-    assert!(report.loss.is_nan());
+    assert!(report.loss().unwrap().is_nan());
     assert!(w.value().to_f64().iter().all(|&x| x != 0.0));
     // σ·R/B = 2·1/10; standard error of the variance over 20,000 elements is 1 %.
     let var = idle.value().to_f64().iter().map(|x| x * x).sum::<f64>() / 20_000.0;
@@ -269,7 +269,7 @@ fn a_sample_that_is_not_finite_is_left_out_and_counted() {
         let (w, idle, losses) = probe(rows);
         let mut step = sgd(&[w.clone(), idle]);
         let report = step.run([losses], Ok).unwrap();
-        (report.non_finite, w.value().to_f64())
+        (report.non_finite().unwrap(), w.value().to_f64())
     };
     let (none, want) = run(&good);
     let (one, got) = run(&[good[0], [f64::NAN, 1.0, 0.0], good[1]]);
@@ -364,7 +364,7 @@ fn run_in(folder: &Path) -> Vec<u8> {
         let (x, y) = tokens(batch.len().max(1), batch.iter().sum());
         let t = step.steps();
         let report = step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
-        run.log(t + 1, &serde_json::json!({"loss": report.loss, "epsilon": report.epsilon})).unwrap();
+        run.log(t + 1, &serde_json::json!({"loss": report.loss().unwrap(), "epsilon": report.epsilon})).unwrap();
         state::save(&checkpoints, t + 1, None, model.params(), &step, &()).unwrap();
     }
     values(&params)

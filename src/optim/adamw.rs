@@ -1,9 +1,9 @@
 //! AdamW (Loshchilov & Hutter 2019, algorithm 2).
 
-use super::{Optimizer, Segment, check, pieces};
+use super::{Optimizer, Update, check};
 use crate::device::cpu::{par::par_chunks, shared::Shared, simd::simd};
 use crate::error::Result;
-use crate::tensor::{Array, Float};
+use crate::tensor::Float;
 use crate::with_float;
 
 /// Adam with decoupled weight decay.
@@ -27,6 +27,14 @@ impl Default for AdamW {
     }
 }
 
+impl AdamW {
+    /// lr/(1 − β₁ᵗ) and 1/√(1 − β₂ᵗ).
+    fn corrections(&self, step: u64, lr: f64) -> [f64; 2] {
+        let t = step.max(1) as i32;
+        [lr / (1.0 - self.beta1.powi(t)), 1.0 / (1.0 - self.beta2.powi(t)).sqrt()]
+    }
+}
+
 impl Optimizer for AdamW {
     fn describe(&self) -> String {
         format!(
@@ -37,33 +45,33 @@ impl Optimizer for AdamW {
     fn slots(&self) -> &'static [&'static str] {
         &["exp_avg", "exp_avg_sq"]
     }
-    fn update(
-        &self,
-        step: u64,
-        lr: f64,
-        params: &mut Array,
-        grads: &Array,
-        state: &mut [Array],
-        segments: &[Segment],
-    ) -> Result<()> {
+    fn live(&self, step: u64, lr: f64) -> Option<Vec<f64>> {
+        let [scale, root] = self.corrections(step, lr);
+        Some(vec![scale, root, 1.0 - lr * self.weight_decay])
+    }
+    fn update(&self, u: Update) -> Result<()> {
         check("AdamW", "beta1", self.beta1, (0.0..1.0).contains(&self.beta1))?;
         check("AdamW", "beta2", self.beta2, (0.0..1.0).contains(&self.beta2))?;
         check("AdamW", "eps", self.eps, self.eps > 0.0)?;
-        let [m, v] = state else {
-            return Err(crate::Error::invalid("AdamW", "needs its two state buffers"));
-        };
-        let t = step.max(1) as i32;
-        let (c1, c2) = (1.0 - self.beta1.powi(t), 1.0 - self.beta2.powi(t));
-        let n = params.numel();
+        let gpu = u.expect("AdamW", self.slots())?;
+        let [scale, root] = self.corrections(u.step, u.lr);
+        let keep = 1.0 - u.lr * self.weight_decay;
+        if let Some(gpu) = &gpu {
+            let numbers = [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, scale, root, self.eps, keep];
+            let buffers = [Some(&*u.params), Some(u.grads), u.state.first(), u.state.get(1)];
+            return u.launch(gpu, "adamw", &buffers, |l| l.val(numbers));
+        }
+        let [m, v] = u.state else { return Ok(()) };
+        let (params, grads) = (u.params, u.grads);
         with_float!("AdamW", params.dtype(), T => {
             let g = grads.as_slice::<T>()?;
             let p = Shared::new(params.as_mut_slice::<T>()?);
             let (m, v) = (Shared::new(m.as_mut_slice::<T>()?), Shared::new(v.as_mut_slice::<T>()?));
             let f = <T as crate::Element>::from_f64;
             let (b1, a1, b2, a2) = (f(self.beta1), f(1.0 - self.beta1), f(self.beta2), f(1.0 - self.beta2));
-            let (scale, root, eps) = (f(lr / c1), f(1.0 / c2.sqrt()), f(self.eps));
-            for (range, decay) in pieces(n, segments) {
-                let keep = if decay { f(1.0 - lr * self.weight_decay) } else { <T as Float>::ONE };
+            let (scale, root, eps) = (f(scale), f(root), f(self.eps));
+            for (range, decay) in u.layout.pieces() {
+                let keep = if *decay { f(keep) } else { <T as Float>::ONE };
                 par_chunks(range.len(), 1 << 14, |r| {
                     let r = range.start + r.start..range.start + r.end;
                     // SAFETY: chunks are disjoint.

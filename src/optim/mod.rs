@@ -11,9 +11,12 @@ pub use adamw::AdamW;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 
+use crate::device::Device;
+use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
 use crate::error::{Error, Result};
-use crate::tensor::Array;
+use crate::tensor::{Array, DType};
 use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 /// A stretch of the flat buffer: one parameter.
 #[derive(Clone, Debug)]
@@ -24,27 +27,136 @@ pub struct Segment {
     pub decay: bool,
 }
 
+/// Which stretches the flat buffer is made of.
+#[derive(Debug)]
+pub struct Layout {
+    segments: Vec<Segment>,
+    pieces: Vec<(Range<usize>, bool)>,
+    /// Ends (i64) and decays (u8) of the pieces, in a GPU's memory.
+    table: OnceLock<(Array, Array)>,
+}
+
+impl Layout {
+    /// Segments one after the other, in all `n` elements; what they leave out at the end is not decayed.
+    pub fn new(segments: Vec<Segment>, n: usize) -> Layout {
+        let pieces = pieces(n, &segments);
+        Layout { segments, pieces, table: OnceLock::new() }
+    }
+    /// The stretches, one per parameter.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+    /// The longest stretches over which decay does not change: (elements, decayed).
+    pub fn pieces(&self) -> &[(Range<usize>, bool)] {
+        &self.pieces
+    }
+    fn table(&self, gpu: &Arc<Gpu>) -> Result<&(Array, Array)> {
+        if let Some(t) = self.table.get() {
+            return Ok(t);
+        }
+        let device = Device::Cuda(gpu.clone());
+        let n = self.pieces.len();
+        let ends: Vec<i64> = self.pieces.iter().map(|(r, _)| r.end as i64).collect();
+        let decays: Vec<u8> = self.pieces.iter().map(|(_, d)| *d as u8).collect();
+        let table = (Array::from_slice(&ends, &[n])?.to(&device)?, Array::from_slice(&decays, &[n])?.to(&device)?);
+        Ok(self.table.get_or_init(|| table))
+    }
+}
+
+/// One update: what an optimizer reads and writes. `params`, `grads` and every buffer of `state` are flat, of one size,
+/// dtype (f32 or f64) and device.
+pub struct Update<'a> {
+    /// Counts from 1.
+    pub step: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Changed in place.
+    pub params: &'a mut Array,
+    /// Their gradient.
+    pub grads: &'a Array,
+    /// The optimizer's own buffers, in the order of [`Optimizer::slots`].
+    pub state: &'a mut [Array],
+    /// Where each parameter lies.
+    pub layout: &'a Layout,
+    pub(crate) gpu: GpuUpdate<'a>,
+}
+
+/// What concerns an update on a GPU only.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct GpuUpdate<'a> {
+    /// What [`Optimizer::live`] gives for this step, in the GPU's memory, so that a recorded step can be replayed.
+    pub live: Option<&'a Array>,
+    /// Nothing is updated where this is not 0.
+    pub stop: Option<&'a Array>,
+}
+
+impl<'a> Update<'a> {
+    /// An update outside a [`TrainStep`](crate::step::TrainStep).
+    pub fn new(
+        (step, lr): (u64, f64),
+        params: &'a mut Array,
+        grads: &'a Array,
+        state: &'a mut [Array],
+        layout: &'a Layout,
+    ) -> Self {
+        Update { step, lr, params, grads, state, layout, gpu: GpuUpdate::default() }
+    }
+    /// A launch of `name` of `cuda/optim.cu`; `buffers` in the order of its arguments, `more` puts what follows the table
+    /// of pieces.
+    fn launch<'l>(
+        &'l self,
+        gpu: &'l Arc<Gpu>,
+        name: &str,
+        buffers: &[Option<&'l Array>],
+        more: impl FnOnce(Launch<'l>) -> Launch<'l>,
+    ) -> Result<()> {
+        let n = self.params.numel();
+        let (ends, decays) = self.layout.table(gpu)?;
+        let kernel = format!("{name}_{}", suffix(self.params.dtype()));
+        let l = Launch::new(gpu, "optim", &kernel)?.grid(n.div_ceil(1024), 1, 1);
+        let l = buffers.iter().fold(l, |l, b| l.optional(*b));
+        let l = l.val(n as i64).array(ends).array(decays).val(self.layout.pieces.len() as i32);
+        more(l).optional(self.gpu.live).optional(self.gpu.stop).run()
+    }
+    /// Checks the buffers against each other; the GPU they are on, if they are.
+    fn expect(&self, op: &'static str, state: &[&'static str]) -> Result<Option<Arc<Gpu>>> {
+        let alike = |a: &Array| {
+            a.shape() == self.params.shape() && a.dtype() == self.params.dtype() && a.device() == self.params.device()
+        };
+        if self.state.len() != state.len() || !self.state.iter().all(alike) || !alike(self.grads) {
+            let p = &self.params;
+            let message = format!(
+                "needs gradients and its buffers {state:?} like the parameters: {:?} {} on {}",
+                p.shape(),
+                p.dtype(),
+                p.device()
+            );
+            return Err(Error::invalid(op, message));
+        }
+        if !matches!(self.params.dtype(), DType::F32 | DType::F64) {
+            return Err(Error::dtype(op, format!("parameters are {}; f32 or f64 are updated", self.params.dtype())));
+        }
+        Ok(self.params.gpu().cloned())
+    }
+}
+
 /// Updates flat parameters from flat gradients.
 pub trait Optimizer: Send {
     /// Name and hyper-parameters, for run folders.
     fn describe(&self) -> String;
-    /// Number of state buffers of the parameters' size.
+    /// Names of the state buffers of the parameters' size.
     fn slots(&self) -> &'static [&'static str];
-    /// One step. `step` counts from 1; `params`, `grads` and every buffer of `state` are flat, of one size and dtype
-    /// (f32 or f64).
-    fn update(
-        &self,
-        step: u64,
-        lr: f64,
-        params: &mut Array,
-        grads: &Array,
-        state: &mut [Array],
-        segments: &[Segment],
-    ) -> Result<()>;
+    /// One step.
+    fn update(&self, u: Update) -> Result<()>;
+    /// The numbers that change from step to step, as the optimizer's kernel reads them from memory when a recorded step
+    /// is replayed; an optimizer without such a kernel cannot be recorded and gives none.
+    fn live(&self, _step: u64, _lr: f64) -> Option<Vec<f64>> {
+        None
+    }
 }
 
 /// Cuts `0..n` so that no piece crosses a change of decay: (piece, decayed).
-pub(crate) fn pieces(n: usize, segments: &[Segment]) -> Vec<(Range<usize>, bool)> {
+fn pieces(n: usize, segments: &[Segment]) -> Vec<(Range<usize>, bool)> {
     let mut out: Vec<(Range<usize>, bool)> = Vec::new();
     for s in segments {
         match out.last_mut() {

@@ -1,9 +1,8 @@
 //! Stochastic gradient descent.
 
-use super::{Optimizer, Segment, check, pieces};
+use super::{Optimizer, Update, check};
 use crate::device::cpu::{par::par_chunks, shared::Shared, simd::simd};
 use crate::error::Result;
-use crate::tensor::Array;
 use crate::with_float;
 
 /// SGD with momentum and decoupled weight decay: b ← μb + g, p ← p − lr·(b + λp).
@@ -22,17 +21,17 @@ impl Optimizer for Sgd {
     fn slots(&self) -> &'static [&'static str] {
         if self.momentum == 0.0 { &[] } else { &["momentum_buffer"] }
     }
-    fn update(
-        &self,
-        _step: u64,
-        lr: f64,
-        params: &mut Array,
-        grads: &Array,
-        state: &mut [Array],
-        segments: &[Segment],
-    ) -> Result<()> {
+    fn live(&self, _step: u64, lr: f64) -> Option<Vec<f64>> {
+        Some(vec![lr, 1.0 - lr * self.weight_decay])
+    }
+    fn update(&self, u: Update) -> Result<()> {
         check("SGD", "momentum", self.momentum, (0.0..1.0).contains(&self.momentum))?;
-        let n = params.numel();
+        let keep = 1.0 - u.lr * self.weight_decay;
+        if let Some(gpu) = &u.expect("SGD", self.slots())? {
+            let buffers = [Some(&*u.params), Some(u.grads), u.state.first()];
+            return u.launch(gpu, "sgd", &buffers, |l| l.val(u.lr).val(self.momentum).val(keep));
+        }
+        let (params, grads, state, lr) = (u.params, u.grads, u.state, u.lr);
         with_float!("SGD", params.dtype(), T => {
             let g = grads.as_slice::<T>()?;
             let p = Shared::new(params.as_mut_slice::<T>()?);
@@ -42,8 +41,8 @@ impl Optimizer for Sgd {
                 Some(b) => Some(Shared::new(b.as_mut_slice::<T>()?)),
                 None => None,
             };
-            for (range, decay) in pieces(n, segments) {
-                let keep = f(if decay { 1.0 - lr * self.weight_decay } else { 1.0 });
+            for (range, decay) in u.layout.pieces() {
+                let keep = f(if *decay { keep } else { 1.0 });
                 par_chunks(range.len(), 1 << 14, |r| {
                     let r = range.start + r.start..range.start + r.end;
                     // SAFETY: chunks are disjoint.

@@ -41,7 +41,7 @@ impl NoiseKey {
     pub fn to_bytes(&self) -> [u8; 32] {
         self.0
     }
-    fn words(&self) -> [u32; 8] {
+    pub(crate) fn words(&self) -> [u32; 8] {
         std::array::from_fn(|i| {
             u32::from_le_bytes([self.0[4 * i], self.0[4 * i + 1], self.0[4 * i + 2], self.0[4 * i + 3]])
         })

@@ -1,8 +1,10 @@
 //! All trainable parameters in one buffer.
 
 use crate::autograd::Param;
+use crate::device::Device;
+use crate::device::cuda::{Tag, TagScope};
 use crate::error::{Error, Result};
-use crate::optim::Segment;
+use crate::optim::{Layout, Segment};
 use crate::tensor::{Array, DType};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,7 +13,7 @@ use std::ops::Range;
 /// an older value keeps it (the buffer is then copied once).
 pub struct Flat {
     params: Vec<Param>,
-    segments: Vec<Segment>,
+    layout: Layout,
     at: HashMap<u64, usize>,
     buffer: Array,
 }
@@ -30,13 +32,15 @@ impl Flat {
                 format!("{} is {}: trained parameters are all f32 or all f64", p.name(), p.dtype()),
             ));
         }
-        if let Some(p) = params.iter().find(|p| p.value().device().is_cuda()) {
+        let device = first.device();
+        if let Some(p) = params.iter().find(|p| p.device() != device) {
             return Err(Error::device(
                 "TrainStep",
                 format!(
-                    "{} is on {}; updates run on the CPU for now: move the model with .to(&Device::Cpu)",
+                    "{} is on {}, {} on {device}: move the whole model with .to()",
                     p.name(),
-                    p.value().device()
+                    p.device(),
+                    first.name()
                 ),
             ));
         }
@@ -48,41 +52,31 @@ impl Flat {
             segments.push(Segment { range: n..n + p.numel(), decay: p.shape().len() > 1 });
             n += p.numel();
         }
-        let mut buffer = Array::zeros(&[n], dtype);
-        crate::with_float!("TrainStep", dtype, T => {
-            let dst = buffer.as_mut_slice::<T>()?;
-            for (p, s) in params.iter().zip(&segments) {
-                dst[s.range.clone()].copy_from_slice(p.value().as_slice::<T>()?);
-            }
-            Ok(())
-        })?;
-        let flat = Flat { params, segments, at, buffer };
+        let _tag = TagScope::new(Tag::Parameter);
+        let mut buffer = Array::zeros_at(&device, &[n], dtype)?;
+        for (p, s) in params.iter().zip(&segments) {
+            buffer.write(s.range.start, &p.value())?;
+        }
+        let flat = Flat { params, layout: Layout::new(segments, n), at, buffer };
         flat.attach()?;
         Ok(flat)
     }
     fn attach(&self) -> Result<()> {
-        for (p, s) in self.params.iter().zip(&self.segments) {
+        for (p, s) in self.params.iter().zip(self.layout.segments()) {
             p.set(self.buffer.slice(0, s.range.clone())?.reshape(p.shape())?)?;
         }
         Ok(())
     }
     /// Changes the buffer in place. Parameters set from outside since the last update are taken over first.
-    pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array) -> Result<()>) -> Result<()> {
-        for i in 0..self.params.len() {
-            let value = self.params[i].value();
-            let here = self.buffer.slice(0, self.segments[i].range.clone())?;
-            if !value.same_storage(&here) {
-                let r = self.segments[i].range.clone();
-                crate::with_float!("TrainStep", value.dtype(), T => {
-                    let value = value.contiguous();
-                    drop(here);
-                    self.buffer.as_mut_slice::<T>()?[r].copy_from_slice(value.as_slice::<T>()?);
-                    Ok(())
-                })?;
+    pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array, &Layout) -> Result<()>) -> Result<()> {
+        for (p, s) in self.params.iter().zip(self.layout.segments()) {
+            let value = p.value();
+            if !value.same_storage(&self.buffer.slice(0, s.range.clone())?) {
+                self.buffer.write(s.range.start, &value)?;
             }
         }
         self.params.iter().for_each(Param::release);
-        let done = f(&mut self.buffer);
+        let done = self.buffer.own().and_then(|()| f(&mut self.buffer, &self.layout));
         self.attach()?;
         done
     }
@@ -92,7 +86,7 @@ impl Flat {
     }
     /// Where each parameter lies.
     pub fn segments(&self) -> &[Segment] {
-        &self.segments
+        self.layout.segments()
     }
     /// Index of a parameter in flat order.
     pub fn index(&self, p: &Param) -> Option<usize> {
@@ -100,11 +94,15 @@ impl Flat {
     }
     /// Where one parameter lies.
     pub fn range(&self, p: &Param) -> Option<Range<usize>> {
-        self.index(p).map(|i| self.segments[i].range.clone())
+        self.index(p).map(|i| self.layout.segments()[i].range.clone())
     }
     /// Number of trainable elements.
     pub fn numel(&self) -> usize {
         self.buffer.numel()
+    }
+    /// Where the parameters are.
+    pub fn device(&self) -> Device {
+        self.buffer.device()
     }
     /// f32 or f64.
     pub fn dtype(&self) -> DType {

@@ -10,6 +10,7 @@
 //! delivered, so nothing is copied between backward and the optimizer.
 
 mod flat;
+mod ledger;
 mod private;
 mod weigh;
 
@@ -17,29 +18,60 @@ pub use flat::Flat;
 pub use private::{Privacy, PrivacyConfig};
 
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
+use crate::device::cuda::elementwise::scale_in_place;
+use crate::device::cuda::{Tag, TagScope};
 use crate::error::{Error, Result};
-use crate::optim::{Optimizer, Schedule};
+use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle};
 use crate::tensor::Array;
-use weigh::{Clipping, Weigh};
+use ledger::{Ledger, Snapshot, not_finite};
+use weigh::{Clipping, Tally, Weigh};
 
 /// What one step did.
+///
+/// On a GPU the step is only queued when [`TrainStep::run`] returns: what it found in the data waits there until somebody
+/// asks, and asking waits for the step. Ask every few steps, not every step.
 #[derive(Clone, Debug)]
 pub struct StepReport {
     /// Steps taken so far, this one included.
     pub step: u64,
-    /// Mean loss over the samples of this step; NaN if there were none. Not private: it looks at the data.
-    pub loss: f64,
     /// Samples of this step.
     pub samples: usize,
     /// Learning rate used.
     pub lr: f64,
-    /// Samples whose gradient was not finite and that were left out (private training only).
-    pub non_finite: usize,
-    /// Share of (sample, group) pairs whose norm exceeded the threshold (private training only).
-    pub clipped: f64,
     /// ε spent so far at the configured δ, rounded up (private training only); [`Privacy::epsilon`] is exact.
     pub epsilon: Option<f64>,
+    found: Found,
+}
+
+#[derive(Clone, Debug)]
+enum Found {
+    Here(f64, Tally),
+    There(Snapshot),
+}
+
+impl StepReport {
+    fn found(&self) -> Result<(f64, Tally)> {
+        match &self.found {
+            Found::Here(loss, tally) => Ok((*loss, *tally)),
+            Found::There(snapshot) => snapshot.read(),
+        }
+    }
+    /// Mean loss over the samples of this step; NaN if there were none. Not private: it looks at the data.
+    ///
+    /// On a GPU a plain step that met a loss which is not finite says so here, at this step or any later one: nothing has
+    /// been updated since.
+    pub fn loss(&self) -> Result<f64> {
+        Ok(self.found()?.0 / self.samples as f64)
+    }
+    /// Samples whose gradient was not finite and that were left out (private training only).
+    pub fn non_finite(&self) -> Result<usize> {
+        Ok(self.found()?.1.non_finite as usize)
+    }
+    /// Share of (sample, group) pairs whose norm exceeded the threshold (private training only).
+    pub fn clipped(&self) -> Result<f64> {
+        Ok(self.found()?.1.share())
+    }
 }
 
 /// One training step over fixed parameters: forward and backward over microbatches, then one update.
@@ -47,6 +79,7 @@ pub struct TrainStep {
     flat: Flat,
     grads: Array,
     state: Vec<Array>,
+    ledger: Option<Ledger>,
     optimizer: Box<dyn Optimizer>,
     schedule: Schedule,
     steps: u64,
@@ -75,13 +108,19 @@ impl TrainStep {
     ) -> Result<TrainStep> {
         schedule.validate()?;
         let flat = Flat::new(params)?;
-        let zeros = || Array::zeros(&[flat.numel()], flat.dtype());
-        let (grads, state) = (zeros(), optimizer.slots().iter().map(|_| zeros()).collect());
+        let device = flat.device();
+        let zeros = |tag| {
+            let _tag = TagScope::new(tag);
+            Array::zeros_at(&device, &[flat.numel()], flat.dtype())
+        };
+        let grads = zeros(Tag::Gradient)?;
+        let state = optimizer.slots().iter().map(|_| zeros(Tag::Optimizer)).collect::<Result<_>>()?;
+        let ledger = device.gpu().map(Ledger::new).transpose()?;
         let mut privacy = privacy;
         if let Some(p) = &mut privacy {
             p.plan(flat.params())?;
         }
-        Ok(TrainStep { flat, grads, state, optimizer, schedule, steps: 0, privacy })
+        Ok(TrainStep { flat, grads, state, ledger, optimizer, schedule, steps: 0, privacy })
     }
     /// Steps taken.
     pub fn steps(&self) -> u64 {
@@ -120,9 +159,12 @@ impl TrainStep {
             None => None,
         };
         zero(&mut self.grads)?;
+        if let Some(ledger) = &self.ledger {
+            ledger.begin()?;
+        }
         let (mut loss_sum, mut samples) = (0.0, 0);
         let mut weigh = match &self.privacy {
-            Some(p) => Weigh::private(&self.flat, &mut self.grads, p.clipping()),
+            Some(p) => Weigh::private(&self.flat, &mut self.grads, p.clipping(), self.ledger.as_ref()),
             None => Weigh::plain(&self.flat, &mut self.grads),
         };
         for batch in microbatches {
@@ -136,29 +178,25 @@ impl TrainStep {
             if losses.numel() == 0 {
                 continue;
             }
-            let values = losses.array().to_f64();
-            if self.privacy.is_none()
-                && let Some(i) = values.iter().position(|l| !l.is_finite())
-            {
-                return Err(Error::invalid(
-                    "TrainStep::run",
-                    format!(
-                        "step {}: the loss of sample {} is {}; the parameters are as the last step left them. Look for NaN \
-                         or infinity in that sample, or lower the learning rate",
-                        self.steps + 1,
-                        samples + i,
-                        values[i]
-                    ),
-                ));
+            match &self.ledger {
+                Some(ledger) => ledger.losses(losses.array(), samples, self.steps + 1, self.privacy.is_none())?,
+                None => {
+                    let values = losses.array().to_f64();
+                    if self.privacy.is_none()
+                        && let Some(i) = values.iter().position(|l| !l.is_finite())
+                    {
+                        return Err(not_finite(self.steps + 1, samples + i, values[i]));
+                    }
+                    loss_sum += values.iter().sum::<f64>();
+                }
             }
-            loss_sum += values.iter().sum::<f64>();
             samples += losses.numel();
             weigh.begin(losses.numel());
             losses.backward_into(&mut weigh)?;
             drop(losses);
             weigh.finish()?;
         }
-        let (clipped, non_finite) = weigh.statistics();
+        let tally = weigh.tally();
         let lr = self.schedule.at(self.steps);
         let scale = match &self.privacy {
             Some(p) => {
@@ -171,19 +209,21 @@ impl TrainStep {
             None => 1.0 / samples as f64,
         };
         scale_by(&mut self.grads, scale)?;
-        let segments = self.flat.segments().to_vec();
-        let (optimizer, state, grads, t) = (&self.optimizer, &mut self.state, &self.grads, self.steps + 1);
-        self.flat.update(|p| optimizer.update(t, lr, p, grads, state, &segments))?;
+        let stop = self.ledger.as_ref().map(Ledger::stop).transpose()?;
+        for buffer in &mut self.state {
+            buffer.own()?;
+        }
+        let (optimizer, state, grads, step) = (&self.optimizer, &mut self.state, &self.grads, self.steps + 1);
+        self.flat.update(|params, layout| {
+            let gpu = GpuUpdate { live: None, stop: stop.as_ref() };
+            optimizer.update(Update { gpu, ..Update::new((step, lr), params, grads, state, layout) })
+        })?;
         self.steps += 1;
-        Ok(StepReport {
-            step: self.steps,
-            loss: if samples == 0 { f64::NAN } else { loss_sum / samples as f64 },
-            samples,
-            lr,
-            non_finite,
-            clipped,
-            epsilon,
-        })
+        let found = match &self.ledger {
+            Some(ledger) => Found::There(ledger.snapshot()?),
+            None => Found::Here(loss_sum, tally),
+        };
+        Ok(StepReport { step: self.steps, samples, lr, epsilon, found })
     }
     /// The gradient of the last step as the optimizer saw it, flat.
     pub fn last_gradient(&self) -> &Array {
@@ -205,7 +245,7 @@ impl TrainStep {
                     format!("{slot} is {:?}, the model needs {:?}", found.1.shape(), buffer.shape()),
                 ));
             }
-            *buffer = found.1.copy();
+            *buffer = found.1.to(&buffer.device())?.copy();
         }
         self.steps = steps;
         if let Some(p) = &mut self.privacy {
@@ -228,8 +268,10 @@ pub fn clipped_gradient(
     clip.validate()?;
     let flat = Flat::new(params)?;
     let clipping = Clipping::new(style, clip, threshold, flat.params())?;
-    let mut grads = Array::zeros(&[flat.numel()], flat.dtype());
-    let mut weigh = Weigh::private(&flat, &mut grads, &clipping);
+    let device = flat.device();
+    let mut grads = Array::zeros_at(&device, &[flat.numel()], flat.dtype())?;
+    let ledger = device.gpu().map(Ledger::new).transpose()?;
+    let mut weigh = Weigh::private(&flat, &mut grads, &clipping, ledger.as_ref());
     weigh.begin(losses.numel());
     losses.backward_into(&mut weigh)?;
     weigh.finish()?;
@@ -247,6 +289,11 @@ impl GradHook for Weigh<'_> {
 }
 
 fn zero(a: &mut Array) -> Result<()> {
+    a.own()?;
+    if let Some(gpu) = a.gpu() {
+        let (block, at) = a.block("TrainStep")?;
+        return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
+    }
     crate::with_float!("TrainStep", a.dtype(), T => {
         crate::device::cpu::elementwise::for_each_mut(a.as_mut_slice::<T>()?, |_| <T as crate::Float>::ZERO);
         Ok(())
@@ -254,6 +301,9 @@ fn zero(a: &mut Array) -> Result<()> {
 }
 
 fn scale_by(a: &mut Array, s: f64) -> Result<()> {
+    if let Some(gpu) = a.gpu() {
+        return scale_in_place(gpu, a, s);
+    }
     crate::with_float!("TrainStep", a.dtype(), T => {
         let s = <T as crate::Element>::from_f64(s);
         crate::device::cpu::elementwise::for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);

@@ -6,7 +6,9 @@
 //! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
 
 use super::flat::Flat;
+use super::ledger::Ledger;
 use crate::autograd::{Factor, Param, ParamGrad};
+use crate::device::cuda::factored::clip_weights;
 use crate::error::{Error, Result};
 use crate::privacy::{ClipFn, ClipStyle};
 use crate::tensor::Array;
@@ -59,11 +61,30 @@ pub(super) struct Weigh<'a> {
     flat: &'a Flat,
     grads: &'a mut Array,
     clipping: Option<&'a Clipping>,
+    ledger: Option<&'a Ledger>,
     groups: Vec<Group>,
-    samples: usize,
-    pairs: u64,
-    clipped: u64,
-    non_finite: usize,
+    tally: Tally,
+}
+
+/// Clipped (sample, group) pairs.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Tally {
+    pub pairs: u64,
+    pub clipped: u64,
+    pub non_finite: u64,
+}
+
+impl Tally {
+    /// Share of clipped pairs.
+    pub fn share(&self) -> f64 {
+        self.clipped as f64 / self.pairs.max(1) as f64
+    }
+}
+
+/// Squared norms of a group's samples so far, where the gradients are.
+enum SqNorms {
+    Cpu(Vec<f64>),
+    Gpu(Option<Array>),
 }
 
 /// A clipping group on its way through one backward pass.
@@ -75,14 +96,15 @@ struct Group {
     /// Members whose norm is left for the fused pass.
     held: Vec<ParamGrad>,
     delivered: usize,
-    sq: Vec<f64>,
+    sq: SqNorms,
 }
 
 impl<'a> Weigh<'a> {
     pub fn plain(flat: &'a Flat, grads: &'a mut Array) -> Self {
-        Weigh { flat, grads, clipping: None, groups: Vec::new(), samples: 0, pairs: 0, clipped: 0, non_finite: 0 }
+        Weigh { flat, grads, clipping: None, ledger: None, groups: Vec::new(), tally: Tally::default() }
     }
-    pub fn private(flat: &'a Flat, grads: &'a mut Array, clipping: &'a Clipping) -> Self {
+    /// `ledger`: where the counts go if the gradients are on a GPU.
+    pub fn private(flat: &'a Flat, grads: &'a mut Array, clipping: &'a Clipping, ledger: Option<&'a Ledger>) -> Self {
         let groups = clipping
             .groups
             .iter()
@@ -92,17 +114,17 @@ impl<'a> Weigh<'a> {
                 normed: Vec::new(),
                 held: Vec::new(),
                 delivered: 0,
-                sq: Vec::new(),
+                sq: SqNorms::Cpu(Vec::new()),
             })
             .collect();
-        Weigh { groups, clipping: Some(clipping), ..Weigh::plain(flat, grads) }
+        Weigh { groups, clipping: Some(clipping), ledger, ..Weigh::plain(flat, grads) }
     }
     /// A microbatch of `samples` samples is about to be differentiated.
     pub fn begin(&mut self, samples: usize) {
-        self.samples = samples;
+        let gpu = self.grads.gpu().is_some();
         for g in &mut self.groups {
             g.delivered = 0;
-            g.sq = vec![0.0; samples];
+            g.sq = if gpu { SqNorms::Gpu(None) } else { SqNorms::Cpu(vec![0.0; samples]) };
         }
     }
     pub fn deliver(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
@@ -119,17 +141,28 @@ impl<'a> Weigh<'a> {
         let gi = clipping.group_of[index];
         let group = &mut self.groups[gi];
         group.delivered += 1;
-        // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
-        let fused =
-            clipping.groups.len() > 1 && matches!(grad.factors(), [Factor::Outer { .. }]) && group.held.is_empty();
-        if fused {
-            group.held.push(grad);
-        } else {
-            let grad = grad.compact()?;
-            for (s, n) in group.sq.iter_mut().zip(grad.sample_sq_norms()?) {
-                *s += n;
+        match &mut group.sq {
+            SqNorms::Gpu(sq) => {
+                let gpu = self.grads.gpu().cloned();
+                let gpu = gpu.ok_or_else(|| Error::autograd("TrainStep", "the gradient moved during a step"))?;
+                *sq = Some(grad.sq_norms_on(&gpu, sq.take())?);
+                group.normed.push(grad);
             }
-            group.normed.push(grad);
+            SqNorms::Cpu(sq) => {
+                // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
+                let fused = clipping.groups.len() > 1
+                    && matches!(grad.factors(), [Factor::Outer { .. }])
+                    && group.held.is_empty();
+                if fused {
+                    group.held.push(grad);
+                } else {
+                    let grad = grad.compact()?;
+                    for (s, n) in sq.iter_mut().zip(grad.sample_sq_norms()?) {
+                        *s += n;
+                    }
+                    group.normed.push(grad);
+                }
+            }
         }
         if group.delivered == group.members { self.close(gi) } else { Ok(()) }
     }
@@ -138,23 +171,32 @@ impl<'a> Weigh<'a> {
         let Some(clipping) = self.clipping else { return Ok(()) };
         let group = &mut self.groups[gi];
         let (clip, threshold) = (clipping.clip, group.threshold);
+        let (held, normed) = (std::mem::take(&mut group.held), std::mem::take(&mut group.normed));
+        let mut sq = match std::mem::replace(&mut group.sq, SqNorms::Cpu(Vec::new())) {
+            SqNorms::Cpu(sq) => sq,
+            SqNorms::Gpu(sq) => {
+                let (Some(sq), Some(gpu)) = (sq, self.grads.gpu().cloned()) else { return Ok(()) };
+                let ledger = self.ledger.ok_or_else(|| Error::autograd("TrainStep", "no ledger on the GPU"))?;
+                let weights = clip_weights(&gpu, &sq, (clip, threshold), self.grads.dtype(), &ledger.tally()?)?;
+                for grad in normed {
+                    let out = self.grads.slice(0, self.range(&grad)?)?;
+                    grad.add_on(&gpu, Some(&weights), &out)?;
+                }
+                return Ok(());
+            }
+        };
         let factor = move |sq: f64| clip.factor(sq, threshold);
-        for grad in std::mem::take(&mut group.held) {
-            let range = self.range(&grad)?;
-            let group = &mut self.groups[gi];
-            let sq = std::mem::take(&mut group.sq);
-            let totals = add(self.grads, &range, &grad, Weights::Clip(&sq, &factor))?;
-            self.groups[gi].sq = totals;
+        for grad in held {
+            sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
-        let weights: Vec<f64> = self.groups[gi].sq.iter().map(|&s| factor(s)).collect();
-        for grad in std::mem::take(&mut self.groups[gi].normed) {
-            let range = self.range(&grad)?;
-            add(self.grads, &range, &grad, Weights::Given(&weights))?;
+        let weights: Vec<f64> = sq.iter().map(|&s| factor(s)).collect();
+        for grad in normed {
+            add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
         }
-        for &sq in &self.groups[gi].sq {
-            self.pairs += 1;
-            self.clipped += (sq.is_finite() && sq.sqrt() > threshold) as u64;
-            self.non_finite += !sq.is_finite() as usize;
+        for &sq in &sq {
+            self.tally.pairs += 1;
+            self.tally.clipped += (sq.is_finite() && sq.sqrt() > threshold) as u64;
+            self.tally.non_finite += !sq.is_finite() as u64;
         }
         Ok(())
     }
@@ -170,9 +212,9 @@ impl<'a> Weigh<'a> {
         }
         Ok(())
     }
-    /// Share of clipped (sample, group) pairs, and the number of non-finite samples.
-    pub fn statistics(&self) -> (f64, usize) {
-        (self.clipped as f64 / self.pairs.max(1) as f64, self.non_finite)
+    /// What was clipped on the CPU; a GPU keeps its own count.
+    pub fn tally(&self) -> Tally {
+        self.tally
     }
 }
 
@@ -184,6 +226,10 @@ enum Weights<'a> {
 
 /// Adds a gradient to its stretch of the flat buffer; returns the norms' totals of the fused form.
 fn add(grads: &mut Array, range: &std::ops::Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
+    if let Some(gpu) = grads.gpu() {
+        grad.add_on(gpu, None, &grads.slice(0, range.clone())?)?;
+        return Ok(Vec::new());
+    }
     with_float!("TrainStep", grads.dtype(), T => {
         let out = &mut grads.as_mut_slice::<T>()?[range.clone()];
         match w {

@@ -259,6 +259,37 @@ impl Array {
         let buffer = self.storage.cpu_mut().ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
         Ok(&mut buffer.as_mut_slice::<T>()[o..o + n])
     }
+    /// Copies `src` (of this dtype) over the elements from `at` on, row-major, on whatever device this array is; copies
+    /// it first if it is shared.
+    pub fn write(&mut self, at: usize, src: &Array) -> Result<()> {
+        if src.dtype != self.dtype || at + src.numel() > self.numel() {
+            return Err(Error::shape(
+                "write",
+                format!("{:?} {} at {at} of {:?} {}", src.shape, src.dtype, self.shape, self.dtype),
+            ));
+        }
+        self.own()?;
+        let (src, size) = (src.to(&self.device())?.contiguous(), self.dtype.size());
+        if let Some(gpu) = self.gpu() {
+            let ((to, to_at), (from, from_at)) = (self.block("write")?, src.block("write")?);
+            return gpu.copy(to, to_at + at * size, from, from_at, src.numel() * size);
+        }
+        with_dtype!(self.dtype, T => {
+            self.as_mut_slice::<T>()?[at..at + src.numel()].copy_from_slice(src.as_slice::<T>()?)
+        });
+        Ok(())
+    }
+    /// Makes this handle the only one on its storage, without gaps, on the same device: copies if it is not.
+    pub(crate) fn own(&mut self) -> Result<()> {
+        if !self.is_contiguous() || !self.is_unique() {
+            *self = match self.gpu() {
+                Some(gpu) => gpu_ew::copy(gpu, self)?,
+                None => self.copy(),
+            };
+        }
+        self.storage.changed();
+        Ok(())
+    }
     /// On the CPU, unshared and without gaps.
     pub(crate) fn make_unique(&mut self) {
         if let Some(gpu) = self.gpu().cloned() {

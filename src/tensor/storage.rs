@@ -62,6 +62,14 @@ impl Storage {
             Storage::Cuda(g) => Arc::get_mut(g).is_some(),
         }
     }
+    /// Forgets what the host was told of a GPU's memory, which is about to change; only on unshared storage.
+    pub fn changed(&mut self) {
+        if let Storage::Cuda(g) = self
+            && let Some(g) = Arc::get_mut(g)
+        {
+            g.host = OnceLock::new();
+        }
+    }
     pub fn same(&self, other: &Storage) -> bool {
         match (self, other) {
             (Storage::Cpu(a), Storage::Cpu(b)) => Arc::ptr_eq(a, b),

@@ -72,7 +72,7 @@ pub fn load_params(checkpoint: &Checkpoint, params: &Params) -> Result<()> {
         let (_, a) = model.iter().find(|(n, _)| n == p.name()).ok_or_else(|| {
             Error::format(checkpoint.path(), format!("holds no {}; it belongs to another model", p.name()))
         })?;
-        p.set(a.cast(p.dtype()))?;
+        p.set(a.cast(p.dtype()).to(&p.device())?)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 use crate::common::*;
 use prismgrad::ops::rotary::{Pairing, RotaryTable};
-use prismgrad::optim::{AdamW, Optimizer, Segment, Sgd};
+use prismgrad::optim::{AdamW, Layout, Optimizer, Segment, Sgd, Update};
 use prismgrad::random::{NoiseKey, add_gaussian, philox};
 use prismgrad::{Array, DType, Tensor};
 fn arr(v: &[f64], s: &[usize]) -> Array {
@@ -125,6 +125,7 @@ fn optimizers<T: El + prismgrad::tensor::Element>() {
             .enumerate()
             .map(|(k, &e)| Segment { range: if k == 0 { 0 } else { ends[k - 1] }..e, decay: k % 2 == 0 })
             .collect();
+        let layout = Layout::new(segs, n);
         let [p, g, m, v] = [0; 4].map(|_| round::<T>(&r.vec(n)));
         let v: Vec<f64> = v.iter().map(|x| x.abs()).collect();
         let dt = if T::NAME == "f32" { DType::F32 } else { DType::F64 };
@@ -135,7 +136,7 @@ fn optimizers<T: El + prismgrad::tensor::Element>() {
         );
         let o = AdamW { weight_decay: 0.1, ..AdamW::default() };
         let (mut wp, mut state) = (a(&p), vec![a(&m), a(&v)]);
-        o.update(5, 0.01, &mut wp, &a(&g), &mut state, &segs).unwrap();
+        o.update(Update::new((5, 0.01), &mut wp, &a(&g), &mut state, &layout)).unwrap();
         let (c1, c2) = (1.0 - o.beta1.powi(5), 1.0 - o.beta2.powi(5));
         let args =
             [o.beta1, 1.0 - o.beta1, o.beta2, 1.0 - o.beta2, 0.01 / c1, 1.0 / f64::sqrt(c2), o.eps, 1.0 - 0.01 * 0.1];
@@ -148,7 +149,7 @@ fn optimizers<T: El + prismgrad::tensor::Element>() {
                 args[5] = 9.;
                 args[7] = 9.;
             }
-            go!(format!("adamw_{}", T::NAME), quads(n); bp.ptr, bg.ptr, bm.ptr, bv.ptr, n as i64, be.ptr, bd.ptr, ends.len() as i32, args, if live { bl.ptr } else { nullm() });
+            go!(format!("adamw_{}", T::NAME), quads(n); bp.ptr, bg.ptr, bm.ptr, bv.ptr, n as i64, be.ptr, bd.ptr, ends.len() as i32, args, if live { bl.ptr } else { nullm() }, null::<u64>());
             close("adamw p", &back(&bp.get()), &wp.to_f64(), T::TOL / 10.);
             close("adamw m", &back(&bm.get()), &state[0].to_f64(), T::TOL / 10.);
             close("adamw v", &back(&bv.get()), &state[1].to_f64(), T::TOL / 10.);
@@ -156,9 +157,9 @@ fn optimizers<T: El + prismgrad::tensor::Element>() {
         for mu in [0.0, 0.9] {
             let o = Sgd { momentum: mu, weight_decay: 0.1 };
             let (mut wp, mut state) = (a(&p), if mu == 0. { vec![] } else { vec![a(&m)] });
-            o.update(1, 0.01, &mut wp, &a(&g), &mut state, &segs).unwrap();
+            o.update(Update::new((1, 0.01), &mut wp, &a(&g), &mut state, &layout)).unwrap();
             let [bp, bg, bm] = [&p, &g, &m].map(|x| up::<T>(x));
-            go!(format!("sgd_{}", T::NAME), quads(n); bp.ptr, bg.ptr, if mu == 0. { nullm() } else { bm.ptr }, n as i64, be.ptr, bd.ptr, ends.len() as i32, 0.01f64, mu, 1.0 - 0.01 * 0.1, null::<f64>());
+            go!(format!("sgd_{}", T::NAME), quads(n); bp.ptr, bg.ptr, if mu == 0. { nullm() } else { bm.ptr }, n as i64, be.ptr, bd.ptr, ends.len() as i32, 0.01f64, mu, 1.0 - 0.01 * 0.1, null::<f64>(), null::<u64>());
             close("sgd", &back(&bp.get()), &wp.to_f64(), T::TOL / 10.);
         }
     }

@@ -111,9 +111,7 @@ pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
 
 /// y += x, in y's memory where nobody shares it.
 pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<()> {
-    if !y.is_contiguous() || !y.is_unique() {
-        *y = copy(gpu, y)?;
-    }
+    y.own()?;
     let x = on(gpu, x)?;
     let s: [i64; 13] = strided("accumulate", x.shape(), [x.strides()])?;
     let (dst, src) = (y.block("accumulate")?, x.block("accumulate")?);
@@ -131,6 +129,14 @@ pub(crate) fn unary(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2]) -> 
         l.buf(src.0, src.1).buf(dst.0, dst.1).val(x.numel() as i64).val(s).val(p).val(q)
     })?;
     Ok(out)
+}
+
+/// x ← p·x, in place, whoever else sees it; contiguous.
+pub(crate) fn scale_in_place(gpu: &Arc<Gpu>, x: &Array, p: f64) -> Result<()> {
+    let s: [i64; 13] = strided("mul_scalar", &[x.numel()], [&[1]])?;
+    let n = x.numel() as i64;
+    let kernel = format!("mul_scalar_{}", suffix(x.dtype()));
+    run(gpu, "unary", &kernel, x.numel(), |l| l.array(x).array(x).val(n).val(s).val(p).val(0f64))
 }
 
 /// g·f′(saved), for the `_grad` kernels of `cuda/unary.cu`.

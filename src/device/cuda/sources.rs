@@ -32,6 +32,7 @@ pub static SOURCES: &[(&str, &str)] = sources![
     "segment",
     "softmax",
     "sort",
+    "step",
     "unary",
 ];
 

@@ -1,0 +1,91 @@
+//! What a step on a GPU writes down for whoever asks later, so that no step waits for the device (`cuda/step.cu`).
+
+use super::weigh::Tally;
+use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
+use crate::error::{Error, Result};
+use crate::tensor::{Array, DType};
+use std::sync::{Arc, OnceLock};
+
+/// Words of `Ledger` in `cuda/step.cu`: loss, stop, sample, value, pairs, clipped, broken, one in reserve.
+const WORDS: usize = 8;
+const STOP: usize = 1;
+const TALLY: usize = 4;
+
+/// The running account of a step, on the device.
+pub(crate) struct Ledger(Array);
+
+impl Ledger {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Ledger> {
+        Ok(Ledger(Array::zeros_on(gpu, &[WORDS], DType::I64)?))
+    }
+    /// A step begins: nothing summed, nothing counted. A stop stays.
+    pub fn begin(&self) -> Result<()> {
+        let (block, at) = self.0.block("TrainStep")?;
+        block.gpu().fill(block, at, 8, 0)?;
+        block.gpu().fill(block, at + 8 * TALLY, 24, 0)
+    }
+    /// The three counters of clipped pairs.
+    pub fn tally(&self) -> Result<Array> {
+        self.0.slice(0, TALLY..TALLY + 3)
+    }
+    /// Not 0 after a loss that was not finite.
+    pub fn stop(&self) -> Result<Array> {
+        self.0.slice(0, STOP..STOP + 1)
+    }
+    /// Adds the losses of a microbatch that begins with sample `before`; with `guard`, one that is not finite stops
+    /// training.
+    pub fn losses(&self, losses: &Array, before: usize, step: u64, guard: bool) -> Result<()> {
+        let Some(gpu) = losses.gpu() else {
+            return Err(Error::device("TrainStep", "the losses are on the CPU, the parameters on a GPU"));
+        };
+        let losses = losses.contiguous();
+        let l = Launch::new(gpu, "step", &format!("step_losses_{}", suffix(losses.dtype())))?;
+        let l = l.array(&losses).val(losses.numel() as i64).val(before as i64).array(&self.0);
+        l.val(step).val(guard as i32).run()
+    }
+    /// How it stands after what is queued now.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let (from, at) = self.0.block("TrainStep")?;
+        let copy = Array::uninit_on(from.gpu(), &[WORDS], DType::I64)?;
+        let (to, to_at) = copy.block("TrainStep")?;
+        from.gpu().copy(to, to_at, from, at, 8 * WORDS)?;
+        Ok(Snapshot { copy, words: OnceLock::new() })
+    }
+}
+
+/// The ledger as a step left it, read when somebody asks.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshot {
+    copy: Array,
+    words: OnceLock<Vec<i64>>,
+}
+
+impl Snapshot {
+    /// Sum of the losses and what was clipped. Waits for the step. A loss that was not finite is an error from then on.
+    pub fn read(&self) -> Result<(f64, Tally)> {
+        let w = match self.words.get() {
+            Some(w) => w,
+            None => {
+                let w = self.copy.to_vec::<i64>()?;
+                self.words.get_or_init(|| w)
+            }
+        };
+        let float = |w: i64| f64::from_bits(w as u64);
+        if w[STOP] != 0 {
+            return Err(not_finite(w[STOP] as u64, w[STOP + 1] as usize, float(w[STOP + 2])));
+        }
+        let [pairs, clipped, non_finite] = std::array::from_fn(|k| w[TALLY + k] as u64);
+        Ok((float(w[0]), Tally { pairs, clipped, non_finite }))
+    }
+}
+
+/// A plain step met a loss that is not finite.
+pub(crate) fn not_finite(step: u64, sample: usize, value: f64) -> Error {
+    Error::invalid(
+        "TrainStep::run",
+        format!(
+            "step {step}: the loss of sample {sample} is {value}; the parameters are as the last step left them. Look for \
+             NaN or infinity in that sample, or lower the learning rate"
+        ),
+    )
+}

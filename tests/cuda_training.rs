@@ -1,0 +1,270 @@
+//! Training on the emulated CUDA device beside the CPU: steps, noise, clipping, waits, stops, resuming.
+#![cfg(feature = "emulator")]
+
+use prismgrad::emulator::{config, lock, stat};
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::Ctx;
+use prismgrad::ops::linear::{Activation, Layout, linear};
+use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
+use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::random::NoiseKey;
+use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep, clipped_gradient};
+use prismgrad::tensor::read_back;
+use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
+
+const STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
+
+fn gpu() -> Device {
+    Device::cuda(0).unwrap()
+}
+
+fn gpt(tied: bool, dtype: DType, device: &Device) -> Gpt {
+    let mut c = GptConfig::small(17, 6, 2, 8, 2);
+    c.tie_word_embeddings = tied;
+    let model = Gpt::with_dtype(c, 3, dtype).unwrap();
+    model.params().to(device).unwrap();
+    model
+}
+
+fn tokens(b: usize, seed: usize) -> (Array, Array) {
+    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
+    (f(seed), f(seed + 5))
+}
+
+fn step_of(params: &[Param], style: Option<ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
+    let schedule = Schedule::cosine(1e-2, 2, 50);
+    let Some(style) = style else { return TrainStep::plain(params, optimizer, schedule).unwrap() };
+    let mut c = PrivacyConfig::new(4.0, 1e-3, 100, 4.0, 50);
+    c.style = style;
+    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
+    TrainStep::private(params, p, optimizer, schedule).unwrap()
+}
+
+fn values(params: &[Param]) -> Vec<f64> {
+    params.iter().flat_map(|p| p.value().to_f64()).collect()
+}
+
+fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!((g - w).abs() <= tolerance * scale, "{what}[{i}]: {g} on the device, {w} on the CPU");
+    }
+}
+
+/// Three steps of two microbatches each; the last report, the gradient of the last step and the parameters.
+fn train(model: &Gpt, step: &mut TrainStep) -> (StepReport, Vec<f64>, Vec<f64>) {
+    let mut last = None;
+    for t in 0..3 {
+        let batches = [tokens(3, 1 + t), tokens(2, 4 + t)];
+        let ctx = Ctx::train(t as u64);
+        last = Some(step.run(batches, |(x, y)| model.losses(&x, &y, &ctx)).unwrap());
+    }
+    (last.unwrap(), step.last_gradient().to_f64(), values(&model.params().all()))
+}
+
+#[test]
+fn steps_agree_with_the_cpu() {
+    let _one = lock();
+    let mut k = 0;
+    for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 2e-4)] {
+        for tied in [false, true] {
+            for style in [None, Some(STYLES[0]), Some(STYLES[1]), Some(STYLES[2])] {
+                config("seed", k % 4);
+                config("preempt", if k % 5 == 4 { 40 } else { 0 });
+                k += 1;
+                let what = format!("{dtype} tied {tied} {style:?}");
+                let run = |device: &Device| {
+                    let model = gpt(tied, dtype, device);
+                    let params = model.params().all();
+                    let mut step = match k % 3 {
+                        0 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
+                        _ => step_of(&params, style, AdamW::default()),
+                    };
+                    let (report, gradient, params) = train(&model, &mut step);
+                    let found = [report.loss().unwrap(), report.clipped().unwrap(), report.lr, report.samples as f64];
+                    (found, report.non_finite().unwrap(), gradient, params)
+                };
+                let (want, got) = (run(&Device::Cpu), run(&gpu()));
+                close(&format!("{what} report"), &got.0, &want.0, tolerance);
+                assert_eq!(got.1, want.1, "{what}");
+                close(&format!("{what} gradient"), &got.2, &want.2, tolerance);
+                // The first steps of AdamW divide by the gradient's size: small differences grow.
+                close(&format!("{what} parameters"), &got.3, &want.3, 20.0 * tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_private_step_waits_for_nothing_and_allocates_nothing() {
+    let _one = lock();
+    let device = gpu();
+    for style in [None, Some(STYLES[0]), Some(STYLES[1])] {
+        let model = gpt(true, DType::F32, &device);
+        let mut step = step_of(&model.params().all(), style, AdamW::default());
+        let go = |step: &mut TrainStep, t: u64| {
+            let (x, y) = tokens(4, t as usize);
+            step.run([(x, y)], |(x, y)| model.losses(&x, &y, &Ctx::train(t))).unwrap()
+        };
+        (0..3).for_each(|t| drop(go(&mut step, t)));
+        device.synchronize().unwrap();
+        let counts = || {
+            let c = device.gpu().unwrap().counts();
+            let ours = [c.synchronisations, c.downloads, c.driver_allocations, c.driver_frees, c.compiles, read_back()];
+            (ours, ["synchronisations", "downloads", "allocations"].map(stat))
+        };
+        let before = counts();
+        let reports: Vec<StepReport> = (3..6).map(|t| go(&mut step, t)).collect();
+        assert_eq!(counts(), before, "{style:?}: waits, downloads, allocations, frees, compilations, read-backs");
+        assert!(reports.iter().all(|r| r.loss().unwrap().is_finite()));
+        assert!(counts().1[1] > before.1[1], "asking for a loss is a download");
+    }
+}
+
+/// Noise is the same on every device, and every trainable element gets some even in an empty batch.
+#[test]
+fn noise_is_the_same_bits_as_on_the_cpu() {
+    let _one = lock();
+    config("seed", 1);
+    let run = |device: &Device, dtype: DType| {
+        let idle = Param::new("idle", Array::zeros(&[1003], dtype));
+        idle.to(device).unwrap();
+        let mut step = step_of(std::slice::from_ref(&idle), Some(STYLES[0]), Sgd::default());
+        let none: [(); 0] = [];
+        let report = step.run(none, |_| unreachable!()).unwrap();
+        assert!(report.loss().unwrap().is_nan());
+        let noise = step.last_gradient().to_f64();
+        assert!(noise.iter().all(|&x| x != 0.0));
+        noise
+    };
+    for dtype in [DType::F32, DType::F64] {
+        assert_eq!(run(&gpu(), dtype), run(&Device::Cpu, dtype), "{dtype}");
+    }
+}
+
+/// Two runs, and a run cut and resumed, end in the same bits.
+#[test]
+fn repeatable_and_resumable_bitwise() {
+    let _one = lock();
+    let device = gpu();
+    let run = |cut: Option<u64>, seed: i64| {
+        config("seed", seed);
+        let mut model = gpt(true, DType::F32, &device);
+        let mut step = step_of(&model.params().all(), Some(ClipStyle::LayerWise), AdamW::default());
+        for t in 0..4 {
+            if cut == Some(t) {
+                let (params, steps) = (model.params().all(), step.steps());
+                let state: Vec<(String, Array)> = step.state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
+                let next = gpt(true, DType::F32, &device);
+                next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
+                model = next;
+                step = step_of(&model.params().all(), Some(ClipStyle::LayerWise), AdamW::default());
+                step.restore(steps, &state).unwrap();
+            }
+            let (x, y) = tokens(3, t as usize);
+            step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        }
+        values(&model.params().all())
+    };
+    let want = run(None, 0);
+    assert!(want.iter().all(|x| x.is_finite()));
+    for (cut, seed) in [(None, 1), (None, 2), (Some(2), 0)] {
+        assert_eq!(run(cut, seed), want, "{cut:?}, schedule {seed}");
+    }
+}
+
+/// One weight row; the loss of a sample is x·w, its gradient x.
+fn probe(rows: &[[f64; 3]], device: &Device) -> Result<(Param, Array)> {
+    let w = Param::new("w", Array::zeros(&[1, 3], DType::F64));
+    w.to(device)?;
+    let x: Vec<f64> = rows.iter().flatten().copied().collect();
+    Ok((w, Array::from_slice(&x, &[rows.len(), 3])?.to(device)?))
+}
+
+fn forward(w: &Param, x: &Array) -> Result<Tensor> {
+    linear(&Tensor::new(x.clone()), w, Layout::OutIn, None, Activation::None, None)?.sum(&[1], false)
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_updates_until_somebody_asks() {
+    let _one = lock();
+    let device = gpu();
+    let (w, good) = probe(&[[0.1, 0.2, 0.3], [0.5, 0.1, 0.2]], &device).unwrap();
+    let (_, bad) = probe(&[[0.1, 0.2, 0.3], [0.5, 0.1, 0.2], [1.0, f64::NAN, 0.0]], &device).unwrap();
+    let mut step = step_of(std::slice::from_ref(&w), None, AdamW::default());
+    let first = step.run([&good], |x| forward(&w, x)).unwrap();
+    let after_one = w.value().to_f64();
+    let second = step.run([&good, &bad], |x| forward(&w, x)).unwrap();
+    let third = step.run([&good], |x| forward(&w, x)).unwrap();
+    assert_eq!(w.value().to_f64(), after_one, "nothing is updated after the bad step");
+    assert!(first.loss().is_ok(), "the step before it was fine");
+    for report in [second, third] {
+        let e = report.loss().unwrap_err().to_string();
+        assert!(e.contains("step 2: the loss of sample 4 is NaN"), "{e}");
+    }
+}
+
+#[test]
+fn a_private_sample_that_is_not_finite_is_left_out_and_counted() {
+    let _one = lock();
+    let device = gpu();
+    let good = [[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]];
+    let run = |rows: &[[f64; 3]]| {
+        let (w, x) = probe(rows, &device).unwrap();
+        let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 10.0, 10);
+        c.clip = ClipFn::Abadi;
+        c.noise_multiplier = Some(2.0);
+        let p = Privacy::new(c, NoiseKey::from_seed_for_tests(4)).unwrap();
+        let params = std::slice::from_ref(&w);
+        let mut step = TrainStep::private(params, p, Sgd::default(), Schedule::constant(1.0)).unwrap();
+        let report = step.run([x], |x| forward(&w, &x)).unwrap();
+        (report.non_finite().unwrap(), w.value().to_f64())
+    };
+    let (none, want) = run(&good);
+    let (one, got) = run(&[good[0], [f64::NAN, 1.0, 0.0], good[1]]);
+    assert_eq!((none, one), (0, 1));
+    assert_eq!(want, got);
+}
+
+/// A weight used twice over ragged samples in no order, with a bias and a parameter broadcast per sample.
+#[test]
+fn ragged_samples_clip_as_on_the_cpu() {
+    let _one = lock();
+    let run = |device: &Device, style: ClipStyle, clip: ClipFn| {
+        let p = |n: &str, s: &[usize], k: f64| {
+            let p = Param::new(n, Array::generate(s, DType::F64, |i| (k + i as f64 * 0.9).sin()));
+            p.to(device).unwrap();
+            p
+        };
+        let (w, b, gate) = (p("a.weight", &[4, 4], 0.3), p("a.bias", &[4], 1.0), p("gate", &[4], 2.0));
+        let owner = vec![0u32, 2, 1, 0, 2, 2, 4];
+        let samples = Samples::owners(owner.clone(), 5).unwrap();
+        let x = Array::generate(&[7, 4], DType::F64, |i| i as f64 * 0.21 - 0.5).to(device).unwrap();
+        let s = Some(&samples);
+        let y = linear(&Tensor::new(x), &w, Layout::OutIn, Some(&b), Activation::Tanh, s).unwrap();
+        let y = linear(&y, &w, Layout::InOut, Some(&b), Activation::None, s).unwrap();
+        let pick = Array::generate(&[5, 7], DType::F64, |i| (owner[i % 7] as usize == i / 7) as u8 as f64);
+        let pick = Tensor::new(pick.to(device).unwrap());
+        let per = pick.matmul(&y.sin().unwrap()).unwrap().mul(&gate.per_sample(5).unwrap()).unwrap();
+        let losses = per.sum(&[1], false).unwrap();
+        let params = [w, b, gate];
+        let sums = clipped_gradient(&losses, &params, style, clip, 0.4).unwrap();
+        sums.iter().flat_map(Array::to_f64).collect::<Vec<f64>>()
+    };
+    for style in STYLES {
+        for clip in [ClipFn::Abadi, ClipFn::Reparameterised, ClipFn::AutoV, ClipFn::AutoS { gamma: 0.01 }] {
+            let (want, got) = (run(&Device::Cpu, style, clip), run(&gpu(), style, clip));
+            close(&format!("{style:?} {clip:?}"), &got, &want, 1e-10);
+        }
+    }
+}
+
+#[test]
+fn a_model_on_two_devices_is_refused_by_name() {
+    let _one = lock();
+    let (a, b) = (Param::new("a", Array::zeros(&[3], DType::F32)), Param::new("b", Array::zeros(&[3], DType::F32)));
+    b.to(&gpu()).unwrap();
+    let e = TrainStep::plain(&[a, b], AdamW::default(), Schedule::constant(0.1)).err().unwrap().to_string();
+    assert!(e.contains("b is on cuda:0") && e.contains("a on cpu"), "{e}");
+}
