@@ -19,7 +19,7 @@ fn gpu() -> Device {
 }
 
 fn gpt(tied: bool, dtype: DType, device: &Device) -> Gpt {
-    let mut c = GptConfig::small(17, 6, 2, 8, 2);
+    let mut c = GptConfig::small(17, 6, 1, 8, 2);
     c.tie_word_embeddings = tied;
     let model = Gpt::with_dtype(c, 3, dtype).unwrap();
     model.params().to(device).unwrap();
@@ -34,8 +34,8 @@ fn tokens(b: usize, seed: usize) -> (Array, Array) {
 fn step_of(params: &[Param], style: Option<ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
     let schedule = Schedule::cosine(1e-2, 2, 50);
     let Some(style) = style else { return TrainStep::plain(params, optimizer, schedule).unwrap() };
-    let mut c = PrivacyConfig::new(4.0, 1e-3, 100, 4.0, 50);
-    c.style = style;
+    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 10);
+    (c.style, c.noise_multiplier) = (style, Some(1.0));
     let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
     TrainStep::private(params, p, optimizer, schedule).unwrap()
 }
@@ -52,10 +52,10 @@ fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     }
 }
 
-/// Three steps of two microbatches each; the last report, the gradient of the last step and the parameters.
+/// Two steps of two microbatches each; the last report, the gradient of the last step and the parameters.
 fn train(model: &Gpt, step: &mut TrainStep) -> (StepReport, Vec<f64>, Vec<f64>) {
     let mut last = None;
-    for t in 0..3 {
+    for t in 0..2 {
         let batches = [tokens(3, 1 + t), tokens(2, 4 + t)];
         let ctx = Ctx::train(t as u64);
         last = Some(step.run(batches, |(x, y)| model.losses(&x, &y, &ctx)).unwrap());
@@ -107,7 +107,8 @@ fn a_private_step_waits_for_nothing_and_allocates_nothing() {
             let (x, y) = tokens(4, t as usize);
             step.run([(x, y)], |(x, y)| model.losses(&x, &y, &Ctx::train(t))).unwrap()
         };
-        (0..3).for_each(|t| drop(go(&mut step, t)));
+        let mut report = None;
+        (0..3).for_each(|t| report = Some(go(&mut step, t)));
         device.synchronize().unwrap();
         let counts = || {
             let c = device.gpu().unwrap().counts();
@@ -115,9 +116,9 @@ fn a_private_step_waits_for_nothing_and_allocates_nothing() {
             (ours, ["synchronisations", "downloads", "allocations"].map(stat))
         };
         let before = counts();
-        let reports: Vec<StepReport> = (3..6).map(|t| go(&mut step, t)).collect();
+        (3..6).for_each(|t| report = Some(go(&mut step, t)));
         assert_eq!(counts(), before, "{style:?}: waits, downloads, allocations, frees, compilations, read-backs");
-        assert!(reports.iter().all(|r| r.loss().unwrap().is_finite()));
+        assert!(report.unwrap().loss().unwrap().is_finite());
         assert!(counts().1[1] > before.1[1], "asking for a loss is a download");
     }
 }

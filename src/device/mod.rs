@@ -40,8 +40,13 @@ impl Device {
     }
 
     /// The GPU with this ordinal, counted among the visible ones. An error says in a sentence what is missing: a driver, a
-    /// GPU, or the kernel compiler.
+    /// GPU, or the kernel compiler. Built with the feature `emulator`, where there is no driver this is the emulated
+    /// device; [`Device::best`] never is.
     pub fn cuda(ordinal: usize) -> Result<Device> {
+        #[cfg(feature = "emulator")]
+        if !cuda::driver_present() {
+            crate::emulator::install();
+        }
         let gpu = cuda::Gpu::open(ordinal)?;
         gpu.check_kernels()?;
         Ok(Device::Cuda(gpu))
