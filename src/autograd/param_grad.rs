@@ -202,15 +202,40 @@ impl ParamGrad {
         }
         Ok(())
     }
-    /// The same gradient with less memory where that is free: row sums and scaled row sums whose per-sample gradients are
-    /// small beside their rows (biases and gains) are summed per sample, which the norms need anyway.
-    pub(crate) fn compact(self) -> Result<ParamGrad> {
-        let rows = self.factors.iter().all(|f| matches!(f, Factor::RowSum { .. } | Factor::ScaledRowSum { .. }));
-        if !rows || 2 * self.samples * self.numel() * self.dtype().size() > self.bytes() {
-            return Ok(self);
-        }
-        let grads = self.per_sample()?;
-        Ok(ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self })
+    /// The gradient in the form in which it is best kept until the samples' weights are known, and |gᵢ|² per sample.
+    ///
+    /// Where the per-sample gradients of a single use take no more memory than its operands, they are formed: the norms
+    /// need them anyway, and the weighted sum is then one pass over them instead of a second product.
+    pub(crate) fn kept(self) -> Result<(ParamGrad, Vec<f64>)> {
+        let formed = self.samples * self.numel() * self.dtype().size();
+        let form = match &self.factors[..] {
+            [Factor::Outer { left, right, samples }]
+                if samples.is_sorted() && samples.rows() >= 16 * samples.count() && formed <= self.bytes() =>
+            {
+                self.expect_samples()?;
+                let shape: Vec<usize> =
+                    std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
+                let mut grads = Array::uninit(&shape, self.dtype());
+                let norms = with_float!("sample_sq_norms", self.dtype(), T => {
+                    cpu::outer_per_sample::<T>(left, right, samples, grads.fresh_mut::<T>())
+                })?;
+                let factors = smallvec::smallvec![Factor::PerSample { grads }];
+                return Ok((ParamGrad { factors, ..self }, norms));
+            }
+            factors => {
+                let rows = |f: &Factor| matches!(f, Factor::RowSum { .. } | Factor::ScaledRowSum { .. });
+                factors.iter().all(rows) && 2 * formed <= self.bytes()
+            }
+        };
+        let kept = match form {
+            true => {
+                let grads = self.per_sample()?;
+                ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self }
+            }
+            false => self,
+        };
+        let norms = kept.sample_sq_norms()?;
+        Ok((kept, norms))
     }
     /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
     pub fn per_sample(&self) -> Result<Array> {

@@ -156,10 +156,8 @@ impl<'a> Weigh<'a> {
                 if fused {
                     group.held.push(grad);
                 } else {
-                    let grad = grad.compact()?;
-                    for (s, n) in sq.iter_mut().zip(grad.sample_sq_norms()?) {
-                        *s += n;
-                    }
+                    let (grad, norms) = grad.kept()?;
+                    sq.iter_mut().zip(norms).for_each(|(s, n)| *s += n);
                     group.normed.push(grad);
                 }
             }

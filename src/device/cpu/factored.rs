@@ -75,6 +75,13 @@ pub fn outer_clipped_add<T: Float>(
     Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
 }
 
+/// Every sample's lᵀ·g into `out [B, r, c]` and its squared norm, for sorted samples.
+pub fn outer_per_sample<T: Float>(left: &Array, right: &Array, samples: &Samples, out: &mut [T]) -> Result<Vec<f64>> {
+    let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
+    let dims = (left.shape()[1], right.shape()[1]);
+    Ok(norms::per_sample(left.as_slice()?, right.as_slice()?, dims, &ranges, out))
+}
+
 /// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`.
 #[inline(always)]
 fn accumulate<T: Float>(

@@ -375,6 +375,16 @@ mod tests {
             for got in [norms::sq_norm(&l0, &r0, t), norms::inner(&l0, &r0, &l0, &r0, (t, t))] {
                 assert!((got - scale).abs() < 1e-5 * scale, "{t} {rd} {cd}: {got} {scale}");
             }
+            let mut formed = vec![7f32; 2 * rd * cd];
+            let sq = norms::per_sample(&l, &r, (rd, cd), &[0..t, t..2 * t], &mut formed);
+            for (b, g) in [&g0, &g1].into_iter().enumerate() {
+                assert!((sq[b] - dot(g, g)).abs() < 1e-5 * dot(g, g), "{t} {rd} {cd}: {} {}", sq[b], dot(g, g));
+                for (o, w) in formed[b * rd * cd..].iter().zip(g) {
+                    assert!((*o as f64 - w).abs() < 1e-5 * dot(g, g).sqrt(), "{o} {w}");
+                }
+            }
+            let empty = norms::per_sample(&l, &r, (rd, cd), &[0..0, 0..t, 5..5], &mut vec![7f32; 3 * rd * cd]);
+            assert!(empty[0] == 0.0 && empty[2] == 0.0 && empty[1] == sq[0]);
             let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t));
             assert!((cross - dot(&g0, &g1)).abs() < 1e-5 * scale);
             let mut out = vec![1f32; rd * cd];

@@ -1,9 +1,9 @@
 //! Norms and inner products of outer-product sums, and the fused clipped sum: per-sample gradients that are never
 //! stored for a whole batch.
 
-use super::Mat;
 use super::kernel::MAX_TILE;
 use super::pack::{pack_a, pack_b};
+use super::{KC, Mat, put_scratch, take_scratch};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::pool::Buffer;
 use crate::device::cpu::shared::Shared;
@@ -151,6 +151,108 @@ pub fn inner<T: Float>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, u
         }
     }
     total
+}
+
+/// Packed operands of the samples worked on together stay below this many bytes.
+const TOGETHER: usize = 8 << 20;
+
+/// Every sample's lᵀ·g into `out [B, r, c]`, and |lᵀ·g|²: 2·rows·r·c FLOPs, one write of the result, whose squares are
+/// summed while they are warm. Sample b has rows `ranges[b]` of `l [N, r]`, `g [N, c]`.
+pub fn per_sample<T: Float>(
+    l: &[T],
+    g: &[T],
+    (rd, cd): (usize, usize),
+    ranges: &[std::ops::Range<usize>],
+    out: &mut [T],
+) -> Vec<f64> {
+    let kern = T::kernel();
+    let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
+    let lanes = mp * kern.mr + np * kern.nr;
+    let longest = ranges.iter().map(|r| r.len()).max().unwrap_or(0);
+    let together = (TOGETHER / T::DTYPE.size() / (lanes * longest).max(1)).clamp(1, ranges.len().max(1));
+    let mut packed = take_scratch(together * lanes * longest.max(1) * T::DTYPE.size());
+    // A sample's columns are cut so that there are tasks for every thread; the cut depends on the shape alone.
+    let cols = np.div_ceil(16usize.div_ceil(together)).max(1);
+    let tasks = np.div_ceil(cols);
+    let mut part = vec![0.0f64; ranges.len() * tasks];
+    let (out, sums) = (Shared::new(out), Shared::new(&mut part));
+    for (batch, some) in ranges.chunks(together).enumerate() {
+        let first = batch * together;
+        // Panel p of the batch's sample b, left panels first.
+        let place = |b: usize, p: usize| {
+            let (from, t) = (b * lanes * longest, some[b].len());
+            if p < mp {
+                from + p * kern.mr * t..from + (p + 1) * kern.mr * t
+            } else {
+                let (from, p) = (from + mp * kern.mr * t, p - mp);
+                from + p * kern.nr * t..from + (p + 1) * kern.nr * t
+            }
+        };
+        let matrices = |b: usize| (Mat::new(l, 0, rd).rows_of(&some[b]).t(), Mat::new(g, 0, cd).rows_of(&some[b]));
+        {
+            let to = Shared::new(packed.as_mut_slice::<T>());
+            par_chunks(some.len() * (mp + np), 8, |r| {
+                for task in r {
+                    let (b, p) = (task / (mp + np), task % (mp + np));
+                    let (t, (a, e)) = (some[b].len(), matrices(b));
+                    // SAFETY: each panel is written once.
+                    let to = unsafe { to.slice(place(b, p)) };
+                    if p < mp {
+                        pack_a(&a, p * kern.mr, kern.mr, 0, t, None, to);
+                    } else {
+                        pack_b(&e, (p - mp) * kern.nr, kern.nr, 0, t, to);
+                    }
+                }
+            });
+        }
+        let panels = packed.as_slice::<T>();
+        par_chunks(some.len() * tasks, 1, |r| {
+            for task in r {
+                let (b, j) = (task / tasks, task % tasks * cols);
+                let (t, at) = (some[b].len(), (first + b) * rd * cd);
+                let mut sum = 0.0;
+                for jp in j..(j + cols).min(np) {
+                    let (j0, wide) = (jp * kern.nr, kern.nr.min(cd - jp * kern.nr));
+                    for ip in 0..mp {
+                        let (i0, tall) = (ip * kern.mr, kern.mr.min(rd - ip * kern.mr));
+                        let from = at + i0 * cd + j0;
+                        // SAFETY: panels of t steps, cut at the kernel's stretch; tiles are disjoint.
+                        unsafe {
+                            let (pa, pb) = (&panels[place(b, ip)], &panels[place(b, mp + jp)]);
+                            let whole = tall == kern.mr && wide == kern.nr;
+                            let mut tile = [T::ZERO; MAX_TILE];
+                            let (to, step) =
+                                if whole { (out.ptr().add(from), cd) } else { (tile.as_mut_ptr(), kern.nr) };
+                            let mut k = 0;
+                            while k < t || k == 0 {
+                                let len = KC.min(t - k);
+                                let (pa, pb) = (pa[k * kern.mr..].as_ptr(), pb[k * kern.nr..].as_ptr());
+                                (kern.into)(len, pa, pb, to, step, k > 0);
+                                k += len.max(1);
+                            }
+                            for i in 0..tall {
+                                let row = out.slice(from + i * cd..from + i * cd + wide);
+                                if !whole {
+                                    row.copy_from_slice(&tile[i * kern.nr..i * kern.nr + wide]);
+                                }
+                            }
+                        }
+                    }
+                    for i in 0..rd {
+                        let from = at + i * cd + j0;
+                        // SAFETY: this task's columns.
+                        sum += sum_sq(unsafe { out.slice(from..from + wide) });
+                    }
+                }
+                // SAFETY: one per task.
+                unsafe {
+                    sums.slice((first + b) * tasks + task % tasks..(first + b) * tasks + task % tasks + 1)[0] = sum
+                };
+            }
+        });
+    }
+    put_scratch(packed);
+    part.chunks_exact(tasks.max(1)).map(|p| p.iter().sum()).collect()
 }
 
 /// Samples are taken in this many fixed lanes where each is too small to be worth several threads.
