@@ -2,10 +2,12 @@
 // The ledger of a training step: what the host would otherwise have to wait for. One block of 256; the ledger stays on the
 // device and is copied to the host when somebody asks.
 //
-//   step_losses_{f32,f64,bf16,f16} (const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard)
+//   step_losses_{f32,f64,bf16,f16} (const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard,
+//                                        const u64* live)
 //       ledger.loss += Σ losses, in f64 and a fixed order. With guard, a loss that is not finite stops training: stop = step
-//       (counted from 1), sample = before + its position, value = it; the first one stays. Optimizers do nothing once stop is
-//       set, so that the parameters stay as the last good step left them, however late the host looks.
+//       (counted from 1; live, if not null, holds it, so that a captured graph can be replayed), sample = before + its
+//       position, value = it; the first one stays. Optimizers do nothing once stop is set, so that the parameters stay as
+//       the last good step left them, however late the host looks.
 
 struct Ledger {
     double loss;
@@ -14,7 +16,7 @@ struct Ledger {
     u64 pairs, clipped, broken; // as clip_weights (factored.cu) counts them
     u64 reserved;
 };
-template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard) {
+template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard, const u64* live) {
     SHARED(double, red, [8]);
     SHARED(i64, first, [256]);
     double sum = 0;
@@ -31,12 +33,13 @@ template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, Ledg
     ledger->loss += sum;
     if (!guard || !any || ledger->stop) return;
     for (int t = 1; t < 256; t++) bad = min64(bad, first[t]);
-    ledger->stop = step;
+    ledger->stop = live ? *live : step;
     ledger->sample = (u64)(before + bad);
     ledger->value = (double)to_acc(losses[bad]);
 }
 #define LOSSES(T, S)                                                                                           \
-    KERNEL step_losses_##S(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard) {          \
-        losses_body(losses, n, before, ledger, step, guard);                                                   \
+    KERNEL step_losses_##S(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard,            \
+                           const u64* live) {                                                                  \
+        losses_body(losses, n, before, ledger, step, guard, live);                                             \
     }
 FOR_FLOATS(LOSSES)

@@ -269,3 +269,97 @@ fn a_model_on_two_devices_is_refused_by_name() {
     let e = TrainStep::plain(&[a, b], AdamW::default(), Schedule::constant(0.1)).err().unwrap().to_string();
     assert!(e.contains("b is on cuda:0") && e.contains("a on cpu"), "{e}");
 }
+
+/// Recorded steps do what ordinary ones do, bit for bit, with new data, noise and learning rates each time.
+#[test]
+fn replayed_steps_are_ordinary_steps() {
+    let _one = lock();
+    let device = gpu();
+    for (k, style) in [None, Some(STYLES[0]), Some(STYLES[1])].into_iter().enumerate() {
+        config("seed", k as i64);
+        let run = |recorded: bool| {
+            let model = gpt(true, DType::F32, &device);
+            let params = model.params().all();
+            let mut step = match k {
+                1 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
+                _ => step_of(&params, style, AdamW::default()),
+            };
+            let put = |t: usize| tokens(4, t);
+            let (x, y) = put(0);
+            let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
+            let mut losses = vec![];
+            step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap();
+            let mut graph = recorded.then(|| step.record([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap());
+            for t in 1..5 {
+                let (a, b) = put(t);
+                x.refill(&a).unwrap();
+                y.refill(&b).unwrap();
+                let before = (stat("synchronisations"), stat("allocations"));
+                let report = match &mut graph {
+                    // One ordinary step among the replayed ones.
+                    Some(g) if t != 3 => {
+                        let report = step.replay(g).unwrap();
+                        assert_eq!((stat("synchronisations"), stat("allocations")).0, before.0, "a replay waits");
+                        report
+                    }
+                    _ => step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap(),
+                };
+                assert_eq!((report.step, report.samples), (t as u64 + 1, 4));
+                losses.push((report.loss().unwrap(), report.clipped().unwrap(), report.lr, report.epsilon));
+            }
+            if let Some(g) = graph {
+                assert!(g.kernels() > 50 && g.samples() == 4);
+            }
+            (losses, step.last_gradient().to_f64(), values(&params))
+        };
+        let (want, got) = (run(false), run(true));
+        assert_eq!(want, got, "{style:?}");
+        assert!(want.0.windows(2).all(|w| w[0].0 != w[1].0), "the data changed: {:?}", want.0);
+    }
+}
+
+#[test]
+fn what_cannot_be_recorded_says_so() {
+    let _one = lock();
+    let device = gpu();
+    let cpu = gpt(true, DType::F32, &Device::Cpu);
+    let mut step = step_of(&cpu.params().all(), None, AdamW::default());
+    let (x, y) = tokens(2, 1);
+    let e = step.record([()], |_| cpu.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
+    assert!(e.contains("on the CPU") && e.contains("use run"), "{e}");
+
+    let model = gpt(true, DType::F32, &device);
+    let mut step = step_of(&model.params().all(), None, AdamW::default());
+    let host = (x.clone(), y.clone());
+    let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
+    step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    let e = step.record([host], |(x, y)| model.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
+    assert!(e.contains("upload"), "{e}");
+    let dropped = |_| model.losses(&x, &y, &Ctx::eval())?.dropout(0.5, 1);
+    let e = step.record([()], dropped).err().unwrap().to_string();
+    assert!(e.contains("dropout"), "{e}");
+    // After all that, recording works; and parameters that somebody holds are not changed under them.
+    let mut graph = step.record([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    let held = model.params().all()[0].value();
+    let before = held.to_f64();
+    let e = step.replay(&mut graph).err().unwrap().to_string();
+    assert!(e.contains("record again"), "{e}");
+    assert_eq!(held.to_f64(), before);
+}
+
+/// Ids that are on the device are checked there, and told when somebody reads something.
+#[test]
+fn ids_out_of_range_on_the_device_are_told() {
+    let _one = lock();
+    let device = gpu();
+    let model = gpt(true, DType::F32, &device);
+    let (x, y) = tokens(2, 1);
+    let bad = Array::generate(&[2, 6], DType::U32, |i| if i == 7 { 17.0 } else { 3.0 });
+    let e = model.losses(&bad, &y, &Ctx::eval()).err().unwrap().to_string();
+    assert!(e.contains("id 17 at position 7"), "on the CPU at once: {e}");
+    let losses = model.losses(&bad.to(&device).unwrap(), &y, &Ctx::eval()).unwrap();
+    let e = losses.array().to_vec::<f32>().unwrap_err().to_string();
+    assert!(e.contains("position 7") && e.contains("wte") && e.contains("0..17"), "{e}");
+    let losses = model.losses(&x.to(&device).unwrap(), &y.to(&device).unwrap(), &Ctx::eval()).unwrap();
+    assert!(losses.array().to_vec::<f32>().unwrap().iter().all(|l| l.is_finite()), "told once");
+}

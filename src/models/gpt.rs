@@ -219,7 +219,8 @@ impl Gpt {
                 format!("{} positions, the model has {}; shorten the input", past + t, self.config.n_positions),
             ));
         }
-        let positions = Array::generate(&[b, t], DType::U32, |i| (past + i % t.max(1)) as f64);
+        let positions = Array::arange_at(&self.wpe.device(), past + t, DType::U32)?;
+        let positions = positions.slice(0, past..past + t)?.expand(&[b, t])?;
         let s = ctx.samples.as_ref();
         let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(
             &self.wpe,

@@ -263,6 +263,9 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     {
         return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
     }
+    if let (Some(_), Some(gpu)) = (options.dropout, q.array().gpu()) {
+        gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
+    }
     Ok(())
 }
 

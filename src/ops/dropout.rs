@@ -51,6 +51,9 @@ impl Tensor {
         if p == 0.0 {
             return Ok(self.clone());
         }
+        if let Some(gpu) = self.array().gpu() {
+            gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
+        }
         if self.dtype().is_half() {
             return self.cast(DType::F32)?.dropout(p, seed)?.cast(self.dtype());
         }

@@ -6,6 +6,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared};
+use crate::device::cuda::faults as gpu_faults;
 use crate::error::{Error, Result};
 use crate::tensor::shape::{self, Dims};
 use crate::tensor::{Array, DType, Element};
@@ -70,11 +71,15 @@ static ONE_HOT: OpInfo = OpInfo {
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&GATHER, &SCATTER_ADD, &INDEX_SELECT, &ONE_HOT];
 
-/// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the thing they point into.
+/// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the thing they point into. Those on a
+/// GPU are checked there: one that is outside is read as 0 and told when something is next read back.
 pub(crate) fn ids_below(op: &'static str, ids: &Array, n: usize, what: &dyn Fn() -> String) -> Result<Array> {
     let bad = |id: i64, at: usize| {
         Error::invalid(op, format!("id {id} at position {at} is outside {}: ids must be in 0..{n}", what()))
     };
+    if let Some(gpu) = ids.gpu() {
+        return gpu_faults::ids_below(gpu, ids, n, &format!("{op}: {}", what()));
+    }
     let ids = ids.contiguous();
     match ids.dtype() {
         DType::U32 => {

@@ -4,7 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule, samples_or_leading};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise as ew, normalize as cpu};
-use crate::device::cuda::{elementwise as gpu_ew, gemm as gpu_gemm, rows as gpu_rows};
+use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Element, Float};
 use crate::{Samples, Tensor, with_float};
@@ -68,11 +68,16 @@ static BCE: OpInfo = OpInfo {
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&CROSS_ENTROPY, &BCE];
 
+/// What the backward needs of the rows.
+enum Rows {
+    Cpu { targets: Vec<usize>, weight: Vec<f64> },
+    Gpu(gpu_rows::Targets),
+}
+
 struct Back {
     logits: Array,
     lse: Array,
-    targets: Vec<usize>,
-    weight: Vec<f64>,
+    rows: Rows,
     samples: Samples,
     smoothing: f64,
 }
@@ -83,23 +88,23 @@ impl Rule for Back {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let d = *self.logits.shape().last().unwrap_or(&1);
-        if let Some(gpu) = grad.gpu() {
-            let (t, w, owner) = self.on_device(grad.dtype())?;
-            let dx =
-                gpu_rows::cross_entropy_grad(gpu, (&self.logits, &self.lse, &t), (&w, &grad, &owner), self.smoothing)?;
-            flow.input(0, dx);
-            return Ok(());
-        }
+        let (targets, weight) = match &self.rows {
+            Rows::Cpu { targets, weight } => (targets, weight),
+            Rows::Gpu(targets) => {
+                let dx = gpu_rows::cross_entropy_grad((&self.logits, &self.lse), targets, &grad, self.smoothing)?;
+                flow.input(0, dx);
+                return Ok(());
+            }
+        };
         let g = grad.to_f64();
         let mut dx = Array::uninit(self.logits.shape(), grad.dtype());
         with_float!("cross_entropy", grad.dtype(), T => {
             let f = <T as Element>::from_f64;
-            let w: Vec<T> =
-                self.weight.iter().enumerate().map(|(r, w)| f(w * g[self.samples.owner(r)])).collect();
+            let w: Vec<T> = weight.iter().enumerate().map(|(r, w)| f(w * g[self.samples.owner(r)])).collect();
             cpu::cross_entropy_backward::<T>(
                 (self.logits.as_slice()?, self.lse.as_slice()?),
                 d,
-                &self.targets,
+                targets,
                 f(self.smoothing),
                 &w,
                 dx.fresh_mut(),
@@ -111,23 +116,10 @@ impl Rule for Back {
     }
 }
 
-impl Back {
-    /// Targets, weights and owners of the rows, for the kernels.
-    fn on_device(&self, dtype: DType) -> Result<(Array, Array, Array)> {
-        let n = self.targets.len();
-        let owner: Vec<u32> = (0..n).map(|r| self.samples.owner(r) as u32).collect();
-        let weight = Array::from_slice(&self.weight, &[n])?.cast(dtype);
-        Ok((device_targets(&self.targets)?, weight, Array::from_slice(&owner, &[n])?))
-    }
-}
-
-fn device_targets(rows: &[usize]) -> Result<Array> {
-    let t: Vec<u32> = rows.iter().map(|&r| if r == usize::MAX { gpu_rows::IGNORED } else { r as u32 }).collect();
-    Array::from_slice(&t, &[t.len()])
-}
-
 /// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32), fused with log-softmax: one loss per sample.
 /// Saves the logits and one number per row. A sample without a row that counts has loss 0 and no gradient.
+///
+/// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
 pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -> Result<Tensor> {
     const OP: &str = "cross_entropy";
     logits.dtype().expect_float(OP)?;
@@ -149,22 +141,33 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         return Err(Error::invalid(OP, message));
     }
     let samples = samples_or_leading(options.samples.as_ref(), logits.shape(), 1);
-    let ids = targets.to_vec::<u32>()?;
-    if samples.rows() != ids.len() {
-        return Err(Error::shape(OP, format!("the samples map {} rows, there are {}", samples.rows(), ids.len())));
+    let (n, smoothing) = (targets.numel(), options.label_smoothing);
+    if samples.rows() != n {
+        return Err(Error::shape(OP, format!("the samples map {} rows, there are {n}", samples.rows())));
     }
-    let mut rows = Vec::with_capacity(ids.len());
+    let x = logits.array().contiguous();
+    let gpu = x.gpu().cloned();
+    let ids = match &gpu {
+        Some(_) if targets.gpu().is_some() => Vec::new(),
+        _ => targets.to_vec::<u32>()?,
+    };
+    if let Some((r, id)) = ids.iter().enumerate().find(|&(_, &id)| Some(id) != options.ignore_index && id as usize >= c)
+    {
+        return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
+    }
+    if let Some(gpu) = &gpu {
+        let targets = gpu_rows::Targets::new(gpu, targets, &samples, options.ignore_index)?;
+        let mean = options.reduce == Reduce::Mean;
+        let (out, lse, targets) = gpu_rows::cross_entropy(&x, targets, mean, smoothing)?;
+        let back = || Back { logits: x, lse, rows: Rows::Gpu(targets), samples, smoothing };
+        return Ok(Tensor::record(out, &[logits], &[], back));
+    }
     let mut counts = vec![0usize; samples.count()];
+    let mut rows = Vec::with_capacity(n);
     for (r, &id) in ids.iter().enumerate() {
-        if Some(id) == options.ignore_index {
-            rows.push(usize::MAX);
-            continue;
-        }
-        if id as usize >= c {
-            return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
-        }
-        rows.push(id as usize);
-        counts[samples.owner(r)] += 1;
+        let counted = Some(id) != options.ignore_index;
+        rows.push(if counted { id as usize } else { usize::MAX });
+        counts[samples.owner(r)] += counted as usize;
     }
     let weight: Vec<f64> = (0..rows.len())
         .map(|r| match options.reduce {
@@ -172,29 +175,6 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
             Reduce::Sum => 1.0,
         })
         .collect();
-    let x = logits.array().contiguous();
-    let smoothing = options.label_smoothing;
-    if let Some(gpu) = x.gpu() {
-        let (loss, lse) = gpu_rows::cross_entropy(gpu, &x, &device_targets(&rows)?, smoothing)?;
-        // The rows of a sample are added up by a product with a thin matrix where they do not simply follow each other.
-        let n = rows.len();
-        let weights = Array::from_slice(&weight, &[n])?.cast(x.dtype());
-        let weighted = gpu_ew::binary(gpu, "mul", &loss, &weights)?;
-        let count = samples.count();
-        let out = match &samples {
-            Samples::Uniform { each, .. } => super::reduce::sum_dims(&weighted.reshape(&[count, *each])?, &[1])?,
-            Samples::Ragged(_) => {
-                let pick = Array::generate(&[count, n], x.dtype(), |i| {
-                    (samples.owner(i % n.max(1)) == i / n.max(1)) as u8 as f64
-                });
-                gpu_gemm::product(gpu, &pick, &weighted.reshape(&[n, 1])?, gpu_gemm::Epilogue::default())?
-                    .0
-                    .reshape(&[count])?
-            }
-        };
-        let back = || Back { logits: x, lse, targets: rows, weight, samples, smoothing };
-        return Ok(Tensor::record(out, &[logits], &[], back));
-    }
     let mut lse = Array::uninit(&[rows.len()], x.dtype());
     let out = with_float!(OP, x.dtype(), T => {
         let f = <T as Element>::from_f64;
@@ -207,7 +187,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         let sums: Vec<T> = sums.into_iter().map(f).collect();
         Array::from_slice(&sums, &[samples.count()])
     })?;
-    Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, targets: rows, weight, samples, smoothing }))
+    let rows = Rows::Cpu { targets: rows, weight };
+    Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, rows, samples, smoothing }))
 }
 
 /// Everything but dimension 0 reduced.

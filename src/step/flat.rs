@@ -80,6 +80,10 @@ impl Flat {
         self.attach()?;
         done
     }
+    /// Where the buffer lies in a GPU's memory.
+    pub(crate) fn address(&self) -> Result<u64> {
+        self.buffer.address()
+    }
     /// The trainable parameters, in flat order.
     pub fn params(&self) -> &[Param] {
         &self.params

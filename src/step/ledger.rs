@@ -34,14 +34,20 @@ impl Ledger {
     }
     /// Adds the losses of a microbatch that begins with sample `before`; with `guard`, one that is not finite stops
     /// training.
-    pub fn losses(&self, losses: &Array, before: usize, step: u64, guard: bool) -> Result<()> {
+    pub fn losses(
+        &self,
+        losses: &Array,
+        before: usize,
+        (step, live): (u64, Option<&Array>),
+        guard: bool,
+    ) -> Result<()> {
         let Some(gpu) = losses.gpu() else {
             return Err(Error::device("TrainStep", "the losses are on the CPU, the parameters on a GPU"));
         };
         let losses = losses.contiguous();
         let l = Launch::new(gpu, "step", &format!("step_losses_{}", suffix(losses.dtype())))?;
         let l = l.array(&losses).val(losses.numel() as i64).val(before as i64).array(&self.0);
-        l.val(step).val(guard as i32).run()
+        l.val(step).val(guard as i32).optional(live).run()
     }
     /// How it stands after what is queued now.
     pub fn snapshot(&self) -> Result<Snapshot> {

@@ -12,10 +12,12 @@
 mod flat;
 mod ledger;
 mod private;
+mod record;
 mod weigh;
 
 pub use flat::Flat;
 pub use private::{Privacy, PrivacyConfig};
+pub use record::RecordedStep;
 
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
 use crate::device::cuda::elementwise::scale_in_place;
@@ -25,6 +27,7 @@ use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle};
 use crate::tensor::Array;
 use ledger::{Ledger, Snapshot, not_finite};
+use record::Live;
 use weigh::{Clipping, Tally, Weigh};
 
 /// What one step did.
@@ -152,12 +155,23 @@ impl TrainStep {
     pub fn run<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
-        mut forward: impl FnMut(B) -> Result<Tensor>,
+        forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<StepReport> {
         let epsilon = match &mut self.privacy {
             Some(p) => Some(p.admit(self.steps)?),
             None => None,
         };
+        let (samples, loss, tally) = self.queue(microbatches, forward, None)?;
+        self.report(samples, epsilon, Found::Here(loss, tally))
+    }
+    /// Everything a step does to gradients and parameters: samples, and on the CPU the losses' sum and what was clipped.
+    /// With `live`, what changes from step to step is read from memory.
+    fn queue<B>(
+        &mut self,
+        microbatches: impl IntoIterator<Item = B>,
+        mut forward: impl FnMut(B) -> Result<Tensor>,
+        live: Option<&Live>,
+    ) -> Result<(usize, f64, Tally)> {
         zero(&mut self.grads)?;
         if let Some(ledger) = &self.ledger {
             ledger.begin()?;
@@ -179,7 +193,10 @@ impl TrainStep {
                 continue;
             }
             match &self.ledger {
-                Some(ledger) => ledger.losses(losses.array(), samples, self.steps + 1, self.privacy.is_none())?,
+                Some(ledger) => {
+                    let step = (self.steps + 1, live.map(|l| &l.number));
+                    ledger.losses(losses.array(), samples, step, self.privacy.is_none())?
+                }
                 None => {
                     let values = losses.array().to_f64();
                     if self.privacy.is_none()
@@ -197,10 +214,9 @@ impl TrainStep {
             weigh.finish()?;
         }
         let tally = weigh.tally();
-        let lr = self.schedule.at(self.steps);
         let scale = match &self.privacy {
             Some(p) => {
-                p.add_noise(self.steps, &mut self.grads)?;
+                p.add_noise(self.steps, live.map(|l| &l.before), &mut self.grads)?;
                 1.0 / p.expected_batch()
             }
             None if samples == 0 => {
@@ -213,15 +229,21 @@ impl TrainStep {
         for buffer in &mut self.state {
             buffer.own()?;
         }
-        let (optimizer, state, grads, step) = (&self.optimizer, &mut self.state, &self.grads, self.steps + 1);
+        let at = (self.steps + 1, self.schedule.at(self.steps));
+        let (optimizer, state, grads) = (&self.optimizer, &mut self.state, &self.grads);
         self.flat.update(|params, layout| {
-            let gpu = GpuUpdate { live: None, stop: stop.as_ref() };
-            optimizer.update(Update { gpu, ..Update::new((step, lr), params, grads, state, layout) })
+            let gpu = GpuUpdate { live: live.map(|l| &l.optimizer), stop: stop.as_ref() };
+            optimizer.update(Update { gpu, ..Update::new(at, params, grads, state, layout) })
         })?;
+        Ok((samples, loss_sum, tally))
+    }
+    /// The step is taken.
+    fn report(&mut self, samples: usize, epsilon: Option<f64>, here: Found) -> Result<StepReport> {
+        let lr = self.schedule.at(self.steps);
         self.steps += 1;
         let found = match &self.ledger {
             Some(ledger) => Found::There(ledger.snapshot()?),
-            None => Found::Here(loss_sum, tally),
+            None => here,
         };
         Ok(StepReport { step: self.steps, samples, lr, epsilon, found })
     }

@@ -190,10 +190,11 @@ impl Privacy {
         }
     }
     /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
-    pub(super) fn add_noise(&self, step: u64, grads: &mut Array) -> Result<()> {
+    /// `live` holds the step where a recorded one is replayed.
+    pub(super) fn add_noise(&self, step: u64, live: Option<&Array>, grads: &mut Array) -> Result<()> {
         let std = self.sigma * self.sensitivity();
         if let Some(gpu) = grads.gpu() {
-            return noise_on(gpu, (&self.key, step), std as f32, grads);
+            return noise_on(gpu, (&self.key, step, live), std as f32, grads);
         }
         match grads.dtype() {
             DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
@@ -208,10 +209,15 @@ impl Privacy {
 }
 
 /// The same noise on a GPU, bit for bit.
-fn noise_on(gpu: &Arc<Gpu>, (key, step): (&NoiseKey, u64), std: f32, grads: &Array) -> Result<()> {
+fn noise_on(
+    gpu: &Arc<Gpu>,
+    (key, step, live): (&NoiseKey, u64, Option<&Array>),
+    std: f32,
+    grads: &Array,
+) -> Result<()> {
     let n = grads.numel();
     let l = Launch::new(gpu, "random", &format!("chacha_gaussian_{}", suffix(grads.dtype())))?;
     // 16 threads make a group of 256 normals.
     let l = l.grid((16 * n.div_ceil(256)).div_ceil(256), 1, 1).array(grads).val(n as i64);
-    l.val(key.words()).val(step).val(0u64).val(std).null().run()
+    l.val(key.words()).val(step).val(0u64).val(std).optional(live).run()
 }

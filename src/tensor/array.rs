@@ -50,6 +50,22 @@ impl Array {
             None => Ok(Array::zeros(shape, dtype)),
         }
     }
+    /// 0, 1, 2, … where `device` is.
+    pub fn arange_at(device: &Device, n: usize, dtype: DType) -> Result<Array> {
+        match device.gpu() {
+            Some(gpu) if matches!(dtype, DType::F32 | DType::F64 | DType::U32 | DType::I64) => {
+                gpu_ew::arange(gpu, n, dtype)
+            }
+            _ => Array::arange(n, dtype).to(device),
+        }
+    }
+    /// All equal to `value`, where `device` is.
+    pub fn full_at(device: &Device, shape: &[usize], value: f64, dtype: DType) -> Result<Array> {
+        match device.gpu() {
+            Some(gpu) => gpu_ew::full(gpu, shape, value, dtype),
+            None => Ok(Array::full(shape, value, dtype)),
+        }
+    }
     fn over(storage: Storage, shape: &[usize], dtype: DType) -> Array {
         Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
     }
@@ -278,6 +294,26 @@ impl Array {
             self.as_mut_slice::<T>()?[at..at + src.numel()].copy_from_slice(src.as_slice::<T>()?)
         });
         Ok(())
+    }
+    /// Puts the values of `src` (of this shape and dtype) into this array's own memory, which everyone who shares it
+    /// sees: for the inputs of a recorded step, on a GPU.
+    pub fn refill(&self, src: &Array) -> Result<()> {
+        let (block, at) = self.block("refill")?;
+        if src.shape != self.shape || src.dtype != self.dtype || !self.is_contiguous() {
+            return Err(Error::shape(
+                "refill",
+                format!("{:?} {} into a contiguous {:?} {}", src.shape, src.dtype, self.shape, self.dtype),
+            ));
+        }
+        let src = src.contiguous();
+        match src.block("refill") {
+            Ok((from, from_at)) => block.gpu().copy(block, at, from, from_at, src.numel() * src.dtype.size()),
+            Err(_) => with_dtype!(src.dtype, T => block.gpu().upload_into(block, at, src.as_slice::<T>()?)),
+        }
+    }
+    /// Where the first element lies in a GPU's memory.
+    pub(crate) fn address(&self) -> Result<u64> {
+        self.block("address").map(|(b, at)| b.ptr() + at as u64)
     }
     /// Makes this handle the only one on its storage, without gaps, on the same device: copies if it is not.
     pub(crate) fn own(&mut self) -> Result<()> {

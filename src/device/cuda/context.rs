@@ -1,6 +1,7 @@
 //! One GPU: its primary context, three streams, events, and the counters that tests hold against promises.
 
 use super::errors::{check, explain};
+use super::faults::Faults;
 use super::kernels::Modules;
 use super::pool::Pool;
 use super::probe;
@@ -106,6 +107,7 @@ pub struct Gpu {
     pub(crate) pool: Pool,
     pub(crate) staging: Staging,
     pub(crate) modules: Modules,
+    pub(crate) faults: Faults,
 }
 
 // SAFETY: the context and stream handles are never changed after `open`; the driver's functions on them may be called
@@ -184,6 +186,7 @@ impl Gpu {
             pool: Pool::from_env()?,
             staging: Staging::default(),
             modules: Modules::default(),
+            faults: Faults::default(),
         })
     }
 

@@ -99,6 +99,25 @@ pub(crate) fn copy(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
     Ok(out)
 }
 
+/// A new array of one value, rounded to `dtype`.
+pub(crate) fn full(gpu: &Arc<Gpu>, shape: &[usize], value: f64, dtype: DType) -> Result<Array> {
+    let out = Array::uninit_on(gpu, shape, dtype)?;
+    let mut bits = [0u8; 8];
+    let one = Array::scalar(value, dtype).to_bytes();
+    bits[..one.len()].copy_from_slice(&one);
+    let n = out.numel();
+    let name = format!("fill_{}", width(dtype));
+    run(gpu, "move", &name, n, |l| l.array(&out).val(n as i64).val(u64::from_le_bytes(bits)))?;
+    Ok(out)
+}
+
+/// 0, 1, 2, …
+pub(crate) fn arange(gpu: &Arc<Gpu>, n: usize, dtype: DType) -> Result<Array> {
+    let out = Array::uninit_on(gpu, &[n], dtype)?;
+    run(gpu, "move", &format!("arange_{}", suffix(dtype)), n, |l| l.array(&out).val(n as i64))?;
+    Ok(out)
+}
+
 /// Converted to another dtype.
 pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
     let name = format!("cast_{}_{}", suffix(a.dtype()), suffix(dtype));

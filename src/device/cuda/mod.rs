@@ -12,6 +12,7 @@
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
+//! | `faults` | ids out of range, found by kernels, told later |
 //! | `elementwise`, `rows`, `gemm`, `attention`, `factored`, `sort` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
@@ -28,6 +29,7 @@ mod context;
 pub(crate) mod elementwise;
 mod errors;
 pub(crate) mod factored;
+pub(crate) mod faults;
 pub(crate) mod gemm;
 mod graph;
 pub mod kernels;

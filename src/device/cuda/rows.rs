@@ -3,8 +3,10 @@
 //! The row rule: up to 1024 elements a warp takes a row and a block eight of them; longer rows have a block each.
 
 use super::elementwise::{on, suffix};
+use super::factored::Owners;
 use super::{Gpu, Launch};
-use crate::error::Result;
+use crate::autograd::Samples;
+use crate::error::{Error, Result};
 use crate::tensor::Array;
 use std::sync::Arc;
 
@@ -196,46 +198,75 @@ pub(crate) fn take(
     Ok(out)
 }
 
-/// Targets that are ignored, for the kernels below.
-pub(crate) const IGNORED: u32 = u32::MAX;
-
-/// Loss and log-sum-exp of every row of contiguous logits; targets u32, [`IGNORED`] rows give 0.
-pub(crate) fn cross_entropy(gpu: &Arc<Gpu>, x: &Array, targets: &Array, smoothing: f64) -> Result<(Array, Array)> {
-    let op = "cross_entropy";
-    let targets = on(gpu, targets)?;
-    let (rows, d) = (targets.numel(), *x.shape().last().unwrap_or(&1));
-    let fresh = || Array::uninit_on(gpu, &[rows], x.dtype().compute());
-    let (loss, lse) = (fresh()?, fresh()?);
-    if rows > 0 {
-        let (a, t, l, z) = (x.block(op)?, targets.block(op)?, loss.block(op)?, lse.block(op)?);
-        let name = format!("cross_entropy_{}", suffix(x.dtype()));
-        let launch = Launch::new(gpu, "loss", &name)?.grid(blocks(rows, d), 1, 1).block(256);
-        let launch = launch.buf(a.0, a.1).buf(t.0, t.1).buf(l.0, l.1).buf(z.0, z.1);
-        launch.val(rows as i64).val(d as i64).val(smoothing).val(IGNORED as i64).run()?;
-    }
-    Ok((loss, lse))
+/// Targets of the rows of some logits, and whose rows they are, in a GPU's memory.
+pub(crate) struct Targets {
+    /// `[rows]` u32.
+    ids: Array,
+    /// `[rows]`: what a row's loss counts; empty until the loss has been taken.
+    weight: Option<Array>,
+    owners: Owners,
+    /// A target that does not count; −1 for none.
+    ignore: i64,
 }
 
-/// The gradient of the logits: row r is weighted by `weight[r]·grad[owner[r]]`.
+impl Targets {
+    /// Targets from wherever they are.
+    pub fn new(gpu: &Arc<Gpu>, ids: &Array, samples: &Samples, ignore: Option<u32>) -> Result<Targets> {
+        let ids = on(gpu, ids)?.contiguous();
+        Ok(Targets { ids, weight: None, owners: samples.on_gpu(gpu)?, ignore: ignore.map_or(-1, |i| i as i64) })
+    }
+}
+
+/// Cross-entropy of contiguous logits `[…, d]` with targets, summed or averaged per sample: `[samples]`, the
+/// log-sum-exp of every row, and the targets with the weights that the backward needs.
+pub(crate) fn cross_entropy(
+    x: &Array,
+    mut targets: Targets,
+    mean: bool,
+    smoothing: f64,
+) -> Result<(Array, Array, Targets)> {
+    let gpu = targets.ids.gpu().ok_or_else(|| Error::device("cross_entropy", "targets are on the CPU"))?;
+    let (rows, d, count) = (targets.ids.numel(), *x.shape().last().unwrap_or(&1), targets.owners.count);
+    let fresh = |n: usize| Array::uninit_on(gpu, &[n], x.dtype().compute());
+    let (loss, lse, weight) = (fresh(rows)?, fresh(rows)?, fresh(rows)?);
+    if rows == 0 {
+        let out = Array::zeros_on(gpu, &[count], x.dtype().compute())?;
+        targets.weight = Some(weight);
+        return Ok((out, lse, targets));
+    }
+    let out = fresh(count)?;
+    let l = Launch::new(gpu, "loss", &format!("cross_entropy_{}", suffix(x.dtype())))?.grid(blocks(rows, d), 1, 1);
+    let l = l.array(x).array(&targets.ids).array(&loss).array(&lse).val(rows as i64).val(d as i64);
+    l.val(smoothing).val(targets.ignore).run()?;
+    let name = format!("sample_loss_{}", suffix(loss.dtype()));
+    let l = Launch::new(gpu, "loss", &name)?.grid(count.div_ceil(8), 1, 1).array(&loss).array(&targets.ids);
+    let l = l.optional(targets.owners.offsets.as_ref()).optional(targets.owners.order.as_ref());
+    let l = l.array(&out).array(&weight).val(count as i64).val(targets.owners.each as i64);
+    l.val(targets.ignore).val(mean as i32).run()?;
+    targets.weight = Some(weight);
+    Ok((out, lse, targets))
+}
+
+/// The gradient of the logits, `grad [samples]`.
 pub(crate) fn cross_entropy_grad(
-    gpu: &Arc<Gpu>,
-    (x, lse, targets): (&Array, &Array, &Array),
-    (weight, grad, owner): (&Array, &Array, &Array),
+    (x, lse): (&Array, &Array),
+    targets: &Targets,
+    grad: &Array,
     smoothing: f64,
 ) -> Result<Array> {
     let op = "cross_entropy";
-    let (lse, targets, weight) = (on(gpu, lse)?, on(gpu, targets)?, on(gpu, weight)?);
-    let (grad, owner) = (on(gpu, grad)?.contiguous(), on(gpu, owner)?);
-    let (rows, d) = (targets.numel(), *x.shape().last().unwrap_or(&1));
+    let (Some(gpu), Some(weight)) = (x.gpu(), &targets.weight) else {
+        return Err(Error::device(op, "the gradient was asked for before the loss"));
+    };
+    let grad = on(gpu, grad)?.contiguous();
+    let (rows, d) = (targets.ids.numel(), *x.shape().last().unwrap_or(&1));
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     if rows > 0 {
         let name = format!("cross_entropy_grad_{}", suffix(x.dtype()));
-        let mut l = Launch::new(gpu, "loss", &name)?.grid(blocks(rows, d), 1, 1).block(256);
-        for a in [x, &lse, &targets, &weight, &grad, &owner, &out] {
-            let (block, at) = a.block(op)?;
-            l = l.buf(block, at);
-        }
-        l.val(rows as i64).val(d as i64).val(0i64).val(smoothing).val(IGNORED as i64).run()?;
+        let l = Launch::new(gpu, "loss", &name)?.grid(blocks(rows, d), 1, 1);
+        let l = l.array(x).array(lse).array(&targets.ids).array(weight).array(&grad);
+        let l = l.optional(targets.owners.owner.as_ref()).array(&out).val(rows as i64).val(d as i64);
+        l.val(targets.owners.each as i64).val(smoothing).val(targets.ignore).run()?;
     }
     Ok(out)
 }

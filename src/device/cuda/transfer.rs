@@ -170,7 +170,7 @@ impl Gpu {
             self.land(landed)?;
         }
         self.pool.poll(self);
-        Ok(())
+        self.tell_faults()
     }
 
     fn land(&self, (slot, event, piece): (Slot, RawEvent, &mut [u8])) -> Result<()> {
