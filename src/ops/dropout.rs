@@ -4,6 +4,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::Case;
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared};
+use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::{Error, Result};
 use crate::random::philox::dropout_uniform;
 use crate::tensor::{Array, DType, Element, Float};
@@ -25,6 +26,9 @@ pub static OPS: &[&OpInfo] = &[&DROPOUT];
 
 fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
     let x = x.contiguous();
+    if let Some(gpu) = x.gpu() {
+        return gpu_ew::dropout(gpu, &x, p, seed);
+    }
     let mut y = Array::uninit(x.shape(), x.dtype());
     with_float!("dropout", x.dtype(), T => {
         let (src, dst, keep) = (x.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()), T::from_f64(1.0 / (1.0 - p)));

@@ -6,7 +6,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared};
-use crate::device::cuda::faults as gpu_faults;
+use crate::device::cuda::{faults as gpu_faults, index as gpu_index, rows as gpu_rows};
 use crate::error::{Error, Result};
 use crate::tensor::shape::{self, Dims};
 use crate::tensor::{Array, DType, Element};
@@ -116,6 +116,9 @@ fn expect_alike(op: &'static str, index: &[usize], shape: &[usize], d: usize) ->
 
 /// Values of `x` along `d` at `index` (contiguous u32, checked).
 fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
+    if let Some(gpu) = x.gpu() {
+        return gpu_index::gather(gpu, x, d, index);
+    }
     let (_, n, inner) = around(x.shape(), d);
     let block = index.shape()[d] * inner;
     let x = x.contiguous();
@@ -136,6 +139,9 @@ fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
 
 /// Adds `src` into `out` (contiguous, unshared) along `d` at `index`, in ascending order; blocks before `d` in parallel.
 fn put(out: &mut Array, d: usize, index: &Array, src: &Array) -> Result<()> {
+    if let Some(gpu) = out.gpu() {
+        return gpu_index::scatter_add(gpu, out, d, index, src);
+    }
     let (outer, n, inner) = around(out.shape(), d);
     let block = index.shape()[d] * inner;
     let src = src.contiguous();
@@ -172,7 +178,7 @@ impl Tensor {
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                 let g = grad.cast(grad.dtype().compute());
-                let mut dx = Array::zeros(&self.shape, g.dtype());
+                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
                 put(&mut dx, self.d, &self.index, &g)?;
                 flow.input(0, dx.cast(grad.dtype()));
                 Ok(())
@@ -181,7 +187,7 @@ impl Tensor {
         let d = shape::dim("gather", dim, self.rank())?;
         expect_alike("gather", index.shape(), self.shape(), d)?;
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let index = ids_below("gather", index.array(), self.shape()[d], &what)?;
+        let index = ids_below("gather", index.array(), self.shape()[d], &what)?.to(&self.device())?;
         let y = pick(self.array(), d, &index)?;
         Ok(Tensor::record(y, &[self], &[], || Back { index, d, shape: self.shape().into() }))
     }
@@ -222,7 +228,7 @@ impl Tensor {
             ));
         }
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let index = ids_below(op, index.array(), self.shape()[d], &what)?;
+        let index = ids_below(op, index.array(), self.shape()[d], &what)?.to(&self.device())?;
         let mut y = self.array().copy();
         put(&mut y, d, &index, src.array())?;
         Ok(Tensor::record(y, &[self, src], &[], || Back { index, d }))
@@ -232,7 +238,8 @@ impl Tensor {
         let d = shape::dim("scatter_add", dim, self.rank())?;
         let mut shape: Dims = self.shape().into();
         shape[d] = n;
-        Tensor::zeros(&shape, self.dtype()).scatter_add(dim, index, self)
+        let zeros = Array::zeros_at(&self.device(), &shape, self.dtype())?;
+        Tensor::new(zeros).scatter_add(dim, index, self)
     }
     /// Slices `ids [k]` (u32 or i64, repeats allowed) along `dim`, whose size becomes k. Any dtype.
     ///
@@ -250,7 +257,13 @@ impl Tensor {
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                 let (outer, _, inner) = around(&self.shape, self.d);
                 let g = grad.cast(grad.dtype().compute()).contiguous();
-                let mut dx = Array::zeros(&self.shape, g.dtype());
+                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
+                if let Some(gpu) = g.gpu() {
+                    let sizes = (outer, self.shape[self.d], inner);
+                    gpu_index::add_rows(gpu, (&g, &self.ids), None, sizes, &dx)?;
+                    flow.input(0, dx.cast(grad.dtype()));
+                    return Ok(());
+                }
                 with_float!("index_select", g.dtype(), T => {
                     rows::add::<T>(self.ids.as_slice()?, g.as_slice()?, None, outer, inner, dx.fresh_mut());
                     Ok(())
@@ -264,12 +277,16 @@ impl Tensor {
             return Err(Error::shape("index_select", format!("ids must be a vector, got {:?}", ids.shape())));
         }
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let ids = ids_below("index_select", ids.array(), self.shape()[d], &what)?;
+        let ids = ids_below("index_select", ids.array(), self.shape()[d], &what)?.to(&self.device())?;
         let (outer, _, inner) = around(self.shape(), d);
         let mut shape: Dims = self.shape().into();
         shape[d] = ids.numel();
-        let mut y = Array::uninit(&shape, self.dtype());
         let x = self.array().contiguous();
+        if let Some(gpu) = x.gpu() {
+            let y = gpu_rows::take(gpu, &x, &ids, outer, self.shape()[d], inner, &shape)?;
+            return Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }));
+        }
+        let mut y = Array::uninit(&shape, self.dtype());
         with_dtype!(x.dtype(), T => rows::take::<T>(x.as_slice()?, ids.as_slice()?, outer, inner, y.fresh_mut()));
         Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }))
     }
@@ -277,6 +294,9 @@ impl Tensor {
     pub fn one_hot(&self, n: usize, dtype: DType) -> Result<Tensor> {
         let ids = ids_below("one_hot", self.array(), n, &|| format!("{n} classes"))?;
         let shape: Dims = self.shape().iter().copied().chain([n]).collect();
+        if let Some(gpu) = ids.gpu() {
+            return Ok(Tensor::new(gpu_index::one_hot(gpu, &ids, &Array::scalar(1.0, dtype), &shape)?));
+        }
         let mut y = Array::zeros(&shape, dtype);
         with_dtype!(dtype, T => {
             let one = T::from_f64(1.0);

@@ -5,12 +5,14 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
+use crate::device::Device;
+use crate::device::cuda::{Gpu, rows as gpu_rows, segment as gpu_segment};
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Samples, Tensor, with_dtype, with_float};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Consecutive rows in segments: segment s is rows `offsets[s]..offsets[s + 1]`. Checked once; clones are handles.
 ///
@@ -27,6 +29,7 @@ pub struct Segments(Arc<Inner>);
 struct Inner {
     offsets: Vec<usize>,
     ids: Arc<Vec<u32>>,
+    on_gpu: Mutex<Option<(usize, gpu_segment::OnGpu)>>,
 }
 
 impl Segments {
@@ -43,7 +46,7 @@ impl Segments {
         }
         let ids =
             offsets.windows(2).enumerate().flat_map(|(s, w)| std::iter::repeat_n(s as u32, w[1] - w[0])).collect();
-        Ok(Segments(Arc::new(Inner { offsets: offsets.to_vec(), ids: Arc::new(ids) })))
+        Ok(Segments(Arc::new(Inner { offsets: offsets.to_vec(), ids: Arc::new(ids), on_gpu: Mutex::default() })))
     }
     /// From the number of rows of each segment.
     pub fn lengths(lengths: &[usize]) -> Segments {
@@ -54,7 +57,24 @@ impl Segments {
             }))
             .collect();
         let ids = lengths.iter().enumerate().flat_map(|(s, &n)| std::iter::repeat_n(s as u32, n)).collect();
-        Segments(Arc::new(Inner { offsets, ids: Arc::new(ids) }))
+        Segments(Arc::new(Inner { offsets, ids: Arc::new(ids), on_gpu: Mutex::default() }))
+    }
+    /// The segments in a GPU's memory, copied there once.
+    pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<gpu_segment::OnGpu> {
+        let mut slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((ordinal, there)) = &*slot
+            && *ordinal == gpu.ordinal()
+        {
+            return Ok(there.clone());
+        }
+        let device = Device::Cuda(gpu.clone());
+        let offsets: Vec<i64> = self.0.offsets.iter().map(|&o| o as i64).collect();
+        let there = gpu_segment::OnGpu {
+            offsets: Array::from_slice(&offsets, &[offsets.len()])?.to(&device)?,
+            owner: Array::from_slice(&self.0.ids, &[self.0.ids.len()])?.to(&device)?,
+        };
+        *slot = Some((gpu.ordinal(), there.clone()));
+        Ok(there)
     }
     /// `count` segments of `each` rows.
     pub fn uniform(count: usize, each: usize) -> Segments {
@@ -203,6 +223,10 @@ fn total(x: &Tensor, segments: &Segments, mean: bool) -> Result<Tensor> {
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let g = grad.contiguous();
+            if let Some(gpu) = g.gpu() {
+                flow.input(0, self.segments.on_gpu(gpu)?.spread(gpu, &g, &self.shape, self.mean)?);
+                return Ok(());
+            }
             let mut dx = Array::uninit(&self.shape, g.dtype());
             let width = self.shape[1..].iter().product();
             with_float!("segment_sum", g.dtype(), T => {
@@ -218,7 +242,13 @@ fn total(x: &Tensor, segments: &Segments, mean: bool) -> Result<Tensor> {
         return total(&x.cast(DType::F32)?, segments, mean)?.cast(x.dtype());
     }
     let a = x.array().contiguous();
-    let mut y = Array::uninit(&with_rows(x.shape(), segments.count()), x.dtype());
+    let shape = with_rows(x.shape(), segments.count());
+    if let Some(gpu) = a.gpu() {
+        let y = segments.on_gpu(gpu)?.sum(gpu, &a, &shape, mean)?;
+        let back = || Back { segments: segments.clone(), mean, shape: x.shape().into() };
+        return Ok(Tensor::record(y, &[x], &[], back));
+    }
+    let mut y = Array::uninit(&shape, x.dtype());
     with_float!("segment_sum", x.dtype(), T => {
         reduce::<T>(a.as_slice()?, segments, width, mean, y.fresh_mut());
         Ok(())
@@ -241,7 +271,7 @@ impl Tensor {
         struct Back {
             segments: Segments,
             /// Row of the largest value, per output element; unused where the segment is empty.
-            index: Vec<u32>,
+            index: Array,
             shape: Dims,
         }
         impl Rule for Back {
@@ -250,13 +280,19 @@ impl Tensor {
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                 let g = grad.contiguous();
+                if let Some(gpu) = g.gpu() {
+                    let segments = self.segments.on_gpu(gpu)?;
+                    flow.input(0, segments.max_grad(gpu, &g, &self.index, &self.shape)?);
+                    return Ok(());
+                }
+                let index = self.index.as_slice::<u32>()?;
                 let mut dx = Array::zeros(&self.shape, g.dtype());
                 let width: usize = self.shape[1..].iter().product();
                 with_float!("segment_max", g.dtype(), T => {
                     let (g, d) = (g.as_slice::<T>()?, dx.fresh_mut::<T>());
                     for s in (0..self.segments.count()).filter(|&s| !self.segments.range(s).is_empty()) {
                         for c in 0..width {
-                            d[self.index[s * width + c] as usize * width + c] = g[s * width + c];
+                            d[index[s * width + c] as usize * width + c] = g[s * width + c];
                         }
                     }
                     Ok(())
@@ -270,10 +306,16 @@ impl Tensor {
             return self.cast(DType::F32)?.segment_max(segments)?.cast(self.dtype());
         }
         let a = self.array().contiguous();
-        let mut y = Array::zeros(&with_rows(self.shape(), segments.count()), self.dtype());
-        let mut index = vec![0u32; y.numel()];
+        let to = with_rows(self.shape(), segments.count());
+        if let Some(gpu) = a.gpu() {
+            let (y, index) = segments.on_gpu(gpu)?.max(gpu, &a, &to)?;
+            let back = || Back { segments: segments.clone(), index, shape: self.shape().into() };
+            return Ok(Tensor::record(y, &[self], &[], back));
+        }
+        let (mut y, mut index) = (Array::zeros(&to, self.dtype()), Array::zeros(&to, DType::U32));
         with_float!("segment_max", self.dtype(), T => {
-            let (x, best, at) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()), Shared::new(&mut index));
+            let (best, at) = (Shared::new(y.fresh_mut::<T>()), Shared::new(index.fresh_mut::<u32>()));
+            let x = a.as_slice::<T>()?;
             segments.each(width, |s, range| {
                 // SAFETY: each segment has its own row.
                 let (best, at) = unsafe { (best.slice(s * width..(s + 1) * width), at.slice(s * width..(s + 1) * width)) };
@@ -303,6 +345,10 @@ impl Tensor {
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                 let g = grad.contiguous();
+                if let Some(gpu) = g.gpu() {
+                    flow.input(0, self.segments.on_gpu(gpu)?.softmax_grad(gpu, &self.y, &g)?);
+                    return Ok(());
+                }
                 let mut dx = Array::uninit(g.shape(), g.dtype());
                 let width: usize = g.shape()[1..].iter().product();
                 with_float!("segment_softmax", g.dtype(), T => {
@@ -324,6 +370,10 @@ impl Tensor {
             return self.cast(DType::F32)?.segment_softmax(segments)?.cast(self.dtype());
         }
         let a = self.array().contiguous();
+        if let Some(gpu) = a.gpu() {
+            let y = segments.on_gpu(gpu)?.softmax(gpu, &a)?;
+            return Ok(Tensor::record(y.clone(), &[self], &[], || Back { segments: segments.clone(), y }));
+        }
         let mut y = Array::uninit(self.shape(), self.dtype());
         with_float!("segment_softmax", self.dtype(), T => {
             let (x, dst) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
@@ -349,6 +399,11 @@ impl Tensor {
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
                 let g = grad.cast(grad.dtype().compute()).contiguous();
+                if let Some(gpu) = g.gpu() {
+                    let dx = self.segments.on_gpu(gpu)?.sum(gpu, &g, &self.shape, false)?;
+                    flow.input(0, dx.cast(grad.dtype()));
+                    return Ok(());
+                }
                 let mut dx = Array::uninit(&self.shape, g.dtype());
                 let width = self.shape[1..].iter().product();
                 with_float!("segment_repeat", g.dtype(), T => {
@@ -367,7 +422,14 @@ impl Tensor {
         }
         let width = self.shape()[1..].iter().product();
         let a = self.array().contiguous();
-        let mut y = Array::uninit(&with_rows(self.shape(), segments.rows()), self.dtype());
+        let shape = with_rows(self.shape(), segments.rows());
+        if let Some(gpu) = a.gpu() {
+            let owner = segments.on_gpu(gpu)?.owner;
+            let y = gpu_rows::take(gpu, &a, &owner, 1, segments.count(), width, &shape)?;
+            let back = || Back { segments: segments.clone(), shape: self.shape().into() };
+            return Ok(Tensor::record(y, &[self], &[], back));
+        }
+        let mut y = Array::uninit(&shape, self.dtype());
         with_dtype!(self.dtype(), T => rows::take::<T>(a.as_slice()?, segments.ids(), 1, width, y.fresh_mut()));
         Ok(Tensor::record(y, &[self], &[], || Back { segments: segments.clone(), shape: self.shape().into() }))
     }

@@ -4,6 +4,8 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
+use crate::device::Device;
+use crate::device::cuda::index as gpu_index;
 use crate::error::{Error, Result};
 use crate::tensor::Array;
 use crate::tensor::shape::{self, Dims};
@@ -98,13 +100,16 @@ impl Rule for Back {
 
 /// Zeros of `shape` with `part` at `start` of dimension `d`.
 fn embed(part: &Array, shape: &[usize], d: usize, start: usize) -> Result<Array> {
-    let mut out = Array::zeros(shape, part.dtype());
+    let mut out = Array::zeros_at(&part.device(), shape, part.dtype())?;
     copy_into(&mut out, part, d, start)?;
     Ok(out)
 }
 
 /// Copies `part` into a fresh contiguous array, at `start` of dimension `d`.
 fn copy_into(out: &mut Array, part: &Array, d: usize, start: usize) -> Result<()> {
+    if let Some(gpu) = out.gpu().cloned() {
+        return gpu_index::place(&gpu, out, &part.to(&Device::Cuda(gpu.clone()))?, d, start);
+    }
     let part = part.contiguous();
     let inner: usize = part.shape()[d..].iter().product();
     let stride: usize = out.shape()[d..].iter().product();
@@ -213,7 +218,10 @@ impl Tensor {
             ranges.push(shape[d]..shape[d] + p.shape()[d]);
             shape[d] += p.shape()[d];
         }
-        let mut out = Array::uninit(&shape, first.dtype());
+        let mut out = match parts.iter().find_map(|p| p.array().gpu()) {
+            Some(gpu) => Array::uninit_on(gpu, &shape, first.dtype())?,
+            None => Array::uninit(&shape, first.dtype()),
+        };
         for (p, r) in parts.iter().zip(&ranges) {
             copy_into(&mut out, p.array(), d, r.start)?;
         }

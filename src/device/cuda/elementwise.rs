@@ -66,7 +66,8 @@ pub(crate) fn suffix(dtype: DType) -> &'static str {
     }
 }
 
-fn width(dtype: DType) -> &'static str {
+/// Width of a dtype in names of kernels that only move.
+pub(crate) fn width(dtype: DType) -> &'static str {
     ["", "b1", "b2", "", "b4", "", "", "", "b8"][dtype.size()]
 }
 
@@ -108,6 +109,15 @@ pub(crate) fn full(gpu: &Arc<Gpu>, shape: &[usize], value: f64, dtype: DType) ->
     let n = out.numel();
     let name = format!("fill_{}", width(dtype));
     run(gpu, "move", &name, n, |l| l.array(&out).val(n as i64).val(u64::from_le_bytes(bits)))?;
+    Ok(out)
+}
+
+/// Dropout of a contiguous array: zeros with probability `p`, the rest over 1 − p; the mask is a function of the seed.
+pub(crate) fn dropout(gpu: &Arc<Gpu>, x: &Array, p: f64, seed: u64) -> Result<Array> {
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let n = x.numel();
+    let name = format!("dropout_{}", suffix(x.dtype()));
+    run(gpu, "random", &name, n, |l| l.array(x).array(&out).val(n as i64).val(seed).val(p))?;
     Ok(out)
 }
 

@@ -2,7 +2,7 @@
 //! `gemm.cu`, `gemm_grouped.cu`, `index.cu`). Nothing here waits for the device.
 
 use super::elementwise::{self, on, suffix};
-use super::{Gpu, Launch, MAX_GRID_YZ, gemm, rows, sort};
+use super::{Gpu, Launch, MAX_GRID_YZ, gemm, index, rows};
 use crate::autograd::{Factor, Samples};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -100,7 +100,8 @@ pub(crate) fn add(gpu: &Arc<Gpu>, factor: &Factor, weights: Option<&Array>, out:
         Factor::Lookup { ids, grad, samples } => {
             let w = weights.map(|w| row_weights(gpu, w, samples)).transpose()?;
             let p = grad.shape()[1];
-            add_rows(gpu, grad, &on(gpu, ids)?, w.as_ref(), out.numel().checked_div(p).unwrap_or(0), out)
+            let n = out.numel().checked_div(p).unwrap_or(0);
+            index::add_rows(gpu, (grad, &on(gpu, ids)?), w.as_ref(), (1, n, p), out)
         }
         Factor::GroupedOuter { left, right, group, samples } => {
             grouped(gpu, (left, right), group, samples, weights, out)
@@ -150,31 +151,6 @@ fn row_sum(
         .val(p as i64)
         .val(1i32)
         .run()
-}
-
-/// out[ids[t], :] += w[t]·src[t, :] for `src [k, p]`, `out [n, p]`, ids `[k]` u32 below n: sorted ids, sums in rising t,
-/// without atomics.
-pub(crate) fn add_rows(
-    gpu: &Arc<Gpu>,
-    src: &Array,
-    ids: &Array,
-    w: Option<&Array>,
-    n: usize,
-    out: &Array,
-) -> Result<()> {
-    let (k, p) = (ids.numel(), src.shape()[1]);
-    if k * p == 0 {
-        return Ok(());
-    }
-    let (sorted, order) = sort::ids(gpu, ids, n)?;
-    let part = Array::uninit_on(gpu, &[k.div_ceil(32), 2, p], out.dtype())?;
-    let grid = k.div_ceil(32) * p.div_ceil(256);
-    let sizes = [1, k as i64, n as i64, p as i64];
-    let sized = |l: Launch| sizes.iter().fold(l, |l, &s| l.val(s)).run();
-    let l = Launch::new(gpu, "index", &format!("rows_add_{}", suffix(src.dtype())))?.grid(grid, 1, 1);
-    sized(l.array(src).array(&sorted).array(&order).optional(w).array(out).array(&part))?;
-    let l = Launch::new(gpu, "index", &format!("rows_add_last_{}", suffix(out.dtype())))?.grid(grid, 1, 1);
-    sized(l.array(&part).array(&sorted).array(out))
 }
 
 /// Block e of `out` += Σ over the rows of group e of w·leftₙ ⊗ rightₙ.

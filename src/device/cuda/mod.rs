@@ -13,7 +13,7 @@
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
 //! | `faults` | ids out of range, found by kernels, told later |
-//! | `elementwise`, `rows`, `gemm`, `attention`, `factored`, `sort` | launches of the kernels of `cuda/` on arrays |
+//! | `elementwise`, `rows`, `reduce`, `sort`, `index`, `segment`, `gemm`, `attention`, `factored` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -32,13 +32,16 @@ pub(crate) mod factored;
 pub(crate) mod faults;
 pub(crate) mod gemm;
 mod graph;
+pub(crate) mod index;
 pub mod kernels;
 mod launch;
 mod memory;
 pub mod nvrtc;
 mod pool;
 mod probe;
+pub(crate) mod reduce;
 pub(crate) mod rows;
+pub(crate) mod segment;
 pub(crate) mod sort;
 pub mod sources;
 mod transfer;

@@ -11,7 +11,7 @@ use crate::tensor::Array;
 use std::sync::Arc;
 
 /// Blocks for rows of `d` elements.
-fn blocks(rows: usize, d: usize) -> usize {
+pub(crate) fn blocks(rows: usize, d: usize) -> usize {
     if d <= 1024 { rows.div_ceil(8) } else { rows }
 }
 
