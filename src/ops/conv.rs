@@ -14,6 +14,7 @@ use crate::device::cpu::{
     shared::Shared,
     unfold::{self as cpu, Window},
 };
+use crate::device::cuda::{conv as gpu_conv, elementwise as gpu_ew, gemm as gpu_gemm};
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
@@ -190,7 +191,12 @@ impl Rule for Back {
         let (b, groups, places) = (self.shape[0], self.groups, self.window.places());
         let (channels, cout) = (self.shape[1] / groups, g.shape()[1]);
         let (each, k, blocks) = (cout / groups, channels * self.window.area(), b * groups);
-        if flow.wants(0) {
+        if let (true, Some(gpu)) = (flow.wants(0), g.gpu()) {
+            let w = self.w.value().cast(g.dtype()).reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
+            let gm = g.reshape(&[b, groups, each, places])?.transpose(2, 3)?;
+            let rows = gpu_gemm::product(gpu, &gm, &w, gpu_gemm::Epilogue::default())?.0;
+            flow.input(0, gpu_conv::fold(gpu, &rows, (blocks, channels), &self.window, &self.shape)?);
+        } else if flow.wants(0) {
             let w = self.w.value().cast(g.dtype());
             let mut dx = Array::zeros(&self.shape, g.dtype());
             let image = channels * self.window.size[0] * self.window.size[1];
@@ -212,11 +218,17 @@ impl Rule for Back {
         }
         if let Some(rows) = &self.rows {
             let n = blocks * places;
-            let mut left = Array::uninit(&[n, each], g.dtype());
-            with_float!("conv", g.dtype(), T => {
-                cpu::transpose::<T>(g.as_slice()?, blocks, each, places, left.fresh_mut());
-                Ok(())
-            })?;
+            let left = match g.gpu() {
+                Some(_) => g.reshape(&[blocks, each, places])?.transpose(1, 2)?.contiguous().reshape(&[n, each])?,
+                None => {
+                    let mut left = Array::uninit(&[n, each], g.dtype());
+                    with_float!("conv", g.dtype(), T => {
+                        cpu::transpose::<T>(g.as_slice()?, blocks, each, places, left.fresh_mut());
+                        Ok(())
+                    })?;
+                    left
+                }
+            };
             let right = rows.reshape(&[n, k])?;
             let samples = self.samples.repeat_rows(groups * places)?;
             let factor = if groups == 1 {
@@ -272,6 +284,27 @@ fn convolve(
     let (xa, wv) = (x.array().contiguous(), w.value().cast(x.dtype()));
     let bv = bias.map(|b| b.value().cast(x.dtype()));
     let keep = w.trainable() && is_recording();
+    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
+    let back = |rows: Option<Array>| Back {
+        rows,
+        shape: x.shape().into(),
+        w: w.clone(),
+        bias: bias.cloned(),
+        window,
+        groups,
+        samples,
+    };
+    if let Some(gpu) = xa.gpu() {
+        let rows = gpu_conv::unfold(gpu, &xa, (blocks, channels), &window)?.reshape(&[b, groups, places, k])?;
+        let wm = wv.reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
+        let y = gpu_gemm::product(gpu, &wm, &rows.transpose(2, 3)?, gpu_gemm::Epilogue::default())?.0;
+        let mut y = y.reshape(&[b, cout, window.out[0], window.out[1]])?;
+        if let Some(bv) = bv {
+            y = gpu_ew::binary(gpu, "add", &y, &bv.reshape(&[cout, 1, 1])?)?;
+        }
+        let rows = keep.then_some(rows);
+        return Ok(Tensor::record(y, &[x], &params, || back(rows)));
+    }
     let mut rows = keep.then(|| Array::uninit(&[blocks, places, k], x.dtype()));
     let mut y = Array::uninit(&[b, cout, window.out[0], window.out[1]], x.dtype());
     with_float!(op, x.dtype(), T => {
@@ -307,16 +340,7 @@ fn convolve(
         });
         Ok(())
     })?;
-    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    Ok(Tensor::record(y, &[x], &params, || Back {
-        rows,
-        shape: x.shape().into(),
-        w: w.clone(),
-        bias: bias.cloned(),
-        window,
-        groups,
-        samples,
-    }))
+    Ok(Tensor::record(y, &[x], &params, || back(rows)))
 }
 
 /// Cross-correlation of images `x [B, Cin, H, W]` with `w [Cout, Cin/groups, kh, kw]`, plus `bias [Cout]`:
@@ -386,6 +410,9 @@ impl Rule for Windows {
 
 fn unfold(x: &Array, w: &Window) -> Result<Array> {
     let (x, b, c) = (x.contiguous(), x.shape()[0], x.shape()[1]);
+    if let Some(gpu) = x.gpu() {
+        return gpu_conv::unfold(gpu, &x, (b, c), w);
+    }
     let mut y = Array::uninit(&[b, w.places(), c * w.area()], x.dtype());
     with_dtype!(x.dtype(), T => cpu::unfold::<T>(x.as_slice()?, b, c, w, y.fresh_mut()));
     Ok(y)
@@ -393,6 +420,9 @@ fn unfold(x: &Array, w: &Window) -> Result<Array> {
 
 fn fold(rows: &Array, shape: &[usize], w: &Window) -> Result<Array> {
     let g = rows.cast(rows.dtype().compute()).contiguous();
+    if let Some(gpu) = g.gpu() {
+        return Ok(gpu_conv::fold(gpu, &g, (shape[0], shape[1]), w, shape)?.cast(rows.dtype()));
+    }
     let mut x = Array::zeros(shape, g.dtype());
     with_float!("fold", g.dtype(), T => {
         cpu::fold::<T>(g.as_slice()?, shape[0], shape[1], w, x.fresh_mut());

@@ -8,7 +8,7 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::autograd::{Factor, Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise as ew, elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
-use crate::device::cuda::rows as gpu_rows;
+use crate::device::cuda::{index as gpu_index, rows as gpu_rows};
 use crate::error::{Error, Result};
 use crate::ops::linear::{Activation, Layout, linear};
 use crate::tensor::shape::Dims;
@@ -122,7 +122,9 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
             let mut grad = grad.cast(grad.dtype().compute()).contiguous().reshape(&[n, p])?;
-            if let Some(padding) = self.padding {
+            if let (Some(padding), Some(gpu)) = (self.padding, grad.gpu()) {
+                grad = gpu_index::zero_rows(gpu, &grad, &self.ids, padding)?;
+            } else if let Some(padding) = self.padding {
                 let ids = self.ids.as_slice::<u32>()?;
                 if ids.contains(&padding) {
                     with_float!("embedding", grad.dtype(), T => {
@@ -148,6 +150,7 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
     let shape: Dims = ids.shape().iter().copied().chain([p]).collect();
     let w = weight.value();
     if let Some(gpu) = w.gpu() {
+        let ids = ids.to(&w.device())?;
         let y = gpu_rows::take(gpu, &w, &ids, 1, weight.shape()[0], p, &shape)?;
         return Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }));
     }
@@ -164,6 +167,35 @@ pub enum BagMode {
     Sum,
     /// Their sum divided by their number.
     Mean,
+}
+
+/// The same on a GPU.
+struct GpuBagBack {
+    weight: Param,
+    bags: gpu_index::Bags,
+    samples: Samples,
+}
+
+impl Rule for GpuBagBack {
+    fn info(&self) -> &'static OpInfo {
+        &EMBEDDING_BAG
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let g = grad.contiguous();
+        let Some(gpu) = g.gpu() else {
+            return Err(Error::device("embedding_bag", "the gradient is on the CPU, the table on a GPU"));
+        };
+        if flow.wants(0) {
+            let w = self.weight.value().cast(g.dtype());
+            flow.input(0, self.bags.dots(gpu, &g, &w)?);
+        }
+        if self.weight.trainable() {
+            let grad = self.bags.rows(gpu, &g)?;
+            let factor = Factor::Lookup { ids: self.bags.ids.clone(), grad, samples: self.samples.clone() };
+            flow.param(&self.weight, factor);
+        }
+        Ok(())
+    }
 }
 
 struct BagBack {
@@ -271,6 +303,18 @@ pub fn embedding_bag(
         Some(s) => bags.rows_of(s)?,
         None => bags.samples(),
     };
+    let w = weight.value();
+    if let Some(gpu) = w.gpu() {
+        let there = bags.on_gpu(gpu)?;
+        let ids = ids.to(&w.device())?.reshape(&[ids.numel()])?;
+        let values = scale.as_ref().map(|s| s.array().contiguous().to(&w.device())).transpose()?;
+        let mean = mode == BagMode::Mean;
+        let bags = gpu_index::Bags { ids, offsets: there.offsets, owner: there.owner, mean, scale: values };
+        let y = bags.sum(gpu, &w)?.cast(dtype);
+        let parents: Vec<&Tensor> = scale.iter().collect();
+        let back = || GpuBagBack { weight: weight.clone(), bags, samples };
+        return Tensor::record(y, &parents, &[weight], back).cast(weight.dtype());
+    }
     // 16-bit tables: only the rows in use are widened.
     let (source, at) = if weight.dtype().is_half() {
         let n = ids.numel();

@@ -13,6 +13,7 @@ use crate::device::cpu::{
     par::par_chunks,
     shared::Shared,
 };
+use crate::device::cuda::grouped as gpu_grouped;
 use crate::error::{Error, Result};
 use crate::ops::linear::Layout;
 use crate::tensor::{Array, DType, Float};
@@ -83,13 +84,19 @@ impl Rule for Back {
         let (d, p) = (self.x.shape()[1], g.shape()[1]);
         if flow.wants(0) {
             let w = self.w.value().cast(g.dtype());
-            let mut dx = Array::uninit(self.x.shape(), g.dtype());
-            with_float!("grouped_linear", g.dtype(), T => {
-                let transposed = self.layout == Layout::InOut;
-                products::<T>(g.as_slice()?, w.as_slice()?, &self.groups, (p, d), transposed, dx.fresh_mut());
-                Ok(())
-            })?;
-            flow.input(0, dx);
+            if let Some(gpu) = g.gpu() {
+                // The gradient's matrix is p × d.
+                let w = if self.layout == Layout::InOut { w.transpose(1, 2)? } else { w };
+                flow.input(0, gpu_grouped::rows(gpu, &g, &w, None, &self.groups.on_gpu(gpu)?.offsets)?);
+            } else {
+                let mut dx = Array::uninit(self.x.shape(), g.dtype());
+                with_float!("grouped_linear", g.dtype(), T => {
+                    let transposed = self.layout == Layout::InOut;
+                    products::<T>(g.as_slice()?, w.as_slice()?, &self.groups, (p, d), transposed, dx.fresh_mut());
+                    Ok(())
+                })?;
+                flow.input(0, dx);
+            }
         }
         if self.w.trainable() {
             let (x, g) = (self.x.clone(), g.clone());
@@ -98,7 +105,10 @@ impl Rule for Back {
             flow.param(&self.w, Factor::GroupedOuter { left, right, group, samples: self.samples.clone() });
         }
         if let Some(b) = &self.bias {
-            let ids = Array::from_slice(self.groups.ids(), &[self.groups.rows()])?;
+            let ids = match g.gpu() {
+                Some(gpu) => self.groups.on_gpu(gpu)?.owner,
+                None => Array::from_slice(self.groups.ids(), &[self.groups.rows()])?,
+            };
             flow.param(b, Factor::Lookup { ids, grad: g, samples: self.samples.clone() });
         }
         Ok(())
@@ -150,6 +160,21 @@ pub fn grouped_linear(
         return Err(Error::shape(op, format!("bias {} is {:?}, not [{e}, {p}]", b.name(), b.shape())));
     }
     let (xa, wv) = (x.array().contiguous(), w.value().cast(x.dtype()));
+    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
+    let back = |x: Array| Back {
+        x,
+        w: w.clone(),
+        bias: bias.cloned(),
+        layout,
+        groups: groups.clone(),
+        samples: samples.clone(),
+    };
+    if let Some(gpu) = xa.gpu() {
+        let wm = if layout == Layout::OutIn { wv.transpose(1, 2)? } else { wv };
+        let bias = bias.map(|b| b.value().cast(x.dtype()));
+        let y = gpu_grouped::rows(gpu, &xa, &wm, bias.as_ref(), &groups.on_gpu(gpu)?.offsets)?;
+        return Ok(Tensor::record(y, &[x], &params, || back(xa)));
+    }
     let mut y = Array::uninit(&[n, p], x.dtype());
     with_float!(op, x.dtype(), T => {
         products::<T>(xa.as_slice()?, wv.as_slice()?, groups, (d, p), layout == Layout::OutIn, y.fresh_mut());
@@ -165,13 +190,5 @@ pub fn grouped_linear(
         }
         Ok(())
     })?;
-    let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    Ok(Tensor::record(y, &[x], &params, || Back {
-        x: xa,
-        w: w.clone(),
-        bias: bias.cloned(),
-        layout,
-        groups: groups.clone(),
-        samples: samples.clone(),
-    }))
+    Ok(Tensor::record(y, &[x], &params, || back(xa)))
 }

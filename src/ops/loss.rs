@@ -219,6 +219,10 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
             &BCE
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            if let Some(gpu) = grad.gpu() {
+                flow.input(0, gpu_rows::bce_grad(gpu, &self.x, &self.t, &grad)?);
+                return Ok(());
+            }
             with_float!("binary_cross_entropy", grad.dtype(), T => {
                 let d = ew::zip::<T, T, T>("binary_cross_entropy", &self.x, &self.t, |x, t| x.sigmoid() - t)?;
                 flow.input(0, ew::zip_owned::<T, T>("binary_cross_entropy", d, &grad, |d, g| d * g)?);
@@ -227,9 +231,12 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
         }
     }
     let (x, t) = (logits.cast(logits.dtype().compute())?, targets.cast(logits.dtype().compute())?);
-    let y = with_float!("binary_cross_entropy", x.dtype(), T => {
-        ew::zip::<T, T, T>("binary_cross_entropy", x.array(), t.array(), |x: T, t| x.softplus() - x * t)
-    })?;
+    let y = match x.array().gpu() {
+        Some(gpu) => gpu_rows::bce(gpu, x.array(), t.array())?,
+        None => with_float!("binary_cross_entropy", x.dtype(), T => {
+            ew::zip::<T, T, T>("binary_cross_entropy", x.array(), t.array(), |x: T, t| x.softplus() - x * t)
+        })?,
+    };
     let y = Tensor::record(y, &[&x], &[], || Bce { x: x.array().clone(), t: t.array().clone() });
     per_sample(&y, reduce)
 }
@@ -249,7 +256,10 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
         return Err(Error::shape("kl_divergence", message));
     }
     let t = targets.cast(DType::F64)?;
-    let t_log_t = Tensor::new(ew::map::<f64, f64>(t.array(), |t| if t > 0.0 { t * t.ln() } else { 0.0 }));
+    let t_log_t = Tensor::new(match t.array().gpu() {
+        Some(gpu) => gpu_rows::xlogx(gpu, t.array())?,
+        None => ew::map::<f64, f64>(t.array(), |t| if t > 0.0 { t * t.ln() } else { 0.0 }),
+    });
     let terms = t_log_t.cast(log_probs.dtype())?.sub(&targets.cast(log_probs.dtype())?.mul(log_probs)?)?;
     per_sample(&terms.sum(&[-1], true)?, reduce)
 }

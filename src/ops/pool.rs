@@ -5,6 +5,7 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared};
+use crate::device::cuda::conv as gpu_conv;
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
@@ -52,6 +53,8 @@ struct Grid {
     lines: Arc<Vec<Range<usize>>>,
     columns: Arc<Vec<Range<usize>>>,
     divisor: Option<usize>,
+    /// The same windows, for the kernels.
+    pool: gpu_conv::Pool,
 }
 
 impl Grid {
@@ -78,14 +81,16 @@ impl Grid {
             };
             Arc::new((0..w.out[a]).map(cut).collect())
         };
-        Ok(Grid { size, lines: axis(0), columns: axis(1), divisor: Some(kernel[0] * kernel[1]) })
+        let pool = [size, w.out, kernel, stride, padding];
+        Ok(Grid { size, lines: axis(0), columns: axis(1), divisor: Some(kernel[0] * kernel[1]), pool })
     }
     /// Windows of nearly equal size that cover the input in `out` pieces.
     fn adaptive(size: [usize; 2], out: [usize; 2]) -> Grid {
         let axis = |a: usize| {
             Arc::new((0..out[a]).map(|o| o * size[a] / out[a]..((o + 1) * size[a]).div_ceil(out[a])).collect())
         };
-        Grid { size, lines: axis(0), columns: axis(1), divisor: None }
+        let pool = [size, out, [0; 2], [0; 2], [0; 2]];
+        Grid { size, lines: axis(0), columns: axis(1), divisor: None, pool }
     }
     fn area(&self) -> usize {
         self.size[0] * self.size[1]
@@ -130,6 +135,10 @@ fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let g = grad.contiguous();
+            if let Some(gpu) = g.gpu() {
+                flow.input(0, gpu_conv::average_grad(gpu, &g, &self.grid.pool, &self.shape)?);
+                return Ok(());
+            }
             let mut dx = Array::zeros(&self.shape, g.dtype());
             let (area, places, width) = (self.grid.area(), self.grid.places(), self.grid.size[1]);
             with_float!("avg_pool", g.dtype(), T => {
@@ -154,7 +163,12 @@ fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
         return average(&x.cast(DType::F32)?, grid)?.cast(x.dtype());
     }
     let a = x.array().contiguous();
-    let mut y = Array::uninit(&[b, c, grid.lines.len(), grid.columns.len()], x.dtype());
+    let out = [b, c, grid.lines.len(), grid.columns.len()];
+    if let Some(gpu) = a.gpu() {
+        let y = gpu_conv::average(gpu, &a, &grid.pool, &out)?;
+        return Ok(Tensor::record(y, &[x], &[], || Back { grid, shape: x.shape().into() }));
+    }
+    let mut y = Array::uninit(&out, x.dtype());
     let (area, places) = (grid.area(), grid.places());
     with_float!("avg_pool", x.dtype(), T => {
         let (x, dst) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
@@ -174,8 +188,8 @@ fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
 
 fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
     struct Back {
-        index: Vec<u32>,
-        places: usize,
+        index: Array,
+        grid: Grid,
         shape: Dims,
     }
     impl Rule for Back {
@@ -184,12 +198,17 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let g = grad.contiguous();
+            if let Some(gpu) = g.gpu() {
+                flow.input(0, gpu_conv::largest_grad(gpu, &g, &self.index, &self.grid.pool, &self.shape)?);
+                return Ok(());
+            }
             let mut dx = Array::zeros(&self.shape, g.dtype());
-            let area = self.shape[2] * self.shape[3];
+            let (area, places) = (self.shape[2] * self.shape[3], self.grid.places());
+            let index = self.index.as_slice::<u32>()?;
             with_float!("max_pool", g.dtype(), T => {
                 let d = dx.fresh_mut::<T>();
-                for (o, (&g, &at)) in g.as_slice::<T>()?.iter().zip(&self.index).enumerate() {
-                    d[o / self.places * area + at as usize] += g;
+                for (o, (&g, &at)) in g.as_slice::<T>()?.iter().zip(index).enumerate() {
+                    d[o / places * area + at as usize] += g;
                 }
                 Ok(())
             })?;
@@ -202,11 +221,16 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
         return largest(&x.cast(DType::F32)?, grid)?.cast(x.dtype());
     }
     let a = x.array().contiguous();
-    let mut y = Array::uninit(&[b, c, grid.lines.len(), grid.columns.len()], x.dtype());
+    let out = [b, c, grid.lines.len(), grid.columns.len()];
+    if let Some(gpu) = a.gpu() {
+        let (y, index) = gpu_conv::largest(gpu, &a, &grid.pool, &out)?;
+        return Ok(Tensor::record(y, &[x], &[], || Back { index, grid, shape: x.shape().into() }));
+    }
+    let (mut y, mut index) = (Array::uninit(&out, x.dtype()), Array::uninit(&out, DType::U32));
     let (area, places) = (grid.area(), grid.places());
-    let mut index = vec![0u32; y.numel()];
     with_float!("max_pool", x.dtype(), T => {
-        let (x, dst, at) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()), Shared::new(&mut index));
+        let (dst, at) = (Shared::new(y.fresh_mut::<T>()), Shared::new(index.fresh_mut::<u32>()));
+        let x = a.as_slice::<T>()?;
         grid.planes(b * c, |n| {
             let part = n * places..(n + 1) * places;
             // SAFETY: each plane is written once.
@@ -227,7 +251,7 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
         });
         Ok(())
     })?;
-    Ok(Tensor::record(y, &[x], &[], || Back { index, places, shape: x.shape().into() }))
+    Ok(Tensor::record(y, &[x], &[], || Back { index, grid, shape: x.shape().into() }))
 }
 
 impl Tensor {

@@ -5,6 +5,7 @@ use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
 use crate::device::cpu::reduce as cpu;
+use crate::device::cuda::reduce::{self as gpu_reduce, Extreme};
 use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
 use crate::tensor::shape::{self, Dims};
@@ -191,6 +192,10 @@ impl Tensor {
         let d = shape::dim("argmax", dim, self.rank())?;
         let (moved, kept) = rows_last("argmax", &self.array().cast(self.dtype().compute()), &[d])?;
         let cols = self.shape()[d];
+        if let Some(gpu) = moved.gpu() {
+            let sizes = (shape::numel(&kept), cols);
+            return Ok(Tensor::new(gpu_reduce::extreme(gpu, &moved, sizes, Extreme::ArgMax, &kept)?.1));
+        }
         let index =
             with_float!("argmax", moved.dtype(), T => Ok(argbest(moved.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
         Ok(Tensor::new(Array::from_slice(&index, &kept)?))
@@ -211,6 +216,12 @@ impl Tensor {
                 &LOGSUMEXP
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                if let Some(gpu) = grad.gpu() {
+                    let wide = |a: &Array| a.reshape(&self.ones)?.expand(self.x.shape());
+                    let g = grad.contiguous();
+                    flow.input(0, gpu_reduce::logsumexp_grad(gpu, &self.x, &wide(&self.y)?, &wide(&g)?)?);
+                    return Ok(());
+                }
                 with_float!("logsumexp", grad.dtype(), T => {
                     let p = ew::zip::<T, T, T>("logsumexp", &self.x, &self.y.reshape(&self.ones)?, |x, y| (x - y).exp())?;
                     flow.input(0, ew::zip::<T, T, T>("logsumexp", &p, &grad.reshape(&self.ones)?, |p, g| p * g)?);
@@ -222,7 +233,13 @@ impl Tensor {
         let ones = with_ones(self.shape(), &dims);
         let (moved, kept) = rows_last("logsumexp", self.array(), &dims)?;
         let cols: usize = dims.iter().map(|&d| self.shape()[d]).product();
-        let y = with_float!("logsumexp", self.dtype(), T => {
+        let on_gpu = match moved.gpu() {
+            Some(gpu) => Some(gpu_reduce::logsumexp(gpu, &moved, (shape::numel(&kept), cols), &kept)?),
+            None => None,
+        };
+        let y = match on_gpu {
+            Some(found) => found,
+            None => with_float!("logsumexp", self.dtype(), T => {
             let x = moved.as_slice::<T>()?;
             let mut out = Array::uninit(&kept, self.dtype());
             out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
@@ -232,7 +249,8 @@ impl Tensor {
                 *o = if m.finite() { m + s.ln() } else { m };
             });
             Ok(out)
-        })?;
+                })?,
+        };
         let (x, saved) = (self.array().clone(), y.clone());
         let y = if keep { y.reshape(&ones)? } else { y };
         Ok(Tensor::record(y, &[self], &[], || Back { x, y: saved, ones }))
@@ -294,17 +312,23 @@ fn argbest<T: Float>(x: &[T], cols: usize, better: impl Fn(T, T) -> bool) -> Vec
 }
 
 /// Sends `grad` of the picked elements back to where they stood: rows of `cols`, `k` picks each.
-fn unpick(grad: &Array, index: &[u32], k: usize, cols: usize, order: &[usize], shape: &[usize]) -> Result<Array> {
+fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], shape: &[usize]) -> Result<Array> {
     let permuted: Dims = order.iter().map(|&d| shape[d]).collect();
-    let mut dx = Array::zeros(&permuted, grad.dtype());
     let grad = grad.contiguous();
-    with_float!("unpick", grad.dtype(), T => {
-        let (g, d) = (grad.as_slice::<T>()?, dx.fresh_mut::<T>());
-        for (i, (&g, &at)) in g.iter().zip(index).enumerate() {
-            d[(i / k) * cols + at as usize] = g;
+    let dx = match grad.gpu() {
+        Some(gpu) => gpu_reduce::unpick(gpu, &grad, index, (k, cols), &permuted)?,
+        None => {
+            let mut dx = Array::zeros(&permuted, grad.dtype());
+            with_float!("unpick", grad.dtype(), T => {
+                let (g, d) = (grad.as_slice::<T>()?, dx.fresh_mut::<T>());
+                for (i, (&g, &at)) in g.iter().zip(index.as_slice::<u32>()?).enumerate() {
+                    d[(i / k) * cols + at as usize] = g;
+                }
+                Ok(())
+            })?;
+            dx
         }
-        Ok(())
-    })?;
+    };
     let mut back = vec![0; order.len()];
     order.iter().enumerate().for_each(|(i, &d)| back[d] = i);
     dx.permute(&back)
@@ -316,7 +340,7 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
         return extreme(&t.cast(DType::F32)?, dims, keep, smallest)?.cast(t.dtype());
     }
     struct Back {
-        index: Vec<u32>,
+        index: Array,
         cols: usize,
         order: Vec<usize>,
         shape: Dims,
@@ -334,13 +358,24 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
     let ones = with_ones(t.shape(), &dims);
     let (moved, kept) = rows_last("max", t.array(), &dims)?;
     let cols: usize = dims.iter().map(|&d| t.shape()[d]).product();
-    let (index, mut y) = with_float!("max", t.dtype(), T => {
+    let on_gpu = match moved.gpu() {
+        Some(gpu) => {
+            let which = if smallest { Extreme::Smallest } else { Extreme::Largest };
+            let (y, index) = gpu_reduce::extreme(gpu, &moved, (shape::numel(&kept), cols), which, &kept)?;
+            Some((index, y))
+        }
+        None => None,
+    };
+    let (index, mut y) = match on_gpu {
+        Some(found) => found,
+        None => with_float!("max", t.dtype(), T => {
         let x = moved.as_slice::<T>()?;
         // NaN wins, so that it is seen.
         let index = argbest(x, cols, |a: T, b: T| (if smallest { a < b } else { a > b }) || (a.is_nan() && !b.is_nan()));
         let best: Vec<T> = index.iter().enumerate().map(|(r, &i)| x[r * cols + i as usize]).collect();
-        Ok((index, Array::from_slice(&best, &kept)?))
-    })?;
+        Ok((Array::from_slice(&index, &kept)?, Array::from_slice(&best, &kept)?))
+        })?,
+    };
     if keep {
         y = y.reshape(&ones)?;
     }
@@ -351,8 +386,11 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
 
 /// Running sums along dimension `d`, from the end if `reverse`.
 fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
-    let mut y = a.copy();
     let (n, inner) = (a.shape()[d], a.shape()[d + 1..].iter().product::<usize>());
+    if let Some(gpu) = a.gpu() {
+        return gpu_reduce::cumsum(gpu, a, (a.shape()[..d].iter().product(), n, inner), reverse);
+    }
+    let mut y = a.copy();
     with_float!("cumsum", a.dtype(), T => {
         for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
             for i in 1..n {
@@ -375,7 +413,7 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
         return Ok((v.cast(t.dtype())?, i));
     }
     struct Back {
-        index: Vec<u32>,
+        index: Array,
         k: usize,
         order: Vec<usize>,
         shape: Dims,
@@ -396,7 +434,17 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
     let cols = t.shape()[d];
     let mut out: Dims = moved.shape().into();
     out[t.rank() - 1] = k;
-    let (index, values) = with_float!("sort", t.dtype(), T => {
+    let on_gpu = match moved.gpu() {
+        Some(gpu) => {
+            let rows = moved.numel().checked_div(cols).unwrap_or(0);
+            let (values, index) = gpu_reduce::sort(gpu, &moved, (rows, cols, k), descending, &out)?;
+            Some((index, values))
+        }
+        None => None,
+    };
+    let (index, values) = match on_gpu {
+        Some(found) => found,
+        None => with_float!("sort", t.dtype(), T => {
         let x = moved.as_slice::<T>()?;
         let (mut index, mut values) = (Vec::new(), Vec::new());
         for row in x.chunks_exact(cols.max(1)) {
@@ -410,9 +458,10 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
             values.extend(at.iter().map(|&i| row[i as usize]));
             index.extend(at);
         }
-        Ok((index, Array::from_slice(&values, &out)?))
-    })?;
-    let ids = Array::from_slice(&index, &out)?;
+        Ok((Array::from_slice(&index, &out)?, Array::from_slice(&values, &out)?))
+        })?,
+    };
+    let ids = index.clone();
     let mut back = vec![0; order.len()];
     order.iter().enumerate().for_each(|(i, &o)| back[o] = i);
     let shape: Dims = t.shape().into();

@@ -6,11 +6,13 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
+use crate::device::Device;
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared, simd::simd};
+use crate::device::cuda::{Gpu, rows as gpu_rows};
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_float};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Which two elements of a head are turned together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
@@ -34,6 +36,8 @@ struct Inner {
     /// cos and sin, `[len, half]` each.
     f32: [Vec<f32>; 2],
     f64: [Vec<f64>; 2],
+    /// One of them in a GPU's memory, with the GPU's number: the last that was asked for.
+    on_gpu: Mutex<Option<(usize, Array, Array)>>,
 }
 
 impl RotaryTable {
@@ -55,7 +59,7 @@ impl RotaryTable {
         };
         let f64 = [table(f64::cos), table(f64::sin)];
         let f32 = [0, 1].map(|k: usize| f64[k].iter().map(|&x| x as f32).collect());
-        RotaryTable(Arc::new(Inner { len, half: frequencies.len(), f32, f64 }))
+        RotaryTable(Arc::new(Inner { len, half: frequencies.len(), f32, f64, on_gpu: Mutex::default() }))
     }
     /// Number of positions.
     pub fn len(&self) -> usize {
@@ -68,6 +72,24 @@ impl RotaryTable {
     /// Size of the heads it turns.
     pub fn dim(&self) -> usize {
         2 * self.0.half
+    }
+    /// cos and sin in a GPU's memory, f32 or f64.
+    fn on_gpu(&self, gpu: &Arc<Gpu>, dtype: DType) -> Result<(Array, Array)> {
+        let mut slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((ordinal, cos, sin)) = &*slot
+            && *ordinal == gpu.ordinal()
+            && cos.dtype() == dtype
+        {
+            return Ok((cos.clone(), sin.clone()));
+        }
+        let (device, shape) = (Device::Cuda(gpu.clone()), [self.0.len, self.0.half]);
+        let table = |k: usize| match dtype {
+            DType::F32 => Array::from_slice(&self.0.f32[k], &shape)?.to(&device),
+            _ => Array::from_slice(&self.0.f64[k], &shape)?.to(&device),
+        };
+        let (cos, sin) = (table(0)?, table(1)?);
+        *slot = Some((gpu.ordinal(), cos.clone(), sin.clone()));
+        Ok((cos, sin))
     }
     fn tables<T: Float>(&self) -> (&[T], &[T]) {
         let cast = |k: usize| -> &[T] {
@@ -119,6 +141,11 @@ fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse
     let x = if strided { x.clone() } else { x.contiguous() };
     let (t_count, h_count, d) = (x.shape()[1], x.shape()[2], x.shape()[3]);
     let half = d / 2;
+    if let Some(gpu) = x.gpu() {
+        let (cos, sin) = table.on_gpu(gpu, x.dtype())?;
+        let way = (pairing == Pairing::Interleaved, inverse);
+        return gpu_rows::rotary(gpu, &x, (&cos, &sin), offset, way);
+    }
     let mut out = Array::uninit(x.shape(), x.dtype());
     if out.numel() == 0 {
         return Ok(out);

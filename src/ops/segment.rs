@@ -4,8 +4,8 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::autograd::{Flow, Rule};
 use crate::check::{Case, Gen};
-use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
 use crate::device::Device;
+use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
 use crate::device::cuda::{Gpu, rows as gpu_rows, segment as gpu_segment};
 use crate::error::{Error, Result};
 use crate::tensor::shape::Dims;

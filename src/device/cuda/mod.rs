@@ -13,7 +13,7 @@
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
 //! | `faults` | ids out of range, found by kernels, told later |
-//! | `elementwise`, `rows`, `reduce`, `sort`, `index`, `segment`, `gemm`, `attention`, `factored` | launches of the kernels of `cuda/` on arrays |
+//! | `elementwise`, `rows`, `reduce`, `sort`, `index`, `segment`, `conv`, `gemm`, `grouped`, `attention`, `factored` | launches of the kernels of `cuda/` on arrays |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -26,12 +26,14 @@
 pub(crate) mod attention;
 pub mod cache;
 mod context;
+pub(crate) mod conv;
 pub(crate) mod elementwise;
 mod errors;
 pub(crate) mod factored;
 pub(crate) mod faults;
 pub(crate) mod gemm;
 mod graph;
+pub(crate) mod grouped;
 pub(crate) mod index;
 pub mod kernels;
 mod launch;

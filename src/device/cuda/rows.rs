@@ -2,7 +2,7 @@
 //!
 //! The row rule: up to 1024 elements a warp takes a row and a block eight of them; longer rows have a block each.
 
-use super::elementwise::{on, suffix};
+use super::elementwise::{on, strided, suffix};
 use super::factored::Owners;
 use super::{Gpu, Launch};
 use crate::autograd::Samples;
@@ -268,5 +268,64 @@ pub(crate) fn cross_entropy_grad(
         let l = l.optional(targets.owners.owner.as_ref()).array(&out).val(rows as i64).val(d as i64);
         l.val(targets.owners.each as i64).val(smoothing).val(targets.ignore).run()?;
     }
+    Ok(out)
+}
+
+/// Rotary position embedding of `x [B, T, H, D]` (unit stride along D) with tables `[positions, D/2]`, row 0 at position
+/// `offset`; pairs interleaved or half apart, forwards or back.
+pub(crate) fn rotary(
+    gpu: &Arc<Gpu>,
+    x: &Array,
+    (cos, sin): (&Array, &Array),
+    offset: usize,
+    (interleaved, inverse): (bool, bool),
+) -> Result<Array> {
+    /// `Rotary` of `cuda/rotary.cu`.
+    #[repr(C)]
+    #[derive(Clone, Copy, bytemuck::NoUninit)]
+    struct Rotary {
+        /// batch, time, heads, half, step_b, step_t, step_h, offset.
+        sizes: [i64; 8],
+        interleaved: i32,
+        inverse: i32,
+    }
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let (s, st) = (x.shape(), x.strides());
+    let sizes = [s[0], s[1], s[2], s[3] / 2, st[0], st[1], st[2], offset].map(|v| v as i64);
+    let r = Rotary { sizes, interleaved: interleaved as i32, inverse: inverse as i32 };
+    let l = Launch::new(gpu, "rotary", &format!("rotary_{}", suffix(x.dtype())))?;
+    l.grid((x.numel() / 2).div_ceil(256), 1, 1).array(x).array(cos).array(sin).array(&out).val(r).run()?;
+    Ok(out)
+}
+
+/// softplus(x) − x·t, element by element.
+pub(crate) fn bce(gpu: &Arc<Gpu>, x: &Array, t: &Array) -> Result<Array> {
+    let t = on(gpu, t)?;
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let n = out.numel();
+    let s: [i64; 19] = strided("binary_cross_entropy", x.shape(), [x.strides(), t.strides()])?;
+    let l = Launch::new(gpu, "loss", &format!("bce_{}", suffix(x.dtype())))?.grid(n.div_ceil(1024), 1, 1);
+    l.array(x).array(&t).array(&out).val(n as i64).val(s).run()?;
+    Ok(out)
+}
+
+/// (sigmoid(x) − t)·g.
+pub(crate) fn bce_grad(gpu: &Arc<Gpu>, x: &Array, t: &Array, g: &Array) -> Result<Array> {
+    let t = on(gpu, t)?;
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let n = out.numel();
+    let s: [i64; 25] = strided("binary_cross_entropy", x.shape(), [x.strides(), t.strides(), g.strides()])?;
+    let l = Launch::new(gpu, "loss", &format!("bce_grad_{}", suffix(x.dtype())))?.grid(n.div_ceil(1024), 1, 1);
+    l.array(x).array(&t).array(g).array(&out).val(n as i64).val(s).run()?;
+    Ok(out)
+}
+
+/// x·ln x, 0 where x is not positive.
+pub(crate) fn xlogx(gpu: &Arc<Gpu>, x: &Array) -> Result<Array> {
+    let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    let n = out.numel();
+    let s: [i64; 13] = strided("kl_divergence", x.shape(), [x.strides()])?;
+    let l = Launch::new(gpu, "loss", &format!("xlogx_{}", suffix(x.dtype())))?.grid(n.div_ceil(1024), 1, 1);
+    l.array(x).array(&out).val(n as i64).val(s).run()?;
     Ok(out)
 }
