@@ -126,7 +126,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
     let mut heap = BinaryHeap::from([ById(root.clone())]);
     let mut queued = HashSet::from([root.id]);
     while let Some(ById(node)) = heap.pop() {
-        // A rule that ran on the CPU for lack of a kernel may have left it there.
+        // A user's own rule may have left it elsewhere.
         let grad = grads.remove(&node.id).map(|g| g.to(&node.device)).transpose()?;
         queued.remove(&node.id);
         if node.leaf {

@@ -68,22 +68,6 @@ pub(crate) fn is_recording() -> bool {
     RECORDING.with(|r| r.get())
 }
 
-/// An op without a kernel computes on the CPU: its result goes back to where its operands are.
-fn back_on_device(value: Array, parents: &[&Tensor], params: &[&Param]) -> Array {
-    if value.gpu().is_some() {
-        return value;
-    }
-    let of = |a: &Array| a.gpu().cloned();
-    let gpu = parents.iter().find_map(|p| of(&p.value)).or_else(|| params.iter().find_map(|p| of(&p.value())));
-    match gpu {
-        None => value,
-        Some(gpu) => match value.to(&Device::Cuda(gpu)) {
-            Ok(v) => v,
-            Err(e) => panic!("{e}"),
-        },
-    }
-}
-
 impl Tensor {
     /// A tensor without history: data, labels, masks.
     pub fn new(value: Array) -> Tensor {
@@ -168,7 +152,6 @@ impl Tensor {
     ///
     /// List a parameter once per use, in the order in which the rule hands over its factors.
     pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
-        let value = back_on_device(value, parents, params);
         if !Tensor::would_record(parents, params) {
             return Tensor::new(value);
         }

@@ -140,8 +140,8 @@ impl Back {
     fn run<T: Float>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
         cpu::backward::<T>(
             &problem(&self.q, &self.k, &self.options),
-            (cpu::view::<T>(&self.q), cpu::view(&self.k), cpu::view(&self.v)),
-            (cpu::view(&self.out), self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))),
+            (cpu::view::<T>(&self.q)?, cpu::view(&self.k)?, cpu::view(&self.v)?),
+            (cpu::view(&self.out)?, self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))?),
             targets,
         );
         Ok(())
@@ -282,7 +282,7 @@ fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Re
     with_float!("attention", q.dtype(), T => {
         cpu::forward::<T>(
             &problem(&qa, &ka, options),
-            (cpu::view::<T>(&qa), cpu::view(&ka), cpu::view(&va)),
+            (cpu::view::<T>(&qa)?, cpu::view(&ka)?, cpu::view(&va)?),
             (out.fresh_mut(), lse.fresh_mut()),
         );
         Ok(())

@@ -258,7 +258,7 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
     let t = targets.cast(DType::F64)?;
     let t_log_t = Tensor::new(match t.array().gpu() {
         Some(gpu) => gpu_rows::xlogx(gpu, t.array())?,
-        None => ew::map::<f64, f64>(t.array(), |t| if t > 0.0 { t * t.ln() } else { 0.0 }),
+        None => ew::map::<f64, f64>(t.array(), |t| if t > 0.0 { t * t.ln() } else { 0.0 })?,
     });
     let terms = t_log_t.cast(log_probs.dtype())?.sub(&targets.cast(log_probs.dtype())?.mul(log_probs)?)?;
     per_sample(&terms.sum(&[-1], true)?, reduce)

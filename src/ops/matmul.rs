@@ -70,7 +70,7 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
     let mut out = Array::uninit(&shape, a.dtype());
     let r = lead.len();
     with_float!("matmul", a.dtype(), T => {
-        let (x, y) = (a.raw::<T>(), b.raw::<T>());
+        let (x, y) = (a.raw::<T>()?, b.raw::<T>()?);
         let c = out.fresh_mut::<T>();
         if m * n == 0 {
             return Ok(out);

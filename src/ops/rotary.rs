@@ -153,7 +153,7 @@ fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse
     with_float!("rotary", x.dtype(), T => {
         let (cos, sin) = table.tables::<T>();
         let sign = if inverse { -T::ONE } else { T::ONE };
-        let (src, dst) = (x.raw::<T>(), Shared::new(out.fresh_mut::<T>()));
+        let (src, dst) = (x.raw::<T>()?, Shared::new(out.fresh_mut::<T>()));
         let strides = x.strides();
         par_chunks(x.numel() / d, (GRAIN / d).max(1), |range| {
             for row in range {

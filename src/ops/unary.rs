@@ -59,7 +59,7 @@ macro_rules! unary {
                                 $(let $p = <T as crate::tensor::Element>::from_f64($p);)*
                                 match &self.saved {
                                     Some(s) => ew::zip_owned::<T, T>(stringify!($name), grad, s, #[inline(always)] move |g: T, s: T| g * d(s $(, $p)*)),
-                                    None => Ok(ew::map_owned::<T>(grad, #[inline(always)] move |g: T| g * d(T::ONE $(, $p)*))),
+                                    None => ew::map_owned::<T>(grad, #[inline(always)] move |g: T| g * d(T::ONE $(, $p)*)),
                                 }
                             })?;
                             flow.input(0, dx);
@@ -84,7 +84,7 @@ macro_rules! unary {
                     }
                     let y = with_float!(stringify!($name), self.dtype(), T => {
                         $(let $p = <T as crate::tensor::Element>::from_f64($p);)*
-                        Ok(ew::map::<T, T>(self.array(), #[inline(always)] move |x: T| f(x $(, $p)*)))
+                        ew::map::<T, T>(self.array(), #[inline(always)] move |x: T| f(x $(, $p)*))
                     })?;
                     let saved = match Save::$save {
                         Save::Nothing => None,
@@ -189,8 +189,12 @@ impl Tensor {
     /// 1 where the value is finite, 0 elsewhere, u8.
     pub fn is_finite(&self) -> Result<Tensor> {
         let a = self.array();
-        Ok(Tensor::new(with_dtype!(a.dtype(), T => ew::map::<T, u8>(a, |x| {
+        if let (Some(gpu), true) = (a.gpu(), a.dtype().is_float()) {
+            return Ok(Tensor::new(gpu_ew::is_finite(gpu, a)?));
+        }
+        let finite = with_dtype!(a.dtype(), T => ew::map::<T, u8>(a, |x| {
             crate::tensor::Element::to_f64(x).is_finite() as u8
-        }))))
+        }));
+        Ok(Tensor::new(finite?))
     }
 }

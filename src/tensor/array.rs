@@ -2,7 +2,7 @@
 
 use super::dtype::{DType, Element};
 use super::shape::{self, Dims, Nest};
-use super::storage::{OnGpu, Storage};
+use super::storage::Storage;
 use crate::device::Device;
 use crate::device::cpu::{par, pool::Buffer, shared::Shared};
 use crate::device::cuda::{Block, Gpu, elementwise as gpu_ew};
@@ -167,17 +167,11 @@ impl Array {
     }
     /// The GPU it is on, if it is on one.
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
-        match &self.storage {
-            Storage::Cpu(_) => None,
-            Storage::Cuda(g) => Some(g.block.gpu()),
-        }
+        self.storage.gpu()
     }
     /// Memory of a GPU and this array's first byte in it; an error names the op that needed it there.
     pub(crate) fn block(&self, op: &str) -> Result<(&Block, usize)> {
-        match &self.storage {
-            Storage::Cuda(g) => Ok((&g.block, self.offset * self.dtype.size())),
-            Storage::Cpu(_) => Err(Error::device(op, "an operand is on the CPU; move it with .to()")),
-        }
+        Ok((self.storage.block(op)?, self.offset * self.dtype.size()))
     }
     /// The same values on another device; nothing is copied if it is there already. From a GPU to the CPU this waits for
     /// the GPU, to a GPU it does not.
@@ -188,10 +182,10 @@ impl Array {
         match (device, &self.storage) {
             (Device::Cuda(gpu), Storage::Cpu(_)) => {
                 let a = self.contiguous();
-                let block = with_dtype!(a.dtype, T => gpu.upload(&a.raw::<T>()[..a.numel()]))?;
-                Ok(Array::over(Storage::Cuda(Arc::new(OnGpu::new(block))), &a.shape, a.dtype))
+                let block = with_dtype!(a.dtype, T => gpu.upload(&a.raw::<T>()?[..a.numel()]))?;
+                Ok(Array::over(Storage::Cuda(Arc::new(block)), &a.shape, a.dtype))
             }
-            (Device::Cpu, Storage::Cuda(_)) => {
+            (Device::Cpu, Storage::Cuda(_) | Storage::Lost(_)) => {
                 let a = self.contiguous();
                 let (block, at) = a.block("to")?;
                 let mut out = Array::uninit(&a.shape, a.dtype);
@@ -213,26 +207,19 @@ impl Array {
         if !self.is_contiguous() {
             return Err(Error::shape("as_slice", "the array is a strided view; call .contiguous() first"));
         }
-        Ok(&self.raw::<T>()[..self.numel()])
+        Ok(&self.raw::<T>()?[..self.numel()])
     }
-    /// The storage from this array's first element on; for strided loops on the CPU. Memory of a GPU is read back for
-    /// it; a GPU that fails while an op that has no kernel runs on the CPU ends the program.
-    pub(crate) fn raw<T: Element>(&self) -> &[T] {
+    /// The storage from this array's first element on; for strided loops on the CPU.
+    pub(crate) fn raw<T: Element>(&self) -> Result<&[T]> {
         debug_assert_eq!(T::DTYPE, self.dtype);
         if self.numel() == 0 {
-            return &[];
+            return Ok(&[]);
         }
-        match self.storage.host() {
-            Ok(b) => &b.as_slice::<T>()[self.offset..],
-            Err(e) => panic!("{e}"),
-        }
+        Ok(&self.storage.host()?.as_slice::<T>()[self.offset..])
     }
-    /// The values on the CPU, for what has no way to report a GPU that fails.
-    fn here(&self) -> Array {
-        match self.to(&Device::Cpu) {
-            Ok(a) => a,
-            Err(e) => panic!("{e}"),
-        }
+    /// The values on the CPU, for what has no way to report a GPU that fails: it ends the program; `to_vec` reports it.
+    fn here<T: Element>(&self) -> Vec<T> {
+        self.to_vec::<T>().unwrap_or_else(|e| panic!("{e}"))
     }
     /// The elements, row-major.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
@@ -241,21 +228,18 @@ impl Array {
     }
     /// The elements converted to f64, row-major.
     pub fn to_f64(&self) -> Vec<f64> {
-        let a = self.here().contiguous();
-        with_dtype!(a.dtype, T => a.raw::<T>()[..a.numel()].iter().map(|x| x.to_f64()).collect())
+        with_dtype!(self.dtype, T => self.here::<T>().iter().map(|x| x.to_f64()).collect())
     }
     /// The one element of an array with one element.
     pub fn item(&self) -> Result<f64> {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("{:?} has {} elements, not one", self.shape, self.numel())));
         }
-        let a = self.to(&Device::Cpu)?;
-        Ok(with_dtype!(a.dtype, T => a.raw::<T>()[0].to_f64()))
+        with_dtype!(self.dtype, T => Ok(self.to_vec::<T>()?[0].to_f64()))
     }
     /// Little-endian bytes, row-major.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let a = self.here().contiguous();
-        with_dtype!(a.dtype, T => bytemuck::cast_slice(&a.raw::<T>()[..a.numel()]).to_vec())
+        with_dtype!(self.dtype, T => bytemuck::cast_slice(&self.here::<T>()).to_vec())
     }
     fn expect_dtype<T: Element>(&self, op: &'static str) -> Result<()> {
         if T::DTYPE == self.dtype {
@@ -270,6 +254,7 @@ impl Array {
     /// The elements for writing, row-major; copies first if the storage is shared or strided.
     pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype::<T>("as_mut_slice")?;
+        self.storage.host()?;
         self.make_unique();
         let (n, o) = (self.numel(), self.offset);
         let buffer = self.storage.cpu_mut().ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
@@ -323,17 +308,10 @@ impl Array {
                 None => self.copy(),
             };
         }
-        self.storage.changed();
         Ok(())
     }
     /// On the CPU, unshared and without gaps.
     pub(crate) fn make_unique(&mut self) {
-        if let Some(gpu) = self.gpu().cloned() {
-            match self.to(&Device::Cpu) {
-                Ok(a) => *self = a,
-                Err(e) => panic!("{gpu:?}: {e}"),
-            }
-        }
         if !self.is_contiguous() {
             *self = self.contiguous();
         }
@@ -344,10 +322,6 @@ impl Array {
     /// The elements of an array made a moment ago, known to be unshared and contiguous.
     pub(crate) fn fresh_mut<T: Element>(&mut self) -> &mut [T] {
         debug_assert_eq!(T::DTYPE, self.dtype);
-        if self.gpu().is_some() {
-            // A fresh copy of something on a GPU, about to be worked on by the CPU.
-            self.make_unique();
-        }
         let n = shape::numel(&self.shape);
         match self.storage.cpu_mut() {
             Some(b) => &mut b.as_mut_slice::<T>()[self.offset..self.offset + n],
@@ -374,7 +348,7 @@ impl Array {
         self.make_unique();
         with_dtype!(self.dtype, T => {
             let other = other.contiguous();
-            let src = &other.raw::<T>()[..other.numel()];
+            let src = &other.raw::<T>()?[..other.numel()];
             crate::device::cpu::elementwise::add_assign(self.as_mut_slice::<T>()?, src);
         });
         Ok(())
@@ -514,14 +488,15 @@ impl Array {
     /// A fresh row-major copy, on the same device.
     pub fn copy(&self) -> Array {
         if let Some(gpu) = self.gpu() {
-            match gpu_ew::copy(gpu, self) {
-                Ok(a) => return a,
-                Err(e) => panic!("{e}"),
-            }
+            return gpu_ew::copy(gpu, self).unwrap_or_else(|e| self.lost(gpu, self.dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, self.dtype);
         with_dtype!(self.dtype, T => self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
+    }
+    /// In place of what could not be made: whoever uses it is told why.
+    fn lost(&self, gpu: &Arc<Gpu>, dtype: DType, why: &Error) -> Array {
+        Array::over(Storage::lost(gpu, why), &self.shape, dtype)
     }
     /// Converted to `dtype`: rounded to nearest even for floats, truncated for integers.
     pub fn cast(&self, dtype: DType) -> Array {
@@ -529,10 +504,7 @@ impl Array {
             return self.clone();
         }
         if let Some(gpu) = self.gpu() {
-            match gpu_ew::cast(gpu, self, dtype) {
-                Ok(a) => return a,
-                Err(e) => panic!("{e}"),
-            }
+            return gpu_ew::cast(gpu, self, dtype).unwrap_or_else(|e| self.lost(gpu, dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, dtype);
         with_dtype!(self.dtype, S => with_dtype!(dtype, D => {
@@ -544,7 +516,7 @@ impl Array {
         if out.is_empty() {
             return;
         }
-        let src = self.raw::<S>();
+        let Ok(src) = self.raw::<S>() else { return };
         let nest = Nest::new(&self.shape, [&self.strides]);
         let n = nest.inner;
         let out = Shared::new(out);

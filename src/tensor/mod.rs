@@ -8,4 +8,3 @@ mod storage;
 pub use array::Array;
 pub use dtype::{DType, Element, Float};
 pub use shape::Dims;
-pub use storage::read_back;

@@ -3,44 +3,23 @@
 use crate::device::Device;
 use crate::device::cpu::pool::Buffer;
 use crate::device::cuda::{Block, Gpu};
-use crate::error::Result;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-
-static READ_BACK: AtomicU64 = AtomicU64::new(0);
-
-/// How often memory of a GPU was read back because an op has no kernel yet and ran on the CPU, in this process.
-pub fn read_back() -> u64 {
-    READ_BACK.load(Ordering::Relaxed)
-}
+use crate::error::{Error, Result};
+use std::sync::Arc;
 
 /// Shared bytes on a device.
 #[derive(Clone)]
 pub(crate) enum Storage {
     Cpu(Arc<Buffer>),
-    Cuda(Arc<OnGpu>),
+    Cuda(Arc<Block>),
+    /// A copy or conversion on a GPU that failed (out of memory, a lost device) where there was no way to say so: whoever
+    /// uses it is told.
+    Lost(Arc<Lost>),
 }
 
-/// Memory of a GPU, and what it held when somebody on the host asked.
-pub(crate) struct OnGpu {
-    pub block: Block,
-    host: OnceLock<Buffer>,
-}
-
-impl OnGpu {
-    pub fn new(block: Block) -> OnGpu {
-        OnGpu { block, host: OnceLock::new() }
-    }
-    /// A copy on the host, made once: shared memory is never written to.
-    pub fn host(&self) -> Result<&Buffer> {
-        if let Some(b) = self.host.get() {
-            return Ok(b);
-        }
-        READ_BACK.fetch_add(1, Ordering::Relaxed);
-        let mut b = Buffer::uninit(self.block.bytes());
-        self.block.gpu().download_into(&self.block, 0, b.as_mut_slice::<u8>())?;
-        Ok(self.host.get_or_init(|| b))
-    }
+/// Why there are no bytes.
+pub(crate) struct Lost {
+    gpu: Arc<Gpu>,
+    why: String,
 }
 
 impl Storage {
@@ -48,26 +27,34 @@ impl Storage {
         Storage::Cpu(Arc::new(Buffer::uninit(bytes)))
     }
     pub fn cuda(gpu: &Arc<Gpu>, bytes: usize) -> Result<Storage> {
-        Ok(Storage::Cuda(Arc::new(OnGpu::new(gpu.alloc(bytes)?))))
+        Ok(Storage::Cuda(Arc::new(gpu.alloc(bytes)?)))
+    }
+    pub fn lost(gpu: &Arc<Gpu>, why: &Error) -> Storage {
+        Storage::Lost(Arc::new(Lost { gpu: gpu.clone(), why: why.to_string() }))
     }
     pub fn device(&self) -> Device {
+        self.gpu().map_or(Device::Cpu, |gpu| Device::Cuda(gpu.clone()))
+    }
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
         match self {
-            Storage::Cpu(_) => Device::Cpu,
-            Storage::Cuda(g) => Device::Cuda(g.block.gpu().clone()),
+            Storage::Cpu(_) => None,
+            Storage::Cuda(block) => Some(block.gpu()),
+            Storage::Lost(lost) => Some(&lost.gpu),
+        }
+    }
+    /// Memory of a GPU; an error names the op that needed it there.
+    pub fn block(&self, op: &str) -> Result<&Block> {
+        match self {
+            Storage::Cuda(block) => Ok(block),
+            Storage::Cpu(_) => Err(Error::device(op, "an operand is on the CPU; move it with .to()")),
+            Storage::Lost(lost) => Err(Error::device(op, format!("an operand was never made: {}", lost.why))),
         }
     }
     pub fn is_unique(&mut self) -> bool {
         match self {
             Storage::Cpu(b) => Arc::get_mut(b).is_some(),
-            Storage::Cuda(g) => Arc::get_mut(g).is_some(),
-        }
-    }
-    /// Forgets what the host was told of a GPU's memory, which is about to change; only on unshared storage.
-    pub fn changed(&mut self) {
-        if let Storage::Cuda(g) = self
-            && let Some(g) = Arc::get_mut(g)
-        {
-            g.host = OnceLock::new();
+            Storage::Cuda(b) => Arc::get_mut(b).is_some(),
+            Storage::Lost(_) => true,
         }
     }
     pub fn same(&self, other: &Storage) -> bool {
@@ -77,18 +64,22 @@ impl Storage {
             _ => false,
         }
     }
-    /// The bytes on the host; of a GPU's memory, a copy.
+    /// The bytes on the CPU; of a GPU's memory, an error that says how to get them there.
     pub fn host(&self) -> Result<&Buffer> {
         match self {
             Storage::Cpu(b) => Ok(b),
-            Storage::Cuda(g) => g.host(),
+            Storage::Cuda(b) => {
+                let why = format!("the array is on cuda:{}; copy it with .to(&Device::Cpu) first", b.gpu().ordinal());
+                Err(Error::device("read on the CPU", why))
+            }
+            Storage::Lost(lost) => Err(Error::device("read", format!("the array was never made: {}", lost.why))),
         }
     }
     /// The bytes for writing, if they are on the CPU and nobody shares them.
     pub fn cpu_mut(&mut self) -> Option<&mut Buffer> {
         match self {
             Storage::Cpu(b) => Arc::get_mut(b),
-            Storage::Cuda(_) => None,
+            _ => None,
         }
     }
 }

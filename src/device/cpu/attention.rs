@@ -71,9 +71,9 @@ pub struct View<'a, T> {
 }
 
 /// The strided view of an array.
-pub fn view<T: Float>(a: &Array) -> View<'_, T> {
+pub fn view<T: Float>(a: &Array) -> crate::Result<View<'_, T>> {
     let s = a.strides();
-    View { data: a.raw::<T>(), strides: [s[0], s[1], s[2]], dim: a.shape()[3] }
+    Ok(View { data: a.raw::<T>()?, strides: [s[0], s[1], s[2]], dim: a.shape()[3] })
 }
 
 impl<'a, T> View<'a, T> {

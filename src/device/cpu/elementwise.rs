@@ -11,10 +11,10 @@ use crate::tensor::{Array, Element};
 pub const GRAIN: usize = 1 << 15;
 
 /// `f` of every element, into a fresh contiguous array.
-pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Array {
+pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Result<Array> {
     let mut out = Array::uninit(a.shape(), D::DTYPE);
     let nest = Nest::new(a.shape(), [a.strides()]);
-    let (src, dst) = (a.raw::<S>(), Shared::new(out.fresh_mut::<D>()));
+    let (src, dst) = (a.raw::<S>()?, Shared::new(out.fresh_mut::<D>()));
     runs(a.numel(), nest.inner, |row, col, at, len| {
         let [o] = nest.offsets(row);
         // SAFETY: runs are disjoint.
@@ -34,11 +34,11 @@ pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) 
             d.iter_mut().enumerate().for_each(|(i, d)| *d = f(s[i * step]));
         }
     });
-    out
+    Ok(out)
 }
 
 /// `f` of every element, in the array's own buffer where nobody else holds it.
-pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Array {
+pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Result<Array> {
     if !a.is_contiguous() || !a.is_unique() {
         return map::<T, T>(&a, f);
     }
@@ -56,7 +56,7 @@ pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> 
             },
         );
     });
-    a
+    Ok(a)
 }
 
 /// `f` of the pairs of two broadcast operands.
@@ -72,7 +72,7 @@ pub fn zip<A: Element, B: Element, D: Element>(
     let mut out = Array::uninit(&shape, D::DTYPE);
     let nest = Nest::new(&shape, [&sa, &sb]);
     let n = out.numel();
-    let (x, y, dst) = (a.raw::<A>(), b.raw::<B>(), Shared::new(out.fresh_mut::<D>()));
+    let (x, y, dst) = (a.raw::<A>()?, b.raw::<B>()?, Shared::new(out.fresh_mut::<D>()));
     runs(n, nest.inner, |row, col, at, len| {
         let [ox, oy] = nest.offsets(row);
         let [sx, sy] = nest.step;
@@ -127,7 +127,7 @@ pub fn zip_owned<T: Element, B: Element>(
         return zip::<T, B, T>(op, &a, b, f);
     }
     let n = a.numel();
-    let (dst, y) = (Shared::new(a.fresh_mut::<T>()), b.raw::<B>());
+    let (dst, y) = (Shared::new(a.fresh_mut::<T>()), b.raw::<B>()?);
     par_chunks(n, GRAIN, |r| {
         // SAFETY: chunks are disjoint.
         let d = unsafe { dst.slice(r.clone()) };

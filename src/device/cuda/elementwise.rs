@@ -160,6 +160,15 @@ pub(crate) fn unary(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2]) -> 
     Ok(out)
 }
 
+/// 1 where the value is finite, 0 elsewhere, u8.
+pub(crate) fn is_finite(gpu: &Arc<Gpu>, x: &Array) -> Result<Array> {
+    let out = Array::uninit_on(gpu, x.shape(), DType::U8)?;
+    let s: [i64; 13] = strided("is_finite", x.shape(), [x.strides()])?;
+    let name = format!("is_finite_{}", suffix(x.dtype()));
+    run(gpu, "unary", &name, x.numel(), |l| l.array(x).array(&out).val(x.numel() as i64).val(s))?;
+    Ok(out)
+}
+
 /// x ← p·x, in place, whoever else sees it; contiguous.
 pub(crate) fn scale_in_place(gpu: &Arc<Gpu>, x: &Array, p: f64) -> Result<()> {
     let s: [i64; 13] = strided("mul_scalar", &[x.numel()], [&[1]])?;
