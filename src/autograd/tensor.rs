@@ -194,6 +194,7 @@ impl Rule for LeafUse {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         use super::Factor;
+        let grad = grad.cast(grad.dtype().compute());
         let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
         flow.param(&self.param, factor);
         Ok(())

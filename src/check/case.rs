@@ -7,12 +7,21 @@ use crate::{Param, Tensor};
 /// A small deterministic source of random shapes, strides and values for cases (SplitMix64).
 pub struct Gen {
     state: u64,
+    dtype: DType,
 }
 
 impl Gen {
-    /// Same seed, same case.
+    /// Same seed, same case; f64.
     pub fn new(seed: u64) -> Gen {
-        Gen { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678) }
+        Gen::with_dtype(seed, DType::F64)
+    }
+    /// Same seed, same case, its values rounded to a float dtype.
+    pub fn with_dtype(seed: u64, dtype: DType) -> Gen {
+        Gen { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678), dtype }
+    }
+    /// The dtype of the arrays it makes.
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
     /// 64 random bits.
     pub fn bits(&mut self) -> u64 {
@@ -43,15 +52,15 @@ impl Gen {
     pub fn shape(&mut self, rank: usize) -> Vec<usize> {
         (0..rank).map(|_| self.size(1, 4)).collect()
     }
-    /// Normal values, f64, in a random layout: contiguous, permuted, or cut out of something larger.
+    /// Normal values in a random layout: contiguous, permuted, or cut out of something larger.
     pub fn array(&mut self, shape: &[usize]) -> Array {
         self.array_of(shape, |g| g.normal())
     }
-    /// Values in `low..high`, f64, in a random layout.
+    /// Values in `low..high` in a random layout.
     pub fn array_in(&mut self, shape: &[usize], low: f64, high: f64) -> Array {
         self.array_of(shape, |g| low + (high - low) * g.uniform())
     }
-    /// Values in −1..1 at least 2e-4 apart, f64, in a random layout: for ops that pick, whose central differences would
+    /// Values in −1..1 at least 2e-4 apart (before rounding to the dtype), in a random layout: for ops that pick, whose central differences would
     /// step over a tie.
     pub fn distinct(&mut self, shape: &[usize]) -> Array {
         let mut k = self.size(0, 10_000);
@@ -60,11 +69,11 @@ impl Gen {
             (k * 7919 % 10_007) as f64 / 5003.5 - 1.0
         })
     }
-    /// Values from `f`, f64, in a random layout.
+    /// Values from `f` in a random layout.
     pub fn array_of(&mut self, shape: &[usize], mut f: impl FnMut(&mut Gen) -> f64) -> Array {
         let values = |g: &mut Gen, s: &[usize], f: &mut dyn FnMut(&mut Gen) -> f64| {
             let v: Vec<f64> = (0..s.iter().product()).map(|_| f(g)).collect();
-            Array::from_slice(&v, s)
+            Array::from_slice(&v, s).map(|a| a.cast(g.dtype))
         };
         let made = match self.size(0, 3) {
             // Stored in another order of dimensions.
@@ -90,7 +99,7 @@ impl Gen {
         };
         match made {
             Ok(a) => a,
-            Err(_) => Array::zeros(shape, DType::F64),
+            Err(_) => Array::zeros(shape, self.dtype),
         }
     }
     /// Random ids below `n`, u32.

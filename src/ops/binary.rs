@@ -161,7 +161,7 @@ static WHERE: OpInfo = OpInfo {
         let (a, b) = pair(g, -2.0, 2.0);
         let shape = crate::tensor::shape::broadcast("where", a.shape(), b.shape())?;
         let mask = g.array(&shape);
-        let mask = ew::map::<f64, u8>(&mask, |x| (x > 0.0) as u8)?;
+        let mask = ew::map::<f64, u8>(&mask.cast(DType::F64), |x| (x > 0.0) as u8)?;
         Ok(Case::new(vec![a, b], move |t| Tensor::select(&Tensor::new(mask.clone()), &t[0], &t[1])))
     }],
 };

@@ -134,7 +134,7 @@ static CONV: OpInfo = OpInfo {
             let weight = Param::new("weight", g.array(&[2, 2 / groups, 2]));
             let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
             let samples = Samples::owners(owner.clone(), b)?;
-            let pick = Array::generate(&[b, n], DType::F64, |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
             let params = vec![weight.clone()];
             Ok(Case::new(vec![g.array(&[n, 2, 4])], move |t| {
                 let y = conv1d(&t[0], &weight, None, Conv::default().groups(groups), Some(&samples))?.sin()?;

@@ -35,7 +35,7 @@ static EMBEDDING: OpInfo = OpInfo {
             let ids = Tensor::new(g.ids(&[n], v).cast(DType::I64));
             let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
             let samples = Samples::owners(owner.clone(), b)?;
-            let pick = Array::generate(&[b, n], DType::F64, |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
             let params = vec![w.clone()];
             Ok(Case::new(vec![], move |_| {
                 Tensor::new(pick.clone()).matmul(&embedding(&w, &ids, None, Some(&samples))?.sin()?)
@@ -75,7 +75,7 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
         let b = g.size(1, bags);
         let owner: Vec<u32> = (0..bags).map(|_| g.size(0, b - 1) as u32).collect();
         let samples = Samples::owners(owner.clone(), b)?;
-        let pick = Array::generate(&[b, bags], DType::F64, |i| (owner[i % bags] as usize == i / bags) as u8 as f64);
+        let pick = Array::generate(&[b, bags], g.dtype(), |i| (owner[i % bags] as usize == i / bags) as u8 as f64);
         Ok(Case::new(inputs, move |t| {
             let y = embedding_bag(&w, &ids, &segments, mode, t.first(), Some(&samples))?;
             Tensor::new(pick.clone()).matmul(&y.sin()?)

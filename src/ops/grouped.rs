@@ -35,7 +35,7 @@ static GROUPED_LINEAR: OpInfo = OpInfo {
         let params = std::iter::once(w.clone()).chain(bias.clone()).collect();
         let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
         let samples = Samples::owners(owner.clone(), b)?;
-        let pick = Array::generate(&[b, n], DType::F64, |i| (owner[i % n] as usize == i / n) as u8 as f64);
+        let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
         Ok(Case::new(vec![g.array(&[n, d])], move |t| {
             let y = grouped_linear(&t[0], &w, layout, bias.as_ref(), &groups, &samples)?;
             Tensor::new(pick.clone()).matmul(&y.sin()?)

@@ -112,7 +112,7 @@ static LINEAR: OpInfo = OpInfo {
             let samples = Samples::owners(owner.clone(), b)?;
             let x = g.array(&[n, d]);
             let p = w.clone();
-            let pick = Array::generate(&[b, n], DType::F64, |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
             Ok(Case::new(vec![x], move |x| {
                 let s = Some(&samples);
                 let y = linear(&x[0], &w, Layout::OutIn, None, Activation::Tanh, s)?;

@@ -185,6 +185,9 @@ pub fn group_norm(x: &Tensor, groups: usize, gain: Option<&Param>, bias: Option<
             return Err(Error::shape("group_norm", format!("{} is {:?}, not [{c}]", p.name(), p.shape())));
         }
     }
+    if x.dtype().is_half() {
+        return group_norm(&x.cast(DType::F32)?, groups, gain, bias, eps)?.cast(x.dtype());
+    }
     let positions: usize = x.shape()[2..].iter().product();
     let flat = x.reshape(&[b, groups, c / groups * positions])?;
     let y = norm(&GROUP_NORM, &flat, (None, None), eps, None)?;

@@ -17,6 +17,9 @@ pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
     if a.shape() == shape {
         return Ok(a.clone());
     }
+    if a.dtype().is_half() {
+        return Ok(sum_to(&a.cast(a.dtype().compute()), shape)?.cast(a.dtype()));
+    }
     let lead = a.rank() - shape.len();
     let dims: Vec<usize> = (0..a.rank()).filter(|&d| d < lead || (shape[d - lead] == 1 && a.shape()[d] != 1)).collect();
     sum_dims(a, &dims)?.reshape(shape)
