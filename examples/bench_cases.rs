@@ -1,15 +1,16 @@
 //! The cases on which speed is compared, one JSON line each:
 //!
 //! ```text
-//! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate]
+//! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
 //! `gemm/MxKxN`, `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
-//! moment before: the best of three products of 1024 × 1024 matrices, or the best of three copies of 64 MiB.
+//! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
+//! (256 on a GPU). `--profile` prints a table of ops after each case. `PRISMGRAD_DEVICE=cuda` runs all of it on a GPU, with
+//! `gpt/124M` besides.
 
-use prismgrad::device::cpu::gemm::{Mat, matmul};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::{Ctx, Init, Linear, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
@@ -20,8 +21,16 @@ use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::{NoiseKey, philox};
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
-use prismgrad::{Array, DType, Param, Result, Tensor};
+use prismgrad::{Array, DType, Device, Param, Result, Tensor, profile};
+use std::sync::OnceLock;
 use std::time::Instant;
+
+/// Where everything runs.
+static DEVICE: OnceLock<Device> = OnceLock::new();
+
+fn device() -> &'static Device {
+    DEVICE.get_or_init(Device::cpu)
+}
 
 /// What a case is measured in.
 #[derive(Clone, Copy)]
@@ -41,6 +50,7 @@ const NAMES: &[(&str, Make)] = &[
     ("gemm/2048x256x1024", gemm),
     ("gpt/S", gpt),
     ("gpt/M", gpt),
+    ("gpt/124M", gpt),
     ("mlp", mlp),
     ("elt/copy", elt),
     ("elt/add", elt),
@@ -71,40 +81,48 @@ const NAMES: &[(&str, Make)] = &[
     ("dp/mlp/param-wise", dp),
 ];
 
-fn random(shape: &[usize], seed: u64) -> Array {
-    Array::generate(shape, DType::F32, |i| 2.0 * philox::uniform(seed, 7, i as u64) - 1.0)
+fn random(shape: &[usize], seed: u64) -> Result<Array> {
+    Array::generate(shape, DType::F32, |i| 2.0 * philox::uniform(seed, 7, i as u64) - 1.0).to(device())
 }
 
-fn ids(shape: &[usize], below: usize, seed: u64) -> Array {
-    Array::generate(shape, DType::U32, |i| (philox::bits(seed, 9, i as u64) % below as u64) as f64)
+fn ids(shape: &[usize], below: usize, seed: u64) -> Result<Array> {
+    Array::generate(shape, DType::U32, |i| (philox::bits(seed, 9, i as u64) % below as u64) as f64).to(device())
 }
 
 fn gemm(name: &str) -> Result<(Step, Work, usize)> {
     let d: Vec<usize> = name[5..].split('x').filter_map(|x| x.parse().ok()).collect();
     let (m, k, n) = (d[0], d[1], d[2]);
-    let (a, b) = (random(&[m, k], 1), random(&[k, n], 2));
-    let mut c = vec![0f32; m * n];
-    let step = move || {
-        matmul(Mat::new(a.as_slice::<f32>()?, m, k), Mat::new(b.as_slice::<f32>()?, k, n), false, &mut c);
-        Ok(())
-    };
+    let (a, b) = (Tensor::new(random(&[m, k], 1)?), Tensor::new(random(&[k, n], 2)?));
+    let step = move || a.matmul(&b).map(drop);
     Ok((Box::new(step), Work::Gflop(2.0 * (m * k * n) as f64 / 1e9), 0))
 }
 
 fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
-    let c = if name.ends_with('S') { (512, 4, 256, 4) } else { (4096, 6, 384, 6) };
-    let mut config = GptConfig::small(c.0, 256, c.1, c.2, c.3);
-    config.tie_word_embeddings = false;
-    Ok((Gpt::new(config, 1)?, ids(&[8, 256], c.0, 3), ids(&[8, 256], c.0, 4)))
+    let (vocab, t, layers, d, heads) = match &name[4..] {
+        "S" => (512, 256, 4, 256, 4),
+        "124M" => (50_257, 1024, 12, 768, 12),
+        _ => (4096, 256, 6, 384, 6),
+    };
+    let mut config = GptConfig::small(vocab, t, layers, d, heads);
+    config.tie_word_embeddings = name.ends_with("124M");
+    let model = Gpt::new(config, 1)?;
+    model.params().to(device())?;
+    Ok((model, ids(&[8, t], vocab, 3)?, ids(&[8, t], vocab, 4)?))
 }
 
 fn gpt(name: &str) -> Result<(Step, Work, usize)> {
     let (model, x, y) = gpt_model(name)?;
     let params = model.params().count();
     let mut step = TrainStep::plain(&model.params().all(), AdamW::default(), Schedule::constant(1e-3))?;
-    let gflop = if name.ends_with('S') { 43.5 } else { 157.0 };
+    // Products only, three times the forward pass, attention halved for causality.
+    let gflop = match &name[4..] {
+        "S" => 43.5,
+        "124M" => 8.0 * 1024.0 * (6.0 * 123.7e6 + 6.0 * 12.0 * 768.0 * 1024.0) / 1e9,
+        _ => 157.0,
+    };
+    let tokens = x.numel() as f64;
     let run = move || step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).map(|_| ());
-    Ok((Box::new(run), Work::Tokens(2048.0, gflop), params))
+    Ok((Box::new(run), Work::Tokens(tokens, gflop), params))
 }
 
 struct Mlp([Linear; 3]);
@@ -124,7 +142,8 @@ impl Mlp {
 fn mlp(_: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let model = Mlp::new(&params)?;
-    let (x, y) = (Tensor::new(random(&[256, 784], 1)), ids(&[256], 10, 2));
+    params.to(device())?;
+    let (x, y) = (Tensor::new(random(&[256, 784], 1)?), ids(&[256], 10, 2)?);
     let mut step = TrainStep::plain(&params.all(), AdamW::default(), Schedule::constant(1e-3))?;
     let gflop = 6.0 * 256.0 * (784.0 * 512.0 + 512.0 * 512.0 + 5120.0) / 1e9;
     Ok((Box::new(move || step.run([()], |_| model.losses(&x, &y)).map(|_| ())), Work::Gflop(gflop), params.count()))
@@ -132,10 +151,12 @@ fn mlp(_: &str) -> Result<(Step, Work, usize)> {
 
 fn elt(name: &str) -> Result<(Step, Work, usize)> {
     let (op, shape) = (name[4..].to_string(), [16384, 1024]);
-    let x = Tensor::new(random(&shape, 1));
-    let y = Tensor::new(random(&shape, 2));
+    let x = Tensor::new(random(&shape, 1)?);
+    let y = Tensor::new(random(&shape, 2)?);
     let (w, b) =
         (Param::new("w", Array::ones(&[1024], DType::F32)), Param::new("b", Array::zeros(&[1024], DType::F32)));
+    w.to(device())?;
+    b.to(device())?;
     w.set_trainable(false);
     b.set_trainable(false);
     let bytes = 64.0 * 1048576.0 / 1e9;
@@ -182,8 +203,8 @@ fn attn(name: &str) -> Result<(Step, Work, usize)> {
         })
         .sum();
     let shape = [1, n, h, d];
-    let t: Vec<Tensor> = (0..3).map(|i| Tensor::leaf(random(&shape, i))).collect();
-    let seed = random(&shape, 9);
+    let t = (0..3).map(|i| Ok(Tensor::leaf(random(&shape, i)?))).collect::<Result<Vec<Tensor>>>()?;
+    let seed = random(&shape, 9)?;
     let options = AttentionOptions::new(span);
     let fwd_only = name.ends_with("_fwd");
     let flops = (if fwd_only { 4.0 } else { 14.0 }) * (pairs * d * h) as f64;
@@ -213,11 +234,12 @@ fn dp(name: &str) -> Result<(Step, Work, usize)> {
     if model == "mlp" {
         let params = Params::new(1, DType::F32);
         let m = Mlp::new(&params)?;
-        let (x, y) = (Tensor::new(random(&[256, 784], 1)), ids(&[256], 10, 2));
+        params.to(device())?;
+        let (x, y) = (Tensor::new(random(&[256, 784], 1)?), ids(&[256], 10, 2)?);
         let mut step = make(&params.all(), 256)?;
         return Ok((Box::new(move || step.run([()], |_| m.losses(&x, &y)).map(|_| ())), Work::None, params.count()));
     }
-    let (m, x, y) = gpt_model(model)?;
+    let (m, x, y) = gpt_model(&model.replace("gpt", "gpt/"))?;
     let params = m.params().count();
     let mut step = make(&m.params().all(), 8)?;
     Ok((
@@ -238,27 +260,43 @@ fn status(field: &str) -> f64 {
 fn ceilings() -> Result<(f64, f64)> {
     let best = |step: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
         step()?;
+        device().synchronize()?;
         let mut best = f64::INFINITY;
         for _ in 0..3 {
             let t = Instant::now();
             step()?;
+            device().synchronize()?;
             best = best.min(t.elapsed().as_secs_f64());
         }
         Ok(best)
     };
-    let (mut product, work, _) = gemm("gemm/1024x1024x1024")?;
+    let (product, rows) = match device() {
+        Device::Cpu => ("gemm/1024x1024x1024", 16_384),
+        Device::Cuda(_) => ("gemm/4096x4096x4096", 65_536),
+    };
+    let (mut product, work, _) = gemm(product)?;
     let Work::Gflop(flop) = work else { return Ok((f64::NAN, f64::NAN)) };
-    let x = random(&[16384, 1024], 1);
+    let x = random(&[rows, 1024], 1)?;
     let mut copy = || {
         x.copy();
         Ok(())
     };
-    Ok((flop / best(&mut *product)?, 2.0 * 64.0 * 1048576.0 / 1e9 / best(&mut copy)?))
+    Ok((flop / best(&mut *product)?, 8.0 * 1024.0 * rows as f64 / 1e9 / best(&mut copy)?))
 }
 
-fn measure(name: &str, make: Make, min_seconds: f64, threads: usize, ceilings: (f64, f64)) -> Result<()> {
+fn measure(
+    name: &str,
+    make: Make,
+    (min_seconds, profiled): (f64, bool),
+    threads: usize,
+    ceilings: (f64, f64),
+) -> Result<()> {
     let base = status("VmRSS");
     let (mut step, work, params) = make(name)?;
+    let mut step = || {
+        step()?;
+        device().synchronize()
+    };
     step()?;
     step()?;
     let (mut times, begin) = (Vec::new(), Instant::now());
@@ -271,7 +309,7 @@ fn measure(name: &str, make: Make, min_seconds: f64, threads: usize, ceilings: (
     let median = times[times.len() / 2];
     let mut line = serde_json::json!({
         "tool": "prismgrad", "version": env!("CARGO_PKG_VERSION"), "case": format!("{name}/f32"),
-        "device": "cpu", "median_ms": median * 1e3, "min_ms": times[0] * 1e3,
+        "device": device().to_string(), "median_ms": median * 1e3, "min_ms": times[0] * 1e3,
         "p90_ms": times[(times.len() * 9 / 10).min(times.len() - 1)] * 1e3, "reps": times.len(),
         "peak_rss_mb": status("VmHWM"), "base_rss_mb": base, "threads": threads,
     });
@@ -297,7 +335,16 @@ fn measure(name: &str, make: Make, min_seconds: f64, threads: usize, ceilings: (
     if params > 0 {
         put("params", params as f64);
     }
+    if let Some(gpu) = device().gpu() {
+        line["gpu"] = serde_json::json!(gpu.name());
+        line["peak_device_mb"] = serde_json::json!((gpu.memory_report().total.peak >> 20) as f64);
+    }
     println!("{line}");
+    if profiled {
+        let session = profile::start(device())?;
+        (0..3).try_for_each(|_| step())?;
+        eprintln!("{name}, 3 steps:\n{}", session.finish()?.table());
+    }
     Ok(())
 }
 
@@ -310,7 +357,9 @@ fn main() {
 
 fn run() -> std::result::Result<(), String> {
     let (mut wanted, mut min_seconds, mut isolate, mut exact, mut threads) = (Vec::new(), 3.0, false, false, 0usize);
-    let mut ceilings = None;
+    let (mut ceilings, mut profiled) = (None, false);
+    let there = Device::from_env().map_err(|e| e.to_string())?;
+    DEVICE.get_or_init(|| there);
     let mut args = std::env::args().skip(1);
     while let Some(a) = args.next() {
         let mut value = |name: &str| args.next().ok_or(format!("{name} needs a value"));
@@ -325,11 +374,17 @@ fn run() -> std::result::Result<(), String> {
                 };
                 ceilings = Some((product, copy));
             }
-            "--list" => NAMES.iter().for_each(|(n, _)| println!("{n}")),
+            "--profile" => profiled = true,
+            "--list" => {
+                NAMES.iter().for_each(|(n, _)| println!("{n}"));
+                return Ok(());
+            }
             "--threads" => threads = value(&a)?.parse().map_err(|e| format!("--threads: {e}"))?,
             "--min-seconds" => min_seconds = value(&a)?.parse().map_err(|e| format!("--min-seconds: {e}"))?,
             o if o.starts_with("--") => {
-                return Err(format!("unknown option {o}; known are --threads --min-seconds --isolate --list"));
+                return Err(format!(
+                    "unknown option {o}; known are --threads --min-seconds --isolate --profile --list"
+                ));
             }
             _ => wanted.push(a),
         }
@@ -337,7 +392,9 @@ fn run() -> std::result::Result<(), String> {
     let cases: Vec<_> = NAMES
         .iter()
         .filter(|(n, _)| {
-            wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) })
+            // Minutes a step on a CPU: only if asked for by name.
+            let large = n.ends_with("124M") && device().is_cpu() && !wanted.iter().any(|w| w == n);
+            !large && (wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) }))
         })
         .collect();
     if cases.is_empty() {
@@ -354,13 +411,17 @@ fn run() -> std::result::Result<(), String> {
         for (n, _) in cases {
             let mut c = std::process::Command::new(&me);
             c.args([n, "--min-seconds", &min_seconds.to_string(), "--threads", &threads.to_string()]);
+            if profiled {
+                c.arg("--profile");
+            }
             c.args(["--exact", "--ceilings", &format!("{},{}", ceilings.0, ceilings.1)]);
             c.status().map_err(|e| format!("{n}: {e}"))?;
         }
         return Ok(());
     }
     for (n, make) in cases {
-        measure(n, *make, min_seconds, rayon::current_num_threads(), ceilings).map_err(|e| format!("{n}: {e}"))?;
+        let threads = rayon::current_num_threads();
+        measure(n, *make, (min_seconds, profiled), threads, ceilings).map_err(|e| format!("{n}: {e}"))?;
     }
     Ok(())
 }

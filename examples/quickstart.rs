@@ -23,7 +23,7 @@ use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::{Existing, Progress, RunFolder, interrupt, interrupted, state};
-use prismgrad::{Array, Device, Error, Result};
+use prismgrad::{Array, Device, Error, Result, profile};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -40,6 +40,7 @@ const OPTIONS: &[Opt] = &[
     ("batch", "128", "expected private batch, in records"),
     ("lr", "0.002", "peak learning rate"),
     ("seed", "0", "of initial values and public batches (the noise key is secret and fresh)"),
+    ("profile", "", "print where the time of a few steps goes, and write traces to the run folder"),
     ("out", "runs/quickstart", "run folder"),
     ("resume", "", "go on from the last checkpoint in --out"),
     ("overwrite", "", "replace the run in --out"),
@@ -171,7 +172,7 @@ fn run(args: &Args) -> Result<()> {
                 config.delta
             );
         }
-        train(&config, phase, &model, &mut step, &data, &mut folder, &checkpoints)?;
+        train(&config, (phase, args.has("profile")), &model, &mut step, &data, &mut folder, &checkpoints)?;
         model.save(folder.path().join(format!("model-{phase}")))?;
     }
     finish(&config, &data, &mut folder, epsilon)
@@ -259,7 +260,7 @@ fn evaluate(model: &Gpt, w: &Windows) -> Result<f64> {
 
 fn train(
     c: &Config,
-    phase: usize,
+    (phase, profiled): (usize, bool),
     model: &Gpt,
     step: &mut TrainStep,
     data: &Data,
@@ -273,9 +274,13 @@ fn train(
     if step.steps() == 0 {
         log(folder, phase, before, 0, evaluate(model, &data.held_out)?, None)?;
     }
-    let mut loss = f64::NAN;
+    let (mut loss, mut session) = (f64::NAN, None);
     while step.steps() < total {
         let t = step.steps();
+        // The second to the fourth step, or what there is of them.
+        if profiled && t == 1 {
+            session = Some(profile::start(&step.flat().device())?);
+        }
         let ctx = Ctx::train(t);
         let report = if phase == 0 {
             let per_epoch = (data.public.len() / 32).max(1) as u64;
@@ -288,6 +293,13 @@ fn train(
             let batch = step.next_batch()?;
             step.run(batch.chunks(64), |b| losses(model, &data.private, b, &ctx))?
         };
+        if report.step == 4
+            && let Some(session) = session.take()
+        {
+            let report = session.finish()?;
+            println!("{}, 3 steps:\n{}", PHASES[phase], report.table());
+            report.save_trace(folder.path().join(format!("trace-{phase}.json")))?;
+        }
         if report.step % 8 == 1 {
             // On a GPU this waits for the step, so not every time.
             loss = report.loss()?;

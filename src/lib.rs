@@ -15,6 +15,7 @@ pub mod nn;
 pub mod ops;
 pub mod optim;
 pub mod privacy;
+pub mod profile;
 pub mod random;
 pub mod step;
 pub mod tensor;

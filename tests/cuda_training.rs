@@ -7,6 +7,7 @@ use prismgrad::nn::Ctx;
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::profile::{self, Kind};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
@@ -361,4 +362,43 @@ fn ids_out_of_range_on_the_device_are_told() {
     assert!(e.contains("position 7") && e.contains("wte") && e.contains("0..17"), "{e}");
     let losses = model.losses(&x.to(&device).unwrap(), &y.to(&device).unwrap(), &Ctx::eval()).unwrap();
     assert!(losses.array().to_vec::<f32>().unwrap().iter().all(|l| l.is_finite()), "told once");
+}
+
+/// Kernels are timed by the device's events and told apart by the op that launched them.
+#[test]
+fn a_profile_has_the_kernels_of_every_op() {
+    let _one = lock();
+    let device = gpu();
+    let model = gpt(true, DType::F32, &device);
+    let mut step = step_of(&model.params().all(), Some(ClipStyle::AllLayer), AdamW::default());
+    let (x, y) = tokens(3, 1);
+    let session = profile::start(&device).unwrap();
+    assert!(profile::start(&device).is_err(), "one at a time");
+    step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    let report = session.finish().unwrap();
+    let find = |kind: Kind, name: &str| report.lines().iter().find(|l| l.kind == kind && l.name == name);
+    for (kind, name) in [
+        (Kind::Forward, "linear"),
+        (Kind::Forward, "attention"),
+        (Kind::Backward, "layer_norm"),
+        (Kind::Backward, "norms"),
+        (Kind::Backward, "clip and contract"),
+        (Kind::Phase, "noise"),
+        (Kind::Phase, "update"),
+    ] {
+        let line = find(kind, name).unwrap_or_else(|| panic!("no {name} in\n{}", report.table()));
+        assert!(line.count > 0 && line.device_ms > 0.0, "{line:?}");
+    }
+    // Forward: 2·(rows·in·out) FLOPs of four matrices in the block and the head.
+    let flop = 2.0 * 18.0 * (8.0 * 24.0 + 8.0 * 8.0 + 2.0 * 8.0 * 32.0 + 8.0 * 17.0);
+    assert!((find(Kind::Forward, "linear").unwrap().gflop * 1e9 - flop).abs() < 1.0);
+    let trace = std::env::temp_dir().join(format!("prismgrad-trace-{}.json", std::process::id()));
+    report.save_trace(&trace).unwrap();
+    let text = std::fs::read_to_string(&trace).unwrap();
+    std::fs::remove_file(&trace).unwrap();
+    let events = serde_json::from_str::<serde_json::Value>(&text).unwrap()["traceEvents"].as_array().unwrap().clone();
+    assert!(events.iter().any(|e| e["name"] == "adamw_f32" && e["cat"] == "kernel" && e["args"]["op"] == "update"));
+    // Off again: nothing is recorded any more.
+    step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    assert!(!profile::is_on());
 }

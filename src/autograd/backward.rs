@@ -8,6 +8,7 @@ use super::rule::Flow;
 use super::tensor::Node;
 use super::{Param, ParamGrad, Tensor};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::Array;
 use smallvec::SmallVec;
 use std::collections::{BinaryHeap, HashMap, HashSet};
@@ -150,6 +151,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
         // A node that was reached only through inputs with no gradient gives none on.
         if let Some(g) = grad {
             let name = rule.info().name;
+            let _op = profile::span(profile::Kind::Backward, name);
             rule.backward(g, &mut flow)?;
             drop(rule);
             for (i, parent) in node.parents.iter().enumerate() {

@@ -48,6 +48,16 @@ impl ParamGrad {
     pub fn factors(&self) -> &[Factor] {
         &self.factors
     }
+    /// FLOPs of a (weighted) sum.
+    pub(crate) fn sum_flops(&self) -> f64 {
+        let each = self.factors.iter().map(|f| match f {
+            Factor::Outer { left, right, .. } | Factor::GroupedOuter { left, right, .. } => {
+                2.0 * (left.numel() * right.shape()[1]) as f64
+            }
+            _ => 0.0,
+        });
+        each.sum()
+    }
     /// Number of samples of the batch: the length of the losses.
     pub fn samples(&self) -> usize {
         self.samples

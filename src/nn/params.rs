@@ -65,6 +65,10 @@ impl Params {
     fn lock(&self) -> MutexGuard<'_, Vec<Param>> {
         self.store.lock().unwrap_or_else(|e| e.into_inner())
     }
+    /// The scope of the names: `h.0` for parameters such as `h.0.ln_1.weight`.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
     /// A new parameter in this scope. Fails if the name is taken.
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = self.full(name);

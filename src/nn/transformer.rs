@@ -77,6 +77,7 @@ pub struct BlockConfig {
 
 /// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`.
 pub struct TransformerBlock {
+    name: String,
     ln_1: LayerNorm,
     /// The attention layer.
     pub attn: MultiHeadAttention,
@@ -92,6 +93,7 @@ impl TransformerBlock {
         let mut attn = MultiHeadAttention::new(&params.at("attn"), c.d, c.heads, c.span, c.init.0, c.init.1)?;
         attn.dropout = c.attn_dropout;
         Ok(TransformerBlock {
+            name: params.prefix().to_string(),
             ln_1: LayerNorm::new(&params.at("ln_1"), c.d, c.eps)?,
             attn,
             ln_2: LayerNorm::new(&params.at("ln_2"), c.d, c.eps)?,
@@ -109,6 +111,7 @@ impl TransformerBlock {
         self.run(x, Some(cache), ctx)
     }
     fn run(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<Tensor> {
+        let _layer = crate::profile::layer(&self.name);
         let h = self.ln_1.forward(x, ctx)?;
         let a = match cache {
             Some(cache) => self.attn.forward_cached(&h, cache, ctx)?,

@@ -11,6 +11,7 @@ use crate::device::cpu::attention as cpu;
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::{Gpu, attention as gpu_attention, elementwise as gpu_ew};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::{Array, DType, Dims, Float};
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
@@ -103,7 +104,7 @@ impl Rule for Back {
         &ATTENTION
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        if let Some(gpu) = grad.gpu().filter(|_| self.fits()) {
+        if let Some(gpu) = grad.gpu() {
             let fresh = |a: &Array| Array::uninit_on(gpu, a.shape(), a.dtype());
             let d = [fresh(&self.q)?, fresh(&self.k)?, fresh(&self.v)?];
             self.run_on(gpu, &grad, [&d[0], &d[1], &d[2]])?;
@@ -126,20 +127,23 @@ impl Rule for Back {
     }
 }
 
+/// Size of a head that the kernels take.
+const LARGEST_HEAD: usize = 128;
+
 impl Back {
-    /// Whether the kernels take this head dimension.
-    fn fits(&self) -> bool {
-        self.q.shape()[3] <= 128
-    }
     fn run_on(&self, gpu: &Arc<Gpu>, grad: &Array, targets: [&Array; 3]) -> Result<()> {
         let at = |a: &Array| gpu_ew::on(gpu, a);
         let (q, k, v) = (at(&self.q)?, at(&self.k)?, at(&self.v)?);
         let (out, lse, grad) = (at(&self.out)?, at(&self.lse)?, unit_last(grad));
-        gpu_attention::backward(gpu, &problem(&q, &k, &self.options), [&q, &k, &v], (&out, &lse, &grad), targets)
+        let p = problem(&q, &k, &self.options);
+        cost(&p, 10.0, 2 * q.dtype().size());
+        gpu_attention::backward(gpu, &p, [&q, &k, &v], (&out, &lse, &grad), targets)
     }
     fn run<T: Float>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
+        let p = problem(&self.q, &self.k, &self.options);
+        cost(&p, 10.0, 2 * T::DTYPE.size());
         cpu::backward::<T>(
-            &problem(&self.q, &self.k, &self.options),
+            &p,
             (cpu::view::<T>(&self.q)?, cpu::view(&self.k)?, cpu::view(&self.v)?),
             (cpu::view(&self.out)?, self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))?),
             targets,
@@ -160,7 +164,7 @@ impl Rule for FusedBack {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let (h, d) = (self.shape[3], self.shape[4]);
-        if let Some(gpu) = grad.gpu().filter(|_| self.inner.fits()) {
+        if let Some(gpu) = grad.gpu() {
             let dx = Array::uninit_on(gpu, &self.shape, grad.dtype())?;
             let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
             let parts = [part(0)?, part(1)?, part(2)?];
@@ -182,6 +186,7 @@ impl Rule for FusedBack {
 /// Self-attention of a fused projection `qkv [B, T, 3, H, D]`; gives `[B, T, H, D]`. As [`attention`] of its three parts,
 /// without taking them apart in backward.
 pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let _op = profile::op("attention");
     let [_, _, 3, _, _] = qkv.shape()[..] else {
         return Err(Error::shape("attention", format!("qkv {:?}; it must be [B, T, 3, H, D]", qkv.shape())));
     };
@@ -211,6 +216,15 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
     }
 }
 
+/// Says what the spans cost, 4 (forward) or 10 (backward) · pairs · D.
+fn cost(p: &cpu::Problem, each: f64, size: usize) {
+    if profile::is_on() {
+        let pairs: usize = (0..p.queries).map(|i| p.visible(i).len()).sum();
+        let elements = p.batch * p.dim * 2 * (p.queries * p.heads + p.keys * p.kv_heads);
+        profile::cost(each * (pairs * p.dim * p.batch * p.heads) as f64, (elements * size) as f64);
+    }
+}
+
 /// Kernels step along D by one; other strides are free.
 fn unit_last(a: &Array) -> Array {
     if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
@@ -219,6 +233,7 @@ fn unit_last(a: &Array) -> Array {
 /// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
 /// fused projection are read in place. A query that sees no key gives zeros.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let _op = profile::op("attention");
     check(q, k, v, options)?;
     if q.dtype().is_half() {
         let f = |t: &Tensor| t.cast(DType::F32);
@@ -263,6 +278,10 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     {
         return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
     }
+    let d = q.shape()[3];
+    if q.array().gpu().is_some() && d > LARGEST_HEAD {
+        return bad(format!("heads of {d} on a GPU, whose kernels take up to {LARGEST_HEAD}; use more, smaller heads"));
+    }
     if let (Some(_), Some(gpu)) = (options.dropout, q.array().gpu()) {
         gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
     }
@@ -273,7 +292,8 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
 fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
     let t = q.shape()[1];
     let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
-    if let Some(gpu) = qa.gpu().or(ka.gpu()).filter(|_| q.shape()[3] <= 128) {
+    cost(&problem(&qa, &ka, options), 4.0, qa.dtype().size());
+    if let Some(gpu) = qa.gpu().or(ka.gpu()) {
         let (out, lse) = gpu_attention::forward(gpu, &problem(&qa, &ka, options), &qa, &ka, &va)?;
         return Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() });
     }

@@ -6,6 +6,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
 use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_dtype, with_float};
@@ -44,6 +45,9 @@ macro_rules! binary {
                 ///
                 /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
                 pub fn $name(&self, other: &Tensor) -> Result<Tensor> {
+                    let _op = profile::op(stringify!($name));
+                    let elements = 2 * self.numel().max(other.numel()) + self.numel().min(other.numel());
+                    profile::cost(0.0, (elements * self.dtype().size()) as f64);
                     struct Back { a: Option<Array>, b: Option<Array>, sa: Dims, sb: Dims }
                     impl Rule for Back {
                         fn info(&self) -> &'static OpInfo { &$info }
@@ -172,6 +176,7 @@ macro_rules! compare {
             $(
                 $(#[$doc])*
                 pub fn $name(&self, other: &Tensor) -> Result<Tensor> {
+                    let _op = profile::op("compare");
                     if self.dtype() != other.dtype() {
                         return Err(Error::dtype(stringify!($name), format!("{} and {} differ; cast one of them", self.dtype(), other.dtype())));
                     }
@@ -206,6 +211,7 @@ compare! {
 impl Tensor {
     /// `a` where the mask (u8) is not 0, `b` elsewhere. All three broadcast.
     pub fn select(mask: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let _op = profile::op("where");
         struct Back {
             mask: Array,
             sa: Dims,

@@ -16,6 +16,7 @@ use crate::device::cpu::{
 };
 use crate::device::cuda::{conv as gpu_conv, elementwise as gpu_ew, gemm as gpu_gemm};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
@@ -349,6 +350,7 @@ fn convolve(
 /// Every image is a sample unless `samples` maps them otherwise. bf16 and f16 inputs are computed in f32 and the result
 /// rounded back.
 pub fn conv2d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = profile::op("conv");
     x.dtype().expect_float("conv")?;
     if x.dtype().is_half() {
         return conv2d(&x.cast(DType::F32)?, w, bias, conv, samples)?.cast(x.dtype());
@@ -370,6 +372,7 @@ pub fn conv2d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: 
 /// Cross-correlation of sequences `x [B, Cin, T]` with `w [Cout, Cin/groups, k]`, plus `bias [Cout]`: `[B, Cout, T′]`.
 /// As [`conv2d`], with the width's stride, padding and dilation.
 pub fn conv1d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = profile::op("conv");
     x.dtype().expect_float("conv")?;
     if x.dtype().is_half() {
         return conv1d(&x.cast(DType::F32)?, w, bias, conv, samples)?.cast(x.dtype());
@@ -434,6 +437,7 @@ fn fold(rows: &Array, shape: &[usize], w: &Window) -> Result<Array> {
 impl Tensor {
     /// Windows of images as rows: `[B, C, H, W]` to `[B, places, C·kh·kw]`, channel by channel. `conv.groups` is not used.
     pub fn unfold(&self, kernel: [usize; 2], conv: Conv) -> Result<Tensor> {
+        let _op = profile::op("unfold");
         let &[_, _, h, w] = self.shape() else {
             return Err(Error::shape("unfold", format!("needs [B, C, H, W], got {:?}", self.shape())));
         };
@@ -445,6 +449,7 @@ impl Tensor {
     /// Rows of windows added back into images of `size`: `[B, places, C·kh·kw]` to `[B, C, H, W]`; the transpose of
     /// [`Tensor::unfold`], not its inverse: overlapping windows add up.
     pub fn fold(&self, size: [usize; 2], kernel: [usize; 2], conv: Conv) -> Result<Tensor> {
+        let _op = profile::op("fold");
         self.dtype().expect_float("fold")?;
         let window = conv.window("fold", size, kernel)?;
         let &[b, places, k] = self.shape() else {

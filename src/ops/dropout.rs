@@ -6,6 +6,7 @@ use crate::check::Case;
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared};
 use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::random::philox::dropout_uniform;
 use crate::tensor::{Array, DType, Element, Float};
 use crate::{Tensor, with_float};
@@ -48,6 +49,7 @@ fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
 impl Tensor {
     /// Zeroes each element with probability `p` and scales the others by 1/(1 − p). Same seed, same mask.
     pub fn dropout(&self, p: f64, seed: u64) -> Result<Tensor> {
+        let _op = profile::op("dropout");
         self.dtype().expect_float("dropout")?;
         if !(0.0..1.0).contains(&p) {
             return Err(Error::invalid("dropout", format!("probability {p}; it must lie in [0, 1)")));

@@ -11,6 +11,7 @@ use crate::device::cpu::{elementwise as ew, elementwise::GRAIN, par::par_chunks,
 use crate::device::cuda::{index as gpu_index, rows as gpu_rows};
 use crate::error::{Error, Result};
 use crate::ops::linear::{Activation, Layout, linear};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
@@ -109,6 +110,7 @@ fn table(op: &'static str, weight: &Param, ids: &Tensor) -> Result<(Array, usize
 /// assert_eq!(y.array().to_f64(), [4.0, 5.0, 0.0, 1.0]);
 /// ```
 pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = profile::op("embedding");
     struct Back {
         weight: Param,
         ids: Array,
@@ -282,6 +284,7 @@ pub fn embedding_bag(
     scale: Option<&Tensor>,
     samples: Option<&Samples>,
 ) -> Result<Tensor> {
+    let _op = profile::op("embedding_bag");
     let op = "embedding_bag";
     let (ids, p) = table(op, weight, ids)?;
     bags.expect_rows(op, ids.numel())?;

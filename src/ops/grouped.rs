@@ -16,6 +16,7 @@ use crate::device::cpu::{
 use crate::device::cuda::grouped as gpu_grouped;
 use crate::error::{Error, Result};
 use crate::ops::linear::Layout;
+use crate::profile;
 use crate::tensor::{Array, DType, Float};
 use crate::{Param, Samples, Tensor, with_float};
 
@@ -128,6 +129,7 @@ pub fn grouped_linear(
     groups: &Segments,
     samples: &Samples,
 ) -> Result<Tensor> {
+    let _op = profile::op("grouped_linear");
     let op = "grouped_linear";
     x.dtype().expect_float(op)?;
     if x.dtype().is_half() {

@@ -8,6 +8,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared};
 use crate::device::cuda::{faults as gpu_faults, index as gpu_index, rows as gpu_rows};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::{self, Dims};
 use crate::tensor::{Array, DType, Element};
 use crate::{Tensor, with_dtype, with_float};
@@ -167,6 +168,7 @@ impl Tensor {
     ///
     /// Backward adds the gradients into zeros, in order.
     pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let _op = profile::op("gather");
         struct Back {
             index: Array,
             d: usize,
@@ -194,6 +196,7 @@ impl Tensor {
     /// This tensor with `src` added along `dim`: `out[…, index[…, i, …], …] += src[…, i, …]`, in ascending i.
     /// `index` (u32 or i64) has `src`'s shape; sizes but along `dim` are this tensor's.
     pub fn scatter_add(&self, dim: isize, index: &Tensor, src: &Tensor) -> Result<Tensor> {
+        let _op = profile::op("scatter_add");
         struct Back {
             index: Array,
             d: usize,
@@ -245,6 +248,7 @@ impl Tensor {
     ///
     /// Backward adds the slices of one id in ascending order: deterministic, one sort of the ids and one pass.
     pub fn index_select(&self, dim: isize, ids: &Tensor) -> Result<Tensor> {
+        let _op = profile::op("index_select");
         struct Back {
             ids: Array,
             d: usize,
@@ -292,6 +296,7 @@ impl Tensor {
     }
     /// Indices (u32 or i64) as rows of zeros with a single 1: `[…]` becomes `[…, n]` of `dtype`. Not differentiable.
     pub fn one_hot(&self, n: usize, dtype: DType) -> Result<Tensor> {
+        let _op = profile::op("one_hot");
         let ids = ids_below("one_hot", self.array(), n, &|| format!("{n} classes"))?;
         let shape: Dims = self.shape().iter().copied().chain([n]).collect();
         if let Some(gpu) = ids.gpu() {

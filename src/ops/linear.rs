@@ -9,6 +9,7 @@ use crate::device::cpu::elementwise as ew;
 use crate::device::cpu::gemm::{Epilogue, Mat, gemm, matmul};
 use crate::device::cuda::{elementwise as gpu_ew, gemm as gpu_gemm};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Param, Samples, Tensor, with_float};
@@ -150,6 +151,7 @@ impl Rule for Back {
             dz = activation_grad(self.act, dz, z)?;
         }
         if flow.wants(0) {
+            profile::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
             // Fetched again, not kept: a gathered weight lives only while it is used.
             let w = self.w.value().cast(dz.dtype());
             let dx = if let Some(gpu) = dz.gpu() {
@@ -199,6 +201,7 @@ pub fn linear(
     act: Activation,
     samples: Option<&Samples>,
 ) -> Result<Tensor> {
+    let _op = profile::op("linear");
     x.dtype().expect_float("linear")?;
     if x.dtype().is_half() {
         return linear(&x.cast(DType::F32)?, w, layout, bias, act, samples)?.cast(x.dtype());
@@ -223,6 +226,7 @@ pub fn linear(
     if samples.rows() != n {
         return Err(Error::shape("linear", format!("the samples map {} rows, the input has {n}", samples.rows())));
     }
+    profile::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * x.dtype().size()) as f64);
     let mut shape: Dims = x.shape().into();
     if let Some(last) = shape.last_mut() {
         *last = p;

@@ -6,6 +6,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise as ew, normalize as cpu};
 use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::{Array, DType, Element, Float};
 use crate::{Samples, Tensor, with_float};
 
@@ -121,6 +122,8 @@ impl Rule for Back {
 ///
 /// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
 pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -> Result<Tensor> {
+    let _op = profile::op("cross_entropy");
+    profile::cost(0.0, (logits.numel() * logits.dtype().size()) as f64);
     const OP: &str = "cross_entropy";
     logits.dtype().expect_float(OP)?;
     if logits.dtype().is_half() {
@@ -206,6 +209,7 @@ fn per_sample(x: &Tensor, reduce: Reduce) -> Result<Tensor> {
 
 /// max(x, 0) − x·t + ln(1 + e^{−|x|}) of logits x and targets t in [0, 1], both `[B, …]`: one loss per sample.
 pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
+    let _op = profile::op("binary_cross_entropy");
     if logits.shape() != targets.shape() {
         let message = format!("logits {:?} and targets {:?} differ", logits.shape(), targets.shape());
         return Err(Error::shape("binary_cross_entropy", message));

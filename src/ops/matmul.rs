@@ -6,6 +6,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::gemm::{Mat, matmul as product};
 use crate::device::cuda::gemm as gpu_gemm;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::{Dims, broadcast, numel};
 use crate::tensor::{Array, DType};
 use crate::{Tensor, with_float};
@@ -58,6 +59,8 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
     let (ra, rb) = (a.rank() - 2, b.rank() - 2);
     let lead = broadcast("matmul", &a.shape()[..ra], &b.shape()[..rb])?;
     let (m, k, n) = (a.shape()[ra], a.shape()[ra + 1], b.shape()[rb + 1]);
+    let count = numel(&lead);
+    profile::cost(2.0 * (count * m * k * n) as f64, (count * (m * k + k * n + m * n) * a.dtype().size()) as f64);
     let full = |x: &Array, tail: [usize; 2]| {
         let shape: Dims = lead.iter().copied().chain(tail).collect();
         x.expand(&shape)
@@ -99,6 +102,7 @@ impl Tensor {
     /// Matrix product over the last two dimensions, `[…, m, k]·[…, k, n]`; leading dimensions broadcast. Transposed and
     /// sliced operands are read in place. 2·m·k·n FLOPs per product.
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
+        let _op = profile::op("matmul");
         self.dtype().expect_float("matmul")?;
         let bad =
             |why: &str| Err(Error::shape("matmul", format!("{:?} times {:?}: {why}", self.shape(), other.shape())));

@@ -9,6 +9,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::normalize as cpu;
 use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::{Array, DType, Element};
 use crate::{Param, Samples, Tensor, with_float};
 
@@ -163,17 +164,23 @@ pub fn layer_norm(
     eps: f64,
     samples: Option<&Samples>,
 ) -> Result<Tensor> {
+    let _op = profile::op("layer_norm");
+    profile::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
     norm(&LAYER_NORM, x, (gain, bias), eps, samples)
 }
 
 /// x/√(mean(x²) + ε)·gain over the last dimension (Zhang & Sennrich 2019).
 pub fn rms_norm(x: &Tensor, gain: Option<&Param>, eps: f64, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = profile::op("rms_norm");
+    profile::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
     norm(&RMS_NORM, x, (gain, None), eps, samples)
 }
 
 /// Group norm of `x [B, C, …]` over each of `groups` groups of channels (Wu & He 2018); gain and bias `[C]`. Samples are
 /// dimension 0.
 pub fn group_norm(x: &Tensor, groups: usize, gain: Option<&Param>, bias: Option<&Param>, eps: f64) -> Result<Tensor> {
+    let _op = profile::op("group_norm");
+    profile::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
     let [b, c, ..] = x.shape()[..] else {
         return Err(Error::shape("group_norm", format!("input {:?}; it must be [B, C, …]", x.shape())));
     };

@@ -7,6 +7,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared};
 use crate::device::cuda::conv as gpu_conv;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_float};
@@ -125,6 +126,7 @@ fn image(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
 }
 
 fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
+    let _op = profile::op("avg_pool");
     struct Back {
         grid: Grid,
         shape: Dims,
@@ -187,6 +189,7 @@ fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
 }
 
 fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
+    let _op = profile::op("max_pool");
     struct Back {
         index: Array,
         grid: Grid,

@@ -8,6 +8,7 @@ use crate::device::cpu::reduce as cpu;
 use crate::device::cuda::reduce::{self as gpu_reduce, Extreme};
 use crate::device::cuda::rows as gpu_rows;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::{self, Dims};
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_float};
@@ -159,6 +160,7 @@ impl Tensor {
     /// Sum over `dims` (all if empty); `keep` leaves them with size 1. Deterministic: the order of additions depends
     /// only on the shape.
     pub fn sum(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        let _op = profile::op("sum");
         self.dtype().expect_float("sum")?;
         if self.dtype().is_half() {
             return self.cast(DType::F32)?.sum(dims, keep)?.cast(self.dtype());
@@ -191,6 +193,7 @@ impl Tensor {
     }
     /// Index (u32) of the largest value along `dim`; the first of equal values. Not differentiable.
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
+        let _op = profile::op("argmax");
         self.dtype().expect_float("argmax")?;
         let d = shape::dim("argmax", dim, self.rank())?;
         let (moved, kept) = rows_last("argmax", &self.array().cast(self.dtype().compute()), &[d])?;
@@ -205,6 +208,7 @@ impl Tensor {
     }
     /// ln Σ exp x over `dims` (all if empty), without overflow.
     pub fn logsumexp(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        let _op = profile::op("logsumexp");
         self.dtype().expect_float("logsumexp")?;
         if self.dtype().is_half() {
             return self.cast(DType::F32)?.logsumexp(dims, keep)?.cast(self.dtype());
@@ -260,6 +264,7 @@ impl Tensor {
     }
     /// Running sum along `dim`.
     pub fn cumsum(&self, dim: isize) -> Result<Tensor> {
+        let _op = profile::op("cumsum");
         self.dtype().expect_float("cumsum")?;
         if self.dtype().is_half() {
             return self.cast(DType::F32)?.cumsum(dim)?.cast(self.dtype());
@@ -280,6 +285,7 @@ impl Tensor {
     }
     /// The `k` largest values along `dim`, in falling order, and their indices (u32). Equal values keep their order.
     pub fn topk(&self, k: usize, dim: isize) -> Result<(Tensor, Tensor)> {
+        let _op = profile::op("sort");
         let d = shape::dim("topk", dim, self.rank())?;
         if k > self.shape()[d] {
             return Err(Error::invalid("topk", format!("k = {k} of dimension {d} with size {}", self.shape()[d])));
@@ -288,6 +294,7 @@ impl Tensor {
     }
     /// Values sorted along `dim` and their indices (u32); a stable sort, NaN last.
     pub fn sort(&self, dim: isize, descending: bool) -> Result<(Tensor, Tensor)> {
+        let _op = profile::op("sort");
         let d = shape::dim("sort", dim, self.rank())?;
         sorted(self, d, self.shape()[d], descending)
     }
@@ -338,6 +345,7 @@ fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], s
 }
 
 fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Tensor> {
+    let _op = profile::op("max");
     t.dtype().expect_float("max")?;
     if t.dtype().is_half() {
         return extreme(&t.cast(DType::F32)?, dims, keep, smallest)?.cast(t.dtype());

@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, shared::Shared, simd::simd};
 use crate::device::cuda::{Gpu, rows as gpu_rows};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_float};
 use std::sync::{Arc, Mutex};
@@ -194,6 +195,7 @@ impl Tensor {
     /// Rotary position embedding of queries or keys `[B, T, H, D]`: row t stands at position `offset + t` (the number of
     /// cached positions when decoding, 0 otherwise).
     pub fn rotary(&self, table: &RotaryTable, offset: usize, pairing: Pairing) -> Result<Tensor> {
+        let _op = profile::op("rotary");
         self.dtype().expect_float("rotary")?;
         let &[_, t, _, d] = self.shape() else {
             return Err(Error::shape("rotary", format!("needs [batch, time, heads, size], got {:?}", self.shape())));

@@ -8,6 +8,7 @@ use crate::device::Device;
 use crate::device::cpu::{elementwise::GRAIN, par::par_chunks, rows, shared::Shared, simd::simd};
 use crate::device::cuda::{Gpu, rows as gpu_rows, segment as gpu_segment};
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::shape::Dims;
 use crate::tensor::{Array, DType, Float};
 use crate::{Samples, Tensor, with_dtype, with_float};
@@ -212,6 +213,7 @@ fn with_rows(shape: &[usize], n: usize) -> Dims {
 }
 
 fn total(x: &Tensor, segments: &Segments, mean: bool) -> Result<Tensor> {
+    let _op = profile::op("segment_sum");
     struct Back {
         segments: Segments,
         mean: bool,
@@ -268,6 +270,7 @@ impl Tensor {
     /// Largest of each segment's rows, column by column: `[N, …]` to `[S, …]`. The gradient goes to the first of equal
     /// values. An empty segment gives 0 and no gradient; NaN wins, so that it is seen.
     pub fn segment_max(&self, segments: &Segments) -> Result<Tensor> {
+        let _op = profile::op("segment_max");
         struct Back {
             segments: Segments,
             /// Row of the largest value, per output element; unused where the segment is empty.
@@ -335,6 +338,7 @@ impl Tensor {
     }
     /// Softmax within each segment, column by column: `[N, …]` to `[N, …]`. A segment of −∞ only gives zeros, never NaN.
     pub fn segment_softmax(&self, segments: &Segments) -> Result<Tensor> {
+        let _op = profile::op("segment_softmax");
         struct Back {
             segments: Segments,
             y: Array,
@@ -389,6 +393,7 @@ impl Tensor {
     }
     /// Row s repeated for every row of segment s: `[S, …]` to `[N, …]`, any dtype. Backward sums each segment.
     pub fn segment_repeat(&self, segments: &Segments) -> Result<Tensor> {
+        let _op = profile::op("segment_repeat");
         struct Back {
             segments: Segments,
             shape: Dims,

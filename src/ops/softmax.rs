@@ -6,6 +6,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::normalize as cpu;
 use crate::device::cuda::rows as gpu_rows;
 use crate::error::Result;
+use crate::profile;
 use crate::tensor::{Array, DType, shape};
 use crate::{Tensor, with_float};
 
@@ -82,10 +83,13 @@ fn run(x: &Tensor, dim: isize, log: bool) -> Result<Tensor> {
 impl Tensor {
     /// eˣ/Σeˣ along `dim`.
     pub fn softmax(&self, dim: isize) -> Result<Tensor> {
+        let _op = profile::op("softmax");
+        profile::cost(0.0, (2 * self.numel() * self.dtype().size()) as f64);
         run(self, dim, false)
     }
     /// x − ln Σeˣ along `dim`.
     pub fn log_softmax(&self, dim: isize) -> Result<Tensor> {
+        let _op = profile::op("log_softmax");
         run(self, dim, true)
     }
 }

@@ -6,6 +6,7 @@ use crate::check::{Case, Gen};
 use crate::device::cpu::elementwise as ew;
 use crate::device::cuda::elementwise as gpu_ew;
 use crate::error::Result;
+use crate::profile;
 use crate::tensor::{Array, DType, Float};
 use crate::{Tensor, with_dtype, with_float};
 
@@ -34,6 +35,8 @@ macro_rules! unary {
             impl Tensor {
                 $(#[$doc])*
                 pub fn $name(&self $(, $p: f64)*) -> Result<Tensor> {
+                    let _op = profile::op(stringify!($name));
+                    profile::cost(0.0, (2 * self.numel() * self.dtype().size()) as f64);
                     #[inline(always)]
                     fn f<T: Float>($x: T $(, $p: T)*) -> T { $f }
                     #[inline(always)]
@@ -166,6 +169,7 @@ impl Tensor {
     /// Converted to another dtype. Between float types the gradient is converted back; to and from integers there is
     /// none.
     pub fn cast(&self, dtype: DType) -> Result<Tensor> {
+        let _op = profile::op("cast");
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
@@ -188,6 +192,7 @@ impl Tensor {
     }
     /// 1 where the value is finite, 0 elsewhere, u8.
     pub fn is_finite(&self) -> Result<Tensor> {
+        let _op = profile::op("is_finite");
         let a = self.array();
         if let (Some(gpu), true) = (a.gpu(), a.dtype().is_float()) {
             return Ok(Tensor::new(gpu_ew::is_finite(gpu, a)?));

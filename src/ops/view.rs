@@ -7,6 +7,7 @@ use crate::check::{Case, Gen};
 use crate::device::Device;
 use crate::device::cuda::index as gpu_index;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::Array;
 use crate::tensor::shape::{self, Dims};
 use crate::{Tensor, with_dtype};
@@ -192,6 +193,7 @@ impl Tensor {
     }
     /// Laid one after another along a dimension; all other sizes and dtypes equal.
     pub fn concat(parts: &[&Tensor], dim: isize) -> Result<Tensor> {
+        let _op = profile::op("concat");
         let Some(first) = parts.first() else {
             return Err(Error::invalid("concat", "no tensors given"));
         };
@@ -234,6 +236,7 @@ impl Tensor {
     }
     /// Zeros added before and after along a dimension.
     pub fn pad(&self, dim: isize, before: usize, after: usize) -> Result<Tensor> {
+        let _op = profile::op("pad");
         let d = shape::dim("pad", dim, self.rank())?;
         let mut shape: Dims = self.shape().into();
         shape[d] += before + after;

@@ -25,6 +25,7 @@ use crate::device::cuda::{Tag, TagScope};
 use crate::error::{Error, Result};
 use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle};
+use crate::profile::{self, Kind};
 use crate::tensor::Array;
 use ledger::{Ledger, Snapshot, not_finite};
 use record::Live;
@@ -182,7 +183,9 @@ impl TrainStep {
             None => Weigh::plain(&self.flat, &mut self.grads),
         };
         for batch in microbatches {
+            let phase = profile::span(Kind::Phase, "forward pass");
             let losses = forward(batch)?;
+            drop(phase);
             if losses.rank() != 1 {
                 return Err(Error::shape(
                     "TrainStep::run",
@@ -208,6 +211,7 @@ impl TrainStep {
                 }
             }
             samples += losses.numel();
+            let _phase = profile::span(Kind::Phase, "backward pass");
             weigh.begin(losses.numel());
             losses.backward_into(&mut weigh)?;
             drop(losses);
@@ -216,6 +220,7 @@ impl TrainStep {
         let tally = weigh.tally();
         let scale = match &self.privacy {
             Some(p) => {
+                let _phase = profile::span(Kind::Phase, "noise");
                 p.add_noise(self.steps, live.map(|l| &l.before), &mut self.grads)?;
                 1.0 / p.expected_batch()
             }
@@ -224,6 +229,7 @@ impl TrainStep {
             }
             None => 1.0 / samples as f64,
         };
+        let _phase = profile::span(Kind::Phase, "update");
         scale_by(&mut self.grads, scale)?;
         let stop = self.ledger.as_ref().map(Ledger::stop).transpose()?;
         for buffer in &mut self.state {

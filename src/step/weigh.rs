@@ -11,6 +11,7 @@ use crate::autograd::{Factor, Param, ParamGrad};
 use crate::device::cuda::factored::clip_weights;
 use crate::error::{Error, Result};
 use crate::privacy::{ClipFn, ClipStyle};
+use crate::profile::{self, Kind};
 use crate::tensor::Array;
 use crate::with_float;
 
@@ -135,8 +136,11 @@ impl<'a> Weigh<'a> {
             ));
         };
         let Some(clipping) = self.clipping else {
+            let _op = profile::span(Kind::Backward, "contract");
+            profile::cost(grad.sum_flops(), grad.bytes() as f64);
             return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
         };
+        let _op = profile::span(Kind::Backward, "norms");
         grad.expect_samples()?;
         let gi = clipping.group_of[index];
         let group = &mut self.groups[gi];
@@ -167,6 +171,7 @@ impl<'a> Weigh<'a> {
     /// Weights and contracts a complete group, and frees its factors.
     fn close(&mut self, gi: usize) -> Result<()> {
         let Some(clipping) = self.clipping else { return Ok(()) };
+        let _op = profile::span(Kind::Backward, "clip and contract");
         let group = &mut self.groups[gi];
         let (clip, threshold) = (clipping.clip, group.threshold);
         let (held, normed) = (std::mem::take(&mut group.held), std::mem::take(&mut group.normed));
@@ -177,6 +182,7 @@ impl<'a> Weigh<'a> {
                 let ledger = self.ledger.ok_or_else(|| Error::autograd("TrainStep", "no ledger on the GPU"))?;
                 let weights = clip_weights(&gpu, &sq, (clip, threshold), self.grads.dtype(), &ledger.tally()?)?;
                 for grad in normed {
+                    profile::cost(grad.sum_flops(), grad.bytes() as f64);
                     let out = self.grads.slice(0, self.range(&grad)?)?;
                     grad.add_on(&gpu, Some(&weights), &out)?;
                 }
@@ -185,10 +191,12 @@ impl<'a> Weigh<'a> {
         };
         let factor = move |sq: f64| clip.factor(sq, threshold);
         for grad in held {
+            profile::cost(grad.sum_flops(), grad.bytes() as f64);
             sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
         let weights: Vec<f64> = sq.iter().map(|&s| factor(s)).collect();
         for grad in normed {
+            profile::cost(grad.sum_flops(), grad.bytes() as f64);
             add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
         }
         for &sq in &sq {

@@ -8,6 +8,7 @@ use super::errors::describe;
 use super::kernels::Kernel;
 use super::pool::Block;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::Array;
 use bytemuck::NoUninit;
 use cudarc::driver::sys::{self, CUfunction_attribute, CUresult};
@@ -236,6 +237,7 @@ impl<'a> Launch<'a> {
         // SAFETY: the handles are of this context; the driver copies the arguments before it returns. That the kernel's
         // parameters are what was given here, and its accesses inside the blocks, is for the op's launch code to get
         // right; the emulator checks both. Blocks dropped after this call are not handed out before it has run.
+        let timed = profile::before_kernel(gpu, self.stream);
         let code = unsafe {
             if self.cooperative {
                 sys::cuLaunchCooperativeKernel(
@@ -258,6 +260,7 @@ impl<'a> Launch<'a> {
         if code != CUresult::CUDA_SUCCESS {
             return gpu.check(&self.describe(), code);
         }
+        profile::after_kernel(gpu, self.stream, self.kernel.name(), timed);
         count(&gpu.counters.launches);
         gpu.modules.launched(self.kernel);
         for block in &self.blocks {
