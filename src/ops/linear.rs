@@ -168,8 +168,10 @@ impl Rule for Back {
             };
             flow.input(0, dx);
         }
+        // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
+        let dz = dz.cast(dz.dtype().compute());
         if self.w.trainable() {
-            let x = self.x.reshape(&[n, d])?;
+            let x = self.x.reshape(&[n, d])?.cast(dz.dtype());
             let (left, right) = if self.layout == Layout::OutIn { (dz.clone(), x) } else { (x, dz.clone()) };
             flow.param(&self.w, Factor::Outer { left, right, samples: self.samples.clone() });
         }
@@ -203,7 +205,7 @@ pub fn linear(
 ) -> Result<Tensor> {
     let _op = profile::op("linear");
     x.dtype().expect_float("linear")?;
-    if x.dtype().is_half() {
+    if x.dtype().is_half() && x.array().gpu().is_none() {
         return linear(&x.cast(DType::F32)?, w, layout, bias, act, samples)?.cast(x.dtype());
     }
     let [a, b] = w.shape() else {

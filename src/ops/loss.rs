@@ -72,7 +72,7 @@ pub static OPS: &[&OpInfo] = &[&CROSS_ENTROPY, &BCE];
 /// What the backward needs of the rows.
 enum Rows {
     Cpu { targets: Vec<usize>, weight: Vec<f64> },
-    Gpu(gpu_rows::Targets),
+    Gpu(Box<gpu_rows::Targets>),
 }
 
 struct Back {
@@ -162,7 +162,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         let targets = gpu_rows::Targets::new(gpu, targets, &samples, options.ignore_index)?;
         let mean = options.reduce == Reduce::Mean;
         let (out, lse, targets) = gpu_rows::cross_entropy(&x, targets, mean, smoothing)?;
-        let back = || Back { logits: x, lse, rows: Rows::Gpu(targets), samples, smoothing };
+        let back = || Back { logits: x, lse, rows: Rows::Gpu(Box::new(targets)), samples, smoothing };
         return Ok(Tensor::record(out, &[logits], &[], back));
     }
     let mut counts = vec![0usize; samples.count()];

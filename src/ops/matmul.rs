@@ -115,7 +115,7 @@ impl Tensor {
         if self.shape()[self.rank() - 1] != other.shape()[other.rank() - 2] {
             return bad("the last dimension of the first must equal the second to last of the second");
         }
-        if self.dtype().is_half() {
+        if self.dtype().is_half() && self.array().gpu().or(other.array().gpu()).is_none() {
             return self.cast(DType::F32)?.matmul(&other.cast(DType::F32)?)?.cast(self.dtype());
         }
         let y = batched(self.array(), other.array())?;

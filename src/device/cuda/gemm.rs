@@ -52,6 +52,11 @@ fn code(act: Activation) -> i32 {
 /// Dynamic shared memory of the f32 and f64 products, in bytes.
 pub(crate) const SHARED: usize = 33_792;
 
+/// Dynamic shared memory of a product: more on the tensor cores, whose stages overlap.
+fn shared(dtype: DType) -> usize {
+    if dtype.is_half() { 65_536 } else { SHARED }
+}
+
 /// Rows and columns of the tile of one block.
 pub(crate) fn tile(dtype: DType) -> usize {
     if dtype == DType::F64 { 64 } else { 128 }
@@ -67,8 +72,8 @@ pub(crate) struct RowWeights<'a> {
     pub each: usize,
 }
 
-/// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one dtype (f32 or f64) and equal
-/// leading dimensions, in any strides.
+/// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one float dtype and equal
+/// leading dimensions, in any strides. bf16 and f16 on the tensor cores, summed in f32 and rounded once.
 pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Result<(Array, Option<Array>)> {
     let (a, b) = (on(gpu, a)?, on(gpu, b)?);
     let r = a.rank() - 2;
@@ -148,7 +153,7 @@ fn run(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<
         };
         let (x, y, z) = (a.block("matmul")?, b.block("matmul")?, out.block("matmul")?);
         let pre = call.pre.map(|p| p.block("matmul")).transpose()?;
-        let mut l = Launch::new(gpu, "gemm", &name)?.grid(tiles * splits, 1, 1).shared(SHARED);
+        let mut l = Launch::new(gpu, "gemm", &name)?.grid(tiles * splits, 1, 1).shared(shared(a.dtype()));
         l = l.buf(x.0, x.1 + oa).buf(y.0, y.1 + ob).buf(z.0, z.1 + oc).optional(call.bias);
         l = match pre {
             Some((p, at)) => l.buf(p, at + oc),
