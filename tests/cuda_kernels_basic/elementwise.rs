@@ -80,7 +80,8 @@ fn unary_ops() {
 
 fn binary<T: El>() {
     let mut r = Rng(2);
-    let ops: [(&str, fn(&Tensor, &Tensor) -> Tensor); 6] = [
+    type Compare = fn(&Tensor, &Tensor) -> Tensor;
+    let ops: [(&str, Compare); 6] = [
         ("add", |a, b| a.add(b).unwrap()),
         ("sub", |a, b| a.sub(b).unwrap()),
         ("mul", |a, b| a.mul(b).unwrap()),
