@@ -194,7 +194,7 @@ fn weight<T: Float>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Mat
 /// y = act(x·Wᵀ + b) over the last dimension of `x [B, …, d]`, giving `[B, …, p]`.
 ///
 /// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. bf16 and f16 inputs are
-/// computed in f32 and the result rounded back.
+/// computed in f32 and the result rounded back, on a GPU by the tensor cores.
 pub fn linear(
     x: &Tensor,
     w: &Param,
