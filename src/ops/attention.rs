@@ -190,7 +190,7 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     let [_, _, 3, _, _] = qkv.shape()[..] else {
         return Err(Error::shape("attention", format!("qkv {:?}; it must be [B, T, 3, H, D]", qkv.shape())));
     };
-    if qkv.dtype().is_half() {
+    if qkv.dtype().is_half() && qkv.array().gpu().is_none() {
         return attention_qkv(&qkv.cast(DType::F32)?, options)?.cast(qkv.dtype());
     }
     let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
@@ -235,7 +235,7 @@ fn unit_last(a: &Array) -> Array {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = profile::op("attention");
     check(q, k, v, options)?;
-    if q.dtype().is_half() {
+    if q.dtype().is_half() && q.array().gpu().is_none() {
         let f = |t: &Tensor| t.cast(DType::F32);
         return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
     }

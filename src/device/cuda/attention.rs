@@ -73,12 +73,19 @@ fn steps(a: &Array) -> [i64; 3] {
     std::array::from_fn(|d| a.strides()[d] as i64)
 }
 
+/// The file of a dtype's kernels, and the threads of a block of their backward pass: on the tensor cores for 16 bits.
+fn file(dtype: DType) -> (&'static str, usize) {
+    if dtype.is_half() { ("attention_mma", 128) } else { ("attention", 256) }
+}
+
 /// Head dimension class of a kernel, rows of its tile and its shared memory: forward, then backward.
 fn class(p: &Problem, dtype: DType) -> Result<(&'static str, [(usize, usize); 2])> {
     match (dtype, p.dim) {
         (_, d) if d > 128 => {
             Err(Error::shape("attention", format!("a head dimension of {d}; the kernels take up to 128")))
         }
+        (t, d) if t.is_half() && d <= 64 => Ok(("d64", [(128, 49_152), (64, 49_152)])),
+        (t, _) if t.is_half() => Ok(("d128", [(128, 98_304), (64, 65_536)])),
         (DType::F64, d) if d <= 64 => Ok(("d64", [(32, 42_496), (32, 76_288)])),
         (DType::F64, _) => Ok(("d128", [(32, 75_264), (16, 68_864)])),
         (_, d) if d <= 64 => Ok(("d64", [(64, 52_224), (64, 87_040)])),
@@ -102,12 +109,12 @@ fn docs<'a>(l: Launch<'a>, d: &'a Option<Array>) -> Result<Launch<'a>> {
     })
 }
 
-/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]`.
+/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` (f32 for 16-bit operands).
 pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Array) -> Result<(Array, Array)> {
     let op = "attention";
     let (q, k, v) = (on(gpu, q)?, on(gpu, k)?, on(gpu, v)?);
     let out = Array::uninit_on(gpu, q.shape(), q.dtype())?;
-    let lse = Array::uninit_on(gpu, &[p.batch, p.heads, p.queries], q.dtype())?;
+    let lse = Array::uninit_on(gpu, &[p.batch, p.heads, p.queries], q.dtype().compute())?;
     if lse.numel() == 0 {
         return Ok((out, lse));
     }
@@ -116,7 +123,7 @@ pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Arr
     let s = Shape { q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
     let name = format!("attention_fwd_{class}_{}", suffix(q.dtype()));
     let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
-    let mut l = Launch::new(gpu, "attention", &name)?.grid(grid, 1, 1).block(256).shared(shared);
+    let mut l = Launch::new(gpu, file(q.dtype()).0, &name)?.grid(grid, 1, 1).block(256).shared(shared);
     for a in [&q, &k, &v, &out, &lse] {
         let (block, at) = a.block(op)?;
         l = l.buf(block, at);
@@ -140,7 +147,7 @@ pub(crate) fn backward(
     }
     let (class, [_, (rows, shared)]) = class(p, q.dtype())?;
     let d = documents(gpu, p)?;
-    let delta = Array::uninit_on(gpu, lse.shape(), q.dtype())?;
+    let delta = Array::uninit_on(gpu, lse.shape(), lse.dtype())?;
     let s = Shape {
         q: steps(q),
         k: steps(k),
@@ -153,8 +160,9 @@ pub(crate) fn backward(
         ..shape(p)
     };
     let launch = |name: &str, grid: usize, shared: usize, arrays: &[&Array]| -> Result<()> {
-        let mut l = Launch::new(gpu, "attention", name)?.grid(grid, 1, 1).block(256).shared(shared);
         let with_docs = name != format!("attention_delta_{}", suffix(q.dtype()));
+        let (file, threads) = if with_docs { file(q.dtype()) } else { ("attention", 256) };
+        let mut l = Launch::new(gpu, file, name)?.grid(grid, 1, 1).block(threads).shared(shared);
         let (before, after) = arrays.split_at(if with_docs { 6 } else { arrays.len() });
         for a in before {
             let (block, at) = a.block(op)?;
