@@ -51,7 +51,7 @@ fn act(c: i32, x: f64) -> f64 {
     match c {
         1 => x.max(0.0),
         2 => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
-        3 => 0.5 * x * (1.0 + (0.797884560802865356 * (x + 0.044715 * x * x * x)).tanh()),
+        3 => 0.5 * x * (1.0 + (0.7978845608028654 * (x + 0.044715 * x * x * x)).tanh()),
         4 => x / (1.0 + (-x).exp()),
         5 => x.tanh(),
         _ => x,
@@ -78,7 +78,7 @@ fn run<I: El, O: El, W: El>(kernel: &str, tile: usize, smem: u32, (m, n, k): (us
     let (a_rs, a_cs, asz) =
         if o.layout < 2 { (k + o.pad, 1, m * (k + o.pad)) } else { (1, m + o.pad, k * (m + o.pad)) };
     let (b_rs, b_cs, bsz) =
-        if o.layout % 2 == 0 { (n + o.pad, 1, k * (n + o.pad)) } else { (1, k + o.pad, n * (k + o.pad)) };
+        if o.layout.is_multiple_of(2) { (n + o.pad, 1, k * (n + o.pad)) } else { (1, k + o.pad, n * (k + o.pad)) };
     let (asz, bsz) = (asz.max(1), bsz.max(1));
     let mut av = round::<I>(&r.vec(o.off + asz * b0 * b1));
     let mut bv = round::<I>(&r.vec(o.off + bsz * b0));
