@@ -1,7 +1,7 @@
 //! Which rows belong to which sample.
 
 use crate::device::Device;
-use crate::device::cuda::{Gpu, factored::Owners};
+use crate::device::cuda::{Gpu, rows::Owners};
 use crate::error::{Error, Result};
 use crate::tensor::Array;
 use std::ops::Range;

@@ -159,7 +159,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
         return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
     }
     if let Some(gpu) = &gpu {
-        let targets = gpu_rows::Targets::new(gpu, targets, &samples, options.ignore_index)?;
+        let targets = gpu_rows::Targets::new(gpu, targets, samples.on_gpu(gpu)?, options.ignore_index)?;
         let mean = options.reduce == Reduce::Mean;
         let (out, lse, targets) = gpu_rows::cross_entropy(&x, targets, mean, smoothing)?;
         let back = || Back { logits: x, lse, rows: Rows::Gpu(Box::new(targets)), samples, smoothing };

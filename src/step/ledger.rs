@@ -1,6 +1,5 @@
 //! What a step on a GPU writes down for whoever asks later, so that no step waits for the device (`cuda/step.cu`).
 
-use super::weigh::Tally;
 use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
 use crate::error::{Error, Result};
 use crate::tensor::{Array, DType};
@@ -10,6 +9,21 @@ use std::sync::{Arc, OnceLock};
 const WORDS: usize = 8;
 const STOP: usize = 1;
 const TALLY: usize = 4;
+
+/// Clipped (sample, group) pairs.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Tally {
+    pub pairs: u64,
+    pub clipped: u64,
+    pub non_finite: u64,
+}
+
+impl Tally {
+    /// Share of clipped pairs.
+    pub fn share(&self) -> f64 {
+        self.clipped as f64 / self.pairs.max(1) as f64
+    }
+}
 
 /// The running account of a step, on the device.
 pub(crate) struct Ledger(Array);

@@ -27,9 +27,9 @@ use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle};
 use crate::profile::{self, Kind};
 use crate::tensor::Array;
-use ledger::{Ledger, Snapshot, not_finite};
+use ledger::{Ledger, Snapshot, Tally, not_finite};
 use record::Live;
-use weigh::{Clipping, Tally, Weigh};
+use weigh::{Clipping, Weigh};
 
 /// What one step did.
 ///

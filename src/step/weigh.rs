@@ -6,7 +6,7 @@
 //! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
 
 use super::flat::Flat;
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Tally};
 use crate::autograd::{Factor, Param, ParamGrad};
 use crate::device::cuda::factored::clip_weights;
 use crate::error::{Error, Result};
@@ -65,21 +65,6 @@ pub(super) struct Weigh<'a> {
     ledger: Option<&'a Ledger>,
     groups: Vec<Group>,
     tally: Tally,
-}
-
-/// Clipped (sample, group) pairs.
-#[derive(Clone, Copy, Default, Debug)]
-pub(super) struct Tally {
-    pub pairs: u64,
-    pub clipped: u64,
-    pub non_finite: u64,
-}
-
-impl Tally {
-    /// Share of clipped pairs.
-    pub fn share(&self) -> f64 {
-        self.clipped as f64 / self.pairs.max(1) as f64
-    }
 }
 
 /// Squared norms of a group's samples so far, where the gradients are.

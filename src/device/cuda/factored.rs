@@ -2,7 +2,8 @@
 //! `gemm.cu`, `gemm_grouped.cu`, `index.cu`). Nothing here waits for the device.
 
 use super::elementwise::{self, on, suffix};
-use super::{Gpu, Launch, MAX_GRID_YZ, gemm, index, rows};
+use super::rows::{self, Owners};
+use super::{Gpu, Launch, MAX_GRID_YZ, gemm, index};
 use crate::autograd::{Factor, Samples};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -11,23 +12,6 @@ use crate::tensor::{Array, DType};
 use bytemuck::NoUninit;
 use std::ops::Range;
 use std::sync::Arc;
-
-/// A map from rows to samples in a GPU's memory, as the kernels take it.
-#[derive(Clone, Debug)]
-pub(crate) struct Owners {
-    /// Rows of each sample where they are uniform; 0 otherwise.
-    pub each: usize,
-    /// Number of samples.
-    pub count: usize,
-    /// Rows of the largest sample.
-    pub longest: usize,
-    /// `[rows]` u32; `None` where uniform.
-    pub owner: Option<Array>,
-    /// `[count + 1]` i64; `None` where uniform.
-    pub offsets: Option<Array>,
-    /// `[rows]` u32, rows by sample; `None` where they lie that way already.
-    pub order: Option<Array>,
-}
 
 /// `GramShape` of `cuda/factored.cu`.
 #[repr(C)]

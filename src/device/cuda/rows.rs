@@ -3,9 +3,7 @@
 //! The row rule: up to 1024 elements a warp takes a row and a block eight of them; longer rows have a block each.
 
 use super::elementwise::{on, strided, suffix};
-use super::factored::Owners;
 use super::{Gpu, Launch};
-use crate::autograd::Samples;
 use crate::error::{Error, Result};
 use crate::tensor::Array;
 use std::sync::Arc;
@@ -198,6 +196,23 @@ pub(crate) fn take(
     Ok(out)
 }
 
+/// A map from rows to samples in a GPU's memory, as the kernels take it.
+#[derive(Clone, Debug)]
+pub(crate) struct Owners {
+    /// Rows of each sample where they are uniform; 0 otherwise.
+    pub each: usize,
+    /// Number of samples.
+    pub count: usize,
+    /// Rows of the largest sample.
+    pub longest: usize,
+    /// `[rows]` u32; `None` where uniform.
+    pub owner: Option<Array>,
+    /// `[count + 1]` i64; `None` where uniform.
+    pub offsets: Option<Array>,
+    /// `[rows]` u32, rows by sample; `None` where they lie that way already.
+    pub order: Option<Array>,
+}
+
 /// Targets of the rows of some logits, and whose rows they are, in a GPU's memory.
 pub(crate) struct Targets {
     /// `[rows]` u32.
@@ -211,9 +226,9 @@ pub(crate) struct Targets {
 
 impl Targets {
     /// Targets from wherever they are.
-    pub fn new(gpu: &Arc<Gpu>, ids: &Array, samples: &Samples, ignore: Option<u32>) -> Result<Targets> {
+    pub fn new(gpu: &Arc<Gpu>, ids: &Array, owners: Owners, ignore: Option<u32>) -> Result<Targets> {
         let ids = on(gpu, ids)?.contiguous();
-        Ok(Targets { ids, weight: None, owners: samples.on_gpu(gpu)?, ignore: ignore.map_or(-1, |i| i as i64) })
+        Ok(Targets { ids, weight: None, owners, ignore: ignore.map_or(-1, |i| i as i64) })
     }
 }
 
