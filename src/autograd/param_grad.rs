@@ -214,13 +214,13 @@ impl ParamGrad {
     }
     /// The gradient in the form in which it is best kept until the samples' weights are known, and |gᵢ|² per sample.
     ///
-    /// Where the per-sample gradients of a single use take at most half as much again as its operands, they are formed:
-    /// the norms need them anyway, and the weighted sum is then one pass over them instead of a second product.
+    /// Where the per-sample gradients of a single use take no more memory than its operands, they are formed: the norms
+    /// need them anyway, and the weighted sum is then one pass over them instead of a second product.
     pub(crate) fn kept(self) -> Result<(ParamGrad, Vec<f64>)> {
         let formed = self.samples * self.numel() * self.dtype().size();
         let form = match &self.factors[..] {
             [Factor::Outer { left, right, samples }]
-                if samples.is_sorted() && samples.rows() >= 16 * samples.count() && 2 * formed <= 3 * self.bytes() =>
+                if samples.is_sorted() && samples.rows() >= 16 * samples.count() && formed <= self.bytes() =>
             {
                 self.expect_samples()?;
                 let shape: Vec<usize> =
