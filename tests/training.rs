@@ -384,6 +384,7 @@ fn kill_9_changes_nothing() {
     let want = run_in(&calm);
     let mut g = Gen::new(std::process::id() as u64);
     let (mut kills, began) = (0, std::time::Instant::now());
+    let done = || std::fs::read_to_string(rough.join("metrics.jsonl")).map_or(0, |t| t.lines().count());
     loop {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["kill_9_changes_nothing", "--exact", "--test-threads=1"])
@@ -391,18 +392,19 @@ fn kill_9_changes_nothing() {
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        let patience = std::time::Duration::from_millis(40 + g.size(0, 400) as u64);
-        let asked = std::time::Instant::now();
+        // Killed a moment after it has gone some steps further: before that there would be nothing to go on from.
+        let (goal, moment) = (done() + g.size(1, 3), std::time::Duration::from_micros(g.size(0, 4000) as u64));
         let ended = loop {
             if let Some(status) = child.try_wait().unwrap() {
                 break Some(status);
             }
-            if asked.elapsed() > patience && kills < 12 {
+            if done() >= goal && kills < 12 {
+                std::thread::sleep(moment);
                 child.kill().unwrap();
                 child.wait().unwrap();
                 break None;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(std::time::Duration::from_micros(300));
         };
         match ended {
             Some(status) => {
@@ -413,7 +415,7 @@ fn kill_9_changes_nothing() {
         }
         assert!(began.elapsed().as_secs() < 240, "no end after {kills} kills");
     }
-    assert!(kills > 0, "the run was over before anybody killed it");
+    assert!(kills > 3, "the run was over before anybody killed it often enough: {kills}");
     assert_eq!(run_in(&rough), want, "after {kills} kills");
     let lines = |f: &Path| std::fs::read_to_string(f.join("metrics.jsonl")).unwrap();
     assert_eq!(lines(&rough), lines(&calm));
