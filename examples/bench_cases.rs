@@ -4,7 +4,7 @@
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
 //! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
@@ -33,11 +33,12 @@ fn device() -> &'static Device {
 }
 
 /// What a case is measured in.
-#[derive(Clone, Copy)]
 enum Work {
     Gflop(f64),
     Gigabytes(f64),
     Tokens(f64, f64),
+    /// Timed in turn with the bare products in it.
+    Products(f64, Step),
     None,
 }
 
@@ -48,6 +49,13 @@ const NAMES: &[(&str, Make)] = &[
     ("gemm/1024x1024x1024", gemm),
     ("gemm/4096x768x3072", gemm),
     ("gemm/2048x256x1024", gemm),
+    ("linear/forward/2048x256x768", linear),
+    ("linear/gelu/2048x256x1024", linear),
+    ("linear/gelu/2048x384x1536", linear),
+    ("linear/forward/2048x1024x256", linear),
+    ("linear/backward/2048x256x768", linear),
+    ("linear/backward/2048x1024x256", linear),
+    ("linear/backward/2048x384x1536", linear),
     ("gpt/S", gpt),
     ("gpt/M", gpt),
     ("gpt/124M", gpt),
@@ -95,6 +103,41 @@ fn gemm(name: &str) -> Result<(Step, Work, usize)> {
     let (a, b) = (Tensor::new(random(&[m, k], 1)?), Tensor::new(random(&[k, n], 2)?));
     let step = move || a.matmul(&b).map(drop);
     Ok((Box::new(step), Work::Gflop(2.0 * (m * k * n) as f64 / 1e9), 0))
+}
+
+/// A linear layer with bias: forwards (with GELU or without, the pre-activation kept), or forwards and backwards with the
+/// contraction of the weight's gradient; beside the products in it alone.
+fn linear(name: &str) -> Result<(Step, Work, usize)> {
+    let (part, shape) = name[7..].split_once('/').unwrap_or_default();
+    let d: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).collect();
+    let (m, k, n) = (d[0], d[1], d[2]);
+    let params = Params::new(1, DType::F32);
+    let layer = Linear::new(&params, k, n, true, Layout::OutIn, Init::KaimingUniform)?;
+    params.to(device())?;
+    let x = Tensor::leaf(random(&[8, m / 8, k], 1)?);
+    let (rows, seed) = (Tensor::new(x.array().reshape(&[m, k])?), random(&[8, m / 8, n], 2)?);
+    let (w, g) = (Tensor::new(layer.weight().value().copy()), Tensor::new(seed.reshape(&[m, n])?));
+    let backward = part == "backward";
+    let act = if part == "gelu" { Activation::Gelu } else { Activation::None };
+    let step = move || {
+        let y = layer.forward_act(&x, act, &Ctx::train(0))?;
+        if backward {
+            let mut grads = prismgrad::Gradients::default();
+            y.backward_from(seed.clone(), false, &mut grads)?;
+            grads.param(layer.weight()).map(|g| g.sum()).transpose()?;
+        }
+        Ok(())
+    };
+    let bare = move || {
+        rows.matmul(&w.transpose(0, 1)?)?;
+        if backward {
+            g.matmul(&w)?;
+            g.transpose(0, 1)?.matmul(&rows)?;
+        }
+        Ok(())
+    };
+    let products = if backward { 3.0 } else { 1.0 };
+    Ok((Box::new(step), Work::Products(products * 2.0 * (m * k * n) as f64 / 1e9, Box::new(bare)), 0))
 }
 
 fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
@@ -292,20 +335,27 @@ fn measure(
     ceilings: (f64, f64),
 ) -> Result<()> {
     let base = status("VmRSS");
-    let (mut step, work, params) = make(name)?;
+    let (mut step, mut work, params) = make(name)?;
     let mut step = || {
         step()?;
         device().synchronize()
     };
     step()?;
     step()?;
-    let (mut times, begin) = (Vec::new(), Instant::now());
+    let (mut times, mut bare, begin) = (Vec::new(), Vec::new(), Instant::now());
     while times.len() < 5 || begin.elapsed().as_secs_f64() < min_seconds {
         let t = Instant::now();
         step()?;
         times.push(t.elapsed().as_secs_f64());
+        if let Work::Products(_, products) = &mut work {
+            let t = Instant::now();
+            products()?;
+            device().synchronize()?;
+            bare.push(t.elapsed().as_secs_f64());
+        }
     }
     times.sort_by(f64::total_cmp);
+    bare.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     let mut line = serde_json::json!({
         "tool": "prismgrad", "version": env!("CARGO_PKG_VERSION"), "case": format!("{name}/f32"),
@@ -318,6 +368,11 @@ fn measure(
         Work::Gflop(g) => {
             put("gflops", g / median);
             put("ceiling_share", g / median / ceilings.0);
+        }
+        Work::Products(g, _) => {
+            put("gflops", g / median);
+            put("ceiling_share", g / median / ceilings.0);
+            put("gemm_share", bare[bare.len() / 2] / median);
         }
         Work::Gigabytes(g) => {
             put("gb_per_s", g / median);

@@ -279,6 +279,9 @@ fn other_good_kernels() {
         let (part, cnt, out) = (Buf::<f32>::new(5), Buf::from(&[0u32]), Buf::<f32>::new(1));
         launch!("sum_last_block", [5, 1, 1], [64, 1, 1], 0, false; d, part, cnt, out, 512i32).unwrap();
         assert_eq!(out.get()[0], 512.0 * 511.0 / 2.0);
+        let (data, turn, last) = (Buf::<i32>::new(9), Buf::from(&[0u32]), Buf::<i32>::new(1));
+        launch!("chain_of_blocks", [9, 1, 1], [32, 1, 1], 0, true; data, turn, last).unwrap();
+        assert_eq!(last.get(), [256], "1 + the sum of all before, nine times");
         let y = Buf::<f32>::new(128);
         launch!("named_barriers", [1, 1, 1], [128, 1, 1], 0, false; y).unwrap();
         launch!("ok_syncwarp", [1, 1, 1], [32, 1, 1], 0, false; y).unwrap();
@@ -359,6 +362,14 @@ fn planted_bugs_are_reported_with_their_place() {
     );
     let d = Buf::from(&x[..256]);
     say("stack", run("bug_stack", 32, 0, &[d.arg(), 40000i32.bytes()]), &["bug_stack", "stack"]);
+    for kernel in ["bug_no_release", "bug_no_acquire"] {
+        let (part, cnt, out) = (Buf::<f32>::new(5), Buf::from(&[0u32]), Buf::<f32>::new(1));
+        let done = launch!(kernel, [5, 1, 1], [64, 1, 1], 0, false; dx, part, cnt, out, 512i32);
+        say("a fence left out", done, &["race on", kernel, "basic.cu:"]);
+    }
+    let (data, turn, last) = (Buf::<i32>::new(9), Buf::from(&[0u32]), Buf::<i32>::new(1));
+    let done = launch!("bug_chain_no_fence", [9, 1, 1], [32, 1, 1], 0, true; data, turn, last);
+    say("a chain without fences", done, &["race on", "basic.cu:"]);
     say("wrong pair", run("bug_named_barriers", 128, 0, &[y().arg()]), &["race on", "bugs.cu:"]);
     say("no wait for cp.async", gemm_run("bug_gemm_no_wait", 128, 128, 128).0, &["cp.async", "gemm.cu:"]);
     say("refilled too early", gemm_run("bug_gemm_no_barrier", 128, 128, 128).0, &["race on", "gemm.cu:"]);

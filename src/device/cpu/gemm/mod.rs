@@ -263,55 +263,37 @@ impl<T: Float> Store<'_, T> {
             }
         }
         if finish {
-            for i in 0..rows {
-                // SAFETY: rows of disjoint tiles are disjoint.
-                let t = unsafe { out.slice(at(i)) };
-                if let Some(b) = self.bias {
-                    let b = &b[j0..j0 + cols];
-                    simd(
-                        #[inline(always)]
-                        || {
-                            for (t, &b) in t.iter_mut().zip(b) {
-                                *t += b;
-                            }
-                        },
-                    );
-                }
-                if let Some(p) = pre {
-                    // SAFETY: as above.
-                    unsafe { p.slice(at(i)) }.copy_from_slice(t);
-                }
-                if self.act != Activation::None {
-                    let act = self.act;
-                    simd(
-                        #[inline(always)]
-                        || match act {
-                            Activation::Gelu => {
-                                for x in t.iter_mut() {
-                                    *x = x.gelu();
-                                }
-                            }
-                            Activation::GeluTanh => {
-                                for x in t.iter_mut() {
-                                    *x = x.gelu_tanh();
-                                }
-                            }
-                            Activation::Relu => {
-                                for x in t.iter_mut() {
-                                    *x = x.larger(T::ZERO);
-                                }
-                            }
-                            other => {
-                                for x in t.iter_mut() {
-                                    *x = other.of(*x);
-                                }
-                            }
-                        },
-                    );
-                }
-            }
+            simd(
+                #[inline(always)]
+                || {
+                    for i in 0..rows {
+                        // SAFETY: rows of disjoint tiles are disjoint.
+                        let (t, p) = unsafe { (out.slice(at(i)), pre.map(|p| p.slice(at(i)))) };
+                        let b = self.bias.map(|b| &b[j0..j0 + cols]);
+                        match self.act {
+                            Activation::None => finish_row(t, b, p, |x| x),
+                            Activation::Gelu => finish_row(t, b, p, |x| x.gelu()),
+                            Activation::GeluTanh => finish_row(t, b, p, |x| x.gelu_tanh()),
+                            Activation::Relu => finish_row(t, b, p, |x| x.larger(T::ZERO)),
+                            other => finish_row(t, b, p, |x| other.of(x)),
+                        }
+                    }
+                },
+            );
         }
     }
+}
+
+/// Bias and activation of a row of a tile; `pre` receives what goes into the activation.
+#[inline(always)]
+fn finish_row<T: Float>(t: &mut [T], bias: Option<&[T]>, pre: Option<&mut [T]>, act: impl Fn(T) -> T) {
+    if let Some(b) = bias {
+        t.iter_mut().zip(b).for_each(|(t, &b)| *t += b);
+    }
+    if let Some(p) = pre {
+        p.copy_from_slice(t);
+    }
+    t.iter_mut().for_each(|x| *x = act(*x));
 }
 
 #[cfg(test)]
