@@ -105,3 +105,18 @@ fn kernel_names_are_unique() {
         }
     }
 }
+
+/// Every kernel of the project has run in a test of the emulated device. `.ci/run` has those tests write the names of what
+/// they launch to the file that `PRISMGRAD_EMU_LAUNCHED` names, and runs this one after them; without the variable there is
+/// nothing to compare.
+#[test]
+fn every_kernel_has_a_case() {
+    let Some(path) = std::env::var_os("PRISMGRAD_EMU_LAUNCHED") else { return };
+    let launched = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", Path::new(&path).display()));
+    let launched: std::collections::BTreeSet<&str> = launched.lines().collect();
+    let table = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/resources.txt")).unwrap();
+    let rows = table.lines().filter(|l| !l.starts_with('#')).map(|l| l.split_whitespace().collect::<Vec<_>>());
+    let idle: std::collections::BTreeSet<String> =
+        rows.filter(|r| !launched.contains(r[2])).map(|r| format!("{} of {}.cu", r[2], r[1])).collect();
+    assert!(idle.is_empty(), "kernels that no test launches: {idle:#?}");
+}

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::tensor::{Array, DType};
-use crate::{Param, Tensor};
+use crate::{Device, Param, Tensor};
 
 /// A small deterministic source of random shapes, strides and values for cases (SplitMix64).
 pub struct Gen {
@@ -132,6 +132,12 @@ impl Case {
     pub fn params(mut self, params: Vec<Param>) -> Case {
         self.params = params;
         self
+    }
+    /// The same with inputs and parameters on a device.
+    pub fn to(mut self, device: &Device) -> Result<Case> {
+        self.inputs = self.inputs.iter().map(|a| a.to(device)).collect::<Result<_>>()?;
+        self.params.iter().try_for_each(|p| p.to(device))?;
+        Ok(self)
     }
     /// Declares that dimension 0 of the output counts `n` samples that do not mix.
     pub fn samples(mut self, n: usize) -> Case {

@@ -24,7 +24,7 @@ pub fn gradients(case: &Case, seed: u64, directions: usize, tolerance: f64) -> R
     let y = (case.run)(&leaves)?;
     let v = Array::generate(y.shape(), DType::F64, |_| 0.0);
     let weights: Vec<f64> = (0..v.numel()).map(|_| g.normal()).collect();
-    let seed_grad = Array::from_slice(&weights, y.shape())?.cast(y.dtype());
+    let seed_grad = Array::from_slice(&weights, y.shape())?.cast(y.dtype()).to(&y.device())?;
     let mut grads = Gradients::default();
     if y.requires_grad() {
         y.backward_from(seed_grad, false, &mut grads)?;
@@ -110,5 +110,5 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 fn shifted(a: &Array, u: &[f64], s: f64) -> Result<Array> {
     let v: Vec<f64> = a.to_f64().iter().zip(u).map(|(x, d)| x + s * d).collect();
-    Array::from_slice(&v, a.shape())
+    Array::from_slice(&v, a.shape())?.to(&a.device())
 }

@@ -49,7 +49,7 @@ pub fn per_sample(
     let mut alone: Vec<Vec<Vec<f64>>> = vec![Vec::new(); params.len()];
     for i in 0..b {
         let y = losses()?;
-        let seed = Array::generate(&[b], y.dtype(), |j| (i == j) as u8 as f64);
+        let seed = Array::generate(&[b], y.dtype(), |j| (i == j) as u8 as f64).to(&y.device())?;
         let mut grads = Gradients::default();
         y.backward_from(seed, false, &mut grads)?;
         for (k, p) in params.iter().enumerate() {
@@ -117,7 +117,7 @@ impl Case {
         let b = self.samples.unwrap_or(1);
         let mut g = Gen::new(seed);
         let w: Vec<f64> = (0..y.numel()).map(|_| g.normal()).collect();
-        let w = Tensor::from_slice(&w, y.shape())?;
+        let w = Tensor::new(Array::from_slice(&w, y.shape())?.to(&y.device())?);
         let each = y.numel().checked_div(b).unwrap_or(0);
         y.mul(&w)?.reshape(&[b, each])?.sum(&[1], false)
     }
@@ -142,7 +142,7 @@ pub fn independence(losses: &dyn Fn(&Tensor) -> Result<Tensor>, inputs: &Array, 
     for j in 0..b {
         let mut moved = values.clone();
         moved[j * each..(j + 1) * each].iter_mut().for_each(|x| *x += g.normal());
-        let moved = Array::from_slice(&moved, inputs.shape())?.cast(inputs.dtype());
+        let moved = Array::from_slice(&moved, inputs.shape())?.cast(inputs.dtype()).to(&inputs.device())?;
         let now = crate::autograd::no_grad(|| losses(&Tensor::new(moved)))?.array().to_f64();
         for i in (0..b).filter(|&i| i != j) {
             worst = worst.max((now[i] - base[i]).abs() / (1.0 + base[i].abs()));

@@ -228,7 +228,7 @@ impl Gpt {
             None,
             s,
         )?)?;
-        let mut x = self.drop.forward(&x, ctx)?;
+        let mut x = self.drop.forward(&ctx.activations(x)?, ctx)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = match &mut caches {
                 Some(c) => block.forward_cached(&x, &mut c[i], ctx)?,

@@ -14,8 +14,9 @@ pub use layers::{Dropout, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use params::{Init, Params};
 pub use transformer::{BlockConfig, Mlp, SwiGlu, TransformerBlock};
 
-use crate::Samples;
+use crate::error::Result;
 use crate::random::philox;
+use crate::{DType, Samples, Tensor};
 
 /// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.
 #[derive(Clone, Debug, Default)]
@@ -26,12 +27,15 @@ pub struct Ctx {
     pub seed: u64,
     /// The map of rows to samples where it is not dimension 0.
     pub samples: Option<Samples>,
+    /// The dtype of activations, where it is not the parameters': what embeddings hand on, and everything after them
+    /// follows. With bf16 this is mixed precision: parameters, norms of gradients, sums and updates stay f32.
+    pub dtype: Option<DType>,
 }
 
 impl Ctx {
     /// Training, with the masks of `seed`.
     pub fn train(seed: u64) -> Ctx {
-        Ctx { train: true, seed, samples: None }
+        Ctx { train: true, seed, ..Ctx::default() }
     }
     /// Evaluation: no dropout.
     pub fn eval() -> Ctx {
@@ -40,6 +44,14 @@ impl Ctx {
     /// The same with another map of rows to samples.
     pub fn with_samples(&self, samples: Samples) -> Ctx {
         Ctx { samples: Some(samples), ..self.clone() }
+    }
+    /// The same with activations of a dtype ([`Ctx::dtype`]).
+    pub fn with_dtype(&self, dtype: DType) -> Ctx {
+        Ctx { dtype: Some(dtype), ..self.clone() }
+    }
+    /// What goes into the layers: `x` in the dtype of activations.
+    pub fn activations(&self, x: Tensor) -> Result<Tensor> {
+        self.dtype.map_or(Ok(x.clone()), |d| x.cast(d))
     }
     /// The mask seed of the layer with this id.
     pub fn dropout_seed(&self, layer: u64) -> u64 {

@@ -127,7 +127,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
     const OP: &str = "cross_entropy";
     logits.dtype().expect_float(OP)?;
     if logits.dtype().is_half() {
-        return cross_entropy(&logits.cast(DType::F32)?, targets, options)?.cast(logits.dtype());
+        return cross_entropy(&logits.cast(DType::F32)?, targets, options);
     }
     let Some((&c, lead)) = logits.shape().split_last() else {
         return Err(Error::shape(OP, "scalar logits; they must be [B, …, classes]"));
@@ -250,7 +250,8 @@ pub fn mse_loss(x: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> 
     if x.shape() != targets.shape() {
         return Err(Error::shape("mse_loss", format!("{:?} and targets {:?} differ", x.shape(), targets.shape())));
     }
-    per_sample(&x.sub(targets)?.square()?, reduce)
+    let (x, targets) = (x.cast(x.dtype().compute())?, targets.cast(targets.dtype().compute())?);
+    per_sample(&x.sub(&targets)?.square()?, reduce)
 }
 
 /// Σ t·(ln t − log_probs) over the last dimension, terms with t = 0 being 0; rows reduced per sample.
@@ -259,6 +260,7 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
         let message = format!("{:?} and targets {:?} differ", log_probs.shape(), targets.shape());
         return Err(Error::shape("kl_divergence", message));
     }
+    let log_probs = &log_probs.cast(log_probs.dtype().compute())?;
     let t = targets.cast(DType::F64)?;
     let t_log_t = Tensor::new(match t.array().gpu() {
         Some(gpu) => gpu_rows::xlogx(gpu, t.array())?,

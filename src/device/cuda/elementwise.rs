@@ -130,6 +130,9 @@ pub(crate) fn arange(gpu: &Arc<Gpu>, n: usize, dtype: DType) -> Result<Array> {
 
 /// Converted to another dtype.
 pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
+    if a.dtype() == dtype {
+        return Ok(a.clone());
+    }
     let name = format!("cast_{}_{}", suffix(a.dtype()), suffix(dtype));
     let out = Array::uninit_on(gpu, a.shape(), dtype)?;
     let s: [i64; 13] = strided("cast", a.shape(), [a.strides()])?;

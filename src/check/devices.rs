@@ -1,0 +1,46 @@
+//! One body, every device.
+
+use crate::Device;
+
+/// Runs `body` on the CPU, and on the first GPU where one can be used. Built with the feature `emulator` it runs on the
+/// emulated device instead, with all checks on, under four schedules (in program order; two adverse ones; one that
+/// switches threads between accesses), unless `PRISMGRAD_ON_CARD=1` asks for the card.
+pub fn on_every_device(body: impl Fn(&Device)) {
+    body(&Device::Cpu);
+    #[cfg(feature = "emulator")]
+    if !crate::emulator::on_card() {
+        let _one = crate::emulator::lock();
+        let device = Device::cuda(0).expect("the emulated device is built in");
+        for (seed, preempt) in [(0, 0), (1, 0), (2, 0), (3, 20)] {
+            crate::emulator::config("seed", seed);
+            crate::emulator::config("preempt", preempt);
+            body(&device);
+        }
+        return;
+    }
+    if crate::device::cuda::driver().is_ok() {
+        body(&Device::cuda(0).expect("there is a driver; unset CUDA_VISIBLE_DEVICES or install NVRTC"));
+    }
+}
+
+/// Tests whose bodies take a device and run on all of them: see [`check::on_every_device`](crate::check::on_every_device).
+///
+/// ```
+/// prismgrad::device_tests! {
+///     /// The sum of ones.
+///     fn ones_add_up(device) {
+///         let x = prismgrad::Tensor::new(prismgrad::Array::full_at(device, &[7], 1.0, prismgrad::DType::F32).unwrap());
+///         assert_eq!(x.sum(&[], false).unwrap().array().to_f64(), [7.0]);
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! device_tests {
+    ($($(#[$note:meta])* fn $name:ident($device:ident) $body:block)*) => {$(
+        $(#[$note])*
+        #[test]
+        fn $name() {
+            $crate::check::on_every_device(|$device: &$crate::Device| $body);
+        }
+    )*};
+}

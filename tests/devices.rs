@@ -1,0 +1,126 @@
+//! The same bodies on the CPU, on the emulated CUDA device under four schedules (feature `emulator`), and on a card where
+//! there is one: gradient checks, per-sample checks, checkpoints, mixed precision.
+
+use prismgrad::check::{self, Gen};
+use prismgrad::device_tests;
+use prismgrad::io::CheckpointFolder;
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::Ctx;
+use prismgrad::ops::{Differentiable, registry};
+use prismgrad::optim::{AdamW, Schedule, Sgd};
+use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::random::NoiseKey;
+use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::train::state;
+use prismgrad::{Array, DType, Device, Param};
+
+fn gpt(dtype: DType, device: &Device) -> Gpt {
+    let model = Gpt::with_dtype(GptConfig::small(17, 6, 1, 8, 2), 3, dtype).unwrap();
+    model.params().to(device).unwrap();
+    model
+}
+
+fn tokens(b: usize, seed: usize) -> (Array, Array) {
+    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
+    (f(seed), f(seed + 5))
+}
+
+fn private(params: &[Param]) -> TrainStep {
+    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 50);
+    c.noise_multiplier = Some(1.0);
+    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
+    TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2)).unwrap()
+}
+
+fn values(params: &[Param]) -> Vec<f64> {
+    params.iter().flat_map(|p| p.value().to_f64()).collect()
+}
+
+device_tests! {
+    /// Every differentiable input and parameter of every op, against central differences; every query of every factor,
+    /// against each sample alone.
+    fn gradients_and_factors_of_every_op(device) {
+        for op in registry() {
+            if matches!(op.differentiable, Differentiable::No(_)) {
+                continue;
+            }
+            for (k, make) in op.cases.iter().enumerate() {
+                let seed = 40 + k as u64;
+                let why = |e| -> ! { panic!("{} case {k} on {device}: {e}", op.name) };
+                let case = make(&mut Gen::new(seed)).and_then(|c| c.to(device)).unwrap_or_else(|e| why(e));
+                check::gradients(&case, seed, 1, 1e-6).unwrap_or_else(|e| why(e));
+                if case.samples.is_some() && !case.params.is_empty() {
+                    check::per_sample(&|| case.losses(seed), &case.params, seed, 1e-9).unwrap_or_else(|e| why(e));
+                }
+            }
+        }
+    }
+
+    fn every_parameter_of_a_gpt_per_sample(device) {
+        let model = gpt(DType::F64, device);
+        let (x, y) = tokens(3, 1);
+        check::per_sample(&|| model.losses(&x, &y, &Ctx::eval()), &model.params().all(), 1, 1e-9).unwrap();
+    }
+
+    /// A checkpoint in the middle of a private run: what goes on from it ends in the bits of the run that was not cut.
+    fn checkpoints_resume_bitwise(device) {
+        let name = format!("prismgrad-devices-{}-{device}", std::process::id());
+        let path = std::env::temp_dir().join(name.replace(':', "-"));
+        let folder = CheckpointFolder::open(&path).unwrap();
+        let run = |from: u64, to: u64, model: &Gpt, step: &mut TrainStep| {
+            for t in from..to {
+                let (x, y) = tokens(3, t as usize);
+                step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+            }
+        };
+        let model = gpt(DType::F32, device);
+        let mut step = private(&model.params().all());
+        run(0, 2, &model, &mut step);
+        state::save(&folder, 2, None, model.params(), &step, &7u32).unwrap();
+        run(2, 4, &model, &mut step);
+        let want = values(&model.params().all());
+        let other = Gpt::with_dtype(model.config().clone(), 99, DType::F32).unwrap();
+        other.params().to(device).unwrap();
+        let mut step = private(&other.params().all());
+        let checkpoint = folder.latest().unwrap().checkpoint.unwrap();
+        assert_eq!(state::load::<u32>(&checkpoint, other.params(), &mut step).unwrap(), 7);
+        run(2, 4, &other, &mut step);
+        std::fs::remove_dir_all(&path).unwrap();
+        assert_eq!(values(&other.params().all()), want);
+    }
+
+    /// 16-bit activations over f32 parameters: the gradient is that of f32 to within rounding, the losses and the
+    /// parameters are f32, and what each sample contributes stays within the threshold.
+    fn mixed_precision_steps(device) {
+        for (dtype, tolerance) in [(DType::BF16, 4e-2), (DType::F16, 5e-3)] {
+            for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
+                let run = |ctx: &Ctx| {
+                    let model = gpt(DType::F32, device);
+                    let params = model.params().all();
+                    let (x, y) = tokens(4, 1);
+                    let losses = model.losses(&x, &y, ctx).unwrap();
+                    assert_eq!((losses.dtype(), params[0].dtype()), (DType::F32, DType::F32));
+                    let loss = losses.array().to_f64().iter().sum::<f64>() / 4.0;
+                    if let Some(style) = style {
+                        let sums = clipped_gradient(&losses, &params, style, ClipFn::Abadi, 0.5).unwrap();
+                        return (loss, sums.iter().flat_map(Array::to_f64).collect::<Vec<f64>>());
+                    }
+                    let mut step = TrainStep::plain(&params, Sgd::default(), Schedule::constant(0.1)).unwrap();
+                    let report = step.run([()], |_| model.losses(&x, &y, ctx)).unwrap();
+                    (report.loss().unwrap(), step.last_gradient().to_f64())
+                };
+                let (loss, wide) = run(&Ctx::train(0));
+                let (half_loss, half) = run(&Ctx::train(0).with_dtype(dtype));
+                assert!((loss - half_loss).abs() < tolerance * loss, "{dtype} {style:?}: {half_loss}, in f32 {loss}");
+                let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+                let apart: Vec<f64> = wide.iter().zip(&half).map(|(a, b)| a - b).collect();
+                let off = norm(&apart) / norm(&wide);
+                assert!(off > 0.0 && off < tolerance, "{dtype} {style:?}: the gradient is off by {off:.1e}");
+                if style.is_some() {
+                    // Four samples of at most 0.5.
+                    assert!(norm(&half) <= 2.0 + 1e-5, "{dtype} {style:?}: {}", norm(&half));
+                }
+            }
+        }
+    }
+}
