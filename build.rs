@@ -180,7 +180,7 @@ mod emulator {
             fast.extend(["-mavx2", "-mfma"]);
         }
         let own = headers + &read(&emulator.join("cuemu_api.h"));
-        for name in ["runtime", "driver"] {
+        for name in ["runtime", "driver", "blas"] {
             let source = read(&emulator.join(format!("{name}.cpp")));
             objects.push(compiler.object(name, &source, &own, &fast));
         }

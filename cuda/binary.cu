@@ -10,12 +10,10 @@
 //       A tie of maximum or minimum sends the gradient to a. add and sub: the gradient itself, and neg of it.
 //   compare_{f32,f64,bf16,f16,u32,i64,u8} (const T* a, const T* b, u8* y, i64 n, Strided2 sab, i32 op)
 //       op 0 a = b, 1 a ≠ b, 2 a < b, 3 a ≤ b, 4 a > b, 5 a ≥ b
-//   where_{b1,b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
-//   mask_{b1,b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
+//   where_{b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
+//   mask_{b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
 //       b1 … b8: by width, any dtype of that many bytes.
-//   add_assign_{f32,f64,bf16,f16,u32,i64} (T* y, const T* x, i64 n, Strided1 sx)               y += x
-//   axpy_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx, f64 c)                      y += c·x
-//   axpy_f32_f64, axpy_f64_f32 (D* y, const S* x, i64 n, Strided1 sx, f64 c)                   y += c·x across dtypes, in f64
+//   add_assign_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx)               y += x
 //   scale_rows_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each)
 //       grid ceil(rows·cols / 1024). Row r times w[owner[r]], or w[r / each] where owner is null. A weight of exactly 0 gives
 //       zeros whatever the row holds: a sample left out for a NaN stays out.
@@ -150,7 +148,6 @@ template <class T> DEV void mask_body(const T* g, const u8* mask, T* y, i64 n, c
     KERNEL mask_##S(const T* g, const u8* mask, T* y, i64 n, STRIDED(2) sgm, i32 keep) {                   \
         mask_body(g, mask, y, n, sgm, keep);                                                                   \
     }
-SELECT(u8, b1)
 SELECT(u16, b2)
 SELECT(u32, b4)
 SELECT(u64, b8)
@@ -174,24 +171,8 @@ template <class D, class S, class F> DEV void update_body(D* y, const S* x, i64 
 #define UPDATE(T, S)                                                                                           \
     KERNEL add_assign_##S(T* y, const T* x, i64 n, STRIDED(1) sx) {                                        \
         update_body(y, x, n, sx, [](T a, T b) { return from_acc<T>(to_acc(a) + to_acc(b)); });                 \
-    }                                                                                                          \
-    KERNEL axpy_##S(T* y, const T* x, i64 n, STRIDED(1) sx, double c) {                                    \
-        acc_t<T> k = (acc_t<T>)c;                                                                              \
-        update_body(y, x, n, sx, [k](T a, T b) { return from_acc<T>(to_acc(a) + k * to_acc(b)); });            \
     }
 FOR_FLOATS(UPDATE)
-KERNEL add_assign_u32(u32* y, const u32* x, i64 n, STRIDED(1) sx) {
-    update_body(y, x, n, sx, [](u32 a, u32 b) { return a + b; });
-}
-KERNEL add_assign_i64(i64* y, const i64* x, i64 n, STRIDED(1) sx) {
-    update_body(y, x, n, sx, [](i64 a, i64 b) { return a + b; });
-}
-KERNEL axpy_f32_f64(double* y, const float* x, i64 n, STRIDED(1) sx, double c) {
-    update_body(y, x, n, sx, [c](double a, float b) { return a + c * (double)b; });
-}
-KERNEL axpy_f64_f32(float* y, const double* x, i64 n, STRIDED(1) sx, double c) {
-    update_body(y, x, n, sx, [c](float a, double b) { return (float)((double)a + c * b); });
-}
 
 // ---------------------------------------------------------------- rows
 template <class T>

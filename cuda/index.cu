@@ -1,13 +1,13 @@
 #include "prelude.cuh"
-// Picking and adding by index. Ids are u32, checked (ids_u32, ids_i64 in move.cu). Block 256; sizes > 0. Widths b1 … b16 as in
-// move.cu: any dtype; take and its kin may treat a row as fewer, wider units (b16 where rows and pointers allow it).
+// Picking and adding by index. Ids are u32, checked (ids_u32, ids_i64 in move.cu). Block 256; sizes > 0. Widths b1 … b8 as in
+// move.cu: any dtype.
 //
 //   gather_{b1,b2,b4,b8} (const T* x, const u32* ids, T* y, i64 count, i64 k, i64 n, i64 inner)      grid ceil(count / 1024)
 //       x [outer, n, inner], ids and y [outer, k, inner], count elements: y[o, j, i] = x[o, ids[o, j, i], i].
 //   scatter_add_{f32,f64,bf16,f16} (acc_t<T>* out, const u32* ids, const T* src, i64 outer, i64 k, i64 n, i64 inner)
 //       out[o, ids[o, j, i], i] += src[o, j, i] in rising j: grid ceil(outer·inner / 256), a thread per (o, i). Fast where
 //       outer·inner is large; for one long column use radix sort and rows_add with p = 1.
-//   take_{b1,b2,b4,b8,b16} (const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p)      grid ceil(outer·k·p / 1024)
+//   take_{b1,b2,b4,b8} (const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p)      grid ceil(outer·k·p / 1024)
 //       y[o, j, :] = src[o, ids[j], :], rows of p units. Lookup, index_select, repeating rows by segment.
 //   rows_add: out[o, ids[t], :] += w[t]·src[o, t, :] without atomics, from ids sorted with their positions (sort.cu: sorted,
 //   order). Two launches, sums in rising t within pieces of 32 sorted positions, pieces in order:
@@ -45,7 +45,6 @@ DEV void scatter_add_body(acc_t<T>* out, const u32* ids, const T* src, i64 outer
 FOR_FLOATS(SCATTER)
 
 // Neighbouring threads on neighbouring units; 32-bit division where it suffices.
-struct alignas(16) Wide { u64 a, b; };
 template <class T> DEV void take_body(const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p) {
     i64 count = outer * k * p, i = (i64)blockIdx.x * 1024 + threadIdx.x;
     for (int q = 0; q < 4 && i < count; q++, i += 256) {
@@ -68,7 +67,6 @@ TAKE(u8, b1)
 TAKE(u16, b2)
 TAKE(u32, b4)
 TAKE(u64, b8)
-TAKE(Wide, b16)
 
 // ---------------------------------------------------------------- sums of rows by id
 template <class T>

@@ -1,8 +1,8 @@
 #include "prelude.cuh"
 // Moving and converting: strided copies, transposes, casts, fills, counting up, one-hot rows, checked indices.
-// Widths: b1 b2 b4 b8 b16 bytes, any dtype of that size (b16: rows of it, 16-byte aligned). n > 0 throughout.
+// Widths: b1 b2 b4 b8 bytes, any dtype of that size. n > 0 throughout.
 //
-//   copy_{b1,b2,b4,b8,b16} (const T* src, T* dst, i64 n, Strided2 s)       grid ceil(n / 1024), block 256
+//   copy_{b1,b2,b4,b8} (const T* src, T* dst, i64 n, Strided2 s)       grid ceil(n / 1024), block 256
 //       step[0] of src, step[1] of dst: gathers a view, or writes into one (concat, pad, slice assignment). No overlap.
 //   transpose_{b1,b2,b4,b8} (const T* x, T* y, i64 n, i64 r, i64 c)        [n, r, c] to [n, c, r]
 //       grid n·ceil(r / 32)·ceil(c / 32), block 256. For views whose unit-stride dimension is not the last: whole lines are
@@ -16,7 +16,6 @@
 //       Indices as u32, one outside 0..below as 0, so that nothing reads out of bounds; *bad (~0 before) becomes the first
 //       position of one. To be looked at when the host next waits anyway.
 
-struct alignas(16) Wide { u64 a, b; };
 
 template <class T> DEV void copy_body(const T* src, T* dst, i64 n, const Strided2& s) {
     i64 i;
@@ -37,7 +36,6 @@ COPY(u8, b1)
 COPY(u16, b2)
 COPY(u32, b4)
 COPY(u64, b8)
-COPY(Wide, b16)
 
 // A 32 × 32 tile by way of shared memory, 33 wide: columns of it lie in different banks.
 #define TRANSPOSE(T, S)                                                                                        \

@@ -4,9 +4,9 @@
 //
 //   dropout_{f32,f64,bf16,f16} (const T* x, T* y, i64 n, u64 seed, f64 p)          grid ceil(n / 1024); y may be x
 //       Four elements share a Philox block. Backward is the same kernel on the gradient.
-//   philox_uniform_{f32,f64,bf16,f16} (T* y, i64 n, u64 seed, u64 stream, f64 bound)   grid ceil(n / 512)
+//   philox_uniform_{f32,f64} (T* y, i64 n, u64 seed, u64 stream, f64 bound)   grid ceil(n / 512)
 //       bound > 0: bound·(2u − 1); bound 0: u in [0, 1).
-//   philox_normal_{f32,f64,bf16,f16} (T* y, i64 n, u64 seed, u64 stream, f64 std)      grid ceil(n / 512)
+//   philox_normal_{f32,f64} (T* y, i64 n, u64 seed, u64 stream, f64 std)      grid ceil(n / 512)
 //       std·z, Box and Muller in f64; the logarithm, sine and cosine are written out below.
 //   chacha_gaussian_{f32,f64} (T* y, i64 n, ChaChaKey key, u64 step, u64 first, f32 std, const u64* live)
 //       y[i] += std·z(key, step, first + i). grid ceil(16·groups / 256), groups = ceil((first + n) / 256) − first / 256.
@@ -114,15 +114,18 @@ template <class T> DEV void normal_body(T* y, i64 n, u64 seed, u64 stream, doubl
     y[2 * pair] = from_f64<T>((std * (radius * c)).v);
     if (2 * pair + 1 < n) y[2 * pair + 1] = from_f64<T>((std * (radius * s)).v);
 }
+#define DROPOUT(T, S)                                                                                          \
+    KERNEL dropout_##S(const T* x, T* y, i64 n, u64 seed, double p) { dropout_body(x, y, n, seed, p); }
+FOR_FLOATS(DROPOUT)
 #define PHILOX(T, S)                                                                                           \
-    KERNEL dropout_##S(const T* x, T* y, i64 n, u64 seed, double p) { dropout_body(x, y, n, seed, p); }        \
     KERNEL philox_uniform_##S(T* y, i64 n, u64 seed, u64 stream, double bound) {                               \
         uniform_body(y, n, seed, stream, bound);                                                               \
     }                                                                                                          \
     KERNEL philox_normal_##S(T* y, i64 n, u64 seed, u64 stream, double std) {                                  \
         normal_body(y, n, seed, stream, std);                                                                  \
     }
-FOR_FLOATS(PHILOX)
+PHILOX(float, f32)
+PHILOX(double, f64)
 
 // ---------------------------------------------------------------- ChaCha20
 struct ChaChaKey { u32 word[8]; };

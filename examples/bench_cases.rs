@@ -150,7 +150,13 @@ fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
     config.tie_word_embeddings = name.ends_with("124M");
     let model = Gpt::new(config, 1)?;
     model.params().to(device())?;
-    Ok((model, ids(&[8, t], vocab, 3)?, ids(&[8, t], vocab, 4)?))
+    let batch = if name.ends_with("124M") { 16 } else { 8 };
+    Ok((model, ids(&[batch, t], vocab, 3)?, ids(&[batch, t], vocab, 4)?))
+}
+
+/// Of a case's activations; parameters are f32 everywhere.
+fn dtype(name: &str) -> DType {
+    if name.ends_with("124M") { DType::BF16 } else { DType::F32 }
 }
 
 fn gpt(name: &str) -> Result<(Step, Work, usize)> {
@@ -160,11 +166,12 @@ fn gpt(name: &str) -> Result<(Step, Work, usize)> {
     // Products only, three times the forward pass, attention halved for causality.
     let gflop = match &name[4..] {
         "S" => 43.5,
-        "124M" => 8.0 * 1024.0 * (6.0 * 123.7e6 + 6.0 * 12.0 * 768.0 * 1024.0) / 1e9,
+        "124M" => 16.0 * 1024.0 * (6.0 * 123.7e6 + 6.0 * 12.0 * 768.0 * 1024.0) / 1e9,
         _ => 157.0,
     };
     let tokens = x.numel() as f64;
-    let run = move || step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).map(|_| ());
+    let ctx = if dtype(name) == DType::BF16 { Ctx::train(0).with_dtype(DType::BF16) } else { Ctx::train(0) };
+    let run = move || step.run([()], |_| model.losses(&x, &y, &ctx)).map(|_| ());
     Ok((Box::new(run), Work::Tokens(tokens, gflop), params))
 }
 
@@ -358,7 +365,7 @@ fn measure(
     bare.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
     let mut line = serde_json::json!({
-        "tool": "prismgrad", "version": env!("CARGO_PKG_VERSION"), "case": format!("{name}/f32"),
+        "tool": "prismgrad", "version": env!("CARGO_PKG_VERSION"), "case": format!("{name}/{}", dtype(name)),
         "device": device().to_string(), "median_ms": median * 1e3, "min_ms": times[0] * 1e3,
         "p90_ms": times[(times.len() * 9 / 10).min(times.len() - 1)] * 1e3, "reps": times.len(),
         "peak_rss_mb": status("VmHWM"), "base_rss_mb": base, "threads": threads,

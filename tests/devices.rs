@@ -12,7 +12,7 @@ use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
 use prismgrad::train::state;
-use prismgrad::{Array, DType, Device, Param};
+use prismgrad::{Array, DType, Device, Param, Tensor};
 
 fn gpt(dtype: DType, device: &Device) -> Gpt {
     let model = Gpt::with_dtype(GptConfig::small(17, 6, 1, 8, 2), 3, dtype).unwrap();
@@ -52,6 +52,53 @@ device_tests! {
                 if case.samples.is_some() && !case.params.is_empty() {
                     check::per_sample(&|| case.losses(seed), &case.params, seed, 1e-9).unwrap_or_else(|e| why(e));
                 }
+            }
+        }
+    }
+
+    /// What moves, fills, picks and compares, in every dtype: the same bits as on the CPU.
+    fn arrays_of_every_dtype(device) {
+        let there = |a: &Array| Tensor::new(a.to(device).unwrap());
+        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16, DType::I64, DType::U32, DType::U8] {
+            let same = |what: &str, got: &Tensor, want: &Tensor| {
+                assert_eq!((got.device(), got.dtype()), (device.clone(), want.dtype()), "{what} {dtype}");
+                assert_eq!(got.array().to_bytes(), want.array().to_bytes(), "{what} {dtype}");
+            };
+            let x = Array::generate(&[37, 41], dtype, |i| (i * 7 % 101) as f64);
+            let y = Array::generate(&[37, 41], dtype, |i| (i * 5 % 97) as f64);
+            let (a, b, ga, gb) = (Tensor::new(x.clone()), Tensor::new(y.clone()), there(&x), there(&y));
+            let turned = |t: &Tensor| Tensor::new(t.array().transpose(0, 1).unwrap().contiguous());
+            same("transpose", &turned(&ga), &turned(&a));
+            let many = |t: &Tensor| {
+                let t = t.array().slice(0, 0..36).unwrap().contiguous().reshape(&[2, 18, 41]).unwrap();
+                Tensor::new(t.transpose(1, 2).unwrap().contiguous())
+            };
+            same("transpose of many", &many(&ga), &many(&a));
+            let cut = |t: &Tensor| Tensor::new(t.array().step(1, 3).unwrap().slice(0, 3..9).unwrap().copy());
+            same("slice", &cut(&ga), &cut(&a));
+            let mask = a.lt(&b).unwrap();
+            same("compare", &ga.lt(&gb).unwrap(), &mask);
+            if dtype.is_float() {
+                let there = there(mask.array());
+                let chosen = Tensor::select(&mask, &a, &b).unwrap();
+                same("select", &Tensor::select(&there, &ga, &gb).unwrap(), &chosen);
+                same("masked_fill", &ga.masked_fill(&there, 3.0).unwrap(), &a.masked_fill(&mask, 3.0).unwrap());
+            }
+            let full = |d: &Device| Tensor::new(Array::full_at(d, &[5, 3], 7.0, dtype).unwrap());
+            same("full", &full(device), &full(&Device::Cpu));
+            let range = |d: &Device| Tensor::new(Array::arange_at(d, 100, dtype).unwrap());
+            if !dtype.is_half() && dtype != DType::U8 {
+                same("arange", &range(device), &range(&Device::Cpu));
+            }
+            let ids = Array::generate(&[37, 4], DType::U32, |i| (i * 3 % 41) as f64);
+            let (i, gi) = (Tensor::new(ids.clone()), there(&ids));
+            same("gather", &ga.gather(1, &gi).unwrap(), &a.gather(1, &i).unwrap());
+            same("one_hot", &gi.one_hot(41, dtype).unwrap(), &i.one_hot(41, dtype).unwrap());
+            let few = Array::generate(&[6], DType::I64, |i| (i * 5 % 37) as f64);
+            let (i, gi) = (Tensor::new(few.clone()), there(&few));
+            same("index_select", &ga.index_select(0, &gi).unwrap(), &a.index_select(0, &i).unwrap());
+            for to in [DType::F32, DType::BF16, DType::I64, DType::U8] {
+                same("cast", &ga.cast(to).unwrap(), &a.cast(to).unwrap());
             }
         }
     }
@@ -107,7 +154,11 @@ device_tests! {
                     }
                     let mut step = TrainStep::plain(&params, Sgd::default(), Schedule::constant(0.1)).unwrap();
                     let report = step.run([()], |_| model.losses(&x, &y, ctx)).unwrap();
-                    (report.loss().unwrap(), step.last_gradient().to_f64())
+                    let gradient = step.last_gradient().to_f64();
+                    // Losses may be of 16 bits, too.
+                    let again = step.run([()], |_| model.losses(&x, &y, ctx)?.cast(dtype)).unwrap().loss().unwrap();
+                    assert!(again < loss, "{dtype}: {again} after {loss}");
+                    (report.loss().unwrap(), gradient)
                 };
                 let (loss, wide) = run(&Ctx::train(0));
                 let (half_loss, half) = run(&Ctx::train(0).with_dtype(dtype));

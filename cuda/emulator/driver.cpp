@@ -191,6 +191,20 @@ bool pinned(const void* p, size_t n) {
 }
 } // namespace
 
+// Work of a stand-in library on a stream, in order with everything else, with what it reads and writes.
+int prismgrad_emu_queue(void* s, const char* what, std::function<int()> run, const std::vector<std::pair<uint64_t, size_t>>& in, std::pair<uint64_t, size_t> out) {
+    Lock l(g_mu);
+    auto ranges = in;
+    ranges.push_back(out);
+    for (auto& r : ranges) if (int e = inside(what, r.first, r.second)) return e;
+    auto task = [=](const When& w) {
+        for (auto& r : in) if (int e = reads(w, r.first, r.second)) return e;
+        if (int e = writes(w, out.first, out.second)) return e;
+        return run();
+    };
+    return put(stream(s), {task, what, "launches"});
+}
+
 // ---- for tests
 extern "C" __attribute__((visibility("default"))) const char* prismgrad_emu_report() { return g_report.c_str(); }
 extern "C" __attribute__((visibility("default"))) uint64_t prismgrad_emu_stat(const char* key) { Lock l(g_mu); return g_stats[key]; }

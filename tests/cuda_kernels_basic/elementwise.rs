@@ -151,9 +151,8 @@ fn binary<T: El>() {
         }
         let d = up::<T>(&gv);
         go!(format!("add_assign_{}", T::NAME), quads(n); d.ptr, ba.ptr, n as i64, strided(&shape, [ea.strides()]));
-        go!(format!("axpy_{}", T::NAME), quads(n); d.ptr, bb.ptr, n as i64, strided(&shape, [eb.strides()]), -0.5);
-        let want: Vec<f64> = gv.iter().zip(ea.to_f64()).zip(eb.to_f64()).map(|((g, a), b)| g + a - 0.5 * b).collect();
-        close("axpy", &back(&d.get()), &want, T::TOL);
+        let want: Vec<f64> = gv.iter().zip(ea.to_f64()).map(|(g, a)| g + a).collect();
+        close("add_assign", &back(&d.get()), &want, T::TOL);
     }
 }
 #[test]
@@ -332,9 +331,5 @@ fn moves() {
         let c = Buf::<f32>::new(9);
         go!("arange_f32", quads(9); c.ptr, 9i64);
         assert_eq!(c.get()[8], 8.);
-        let w = Buf::from(&[[1u64, 2], [3, 4], [5, 6]]);
-        let v = Buf::<[u64; 2]>::new(6);
-        go!("copy_b16", quads(6); w.ptr, v.ptr, 6i64, strided(&[3, 2], [&[1, 0], &[2, 1]]));
-        assert_eq!(v.get()[3], [3, 4]);
     }
 }

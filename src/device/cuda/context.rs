@@ -1,5 +1,6 @@
 //! One GPU: its primary context, three streams, events, and the counters that tests hold against promises.
 
+use super::blas::Blas;
 use super::errors::{check, explain};
 use super::faults::Faults;
 use super::kernels::Modules;
@@ -47,6 +48,8 @@ impl fmt::Display for Stream {
 pub struct Counts {
     /// Kernels launched one by one.
     pub launches: u64,
+    /// Products that cuBLASLt (or cuBLAS) computed; they are no kernels of ours, and not among the launches.
+    pub library_products: u64,
     /// Captured graphs launched.
     pub graph_launches: u64,
     /// Copies from the host.
@@ -72,7 +75,17 @@ macro_rules! counters {
         }
     };
 }
-counters!(launches, graph_launches, uploads, downloads, synchronisations, driver_allocations, driver_frees, compiles);
+counters!(
+    launches,
+    library_products,
+    graph_launches,
+    uploads,
+    downloads,
+    synchronisations,
+    driver_allocations,
+    driver_frees,
+    compiles
+);
 
 /// Adds one to a counter.
 pub(crate) fn count(counter: &AtomicU64) {
@@ -108,6 +121,7 @@ pub struct Gpu {
     pub(crate) staging: Staging,
     pub(crate) modules: Modules,
     pub(crate) faults: Faults,
+    pub(crate) blas: Blas,
 }
 
 // SAFETY: the context and stream handles are never changed after `open`; the driver's functions on them may be called
@@ -187,6 +201,7 @@ impl Gpu {
             staging: Staging::default(),
             modules: Modules::default(),
             faults: Faults::default(),
+            blas: Blas::default(),
         })
     }
 

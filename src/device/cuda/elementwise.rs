@@ -90,9 +90,31 @@ fn run<'a>(
     args(Launch::new(gpu, file, name)?.grid(n.div_ceil(1024), 1, 1).block(256)).run()
 }
 
-/// A row-major copy.
+/// (n, r, c) if the array is a view of n row-major matrices `[r, c]` with rows and columns exchanged, of some size.
+fn transposed(a: &Array) -> Option<(usize, usize, usize)> {
+    let (lead, &[c, r]) = a.shape().split_last_chunk::<2>()?;
+    let (steps, &[one, row]) = a.strides().split_last_chunk::<2>()?;
+    let mut run = r * c;
+    for (size, step) in lead.iter().zip(steps).rev() {
+        if *size != 1 && *step != run {
+            return None;
+        }
+        run *= size;
+    }
+    let n: usize = lead.iter().product();
+    (one == 1 && row == c && r.min(c) >= 16 && n > 0).then_some((n, r, c))
+}
+
+/// A row-major copy. Transposed matrices go through shared memory, whole lines in and out.
 pub(crate) fn copy(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
     let out = Array::uninit_on(gpu, a.shape(), a.dtype())?;
+    if let Some((n, r, c)) = transposed(a) {
+        let (src, dst) = (a.block("copy")?, out.block("copy")?);
+        let l = Launch::new(gpu, "move", &format!("transpose_{}", width(a.dtype())))?;
+        let l = l.grid(n * r.div_ceil(32) * c.div_ceil(32), 1, 1).buf(src.0, src.1).buf(dst.0, dst.1);
+        l.val(n as i64).val(r as i64).val(c as i64).run()?;
+        return Ok(out);
+    }
     let s: [i64; 19] = strided("copy", a.shape(), [a.strides(), out.strides()])?;
     let (src, dst) = (a.block("copy")?, out.block("copy")?);
     let name = format!("copy_{}", width(a.dtype()));
@@ -154,13 +176,22 @@ pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<(
 /// `name(x, p, q)` of `cuda/unary.cu`.
 pub(crate) fn unary(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2]) -> Result<Array> {
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
+    unary_to(gpu, name, x, [p, q], &out)?;
+    Ok(out)
+}
+
+/// The same into `out`, contiguous.
+pub(crate) fn unary_into(gpu: &Arc<Gpu>, name: &str, x: &Array, out: &Array) -> Result<()> {
+    unary_to(gpu, name, x, [0.0; 2], out)
+}
+
+fn unary_to(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2], out: &Array) -> Result<()> {
     let s: [i64; 13] = strided(name, x.shape(), [x.strides()])?;
     let (src, dst) = (x.block(name)?, out.block(name)?);
     let kernel = format!("{name}_{}", suffix(x.dtype()));
     run(gpu, "unary", &kernel, x.numel(), |l| {
         l.buf(src.0, src.1).buf(dst.0, dst.1).val(x.numel() as i64).val(s).val(p).val(q)
-    })?;
-    Ok(out)
+    })
 }
 
 /// 1 where the value is finite, 0 elsewhere, u8.

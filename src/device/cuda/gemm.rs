@@ -1,7 +1,7 @@
 //! Launches of the matrix products of `cuda/gemm.cu`.
 
 use super::elementwise::{on, suffix};
-use super::{Gpu, Launch};
+use super::{Gpu, Launch, blas};
 use crate::error::Result;
 use crate::ops::linear::Activation;
 use crate::tensor::{Array, DType};
@@ -46,6 +46,18 @@ fn code(act: Activation) -> i32 {
         Activation::GeluTanh => 3,
         Activation::Silu => 4,
         Activation::Tanh => 5,
+    }
+}
+
+/// Its kernel in `cuda/unary.cu`.
+fn name(act: Activation) -> &'static str {
+    match act {
+        Activation::None => "identity",
+        Activation::Relu => "relu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::Silu => "silu",
+        Activation::Tanh => "tanh",
     }
 }
 
@@ -105,7 +117,32 @@ struct Call<'a> {
     accumulate: bool,
 }
 
+/// out = a·b + bias or out += a·b by our own kernel, whatever its size.
+pub(crate) fn own(
+    gpu: &Arc<Gpu>,
+    (a, b, out): (&Array, &Array, &Array),
+    bias: Option<&Array>,
+    accumulate: bool,
+) -> Result<()> {
+    run_own(gpu, a, b, out, Call { bias, pre: None, act: Activation::None, weights: None, accumulate })
+}
+
 fn run(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<()> {
+    // An activation is a pass of its own there: worth it beside a large product, if its input is wanted anyhow.
+    let target = if call.act == Activation::None { Some(out) } else { call.pre };
+    if let Some(target) = target
+        && out.numel() > 0
+        && blas::product(gpu, a, b, target, call.bias, call.weights.as_ref(), call.accumulate)?
+    {
+        return match call.act {
+            Activation::None => Ok(()),
+            act => super::elementwise::unary_into(gpu, name(act), target, out),
+        };
+    }
+    run_own(gpu, a, b, out, call)
+}
+
+fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<()> {
     let r = a.rank() - 2;
     let (m, k, n) = (a.shape()[r], a.shape()[r + 1], b.shape()[r + 1]);
     if out.numel() == 0 || (k == 0 && call.accumulate) {

@@ -14,6 +14,8 @@
 //! | `graph` | [`Graph`]: a recorded step |
 //! | `faults` | ids out of range, found by kernels, told later |
 //! | `elementwise`, `rows`, `reduce`, `sort`, `index`, `segment`, `conv`, `gemm`, `grouped`, `attention`, `factored` | launches of the kernels of `cuda/` on arrays |
+//! | `blas` | large products by cuBLASLt where it is found |
+//! | `library` | where NVIDIA's libraries may lie |
 //! | `errors` | result codes as sentences |
 //!
 //! | environment variable | meaning |
@@ -21,9 +23,11 @@
 //! | `PRISMGRAD_CUDA_POOL` | `cached`, `guard` or `poison`: how freed memory is kept |
 //! | `PRISMGRAD_CUDA_SYNC` | 1: wait after each launch, so that a fault is reported by the launch that caused it |
 //! | `PRISMGRAD_NVRTC` | the libnvrtc to use: its file or folder |
+//! | `PRISMGRAD_CUBLASLT` | the libcublasLt to use: its file or folder; `off` for none |
 //! | `PRISMGRAD_CACHE` | folder for compiled kernels |
 
 pub(crate) mod attention;
+pub(crate) mod blas;
 pub mod cache;
 mod context;
 pub(crate) mod conv;
@@ -37,6 +41,7 @@ pub(crate) mod grouped;
 pub(crate) mod index;
 pub mod kernels;
 mod launch;
+mod library;
 mod memory;
 pub mod nvrtc;
 mod pool;

@@ -3,10 +3,11 @@
 //! It is loaded by path and called through its own few functions, so that the copy named by `PRISMGRAD_NVRTC` is the one
 //! that runs, whatever else the machine has installed.
 
+use super::library::{Missing, Wanted, newest};
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 
 type Program = *mut core::ffi::c_void;
@@ -170,98 +171,28 @@ impl Drop for Handle<'_> {
 
 fn search() -> Result<Nvrtc> {
     let op = "find NVRTC";
-    if let Some(named) = std::env::var_os("PRISMGRAD_NVRTC").filter(|v| !v.is_empty()) {
-        let named = PathBuf::from(named);
-        let file = if named.is_dir() { library_in(&named) } else { Some(named.clone()).filter(|p| p.is_file()) };
-        let Some(file) = file else {
-            return Err(Error::device(
-                op,
-                format!("PRISMGRAD_NVRTC is {}, which is neither libnvrtc nor a folder that has it", named.display()),
-            ));
-        };
-        return load_file(&file).map_err(|e| Error::device(op, format!("PRISMGRAD_NVRTC: {e}")));
-    }
-    let mut failed = String::new();
-    for name in ["libnvrtc.so.13", "libnvrtc.so", "libnvrtc.so.12"] {
-        if let Ok(found) = load(Path::new(name)) {
-            return Ok(found);
-        }
-    }
-    // Asking Python costs a process, so it comes after the folders that are known without it.
-    for folders in [environment_folders, toolkit_folders, python_folders] {
-        for folder in folders() {
-            if let Some(file) = library_in(&folder) {
-                match load_file(&file) {
-                    Ok(found) => return Ok(found),
-                    Err(e) => failed.push_str(&format!("; {e}")),
-                }
-            }
-        }
-    }
-    Err(Error::device(
-        op,
-        format!(
-            "the kernel compiler libnvrtc.so.13 is not on the loader's path, in the active Python, under CUDA_HOME or in \
-             /usr/local/cuda{failed}; `pip install 'nvidia-cuda-nvrtc==13.0.*'`, or name the file or its folder in \
-             PRISMGRAD_NVRTC"
+    let wanted = Wanted {
+        variable: "PRISMGRAD_NVRTC",
+        start: "libnvrtc.so",
+        names: &["libnvrtc.so.13", "libnvrtc.so", "libnvrtc.so.12"],
+        wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
+    };
+    wanted.find(&[], load_file).map_err(|why| match why {
+        Missing::Named(why) => Error::device(op, why),
+        Missing::Nowhere(failed) => Error::device(
+            op,
+            format!(
+                "the kernel compiler libnvrtc.so.13 is not on the loader's path, in the active Python, under CUDA_HOME or in \
+                 /usr/local/cuda{failed}; `pip install 'nvidia-cuda-nvrtc==13.0.*'`, or name the file or its folder in \
+                 PRISMGRAD_NVRTC"
+            ),
         ),
-    ))
-}
-
-/// Where wheels put it, below a site-packages folder.
-const WHEELS: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"];
-
-fn environment_folders() -> Vec<PathBuf> {
-    let mut folders = vec![];
-    if let Some(root) = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from) {
-        let versions = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten();
-        for site in versions.map(|v| v.path().join("site-packages")).filter(|p| p.is_dir()) {
-            folders.extend(WHEELS.map(|w| site.join(w)));
-        }
-    }
-    folders.extend(std::env::var_os("CONDA_PREFIX").map(|p| PathBuf::from(p).join("lib")));
-    folders
-}
-
-fn toolkit_folders() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
-        .iter()
-        .filter_map(std::env::var_os)
-        .flat_map(|p| ["lib64", "lib"].map(|l| PathBuf::from(&p).join(l)))
-        .collect();
-    folders.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13.0/lib64", "/opt/cuda/lib64"].map(PathBuf::from));
-    folders
-}
-
-fn python_folders() -> Vec<PathBuf> {
-    let ask = "import site,sysconfig;p=sysconfig.get_paths();print('\\n'.join([p['purelib'],p['platlib'],site.getusersitepackages()]))";
-    let answer = std::process::Command::new("python3").args(["-c", ask]).stdin(std::process::Stdio::null()).output();
-    let Ok(answer) = answer else { return vec![] };
-    let text = String::from_utf8_lossy(&answer.stdout).into_owned();
-    let mut folders: Vec<PathBuf> = text.lines().flat_map(|site| WHEELS.map(|w| Path::new(site).join(w))).collect();
-    folders.dedup();
-    folders
-}
-
-/// The NVRTC in a folder, the newest by name.
-fn library_in(folder: &Path) -> Option<PathBuf> {
-    newest(folder, "libnvrtc.so")
-}
-
-fn newest(folder: &Path, start: &str) -> Option<PathBuf> {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
-        .ok()?
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(start)))
-        .collect();
-    found.sort();
-    found.pop()
+    })
 }
 
 /// By path: the built-in functions first, since NVRTC looks for them by bare name when it compiles.
 fn load_file(file: &Path) -> std::result::Result<Nvrtc, String> {
-    if let Some(builtins) = file.parent().and_then(|f| newest(f, "libnvrtc-builtins.so")) {
+    if let Some(builtins) = file.parent().filter(|f| f.is_dir()).and_then(|f| newest(f, "libnvrtc-builtins.so")) {
         // SAFETY: NVIDIA's library; loading runs only its own start-up code.
         if let Ok(lib) = unsafe { Library::new(builtins) } {
             std::mem::forget(lib);
