@@ -29,7 +29,7 @@ const OPTIONS: &[args::Opt] = &[
     ("model", "mlp", "mlp (64-32-10, tanh) or convnet (two convolutions and a linear layer)"),
     ("private", "", "train with differential privacy"),
     ("epsilon", "3", "privacy budget ε at δ = 1e-4, with --private"),
-    ("style", "layer-wise", "clipping groups, with --private: all-layer, layer-wise or parameter-wise"),
+    ("style", "layer-wise", "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K"),
     ("epochs", "30", "passes over the training images"),
     ("seed", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
     ("out", "runs/digits", "run folder"),
@@ -89,14 +89,8 @@ fn run() -> Result<()> {
         args::fail(format!("--{option} has no effect on plain training; add --private or leave it out"));
     }
     let epsilon = args.get("epsilon", "a positive number, such as 3", |e: &f64| e.is_finite() && *e > 0.0);
-    let style = args.choice(
-        "style",
-        &[
-            ("all-layer", ClipStyle::AllLayer),
-            ("layer-wise", ClipStyle::LayerWise),
-            ("parameter-wise", ClipStyle::ParameterWise),
-        ],
-    );
+    let style: ClipStyle =
+        args.get("style", "all-layer, layer-wise, parameter-wise or uniform-K", |_: &ClipStyle| true);
     let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
     let seed: u64 = args.get("seed", "a whole number, 0 or more", |_| true);
 
@@ -110,7 +104,8 @@ fn run() -> Result<()> {
     // With momentum 0.9 a step of 0.1 moves as far in the end as one of 1 without.
     let lr = if private { 0.1 } else { 4e-3 };
     let mut step = if private {
-        let config = PrivacyConfig { style, ..PrivacyConfig::new(epsilon, DELTA, train.len(), batch, total) };
+        let config =
+            PrivacyConfig { style: style.clone(), ..PrivacyConfig::new(epsilon, DELTA, train.len(), batch, total) };
         let key = if args.has("seed") {
             eprintln!("With --seed, sampling and noise are repeatable: this run is NOT private.");
             NoiseKey::from_seed_for_tests(seed)

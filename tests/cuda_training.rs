@@ -12,7 +12,7 @@ use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
 
-const STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
+static STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
 
 fn gpu() -> Device {
     Device::cuda(0).unwrap()
@@ -31,11 +31,11 @@ fn tokens(b: usize, seed: usize) -> (Array, Array) {
     (f(seed), f(seed + 5))
 }
 
-fn step_of(params: &[Param], style: Option<ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
+fn step_of(params: &[Param], style: Option<&ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
     let schedule = Schedule::cosine(1e-2, 2, 50);
     let Some(style) = style else { return TrainStep::plain(params, optimizer, schedule).unwrap() };
     let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 10);
-    (c.style, c.noise_multiplier) = (style, Some(1.0));
+    (c.style, c.noise_multiplier) = (style.clone(), Some(1.0));
     let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
     TrainStep::private(params, p, optimizer, schedule).unwrap()
 }
@@ -69,7 +69,7 @@ fn steps_agree_with_the_cpu() {
     let mut k = 0;
     for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 2e-4)] {
         for tied in [false, true] {
-            for style in [None, Some(STYLES[0]), Some(STYLES[1]), Some(STYLES[2])] {
+            for style in [None, Some(&STYLES[0]), Some(&STYLES[1]), Some(&STYLES[2])] {
                 config("seed", k % 4);
                 config("preempt", if k % 5 == 4 { 40 } else { 0 });
                 k += 1;
@@ -100,7 +100,7 @@ fn steps_agree_with_the_cpu() {
 fn a_private_step_waits_for_nothing_and_allocates_nothing() {
     let _one = lock();
     let device = gpu();
-    for style in [None, Some(STYLES[0]), Some(STYLES[1])] {
+    for style in [None, Some(&STYLES[0]), Some(&STYLES[1])] {
         let model = gpt(true, DType::F32, &device);
         let mut step = step_of(&model.params().all(), style, AdamW::default());
         let go = |step: &mut TrainStep, t: u64| {
@@ -131,7 +131,7 @@ fn noise_is_the_same_bits_as_on_the_cpu() {
     let run = |device: &Device, dtype: DType| {
         let idle = Param::new("idle", Array::zeros(&[1003], dtype));
         idle.to(device).unwrap();
-        let mut step = step_of(std::slice::from_ref(&idle), Some(STYLES[0]), Sgd::default());
+        let mut step = step_of(std::slice::from_ref(&idle), Some(&STYLES[0]), Sgd::default());
         let none: [(); 0] = [];
         let report = step.run(none, |_| unreachable!()).unwrap();
         assert!(report.loss().unwrap().is_nan());
@@ -152,7 +152,7 @@ fn repeatable_and_resumable_bitwise() {
     let run = |cut: Option<u64>, seed: i64| {
         config("seed", seed);
         let mut model = gpt(true, DType::F32, &device);
-        let mut step = step_of(&model.params().all(), Some(ClipStyle::LayerWise), AdamW::default());
+        let mut step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
         for t in 0..4 {
             if cut == Some(t) {
                 let (params, steps) = (model.params().all(), step.steps());
@@ -160,7 +160,7 @@ fn repeatable_and_resumable_bitwise() {
                 let next = gpt(true, DType::F32, &device);
                 next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
                 model = next;
-                step = step_of(&model.params().all(), Some(ClipStyle::LayerWise), AdamW::default());
+                step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
                 step.restore(steps, &state).unwrap();
             }
             let (x, y) = tokens(3, t as usize);
@@ -232,7 +232,7 @@ fn a_private_sample_that_is_not_finite_is_left_out_and_counted() {
 #[test]
 fn ragged_samples_clip_as_on_the_cpu() {
     let _one = lock();
-    let run = |device: &Device, style: ClipStyle, clip: ClipFn| {
+    let run = |device: &Device, style: &ClipStyle, clip: ClipFn| {
         let p = |n: &str, s: &[usize], k: f64| {
             let p = Param::new(n, Array::generate(s, DType::F64, |i| (k + i as f64 * 0.9).sin()));
             p.to(device).unwrap();
@@ -253,7 +253,7 @@ fn ragged_samples_clip_as_on_the_cpu() {
         let sums = clipped_gradient(&losses, &params, style, clip, 0.4).unwrap();
         sums.iter().flat_map(Array::to_f64).collect::<Vec<f64>>()
     };
-    for style in STYLES {
+    for style in &STYLES {
         for clip in [ClipFn::Abadi, ClipFn::Reparameterised, ClipFn::AutoV, ClipFn::AutoS { gamma: 0.01 }] {
             let (want, got) = (run(&Device::Cpu, style, clip), run(&gpu(), style, clip));
             close(&format!("{style:?} {clip:?}"), &got, &want, 1e-10);
@@ -275,7 +275,7 @@ fn a_model_on_two_devices_is_refused_by_name() {
 fn replayed_steps_are_ordinary_steps() {
     let _one = lock();
     let device = gpu();
-    for (k, style) in [None, Some(STYLES[0]), Some(STYLES[1])].into_iter().enumerate() {
+    for (k, style) in [None, Some(&STYLES[0]), Some(&STYLES[1])].into_iter().enumerate() {
         config("seed", k as i64);
         let run = |recorded: bool| {
             let model = gpt(true, DType::F32, &device);
@@ -370,7 +370,7 @@ fn a_profile_has_the_kernels_of_every_op() {
     let _one = lock();
     let device = gpu();
     let model = gpt(true, DType::F32, &device);
-    let mut step = step_of(&model.params().all(), Some(ClipStyle::AllLayer), AdamW::default());
+    let mut step = step_of(&model.params().all(), Some(&ClipStyle::AllLayer), AdamW::default());
     let (x, y) = tokens(3, 1);
     let session = profile::start(&device).unwrap();
     assert!(profile::start(&device).is_err(), "one at a time");

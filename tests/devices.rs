@@ -148,7 +148,7 @@ device_tests! {
                     let losses = model.losses(&x, &y, ctx).unwrap();
                     assert_eq!((losses.dtype(), params[0].dtype()), (DType::F32, DType::F32));
                     let loss = losses.array().to_f64().iter().sum::<f64>() / 4.0;
-                    if let Some(style) = style {
+                    if let Some(style) = &style {
                         let sums = clipped_gradient(&losses, &params, style, ClipFn::Abadi, 0.5).unwrap();
                         return (loss, sums.iter().flat_map(Array::to_f64).collect::<Vec<f64>>());
                     }

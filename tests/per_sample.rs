@@ -47,9 +47,9 @@ fn golden_losses_and_norms() {
 
 #[test]
 fn golden_clipped_sums() {
-    let (all, layer, each) = (ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise);
+    let (all, layer, each) = (&ClipStyle::AllLayer, &ClipStyle::LayerWise, &ClipStyle::ParameterWise);
     let auto_s = ClipFn::AutoS { gamma: 0.01 };
-    let rows: [(ClipStyle, ClipFn, f64, [f64; 4]); 8] = [
+    let rows: [(&ClipStyle, ClipFn, f64, [f64; 4]); 8] = [
         (all, ClipFn::Abadi, 0.1, [0.083780153, 0.022881166, 0.106300981, 0.003760834]),
         (all, ClipFn::Abadi, 0.5, [0.418900767, 0.114405830, 0.531504906, 0.018804172]),
         (all, ClipFn::AutoV, 1.0, [0.837801533, 0.228811659, 1.063009811, 0.037608343]),
@@ -62,7 +62,7 @@ fn golden_clipped_sums() {
     for (dtype, tol) in [(DType::F64, 1e-8), (DType::F32, 1e-5)] {
         for (style, clip, r, want) in &rows {
             let (losses, params) = fixture(dtype);
-            let sums = clipped_gradient(&losses, &params, *style, *clip, *r).unwrap();
+            let sums = clipped_gradient(&losses, &params, style, *clip, *r).unwrap();
             for ((g, w), p) in sums.iter().zip(want).zip(&params) {
                 let norm = g.to_f64().iter().map(|x| x * x).sum::<f64>().sqrt();
                 close(&format!("{style:?} {clip:?} {r} {}", p.name()), norm, *w, tol);

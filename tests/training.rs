@@ -26,14 +26,14 @@ fn tokens(b: usize, seed: usize) -> (Array, Array) {
     (f(seed), f(seed + 5))
 }
 
-fn private(params: &[Param], style: ClipStyle, batch: f64, steps: u64) -> Result<TrainStep> {
+fn private(params: &[Param], style: &ClipStyle, batch: f64, steps: u64) -> Result<TrainStep> {
     let mut c = PrivacyConfig::new(4.0, 1e-3, 100, batch, steps);
-    c.style = style;
+    c.style = style.clone();
     let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9))?;
     TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2))
 }
 
-const STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
+static STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
 
 #[test]
 fn every_parameter_of_a_gpt_per_sample() {
@@ -69,7 +69,7 @@ fn ragged(keep: &[usize]) -> (Tensor, Vec<Param>) {
 #[test]
 fn one_record_moves_the_clipped_sum_by_at_most_the_threshold() {
     let clips = [ClipFn::Abadi, ClipFn::AutoS { gamma: 0.01 }, ClipFn::AutoV, ClipFn::Global];
-    for style in STYLES {
+    for style in &STYLES {
         for clip in clips {
             let sum = |keep: &[usize]| -> Vec<f64> {
                 let (l, p) = ragged(keep);
@@ -142,7 +142,7 @@ proptest! {
     ) {
         let sum = |keep: &[bool]| -> Vec<f64> {
             let (losses, params) = random_model(seed, keep);
-            let sums = clipped_gradient(&losses, &params, style, clip, threshold).unwrap();
+            let sums = clipped_gradient(&losses, &params, &style, clip, threshold).unwrap();
             sums.iter().flat_map(Array::to_f64).collect()
         };
         let all = sum(&vec![true; samples]);
@@ -159,7 +159,7 @@ proptest! {
 fn clipped_sums_are_those_of_the_instantiated_gradients() {
     let clip = ClipFn::Abadi;
     let (losses, params) = ragged(&[0, 1, 2, 3]);
-    let got = clipped_gradient(&losses, &params, ClipStyle::AllLayer, clip, 0.4).unwrap();
+    let got = clipped_gradient(&losses, &params, &ClipStyle::AllLayer, clip, 0.4).unwrap();
     let (losses, params) = ragged(&[0, 1, 2, 3]);
     let grads = losses.backward().unwrap();
     let per: Vec<Vec<f64>> = params.iter().map(|p| grads.param(p).unwrap().per_sample().unwrap().to_f64()).collect();
@@ -181,7 +181,7 @@ fn values(params: &[Param]) -> Vec<u8> {
 
 #[test]
 fn same_bits_at_any_number_of_threads() {
-    let run = |threads: usize, style: Option<ClipStyle>| {
+    let run = |threads: usize, style: Option<&ClipStyle>| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let model = gpt(true, DType::F32);
@@ -197,7 +197,7 @@ fn same_bits_at_any_number_of_threads() {
             values(&params)
         })
     };
-    for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
+    for style in [None, Some(&ClipStyle::AllLayer), Some(&ClipStyle::LayerWise)] {
         let one = run(1, style);
         assert_eq!(one, run(2, style), "{style:?}");
         assert_eq!(one, run(3, style), "{style:?}");
@@ -206,7 +206,7 @@ fn same_bits_at_any_number_of_threads() {
 
 #[test]
 fn microbatches_make_no_difference() {
-    for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
+    for style in [None, Some(&ClipStyle::AllLayer), Some(&ClipStyle::LayerWise)] {
         let run = |parts: &[&[usize]]| {
             let model = gpt(false, DType::F64);
             let params = model.params().all();
@@ -281,14 +281,14 @@ fn a_sample_that_is_not_finite_is_left_out_and_counted() {
 fn a_resumed_step_continues_bitwise() {
     let run = |cut: Option<u64>| {
         let mut model = gpt(true, DType::F32);
-        let mut step = private(&model.params().all(), ClipStyle::LayerWise, 10.0, 6).unwrap();
+        let mut step = private(&model.params().all(), &ClipStyle::LayerWise, 10.0, 6).unwrap();
         for t in 0..6 {
             if cut == Some(t) {
                 let (params, state, steps) = (model.params().all(), step.state(), step.steps());
                 let next = gpt(true, DType::F32);
                 next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
                 model = next;
-                step = private(&model.params().all(), ClipStyle::LayerWise, 10.0, 6).unwrap();
+                step = private(&model.params().all(), &ClipStyle::LayerWise, 10.0, 6).unwrap();
                 let state: Vec<(String, Array)> = state.into_iter().map(|(n, a)| (n.to_string(), a)).collect();
                 step.restore(steps, &state).unwrap();
             }
@@ -306,7 +306,7 @@ fn a_resumed_step_continues_bitwise() {
 #[test]
 fn memory_stays_flat() {
     let model = gpt(true, DType::F32);
-    let mut step = private(&model.params().all(), ClipStyle::AllLayer, 10.0, 100_000).unwrap();
+    let mut step = private(&model.params().all(), &ClipStyle::AllLayer, 10.0, 100_000).unwrap();
     let (x, y) = tokens(8, 1);
     let mut live = Vec::new();
     for t in 0..1000 {
@@ -323,7 +323,7 @@ fn memory_stays_flat() {
 #[test]
 fn the_budget_is_a_hard_stop_and_nonsense_is_refused() {
     let (w, idle, _) = probe(&[[0.0; 3]]);
-    let mut step = private(&[w, idle], ClipStyle::LayerWise, 10.0, 2).unwrap();
+    let mut step = private(&[w, idle], &ClipStyle::LayerWise, 10.0, 2).unwrap();
     let none = || -> [(); 0] { [] };
     for _ in 0..2 {
         assert!(step.run(none(), |_| unreachable!()).unwrap().epsilon.unwrap() <= 4.0);
@@ -352,7 +352,7 @@ fn run_in(folder: &Path) -> Vec<u8> {
     const STEPS: u64 = 40;
     let model = gpt(true, DType::F32);
     let params = model.params().all();
-    let mut step = private(&params, ClipStyle::LayerWise, 10.0, STEPS).unwrap();
+    let mut step = private(&params, &ClipStyle::LayerWise, 10.0, STEPS).unwrap();
     let mut run = RunFolder::create(folder, &serde_json::json!({}), Existing::Resume, &[]).unwrap();
     let checkpoints = run.checkpoints().unwrap().keep_last(2);
     if let Some(c) = checkpoints.latest().unwrap().checkpoint {

@@ -62,8 +62,9 @@ impl ClipFn {
     }
 }
 
-/// Which parameters are clipped together (He et al. 2023; Bu et al. 2023, group-wise clipping).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Which parameters are clipped together (He et al. 2023; Bu et al. 2023, group-wise clipping). Each group has a threshold
+/// R_m of its own; together they compose to R = √(Σ R_m²), the most a sample can contribute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClipStyle {
     /// All of them: one norm per sample.
@@ -72,6 +73,124 @@ pub enum ClipStyle {
     LayerWise,
     /// Each tensor by itself.
     ParameterWise,
+    /// So many runs of layers that follow each other, as equal in number of layers as can be.
+    Uniform(usize),
+    /// By name: a parameter belongs to the first pattern that matches (`*` stands for any characters, as in `h.0.*`); those
+    /// that match none form one more group.
+    Named(Vec<String>),
+}
+
+/// How the total threshold is split over the groups.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case")]
+pub enum Thresholds {
+    /// R_m = R/√M.
+    #[default]
+    Equal,
+    /// R_m = R·w_m/√(Σ w²), one positive weight per group in the order in which parameters are given to the step.
+    Weighted(Vec<f64>),
+    /// Towards a quantile of each group's norms (Andrew et al. 2021): after every step
+    /// R_m ← R_m·exp(−rate·(b_m − quantile)), where b_m is the share of the expected batch whose norm was at most R_m, with
+    /// Gaussian noise of standard deviation `noise`·B in the count. R is the start. The counts are released with the gradient:
+    /// its noise multiplier is z = (σ⁻² − M/(2·noise·B)²)^(−½) instead of σ, so that both together cost what σ does.
+    Adaptive {
+        /// The share of samples to leave unclipped, such as 0.5.
+        quantile: f64,
+        /// Learning rate of ln R_m, such as 0.2.
+        rate: f64,
+        /// Standard deviation of the counts' noise over the expected batch, such as 0.05.
+        noise: f64,
+    },
+}
+
+impl ClipStyle {
+    /// The group of each parameter, numbered in the order in which they first appear.
+    pub fn groups(&self, names: &[&str]) -> crate::Result<Vec<usize>> {
+        fn numbered<K: PartialEq>(keys: impl Iterator<Item = K>) -> Vec<usize> {
+            let mut seen: Vec<K> = Vec::new();
+            keys.map(|k| {
+                seen.iter().position(|s| *s == k).unwrap_or_else(|| {
+                    seen.push(k);
+                    seen.len() - 1
+                })
+            })
+            .collect()
+        }
+        // Weight and bias of one layer share everything but the last part of the name.
+        let layers = || numbered(names.iter().map(|n| n.rsplit_once('.').map_or(*n, |(layer, _)| layer)));
+        Ok(match self {
+            ClipStyle::AllLayer => vec![0; names.len()],
+            ClipStyle::LayerWise => layers(),
+            ClipStyle::ParameterWise => (0..names.len()).collect(),
+            ClipStyle::Uniform(k) => {
+                let layers = layers();
+                let n = layers.iter().max().map_or(0, |m| m + 1);
+                if *k == 0 || *k > n.max(1) {
+                    return Err(crate::Error::privacy(format!("{k} clipping groups for {n} layers; use 1 to {n}")));
+                }
+                layers.into_iter().map(|l| l * k / n).collect()
+            }
+            ClipStyle::Named(patterns) => {
+                if let Some(p) = patterns.iter().find(|p| !names.iter().any(|n| matches(p, n))) {
+                    return Err(crate::Error::privacy(format!(
+                        "no parameter's name matches the clipping group {p:?}; names are like {:?}",
+                        names.first().unwrap_or(&"")
+                    )));
+                }
+                numbered(names.iter().map(|n| patterns.iter().position(|p| matches(p, n))))
+            }
+        })
+    }
+}
+
+impl Thresholds {
+    /// Each group's threshold; √(Σ R_m²) = `total`.
+    pub fn split(&self, total: f64, groups: usize) -> crate::Result<Vec<f64>> {
+        match self {
+            Thresholds::Equal | Thresholds::Adaptive { .. } => Ok(vec![total / (groups.max(1) as f64).sqrt(); groups]),
+            Thresholds::Weighted(w) => {
+                if w.len() != groups || !w.iter().all(|w| w.is_finite() && *w > 0.0) {
+                    return Err(crate::Error::privacy(format!(
+                        "threshold weights {w:?} for {groups} clipping groups: one positive number for each"
+                    )));
+                }
+                let norm = w.iter().map(|w| w * w).sum::<f64>().sqrt();
+                Ok(w.iter().map(|w| total * w / norm).collect())
+            }
+        }
+    }
+    /// Refuses what the accounting does not hold for.
+    pub fn validate(&self, clip: ClipFn) -> crate::Result<()> {
+        let Thresholds::Adaptive { quantile, rate, noise } = self else { return Ok(()) };
+        let fine = |x: f64, high: f64| x > 0.0 && x < high;
+        if !(fine(*quantile, 1.0) && fine(*rate, f64::INFINITY) && fine(*noise, f64::INFINITY)) {
+            return Err(crate::Error::privacy(format!(
+                "adaptive thresholds with quantile {quantile}, rate {rate}, noise {noise}: the quantile lies between 0 and 1, \
+                 the others are positive"
+            )));
+        }
+        if matches!(clip, ClipFn::Reparameterised) {
+            return Err(crate::Error::privacy(
+                "adaptive thresholds with the re-parameterised function, whose clipped norm is always 1: use Abadi",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a name matches a pattern in which `*` stands for any characters.
+fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
 }
 
 impl std::str::FromStr for ClipStyle {
@@ -81,10 +200,15 @@ impl std::str::FromStr for ClipStyle {
             "all-layer" => Ok(ClipStyle::AllLayer),
             "layer-wise" => Ok(ClipStyle::LayerWise),
             "param-wise" | "parameter-wise" => Ok(ClipStyle::ParameterWise),
-            _ => Err(crate::Error::invalid(
-                "clipping style",
-                format!("{s:?}; known are all-layer, layer-wise, parameter-wise"),
-            )),
+            _ => {
+                if let Some(k) = s.strip_prefix("uniform-").and_then(|k| k.parse().ok()) {
+                    return Ok(ClipStyle::Uniform(k));
+                }
+                Err(crate::Error::invalid(
+                    "clipping style",
+                    format!("{s:?}; known are all-layer, layer-wise, parameter-wise, uniform-K"),
+                ))
+            }
         }
     }
 }
@@ -92,6 +216,25 @@ impl std::str::FromStr for ClipStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_by_layer_number_and_name() {
+        let names = ["wte.weight", "h.0.a.weight", "h.0.a.bias", "h.1.a.weight", "h.1.a.bias", "ln.weight"];
+        let groups = |s: ClipStyle| s.groups(&names);
+        assert_eq!(groups(ClipStyle::AllLayer).unwrap(), [0; 6]);
+        assert_eq!(groups(ClipStyle::LayerWise).unwrap(), [0, 1, 1, 2, 2, 3]);
+        assert_eq!(groups(ClipStyle::Uniform(2)).unwrap(), [0, 0, 0, 1, 1, 1]);
+        assert_eq!(groups(ClipStyle::Uniform(4)).unwrap(), [0, 1, 1, 2, 2, 3]);
+        let named = |p: &[&str]| groups(ClipStyle::Named(p.iter().map(|s| s.to_string()).collect()));
+        assert_eq!(named(&["h.0.*", "*.bias"]).unwrap(), [0, 1, 1, 0, 2, 0]);
+        assert_eq!(named(&["h*a*s"]).unwrap(), [0, 0, 1, 0, 1, 0]);
+        assert!(named(&["x.*"]).unwrap_err().to_string().contains("x.*"));
+        assert!(groups(ClipStyle::Uniform(5)).is_err() && groups(ClipStyle::Uniform(0)).is_err());
+        assert!(matches("a*b", "ab") && !matches("a*b", "abc") && matches("*", "") && !matches("a", "ab"));
+        let split = Thresholds::Weighted(vec![3.0, 4.0]).split(10.0, 2).unwrap();
+        assert!((split[0] - 6.0).abs() < 1e-12 && (split[1] - 8.0).abs() < 1e-12);
+        assert!(Thresholds::Weighted(vec![1.0, 0.0]).split(1.0, 2).is_err());
+    }
 
     #[test]
     fn no_clipped_norm_exceeds_the_sensitivity() {

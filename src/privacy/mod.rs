@@ -3,8 +3,10 @@
 
 pub mod accountant;
 pub mod clip;
+pub mod coupling;
 pub mod sampling;
 
 pub use accountant::{Accountant, Neighbouring};
-pub use clip::{ClipFn, ClipStyle};
+pub use clip::{ClipFn, ClipStyle, Thresholds};
+pub use coupling::{Private, Public, Weight};
 pub use sampling::PoissonSampler;

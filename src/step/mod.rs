@@ -24,12 +24,17 @@ use crate::device::cuda::elementwise::scale_in_place;
 use crate::device::cuda::{Tag, TagScope};
 use crate::error::{Error, Result};
 use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
-use crate::privacy::{ClipFn, ClipStyle};
+use crate::privacy::{ClipFn, ClipStyle, Private, Public, Thresholds, Weight};
 use crate::profile::{self, Kind};
-use crate::tensor::Array;
+use crate::tensor::{Array, DType};
 use ledger::{Ledger, Snapshot, Tally, not_finite};
 use record::Live;
-use weigh::{Clipping, Weigh};
+use weigh::{Clipping, PublicPart, Weigh};
+
+/// Name of the adaptive thresholds among a step's buffers.
+const THRESHOLDS: &str = "clipping thresholds";
+/// Name of the number of private steps among them.
+const PRIVATE_STEPS: &str = "private steps";
 
 /// What one step did.
 ///
@@ -88,6 +93,8 @@ pub struct TrainStep {
     schedule: Schedule,
     steps: u64,
     privacy: Option<Privacy>,
+    /// The weight of the private part, in a coupled step.
+    coupled: Option<Weight>,
 }
 
 impl TrainStep {
@@ -124,7 +131,7 @@ impl TrainStep {
         if let Some(p) = &mut privacy {
             p.plan(flat.params())?;
         }
-        Ok(TrainStep { flat, grads, state, ledger, optimizer, schedule, steps: 0, privacy })
+        Ok(TrainStep { flat, grads, state, ledger, optimizer, schedule, steps: 0, privacy, coupled: None })
     }
     /// Steps taken.
     pub fn steps(&self) -> u64 {
@@ -140,9 +147,9 @@ impl TrainStep {
     }
     /// The records of the next private batch, drawn by the step's own Poisson sampler; the same however often it is
     /// asked before the step is taken. May be empty, and then the step still has to be taken.
-    pub fn next_batch(&self) -> Result<Vec<usize>> {
+    pub fn next_batch(&self) -> Result<Private<Vec<usize>>> {
         match &self.privacy {
-            Some(p) => Ok(p.batch(self.steps)),
+            Some(p) => Ok(Private(p.batch(self.steps))),
             None => Err(Error::invalid("next_batch", "a plain step has no sampler; draw batches with data::shuffled")),
         }
     }
@@ -159,32 +166,104 @@ impl TrainStep {
         forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<StepReport> {
         let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps)?),
+            Some(p) => Some(p.admit()?),
             None => None,
         };
-        let (samples, loss, tally) = self.queue(microbatches, forward, None)?;
+        let mut forward = forward;
+        let (samples, loss, tally) = self.queue(microbatches, |b| Ok((forward(b)?, None)), None)?;
         self.report(samples, epsilon, Found::Here(loss, tally))
+    }
+    /// One private step on private and public data together: the update follows
+    ///
+    /// g = α·(Σ clip(gᵢ) + noise)/B₁ + (1 − α)·(mean of the public gradients),
+    ///
+    /// B₁ being the expected private batch. Both kinds go through one forward and one backward pass: `forward` gets private
+    /// records and public ones, and returns their losses in that order, `[private + public]`; at most `microbatch` of both at
+    /// a time. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0
+    /// nothing private is touched and no budget is spent; with α = 1 the public data are left out.
+    ///
+    /// The loss in the report is over both.
+    pub fn run_coupled<P, Q>(
+        &mut self,
+        private: Private<Vec<P>>,
+        public: Public<Vec<Q>>,
+        weight: Weight,
+        microbatch: usize,
+        mut forward: impl FnMut(&[P], &[Q]) -> Result<Tensor>,
+    ) -> Result<StepReport> {
+        let op = "TrainStep::run_coupled";
+        let Some(privacy) = &mut self.privacy else {
+            return Err(Error::invalid(op, "a plain step has no private half; make it with TrainStep::private"));
+        };
+        let (Private(mut private), Public(mut public), share) = (private, public, weight.of_private());
+        if microbatch == 0 {
+            return Err(Error::invalid(op, "microbatches of 0 samples"));
+        }
+        if share == 1.0 {
+            public.clear();
+        } else if public.is_empty() {
+            return Err(Error::invalid(
+                op,
+                format!("no public samples, but a public weight of {}", weight.of_public()),
+            ));
+        }
+        // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
+        let scale = weight.of_public() / public.len().max(1) as f64;
+        let epsilon = if share == 0.0 {
+            private.clear();
+            privacy.spent()?
+        } else {
+            privacy.admit()?
+        };
+        let scale = if share == 0.0 { 1.0 } else { scale * privacy.expected_batch() / share };
+        let total = private.len() + public.len();
+        let parts = total.div_ceil(microbatch);
+        let cut = |n: usize, i: usize| n * i / parts.max(1);
+        let batches: Vec<_> = (0..parts)
+            .map(|i| {
+                let range = |n: usize| cut(n, i)..cut(n, i + 1);
+                (range(private.len()), range(public.len()))
+            })
+            .collect();
+        self.coupled = Some(weight);
+        let queued = self.queue(
+            batches,
+            |(p, q)| {
+                let from = p.len();
+                let losses = forward(&private[p], &public[q.clone()])?;
+                if losses.rank() == 1 && losses.numel() != from + q.len() {
+                    let message =
+                        format!("{} losses for {from} private and {} public samples", losses.numel(), q.len());
+                    return Err(Error::shape(op, message));
+                }
+                Ok((losses, Some(PublicPart { from, weight: scale })))
+            },
+            None,
+        );
+        self.coupled = None;
+        let (samples, loss, tally) = queued?;
+        self.report(samples, Some(epsilon), Found::Here(loss, tally))
     }
     /// Everything a step does to gradients and parameters: samples, and on the CPU the losses' sum and what was clipped.
     /// With `live`, what changes from step to step is read from memory.
     fn queue<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
-        mut forward: impl FnMut(B) -> Result<Tensor>,
+        mut forward: impl FnMut(B) -> Result<(Tensor, Option<PublicPart>)>,
         live: Option<&Live>,
     ) -> Result<(usize, f64, Tally)> {
         zero(&mut self.grads)?;
         if let Some(ledger) = &self.ledger {
             ledger.begin()?;
         }
-        let (mut loss_sum, mut samples) = (0.0, 0);
+        let (mut loss_sum, mut samples, mut private_samples) = (0.0, 0, 0);
         let mut weigh = match &self.privacy {
             Some(p) => Weigh::private(&self.flat, &mut self.grads, p.clipping(), self.ledger.as_ref()),
             None => Weigh::plain(&self.flat, &mut self.grads),
         };
         for batch in microbatches {
             let phase = profile::span(Kind::Phase, "forward pass");
-            let losses = forward(batch)?;
+            let (losses, public) = forward(batch)?;
             drop(phase);
             if losses.rank() != 1 {
                 return Err(Error::shape(
@@ -212,17 +291,21 @@ impl TrainStep {
             }
             samples += losses.numel();
             let _phase = profile::span(Kind::Phase, "backward pass");
-            weigh.begin(losses.numel());
+            private_samples += public.map_or(losses.numel(), |p| p.from);
+            weigh.begin(losses.numel(), public);
             losses.backward_into(&mut weigh)?;
             drop(losses);
             weigh.finish()?;
         }
-        let tally = weigh.tally();
-        let scale = match &self.privacy {
+        let (tally, below) = (weigh.tally(), weigh.below());
+        let share = self.coupled.map_or(1.0, Weight::of_private);
+        let scale = match &mut self.privacy {
+            Some(_) if share == 0.0 => 1.0 / samples as f64,
             Some(p) => {
                 let _phase = profile::span(Kind::Phase, "noise");
                 p.add_noise(self.steps, live.map(|l| &l.before), &mut self.grads)?;
-                1.0 / p.expected_batch()
+                p.adapt(self.steps, self.flat.numel() as u64, &below, private_samples);
+                share / p.expected_batch()
             }
             None if samples == 0 => {
                 return Err(Error::invalid("TrainStep::run", "no samples: a plain step needs at least one"));
@@ -259,7 +342,18 @@ impl TrainStep {
     }
     /// Everything a checkpoint needs besides the parameters: named flat buffers.
     pub fn state(&self) -> Vec<(&'static str, Array)> {
-        self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect()
+        let mut all: Vec<_> = self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect();
+        if let Some(p) = self.privacy.as_ref() {
+            all.push((PRIVATE_STEPS, Array::generate(&[1], DType::I64, |_| p.steps() as f64)));
+        }
+        if let Some(p) = self.adaptive() {
+            let thresholds = p.thresholds();
+            all.push((THRESHOLDS, Array::generate(&[thresholds.len()], DType::F64, |i| thresholds[i])));
+        }
+        all
+    }
+    fn adaptive(&self) -> Option<&Privacy> {
+        self.privacy.as_ref().filter(|p| matches!(p.config().thresholds, Thresholds::Adaptive { .. }))
     }
     /// Takes up where a checkpoint left off.
     pub fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {
@@ -275,9 +369,21 @@ impl TrainStep {
             }
             *buffer = found.1.to(&buffer.device())?.copy();
         }
+        if self.adaptive().is_some() {
+            let found = state.iter().find(|(n, a)| n == THRESHOLDS && a.dtype() == DType::F64);
+            let found = found.ok_or_else(|| {
+                Error::invalid("TrainStep::restore", "the checkpoint has no adaptive thresholds; was it another run?")
+            })?;
+            let values = found.1.to_f64();
+            if let Some(p) = self.privacy.as_mut().filter(|p| p.groups() == values.len()) {
+                p.set_thresholds(&values);
+            }
+        }
         self.steps = steps;
+        // Every step was private unless the checkpoint says otherwise.
+        let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
         if let Some(p) = &mut self.privacy {
-            p.restore(steps);
+            p.restore(spent.map_or(steps, |s| s as u64));
         }
         Ok(())
     }
@@ -289,18 +395,18 @@ impl TrainStep {
 pub fn clipped_gradient(
     losses: &Tensor,
     params: &[Param],
-    style: ClipStyle,
+    style: &ClipStyle,
     clip: ClipFn,
     threshold: f64,
 ) -> Result<Vec<Array>> {
     clip.validate()?;
     let flat = Flat::new(params)?;
-    let clipping = Clipping::new(style, clip, threshold, flat.params())?;
+    let clipping = Clipping::new(style, clip, threshold, &Thresholds::Equal, flat.params())?;
     let device = flat.device();
     let mut grads = Array::zeros_at(&device, &[flat.numel()], flat.dtype())?;
     let ledger = device.gpu().map(Ledger::new).transpose()?;
     let mut weigh = Weigh::private(&flat, &mut grads, &clipping, ledger.as_ref());
-    weigh.begin(losses.numel());
+    weigh.begin(losses.numel(), None);
     losses.backward_into(&mut weigh)?;
     weigh.finish()?;
     flat.segments()

@@ -4,7 +4,7 @@ use super::weigh::Clipping;
 use crate::autograd::Param;
 use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
 use crate::error::{Error, Result};
-use crate::privacy::{Accountant, ClipFn, ClipStyle, PoissonSampler};
+use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, Thresholds};
 use crate::random::{NoiseKey, add_gaussian};
 use crate::tensor::{Array, DType};
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,12 @@ pub struct PrivacyConfig {
     pub clip: ClipFn,
     /// Total clipping threshold R; group thresholds compose to it: √(Σ R_m²) = R.
     pub threshold: f64,
+    /// How it is split over the groups.
+    #[serde(default)]
+    pub thresholds: Thresholds,
+    /// Which data sets must be hard to tell apart.
+    #[serde(default)]
+    pub neighbouring: Neighbouring,
     /// Noise multiplier; calibrated to ε, δ and the plan if not given.
     pub noise_multiplier: Option<f64>,
 }
@@ -45,6 +51,8 @@ impl PrivacyConfig {
             style: ClipStyle::LayerWise,
             clip: ClipFn::AutoS { gamma: 0.01 },
             threshold: 1.0,
+            thresholds: Thresholds::Equal,
+            neighbouring: Neighbouring::AddRemove,
             noise_multiplier: None,
         }
     }
@@ -73,6 +81,7 @@ impl PrivacyConfig {
             format!("a clipping threshold of {}; it must be positive", self.threshold),
         )?;
         self.clip.validate()?;
+        self.thresholds.validate(self.clip)?;
         if let Some(s) = self.noise_multiplier {
             need(s.is_finite() && s > 0.0, format!("a noise multiplier of {s}: without noise there is no privacy"))?;
         }
@@ -100,14 +109,14 @@ impl Privacy {
         let q = config.batch / config.records as f64;
         let sigma = match config.noise_multiplier {
             Some(s) => s,
-            None => Accountant::calibrate(config.epsilon, config.delta, q, config.steps)?,
+            None => Accountant::under(config.neighbouring).calibrate(config.epsilon, config.delta, q, config.steps)?,
         };
         let sampler = PoissonSampler::new(config.records, q, key.clone())?;
         let rungs = config.steps.min(24);
         let counts: Vec<u64> = (1..=rungs).map(|i| (config.steps * i).div_ceil(rungs)).collect();
-        let coarse = Accountant::epsilons(sigma, q, &counts, config.delta, 1e-3)?;
+        let coarse = Accountant::under(config.neighbouring).epsilons((sigma, q), &counts, config.delta, 1e-3)?;
         let mut ladder: Vec<(u64, f64)> = counts.into_iter().zip(coarse).collect();
-        let mut whole = Accountant::new();
+        let mut whole = Accountant::under(config.neighbouring);
         whole.record(sigma, q, config.steps)?;
         if let Some(last) = ladder.last_mut() {
             last.1 = whole.epsilon(config.delta)?;
@@ -117,7 +126,7 @@ impl Privacy {
         Ok(Privacy {
             sigma,
             sampler,
-            accountant: Accountant::new(),
+            accountant: Accountant::under(config.neighbouring),
             ladder,
             clipping: Clipping::default(),
             key,
@@ -126,8 +135,63 @@ impl Privacy {
     }
     /// Forms the clipping groups over the parameters of a step.
     pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
-        self.clipping = Clipping::new(self.config.style, self.config.clip, self.config.threshold, params)?;
+        let c = &self.config;
+        self.clipping = Clipping::new(&c.style, c.clip, c.threshold, &c.thresholds, params)?;
+        if let Thresholds::Adaptive { noise, .. } = c.thresholds {
+            if params.iter().any(|p| p.device().is_cuda()) {
+                return Err(Error::privacy(
+                    "adaptive thresholds read counts back at every step, which a step on a GPU does not do; train on the CPU, or \
+                     use AUTO-S, which needs no threshold",
+                ));
+            }
+            let left = self.sigma.powi(-2) - self.groups() as f64 / (2.0 * noise * c.batch).powi(2);
+            if left <= 0.0 {
+                return Err(Error::privacy(format!(
+                    "the counts of {} groups with noise {noise} alone cost more than the noise multiplier {:.4} allows; use more \
+                     noise or fewer groups",
+                    self.groups(),
+                    self.sigma
+                )));
+            }
+        }
         Ok(())
+    }
+    /// Number of clipping groups.
+    pub fn groups(&self) -> usize {
+        self.clipping.thresholds().len()
+    }
+    /// The clipping groups' thresholds as they are now.
+    pub fn thresholds(&self) -> Vec<f64> {
+        self.clipping.thresholds()
+    }
+    pub(super) fn set_thresholds(&mut self, thresholds: &[f64]) {
+        self.clipping.set_thresholds(thresholds);
+    }
+    /// Standard deviation of the gradient's noise over its sensitivity: the noise multiplier, or more where adaptive
+    /// thresholds take their share of it.
+    pub fn gradient_noise_multiplier(&self) -> f64 {
+        match self.config.thresholds {
+            Thresholds::Adaptive { noise, .. } => {
+                let counts = self.groups() as f64 / (2.0 * noise * self.config.batch).powi(2);
+                (self.sigma.powi(-2) - counts).powf(-0.5)
+            }
+            _ => self.sigma,
+        }
+    }
+    /// Moves adaptive thresholds after the step numbered `step`, from the counts of its `samples` private samples. `after` is
+    /// the first noise index that the gradient has not used.
+    pub(super) fn adapt(&mut self, step: u64, after: u64, below: &[u64], samples: usize) {
+        let Thresholds::Adaptive { quantile, rate, noise } = self.config.thresholds else { return };
+        let batch = self.config.batch;
+        let mut drawn = vec![0f32; below.len()];
+        add_gaussian(&self.key, step, after, (noise * batch) as f32, &mut drawn);
+        let mut thresholds = self.clipping.thresholds();
+        for ((r, &b), n) in thresholds.iter_mut().zip(below).zip(&drawn) {
+            // Each sample adds ±½, so that it moves the count by ½ whichever side it is on.
+            let share = (b as f64 - 0.5 * samples as f64 + *n as f64) / batch + 0.5;
+            *r *= (-rate * (share - quantile)).exp();
+        }
+        self.clipping.set_thresholds(&thresholds);
     }
     pub(super) fn clipping(&self) -> &Clipping {
         &self.clipping
@@ -160,7 +224,7 @@ impl Privacy {
         if steps == 0 {
             return Ok(0.0);
         }
-        let mut a = Accountant::new();
+        let mut a = Accountant::under(self.config.neighbouring);
         a.record(self.sigma, self.rate(), steps)?;
         a.epsilon(self.config.delta)
     }
@@ -171,8 +235,17 @@ impl Privacy {
             None => self.epsilon(steps),
         }
     }
+    /// Private steps taken so far: those that touched private data, or would have, had the batch not been empty.
+    pub fn steps(&self) -> u64 {
+        self.accountant.steps()
+    }
+    /// (An upper bound of) ε spent so far.
+    pub(super) fn spent(&self) -> Result<f64> {
+        if self.steps() == 0 { Ok(0.0) } else { self.epsilon_bound(self.steps()) }
+    }
     /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
-    pub(super) fn admit(&mut self, done: u64) -> Result<f64> {
+    pub(super) fn admit(&mut self) -> Result<f64> {
+        let done = self.steps();
         let epsilon = self.epsilon_bound(done + 1)?;
         if epsilon > self.config.epsilon * (1.0 + 1e-9) {
             let epsilon = self.epsilon(done + 1)?;
@@ -192,7 +265,7 @@ impl Privacy {
     /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
     /// `live` holds the step where a recorded one is replayed.
     pub(super) fn add_noise(&self, step: u64, live: Option<&Array>, grads: &mut Array) -> Result<()> {
-        let std = self.sigma * self.sensitivity();
+        let std = self.gradient_noise_multiplier() * self.sensitivity();
         if let Some(gpu) = grads.gpu() {
             return noise_on(gpu, (&self.key, step, live), std as f32, grads);
         }

@@ -51,7 +51,7 @@ impl TrainStep {
     pub fn record<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
-        forward: impl FnMut(B) -> Result<Tensor>,
+        mut forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<RecordedStep> {
         let op = "TrainStep::record";
         let Device::Cuda(gpu) = self.flat.device() else {
@@ -69,7 +69,8 @@ impl TrainStep {
             number: word()?,
             optimizer: Array::zeros_at(&device, &[numbers.len()], DType::F64)?,
         };
-        let (graph, (samples, ..)) = gpu.capture(|| self.queue(microbatches, forward, Some(&live)))?;
+        let (graph, (samples, ..)) =
+            gpu.capture(|| self.queue(microbatches, |b| Ok((forward(b)?, None)), Some(&live)))?;
         Ok(RecordedStep { graph, live, samples, places })
     }
 
@@ -86,7 +87,7 @@ impl TrainStep {
             ));
         }
         let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps)?),
+            Some(p) => Some(p.admit()?),
             None => None,
         };
         let numbers = self.optimizer.live(self.steps + 1, self.schedule.at(self.steps)).unwrap_or_default();

@@ -8,9 +8,10 @@
 use super::flat::Flat;
 use super::ledger::{Ledger, Tally};
 use crate::autograd::{Factor, Param, ParamGrad};
+use crate::device::cuda::elementwise::scale_in_place;
 use crate::device::cuda::factored::clip_weights;
 use crate::error::{Error, Result};
-use crate::privacy::{ClipFn, ClipStyle};
+use crate::privacy::{ClipFn, ClipStyle, Thresholds};
 use crate::profile::{self, Kind};
 use crate::tensor::Array;
 use crate::with_float;
@@ -26,35 +27,43 @@ pub(super) struct Clipping {
     pub sensitivity: f64,
 }
 
-impl Clipping {
-    /// Groups by `style`; thresholds R/√groups each, so that they compose to R = `threshold`.
-    pub fn new(style: ClipStyle, clip: ClipFn, threshold: f64, params: &[Param]) -> Result<Clipping> {
-        let mut names: Vec<&str> = Vec::new();
-        let (mut members, mut group_of): (Vec<usize>, Vec<usize>) = (Vec::new(), Vec::new());
-        for p in params {
-            let name = group_name(style, p.name());
-            let gi = names.iter().position(|n| *n == name).unwrap_or_else(|| {
-                names.push(name);
-                members.push(0);
-                names.len() - 1
-            });
-            members[gi] += 1;
-            group_of.push(gi);
-        }
-        let each = threshold / (names.len().max(1) as f64).sqrt();
-        let s = clip.sensitivity(each);
-        let sensitivity = (s * s * names.len() as f64).sqrt();
-        Ok(Clipping { clip, groups: members.into_iter().map(|m| (each, m)).collect(), group_of, sensitivity })
-    }
+/// The samples of a microbatch that are public: all from the first of them on, each with this weight instead of a clip factor.
+#[derive(Clone, Copy)]
+pub(super) struct PublicPart {
+    pub from: usize,
+    pub weight: f64,
 }
 
-/// The group a parameter belongs to, by its scoped name.
-fn group_name(style: ClipStyle, name: &str) -> &str {
-    match style {
-        ClipStyle::AllLayer => "",
-        // Weight and bias of one layer share everything but the last part of the name.
-        ClipStyle::LayerWise => name.rsplit_once('.').map_or(name, |(layer, _)| layer),
-        ClipStyle::ParameterWise => name,
+impl Clipping {
+    /// Groups by `style`; thresholds that compose to R = `threshold`.
+    pub fn new(
+        style: &ClipStyle,
+        clip: ClipFn,
+        threshold: f64,
+        split: &Thresholds,
+        params: &[Param],
+    ) -> Result<Clipping> {
+        let names: Vec<&str> = params.iter().map(Param::name).collect();
+        let group_of = style.groups(&names)?;
+        let mut members = vec![0; group_of.iter().max().map_or(0, |m| m + 1)];
+        group_of.iter().for_each(|&g| members[g] += 1);
+        let groups = split.split(threshold, members.len())?.into_iter().zip(members).collect();
+        let mut clipping = Clipping { clip, groups, group_of, sensitivity: 0.0 };
+        clipping.compose();
+        Ok(clipping)
+    }
+    fn compose(&mut self) {
+        let square = |&(r, _): &(f64, usize)| self.clip.sensitivity(r).powi(2);
+        self.sensitivity = self.groups.iter().map(square).sum::<f64>().sqrt();
+    }
+    /// Each group's threshold.
+    pub fn thresholds(&self) -> Vec<f64> {
+        self.groups.iter().map(|g| g.0).collect()
+    }
+    /// Others; the sensitivity follows.
+    pub fn set_thresholds(&mut self, thresholds: &[f64]) {
+        self.groups.iter_mut().zip(thresholds).for_each(|(g, r)| g.0 = *r);
+        self.compose();
     }
 }
 
@@ -65,6 +74,7 @@ pub(super) struct Weigh<'a> {
     ledger: Option<&'a Ledger>,
     groups: Vec<Group>,
     tally: Tally,
+    public: Option<PublicPart>,
 }
 
 /// Squared norms of a group's samples so far, where the gradients are.
@@ -83,11 +93,13 @@ struct Group {
     held: Vec<ParamGrad>,
     delivered: usize,
     sq: SqNorms,
+    /// Private samples of this step with a norm of at most the threshold (CPU only).
+    below: u64,
 }
 
 impl<'a> Weigh<'a> {
     pub fn plain(flat: &'a Flat, grads: &'a mut Array) -> Self {
-        Weigh { flat, grads, clipping: None, ledger: None, groups: Vec::new(), tally: Tally::default() }
+        Weigh { flat, grads, clipping: None, ledger: None, groups: Vec::new(), tally: Tally::default(), public: None }
     }
     /// `ledger`: where the counts go if the gradients are on a GPU.
     pub fn private(flat: &'a Flat, grads: &'a mut Array, clipping: &'a Clipping, ledger: Option<&'a Ledger>) -> Self {
@@ -101,12 +113,14 @@ impl<'a> Weigh<'a> {
                 held: Vec::new(),
                 delivered: 0,
                 sq: SqNorms::Cpu(Vec::new()),
+                below: 0,
             })
             .collect();
         Weigh { groups, clipping: Some(clipping), ledger, ..Weigh::plain(flat, grads) }
     }
-    /// A microbatch of `samples` samples is about to be differentiated.
-    pub fn begin(&mut self, samples: usize) {
+    /// A microbatch of `samples` samples is about to be differentiated, the last of them perhaps public.
+    pub fn begin(&mut self, samples: usize, public: Option<PublicPart>) {
+        self.public = public;
         let gpu = self.grads.gpu().is_some();
         for g in &mut self.groups {
             g.delivered = 0;
@@ -140,6 +154,7 @@ impl<'a> Weigh<'a> {
             SqNorms::Cpu(sq) => {
                 // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
                 let fused = clipping.groups.len() > 1
+                    && self.public.is_none()
                     && matches!(grad.factors(), [Factor::Outer { .. }])
                     && group.held.is_empty();
                 if fused {
@@ -165,7 +180,28 @@ impl<'a> Weigh<'a> {
             SqNorms::Gpu(sq) => {
                 let (Some(sq), Some(gpu)) = (sq, self.grads.gpu().cloned()) else { return Ok(()) };
                 let ledger = self.ledger.ok_or_else(|| Error::autograd("TrainStep", "no ledger on the GPU"))?;
-                let weights = clip_weights(&gpu, &sq, (clip, threshold), self.grads.dtype(), &ledger.tally()?)?;
+                let dtype = self.grads.dtype();
+                let private = self.public.map_or(sq.numel(), |p| p.from);
+                let tally = ledger.tally()?;
+                let of = |sq: &Array, clip, tally: Option<&Array>| clip_weights(&gpu, sq, clip, dtype, tally);
+                let weights = match self.public {
+                    None => of(&sq, (clip, threshold), Some(&tally))?,
+                    Some(public) => {
+                        let mut all = Array::zeros_on(&gpu, sq.shape(), dtype)?;
+                        if private > 0 {
+                            let part = sq.slice(0, 0..private)?.contiguous();
+                            all.write(0, &of(&part, (clip, threshold), Some(&tally))?)?;
+                        }
+                        if private < sq.numel() {
+                            // 1 where the norm is finite, 0 elsewhere.
+                            let part = sq.slice(0, private..sq.numel())?.contiguous();
+                            let ones = of(&part, (ClipFn::Global, f64::MAX), None)?;
+                            scale_in_place(&gpu, &ones, public.weight)?;
+                            all.write(private, &ones)?;
+                        }
+                        all
+                    }
+                };
                 for grad in normed {
                     profile::cost(grad.sum_flops(), grad.bytes() as f64);
                     let out = self.grads.slice(0, self.range(&grad)?)?;
@@ -179,12 +215,18 @@ impl<'a> Weigh<'a> {
             profile::cost(grad.sum_flops(), grad.bytes() as f64);
             sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
-        let weights: Vec<f64> = sq.iter().map(|&s| factor(s)).collect();
+        let private = self.public.map_or(sq.len(), |p| p.from);
+        let weight = |(i, &s): (usize, &f64)| match self.public {
+            Some(p) if i >= p.from => p.weight * s.is_finite() as u8 as f64,
+            _ => factor(s),
+        };
+        let weights: Vec<f64> = sq.iter().enumerate().map(weight).collect();
         for grad in normed {
             profile::cost(grad.sum_flops(), grad.bytes() as f64);
             add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
         }
-        for &sq in &sq {
+        for &sq in &sq[..private] {
+            self.groups[gi].below += (sq.sqrt() <= threshold) as u64;
             self.tally.pairs += 1;
             self.tally.clipped += (sq.is_finite() && sq.sqrt() > threshold) as u64;
             self.tally.non_finite += !sq.is_finite() as u64;
@@ -202,6 +244,10 @@ impl<'a> Weigh<'a> {
             }
         }
         Ok(())
+    }
+    /// Per group, private samples with a norm of at most the threshold (CPU only).
+    pub fn below(&self) -> Vec<u64> {
+        self.groups.iter().map(|g| g.below).collect()
     }
     /// What was clipped on the CPU; a GPU keeps its own count.
     pub fn tally(&self) -> Tally {

@@ -485,7 +485,7 @@ pub(crate) fn clip_weights(
     sq: &Array,
     (clip, threshold): (ClipFn, f64),
     dtype: DType,
-    stats: &Array,
+    stats: Option<&Array>,
 ) -> Result<Array> {
     let w = Array::uninit_on(gpu, sq.shape(), dtype)?;
     let (kind, gamma) = match clip {
@@ -497,7 +497,7 @@ pub(crate) fn clip_weights(
     };
     let shape = ClipShape { count: sq.numel() as i64, threshold, gamma, kind, reserved: 0 };
     let l = Launch::new(gpu, "factored", &format!("clip_weights_{}", suffix(dtype)))?;
-    l.array(sq).array(&w).array(stats).val(shape).run()?;
+    l.array(sq).array(&w).optional(stats).val(shape).run()?;
     Ok(w)
 }
 

@@ -6,6 +6,11 @@
 //! Steps compose by convolution, done with the FFT on a window whose truncated tails (bounded by Chernoff) are counted
 //! as infinite loss (Koskela et al. 2020; Gopi et al. 2021).
 
+mod prv;
+pub mod rdp;
+
+pub use prv::Bracket;
+
 use crate::error::{Error, Result};
 use rustfft::{Fft, FftPlanner, num_complex::Complex64};
 use serde::{Deserialize, Serialize};
@@ -18,6 +23,8 @@ pub enum Neighbouring {
     /// One record more or less.
     #[default]
     AddRemove,
+    /// One record's contribution set to zero; costs what [`Neighbouring::AddRemove`] does.
+    ZeroOut,
     /// One record exchanged for another.
     ReplaceOne,
 }
@@ -56,6 +63,10 @@ impl Accountant {
     /// An empty history, add/remove, h = 10⁻⁴.
     pub fn new() -> Accountant {
         Accountant::default()
+    }
+    /// An empty history under another neighbouring relation.
+    pub fn under(neighbouring: Neighbouring) -> Accountant {
+        Accountant { neighbouring, ..Accountant::default() }
     }
     /// Adds steps to the history; equal ones are merged, and order does not matter.
     pub fn record(&mut self, sigma: f64, rate: f64, count: u64) -> Result<()> {
@@ -103,12 +114,12 @@ impl Accountant {
         }
         Ok(self.composed()?.iter().map(|c| c.delta(epsilon)).fold(0.0, f64::max))
     }
-    /// ε at δ after each of the given numbers of identical steps, sharing one transform.
-    pub fn epsilons(sigma: f64, rate: f64, counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
+    /// ε at δ after each of the given numbers of identical steps (σ, q), sharing one transform. The history plays no part.
+    pub fn epsilons(&self, (sigma, rate): (f64, f64), counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
         }
-        let mut a = Accountant { interval, ..Accountant::default() };
+        let mut a = Accountant { interval, ..Accountant::under(self.neighbouring) };
         a.record(sigma, rate, counts.iter().copied().max().unwrap_or(0))?;
         if a.steps() == 0 || rate == 0.0 {
             return Ok(vec![0.0; counts.len()]);
@@ -125,13 +136,14 @@ impl Accountant {
         }
         Ok(out)
     }
-    /// The smallest noise multiplier (to 10⁻⁵, from above) for which `steps` steps at rate q cost at most (ε, δ).
-    pub fn calibrate(epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
+    /// The smallest noise multiplier (to 10⁻⁵, from above) for which `steps` steps at rate q cost at most (ε, δ). The history
+    /// plays no part.
+    pub fn calibrate(&self, epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
         if !(epsilon.is_finite() && epsilon > 0.0) {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
         }
         let cost = |sigma: f64, interval: f64| -> Result<f64> {
-            let mut a = Accountant { interval, ..Accountant::default() };
+            let mut a = Accountant { interval, ..Accountant::under(self.neighbouring) };
             a.record(sigma, rate, steps)?;
             a.epsilon(delta)
         };
@@ -208,7 +220,7 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
     // The largest loss that matters: beyond it lies less than the tail mass.
     let reach = 9.5 * sigma;
     match neighbouring {
-        Neighbouring::AddRemove => {
+        Neighbouring::AddRemove | Neighbouring::ZeroOut => {
             let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * sigma * sigma));
             let (low, high) = (loss(-reach), loss(1.0 + reach));
             let remove = |e: f64| {
