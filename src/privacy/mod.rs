@@ -3,6 +3,7 @@
 
 pub mod accountant;
 pub mod clip;
+pub mod continual;
 pub mod coupling;
 pub mod sampling;
 

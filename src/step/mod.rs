@@ -340,6 +340,11 @@ impl TrainStep {
     pub fn last_gradient(&self) -> &Array {
         &self.grads
     }
+    /// Sets the optimizer's first moment (its first buffer: Adam's m, SGD's momentum) to zero and keeps the rest: what to do
+    /// when training goes from public to private data (Bu et al. 2024).
+    pub fn reset_first_moment(&mut self) -> Result<()> {
+        self.state.first_mut().map_or(Ok(()), zero)
+    }
     /// Everything a checkpoint needs besides the parameters: named flat buffers.
     pub fn state(&self) -> Vec<(&'static str, Array)> {
         let mut all: Vec<_> = self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect();
