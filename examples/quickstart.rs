@@ -156,7 +156,7 @@ fn run(args: &Args) -> Result<()> {
             // The private phase starts from the public model.
             copy(&Gpt::load(folder.path().join("model-0"))?, &model)?;
         }
-        let mut step = make_step(&config, phase, &model, &key)?;
+        let mut step = make_step(&config, phase, &model, &key, folder.path())?;
         if let Some(c) = from.take() {
             state::load::<Position>(&c, model.params(), &mut step)?;
             println!("resumed {name} at step {}", step.steps());
@@ -205,13 +205,15 @@ fn privacy_config(c: &Config) -> Result<PrivacyConfig> {
     Ok(p)
 }
 
-fn make_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2]) -> Result<TrainStep> {
+fn make_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2], folder: &Path) -> Result<TrainStep> {
     let params = model.params().all();
     if phase == 0 {
         return TrainStep::plain(&params, AdamW::default(), Schedule::cosine(c.lr, 20, c.public_steps));
     }
     // Each private run has a key of its own: the same noise in two runs would cancel in their difference.
     let privacy = Privacy::new(privacy_config(c)?, key[phase - 1].clone())?;
+    // On disk before it is taken: a kill cannot make ε look smaller than it is.
+    let privacy = privacy.log_to(folder.join(format!("privacy-{phase}.jsonl")))?;
     let lr = if phase == 1 { 0.5 * c.lr } else { c.lr };
     TrainStep::private(&params, privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
 }

@@ -307,3 +307,54 @@ fn only_private_steps_are_counted() {
     resumed.restore(5, &state).unwrap();
     assert_eq!(resumed.privacy().unwrap().steps(), 2);
 }
+
+/// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, a
+/// step under another key or with other noise is another release, and a damaged log is refused.
+#[test]
+fn the_log_of_steps_outlives_a_kill() {
+    let path = std::env::temp_dir().join(format!("prismgrad-log-{}.jsonl", std::process::id()));
+    let _ = std::fs::remove_file(&path);
+    let w = || Param::new("w", Array::zeros(&[3], DType::F64));
+    let make = |seed: u64, sigma: f64| -> Result<TrainStep> {
+        let mut c = config(40);
+        c.noise_multiplier = Some(sigma);
+        let p = Privacy::new(c, NoiseKey::from_seed_for_tests(seed))?.log_to(&path)?;
+        TrainStep::private(&[w()], p, Sgd::default(), Schedule::constant(0.1))
+    };
+    let none: [(); 0] = [];
+    let go = |step: &mut TrainStep| step.run(none, |_| unreachable!()).unwrap().epsilon.unwrap();
+    let mut first = make(1, 1.0).unwrap();
+    let spent: Vec<f64> = (0..5).map(|_| go(&mut first)).collect();
+    drop(first);
+    // A new process from a checkpoint after two steps: five are spent all the same, and stay spent as they are repeated.
+    let mut again = make(1, 1.0).unwrap();
+    again.restore(2, &[]).unwrap();
+    let p = again.privacy().unwrap();
+    assert_eq!((again.steps(), p.steps(), p.spent().unwrap()), (2, 5, spent[4]));
+    for _ in 0..3 {
+        assert_eq!(go(&mut again), spent[4], "the same steps again");
+    }
+    assert!(go(&mut again) >= spent[4] && again.privacy().unwrap().steps() == 6);
+    drop(again);
+    // Cut off in the middle of a line: that step was never taken.
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().count(), 6);
+    std::fs::write(&path, &text[..text.len() - 9]).unwrap();
+    let torn = make(1, 1.0).unwrap();
+    assert_eq!(torn.privacy().unwrap().steps(), 5);
+    drop(torn);
+    let mut other = make(2, 2.0).unwrap();
+    let before = other.privacy().unwrap().spent().unwrap();
+    assert!((before - spent[4]).abs() < 1e-3 * before, "{before} {}", spent[4]);
+    let after = go(&mut other);
+    let mut truth = Accountant::new();
+    truth.record(1.0, 0.1, 5).unwrap();
+    truth.record(2.0, 0.1, 1).unwrap();
+    assert!((after - truth.epsilon(1e-4).unwrap()).abs() < 1e-9 && after > before);
+    drop(other);
+    std::fs::write(&path, "{\"step\": 0}\n").unwrap();
+    let e = make(1, 1.0).err().unwrap().to_string();
+    assert!(e.contains("line 1") && e.contains("under-report"), "{e}");
+    std::fs::remove_file(&path).unwrap();
+    assert!(Privacy::new(config(40), key()).unwrap().log_to("/no/such/folder/log").is_err());
+}

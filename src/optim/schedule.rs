@@ -32,6 +32,15 @@ pub enum Schedule {
         /// Step at which 0 is reached.
         total: u64,
     },
+    /// One rate, then another: a public phase, then a private one.
+    Switch {
+        /// Learning rate of the steps before `at`.
+        lr: f64,
+        /// Learning rate from step `at` on.
+        then: f64,
+        /// First step of the second rate.
+        at: u64,
+    },
 }
 
 impl Schedule {
@@ -56,17 +65,26 @@ impl Schedule {
                 lr * ramp(warmup) * (floor + (1.0 - floor) * fall)
             }
             Schedule::Linear { lr, warmup, total } => lr * ramp(warmup) * (1.0 - done(warmup, total)),
+            Schedule::Switch { lr, then, at } => {
+                if t < at {
+                    lr
+                } else {
+                    then
+                }
+            }
         }
     }
     /// Refuses rates that are not positive and finite.
     pub fn validate(&self) -> Result<()> {
-        let lr = match *self {
-            Schedule::Constant { lr } | Schedule::Cosine { lr, .. } | Schedule::Linear { lr, .. } => lr,
+        let rates = match *self {
+            Schedule::Constant { lr } | Schedule::Cosine { lr, .. } | Schedule::Linear { lr, .. } => [lr; 2],
+            Schedule::Switch { lr, then, .. } => [lr, then],
         };
-        if lr.is_finite() && lr > 0.0 {
-            Ok(())
-        } else {
-            Err(Error::invalid("schedule", format!("a learning rate of {lr}; it must be positive and finite")))
+        match rates.into_iter().find(|lr| !(lr.is_finite() && *lr > 0.0)) {
+            None => Ok(()),
+            Some(lr) => {
+                Err(Error::invalid("schedule", format!("a learning rate of {lr}; it must be positive and finite")))
+            }
         }
     }
 }
@@ -74,6 +92,13 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_switch_has_two_rates() {
+        let s = Schedule::Switch { lr: 0.5, then: 0.1, at: 3 };
+        assert_eq!([0, 2, 3, 9].map(|t| s.at(t)), [0.5, 0.5, 0.1, 0.1]);
+        assert!(s.validate().is_ok() && Schedule::Switch { lr: 0.5, then: 0.0, at: 3 }.validate().is_err());
+    }
 
     #[test]
     fn cosine_rises_peaks_and_falls_to_its_floor() {

@@ -48,7 +48,8 @@ impl Curvature {
     pub fn decelerator(&self, sigma: f64, batch: f64) -> f64 {
         sigma * sigma * self.trace_h.0 / (batch * self.clip * self.clip)
     }
-    /// B* = √(σ²·tr(H)/(c²·GᵀHG)), σ held fixed: the private batch with the best gain per sample.
+    /// B* = √(σ²·tr(H)/(c²·GᵀHG)), σ held fixed: the private batch with the best gain per sample. NaN where GᵀHG or tr(H) is
+    /// negative: there is none then.
     pub fn best_batch(&self, sigma: f64) -> f64 {
         (sigma * sigma * self.trace_h.0 / (self.clip * self.clip * self.ghg)).sqrt()
     }

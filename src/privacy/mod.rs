@@ -2,12 +2,15 @@
 //! [`step::Privacy`](crate::step::Privacy) ties them together.
 
 pub mod accountant;
+pub mod audit;
 pub mod clip;
 pub mod continual;
 pub mod coupling;
+pub mod log;
 pub mod sampling;
 
 pub use accountant::{Accountant, Neighbouring};
 pub use clip::{ClipFn, ClipStyle, Thresholds};
 pub use coupling::{Private, Public, Weight};
+pub use log::StepLog;
 pub use sampling::PoissonSampler;

@@ -166,7 +166,7 @@ impl TrainStep {
         forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<StepReport> {
         let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit()?),
+            Some(p) => Some(p.admit(self.steps)?),
             None => None,
         };
         let mut forward = forward;
@@ -213,7 +213,7 @@ impl TrainStep {
             private.clear();
             privacy.spent()?
         } else {
-            privacy.admit()?
+            privacy.admit(self.steps)?
         };
         let scale = if share == 0.0 { 1.0 } else { scale * privacy.expected_batch() / share };
         let total = private.len() + public.len();

@@ -4,7 +4,8 @@ use super::weigh::Clipping;
 use crate::autograd::Param;
 use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
 use crate::error::{Error, Result};
-use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, Thresholds};
+use crate::privacy::accountant::Steps;
+use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
 use crate::random::{NoiseKey, add_gaussian};
 use crate::tensor::{Array, DType};
 use serde::{Deserialize, Serialize};
@@ -99,6 +100,7 @@ pub struct Privacy {
     /// ε after some numbers of steps, rising: what is reported in between is the next larger entry.
     ladder: Vec<(u64, f64)>,
     clipping: Clipping,
+    log: Option<StepLog>,
 }
 
 impl Privacy {
@@ -129,9 +131,25 @@ impl Privacy {
             accountant: Accountant::under(config.neighbouring),
             ladder,
             clipping: Clipping::default(),
+            log: None,
             key,
             config,
         })
+    }
+    /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
+    /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
+    pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
+        let version = env!("CARGO_PKG_VERSION");
+        let level = crate::device::cpu::simd::level();
+        // Not the key: a number that follows from it and from which it does not follow.
+        let key = self.key.uniform(u64::MAX, 0).to_bits();
+        let run = format!("{key:016x} {} {level:?} {version}", std::env::consts::ARCH);
+        let log = StepLog::open(path, run)?;
+        for &(sigma, rate) in log.history() {
+            self.accountant.record(sigma, rate, 1)?;
+        }
+        self.log = Some(log);
+        Ok(self)
     }
     /// Forms the clipping groups over the parameters of a step.
     pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
@@ -228,35 +246,59 @@ impl Privacy {
         a.record(self.sigma, self.rate(), steps)?;
         a.epsilon(self.config.delta)
     }
-    /// An upper bound on [`Privacy::epsilon`] that costs nothing: the next larger value of a table made at the start.
-    fn epsilon_bound(&self, steps: u64) -> Result<f64> {
-        match self.ladder.iter().find(|(n, _)| *n >= steps) {
-            Some((_, e)) => Ok(*e),
-            None => self.epsilon(steps),
+    /// An upper bound on ε with `more` steps taken. It costs nothing where all steps were of this run's kind: the next larger
+    /// value of a table made at the start.
+    fn bound(&self, more: u64) -> Result<f64> {
+        let steps = self.steps() + more;
+        if steps == 0 {
+            return Ok(0.0);
         }
+        let own = |s: &Steps| s.sigma == self.sigma && s.rate == self.rate();
+        if self.accountant.history().iter().all(own)
+            && let Some((_, e)) = self.ladder.iter().find(|(n, _)| *n >= steps)
+        {
+            return Ok(*e);
+        }
+        self.exactly(more)
+    }
+    fn exactly(&self, more: u64) -> Result<f64> {
+        let mut a = self.accountant.clone();
+        a.record(self.sigma, self.rate(), more)?;
+        a.epsilon(self.config.delta)
     }
     /// Private steps taken so far: those that touched private data, or would have, had the batch not been empty.
     pub fn steps(&self) -> u64 {
         self.accountant.steps()
     }
     /// (An upper bound of) ε spent so far.
-    pub(super) fn spent(&self) -> Result<f64> {
-        if self.steps() == 0 { Ok(0.0) } else { self.epsilon_bound(self.steps()) }
+    pub fn spent(&self) -> Result<f64> {
+        self.bound(0)
     }
     /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
-    pub(super) fn admit(&mut self) -> Result<f64> {
-        let done = self.steps();
-        let epsilon = self.epsilon_bound(done + 1)?;
-        if epsilon > self.config.epsilon * (1.0 + 1e-9) {
-            let epsilon = self.epsilon(done + 1)?;
-            if epsilon > self.config.epsilon * (1.0 + 1e-9) {
-                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: done });
+    pub(super) fn admit(&mut self, step: u64) -> Result<f64> {
+        if self.log.as_ref().is_some_and(|l| l.has(step)) {
+            return self.spent();
+        }
+        let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
+        let epsilon = self.bound(1)?;
+        if over(epsilon) {
+            let epsilon = self.exactly(1)?;
+            if over(epsilon) {
+                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: self.steps() });
             }
         }
-        self.accountant.record(self.sigma, self.rate(), 1)?;
+        let rate = self.rate();
+        if let Some(log) = &mut self.log {
+            log.write(step, self.sigma, rate)?;
+        }
+        self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
     }
     pub(super) fn restore(&mut self, steps: u64) {
+        // The log knows of steps after the checkpoint, too.
+        if self.log.is_some() && self.steps() >= steps {
+            return;
+        }
         self.accountant.reset();
         if steps > 0 {
             let _ = self.accountant.record(self.sigma, self.rate(), steps);
