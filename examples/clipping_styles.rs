@@ -40,12 +40,11 @@ fn run() -> Result<()> {
     let models: [(&str, Vec<usize>); 4] = [
         ("64-32-10", vec![32]),
         ("64-32x4-10", vec![32; 4]),
-        ("64-128x4-10", vec![128; 4]),
+        ("64-96x4-10", vec![96; 4]),
         ("64-256x4-10", vec![256; 4]),
     ];
     let styles = [
         ("all-layer", ClipStyle::AllLayer),
-        ("2 groups", ClipStyle::Uniform(2)),
         ("layer-wise", ClipStyle::LayerWise),
         ("parameter-wise", ClipStyle::ParameterWise),
     ];
@@ -62,7 +61,7 @@ fn run() -> Result<()> {
                 lr: 1.0,
                 seed: 0,
             };
-            let found = best(&data, &run, &[0.05, 0.1, 0.2], seeds)?;
+            let found = best(&data, &run, &[0.05, 0.1], seeds)?;
             let (mean, half) = interval(&found.accuracies);
             let ms = found.outcomes.iter().map(|o| o.seconds).sum::<f64>() / seeds as f64 / steps as f64 * 1e3;
             println!(

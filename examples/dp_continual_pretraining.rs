@@ -23,7 +23,7 @@ use serde_json::json;
 use study::{BATCH, Data, Mix, Mlp, Run, best, interval};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "5", "runs per setting; intervals are 95 % of their mean"),
+    ("seeds", "8", "runs per setting; intervals are 95 % of their mean"),
     ("steps", "300", "training steps"),
     ("part", "0.2", "part of the steps that see public data alone"),
     ("out", "runs/dp_continual_pretraining", "run folder"),

@@ -358,3 +358,41 @@ fn the_log_of_steps_outlives_a_kill() {
     std::fs::remove_file(&path).unwrap();
     assert!(Privacy::new(config(40), key()).unwrap().log_to("/no/such/folder/log").is_err());
 }
+
+/// Released = (clipped sum + noise)/expected batch, whatever the batch's size: the noise follows the normal law with the
+/// standard deviation that the sensitivity asks for (Kolmogorov and Smirnov), and the sum is divided by what was expected.
+#[test]
+fn the_released_gradient_is_sum_plus_noise_over_the_expected_batch() {
+    let make = |w: &Param| {
+        let mut c = PrivacyConfig::new(1e3, 1e-4, 400, 8.0, 100);
+        (c.noise_multiplier, c.threshold, c.clip) = (Some(1.5), 0.6, ClipFn::Abadi);
+        c.style = ClipStyle::AllLayer;
+        let p = Privacy::new(c, key()).unwrap();
+        TrainStep::private(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1)).unwrap()
+    };
+    const N: usize = 20_000;
+    let w = Param::new("w", Array::zeros(&[N], DType::F64));
+    let none: [(); 0] = [];
+    let mut idle = make(&w);
+    idle.run(none, |_| unreachable!()).unwrap();
+    let noise: Vec<f64> = idle.last_gradient().to_f64().iter().map(|g| g * 8.0).collect();
+    let std = 1.5 * 0.6;
+    let mut sorted: Vec<f64> = noise.iter().map(|x| x / std).collect();
+    sorted.sort_by(f64::total_cmp);
+    let cdf = |x: f64| 0.5 * libm::erfc(-x / std::f64::consts::SQRT_2);
+    let d = sorted.iter().enumerate().map(|(i, x)| (cdf(*x) - (i as f64 + 0.5) / N as f64).abs()).fold(0.0, f64::max);
+    // The 99.9 % point of the Kolmogorov distribution; noise a tenth too small would be at 0.023.
+    assert!(d < 1.95 / (N as f64).sqrt(), "{d}");
+    for size in [1, 3, 25] {
+        let w = Param::new("w", Array::zeros(&[N], DType::F64));
+        let rows = Array::generate(&[size, N], DType::F64, |i| if i % 7 == 0 { (i as f64).sin() } else { 0.0 });
+        let forward = || Tensor::new(rows.clone()).mul(&w.per_sample(size)?)?.sum(&[1], false);
+        let params = std::slice::from_ref(&w);
+        let sum = clipped_gradient(&forward().unwrap(), params, &ClipStyle::AllLayer, ClipFn::Abadi, 0.6).unwrap();
+        let mut step = make(&w);
+        step.run([()], |_| forward()).unwrap();
+        let got = step.last_gradient().to_f64();
+        let off = got.iter().zip(&noise).zip(sum[0].to_f64()).map(|((g, n), s)| (g - (s + n) / 8.0).abs());
+        assert!(off.fold(0.0, f64::max) < 1e-12, "a batch of {size}");
+    }
+}
