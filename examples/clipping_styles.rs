@@ -48,7 +48,8 @@ fn run() -> Result<()> {
         ("layer-wise", ClipStyle::LayerWise),
         ("parameter-wise", ClipStyle::ParameterWise),
     ];
-    let mut lines: Vec<(Vec<(f64, f64)>, Vec<(f64, f64, f64)>)> = vec![Default::default(); styles.len()];
+    // Per style, (width, mean, half an interval).
+    let mut lines: Vec<Vec<(f64, f64, f64)>> = vec![Vec::new(); styles.len()];
     let mut rows = Vec::new();
     for (k, (model, widths)) in models.iter().enumerate() {
         for ((name, style), line) in styles.iter().zip(&mut lines) {
@@ -70,8 +71,7 @@ fn run() -> Result<()> {
             );
             // Width on the axis for the models of four hidden layers; the shallow one is in the table.
             if k > 0 {
-                line.0.push((widths[0] as f64, mean));
-                line.1.push((widths[0] as f64, mean - half, mean + half));
+                line.push((widths[0] as f64, mean, half));
             }
             let row = json!({
                 "model": model, "style": name, "accuracy": mean, "interval": half, "ms": ms, "lr": found.lr,
@@ -83,7 +83,9 @@ fn run() -> Result<()> {
     }
     let mut chart =
         LineChart::new(format!("Clipping styles, four hidden layers, ε = {epsilon}")).x_label("width").log_x();
-    for ((name, _), (points, band)) in styles.iter().zip(lines) {
+    for ((name, _), line) in styles.iter().zip(lines) {
+        let points: Vec<(f64, f64)> = line.iter().map(|l| (l.0, l.1)).collect();
+        let band: Vec<(f64, f64, f64)> = line.iter().map(|l| (l.0, l.1 - l.2, l.1 + l.2)).collect();
         chart = chart.series(Series::new(*name, points).band(band).markers());
     }
     chart.y_label("test accuracy").save(folder.plot("accuracy"))?;

@@ -66,18 +66,23 @@ device_tests! {
         let sum = |ids: &[usize], style: &ClipStyle, clip: ClipFn| {
             flat(&clipped_gradient(&losses(&model, ids).unwrap(), &params, style, clip, 0.3).unwrap())
         };
-        for clip in [ClipFn::Abadi, ClipFn::AutoV] {
+        // All of it on the CPU; a device is slow under the emulator, and has to do the same.
+        let (clips, styles, outs) = match device.is_cpu() {
+            true => (&[ClipFn::Abadi, ClipFn::AutoV][..], &styles[..], 4),
+            false => (&[ClipFn::AutoV][..], &styles[3..], 1),
+        };
+        for &clip in clips {
             let whole = sum(&[0, 1, 2, 3], &ClipStyle::AllLayer, clip);
-            for style in &styles {
+            for style in styles {
                 let all = sum(&[0, 1, 2, 3], style, clip);
-                for out in 0..4 {
+                for out in 0..outs {
                     let kept: Vec<usize> = (0..4).filter(|&k| k != out).collect();
                     let moved: Vec<f64> = all.iter().zip(sum(&kept, style, clip)).map(|(a, b)| a - b).collect();
                     assert!(norm(&moved) <= 0.3 * (1.0 + 1e-9), "{style:?} {clip:?}: {}", norm(&moved));
                     // AUTO-V scales every group to its threshold.
                     assert!(clip == ClipFn::Abadi || norm(&moved) > 0.3 * (1.0 - 1e-9), "{style:?}: {}", norm(&moved));
                 }
-                if matches!(style, ClipStyle::Uniform(1)) || *style == styles[4] {
+                if matches!(style, ClipStyle::Uniform(1)) || styles.last() == Some(style) {
                     assert!(all.iter().zip(&whole).all(|(a, b)| (a - b).abs() < 1e-12), "{style:?}");
                 }
             }

@@ -3,7 +3,7 @@
 //! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
 
 use crate::error::{Error, Result};
-use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Params, TransformerBlock};
+use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, TransformerBlock};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Activation, Layout, linear};
@@ -131,6 +131,11 @@ impl GptConfig {
     }
 }
 
+/// Whether a parameter belongs to an adapter.
+fn is_lora(name: &str) -> bool {
+    name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
+}
+
 /// The language model.
 pub struct Gpt {
     config: GptConfig,
@@ -141,6 +146,7 @@ pub struct Gpt {
     blocks: Vec<TransformerBlock>,
     ln_f: LayerNorm,
     head: Option<Param>,
+    lora: Option<LoraConfig>,
 }
 
 impl Gpt {
@@ -181,7 +187,7 @@ impl Gpt {
             Some(params.at("lm_head").param("weight", &[config.vocab_size, d], init)?)
         };
         let drop = Dropout::new(&params.at("drop"), config.embd_pdrop)?;
-        Ok(Gpt { config, params, wte, wpe, drop, blocks, ln_f, head })
+        Ok(Gpt { config, params, wte, wpe, drop, blocks, ln_f, head, lora: None })
     }
     /// Sizes and options.
     pub fn config(&self) -> &GptConfig {
@@ -238,7 +244,71 @@ impl Gpt {
         self.ln_f.forward(&x, ctx)
     }
 
-    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically.
+    /// Freezes the model and gives the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`) low-rank
+    /// adapters, which alone are trained from then on. Returns how many there are.
+    pub fn add_lora(&mut self, c: &LoraConfig) -> Result<usize> {
+        c.validate()?;
+        let params = self.params.clone();
+        self.params.set_trainable(false);
+        let mut adapted = 0;
+        for l in self.blocks.iter_mut().flat_map(|b| b.linears_mut()) {
+            let name = l.weight().name().to_string();
+            let layer = name.rsplit_once('.').map_or("", |(layer, _)| layer);
+            if c.target_modules.iter().any(|t| layer == t || layer.ends_with(&format!(".{t}"))) {
+                l.adapt(&params, c)?;
+                adapted += 1;
+            }
+        }
+        if adapted == 0 {
+            let what = format!("no layer is called {:?}; a GPT has c_attn, c_proj and c_fc", c.target_modules);
+            return Err(Error::invalid("Gpt::add_lora", what));
+        }
+        self.lora = Some(c.clone());
+        self.params.to(&self.wte.device())?;
+        Ok(adapted)
+    }
+    /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole.
+    pub fn merge_lora(&mut self) -> Result<()> {
+        self.blocks.iter_mut().flat_map(|b| b.linears_mut()).try_for_each(Linear::merge)
+    }
+    /// Takes them out again, bit for bit.
+    pub fn unmerge_lora(&mut self) -> Result<()> {
+        self.blocks.iter_mut().flat_map(|b| b.linears_mut()).try_for_each(Linear::unmerge)
+    }
+    /// Writes the adapters alone as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    pub fn save_lora(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let (op, dir) = ("Gpt::save_lora", dir.as_ref());
+        let Some(c) = &self.lora else {
+            return Err(Error::invalid(op, "the model has no adapters; add_lora makes them"));
+        };
+        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        crate::io::write_json(dir.join("adapter_config.json"), c)?;
+        let all = self.params.all().into_iter().filter(|p| is_lora(p.name()));
+        let named: Vec<(String, Array)> =
+            all.map(|p| (format!("base_model.model.transformer.{}", p.name()), p.value())).collect();
+        crate::io::save_arrays(dir.join("adapter_model.safetensors"), &named, &[("format", "pt")])
+    }
+    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote.
+    pub fn load_lora(&mut self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
+        self.add_lora(&c)?;
+        let path = dir.join("adapter_model.safetensors");
+        let found = crate::io::load_arrays(&path)?;
+        for p in self.params.all().into_iter().filter(|p| is_lora(p.name())) {
+            let name = format!("base_model.model.transformer.{}", p.name());
+            let Some((_, a)) = found.iter().find(|(n, _)| *n == name) else {
+                return Err(Error::format(&path, format!("tensor {name} is missing")));
+            };
+            if a.shape() != p.shape() {
+                return Err(Error::format(&path, format!("tensor {name} is {:?}, not {:?}", a.shape(), p.shape())));
+            }
+            p.set(a.cast(p.dtype()).to(&p.device())?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
@@ -246,7 +316,8 @@ impl Gpt {
             .map_err(|e| Error::invalid("Gpt::save", format!("config does not serialise: {e}")))?;
         crate::io::write_atomic(dir.join("config.json"), &json)?;
         let name = |n: &str| if n.starts_with("lm_head") { n.to_string() } else { format!("transformer.{n}") };
-        let named: Vec<(String, Array)> = self.params.all().iter().map(|p| (name(p.name()), p.value())).collect();
+        let all = self.params.all().into_iter().filter(|p| !is_lora(p.name()));
+        let named: Vec<(String, Array)> = all.map(|p| (name(p.name()), p.value())).collect();
         crate::io::save_arrays(dir.join("model.safetensors"), &named, &[("format", "pt")])
     }
     /// Reads what [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.

@@ -66,6 +66,9 @@ impl MultiHeadAttention {
             id: params.id("attn_dropout"),
         })
     }
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 2] {
+        [&mut self.qkv, &mut self.out]
+    }
     /// `[B, T, d]` → `[B, T, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self.run(x, None, ctx)

@@ -1,5 +1,6 @@
 //! Linear, norms, dropout.
 
+use super::lora::{Lora, LoraConfig, activate};
 use super::{Ctx, Init, Params};
 use crate::error::{Error, Result};
 use crate::ops::linear::{Activation, Layout, linear};
@@ -11,6 +12,7 @@ pub struct Linear {
     weight: Param,
     bias: Option<Param>,
     layout: Layout,
+    lora: Option<Lora>,
 }
 
 impl Linear {
@@ -21,6 +23,7 @@ impl Linear {
             weight: params.param("weight", &shape, init)?,
             bias: if bias { Some(params.param("bias", &[p], Init::Zeros)?) } else { None },
             layout,
+            lora: None,
         })
     }
     /// `[B, …, d]` → `[B, …, p]`.
@@ -29,7 +32,35 @@ impl Linear {
     }
     /// With an activation fused into the product.
     pub fn forward_act(&self, x: &Tensor, act: Activation, ctx: &Ctx) -> Result<Tensor> {
-        linear(x, &self.weight, self.layout, self.bias.as_ref(), act, ctx.samples.as_ref())
+        let run = |act| linear(x, &self.weight, self.layout, self.bias.as_ref(), act, ctx.samples.as_ref());
+        match self.lora.as_ref().map(|l| l.forward(x, ctx)).transpose()?.flatten() {
+            None => run(act),
+            Some(more) => activate(&run(Activation::None)?.add(&more)?, act),
+        }
+    }
+    /// Gives the layer a low-rank adapter, with parameters `lora_A.weight` `[r, d]` and `lora_B.weight` `[p, r]` beside its own
+    /// in the store, and freezes weight and bias.
+    pub fn adapt(&mut self, params: &Params, c: &LoraConfig) -> Result<()> {
+        if self.lora.is_some() {
+            return Err(Error::invalid("LoRA", format!("{} has an adapter already", self.weight.name())));
+        }
+        let [a, b] = self.weight.shape() else {
+            return Err(Error::shape("LoRA", format!("{} is no matrix", self.weight.name())));
+        };
+        let sizes = if self.layout == Layout::OutIn { (*b, *a) } else { (*a, *b) };
+        let layer = self.weight.name().rsplit_once('.').map_or("", |(layer, _)| layer).to_string();
+        self.lora = Some(Lora::new(params, &layer, sizes, c)?);
+        self.weight.set_trainable(false);
+        self.bias.iter().for_each(|b| b.set_trainable(false));
+        Ok(())
+    }
+    /// Adds the adapter to the weight, so that it costs nothing any more; nothing without one.
+    pub fn merge(&mut self) -> Result<()> {
+        self.lora.as_mut().map_or(Ok(()), |l| l.merge(&self.weight, self.layout))
+    }
+    /// Takes it out again, bit for bit.
+    pub fn unmerge(&mut self) -> Result<()> {
+        self.lora.as_mut().map_or(Ok(()), |l| l.unmerge(&self.weight))
     }
     /// The weight.
     pub fn weight(&self) -> &Param {

@@ -4,6 +4,7 @@ mod attention;
 mod conv;
 mod embedding;
 mod layers;
+mod lora;
 mod params;
 mod transformer;
 
@@ -11,6 +12,8 @@ pub use attention::{KvCache, MultiHeadAttention};
 pub use conv::{Conv1d, Conv2d};
 pub use embedding::{Embedding, EmbeddingBag};
 pub use layers::{Dropout, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub use lora::LoraConfig;
+pub(crate) use params::matches;
 pub use params::{Init, Params};
 pub use transformer::{BlockConfig, Mlp, SwiGlu, TransformerBlock};
 

@@ -113,6 +113,21 @@ impl Params {
         all.iter().for_each(|p| p.set_trainable(on));
         all.len()
     }
+    /// Freezes everything below this scope but the parameters whose full names match one of the patterns (`*` stands for any
+    /// characters), such as `*.bias` for training biases alone; returns how many parameters are trained.
+    pub fn train_only(&self, patterns: &[&str]) -> Result<usize> {
+        let all = self.all();
+        if let Some(p) = patterns.iter().find(|p| !all.iter().any(|q| matches(p, q.name()))) {
+            return Err(Error::invalid("Params::train_only", format!("no parameter's name matches {p:?}")));
+        }
+        let mut trained = 0;
+        for p in &all {
+            let on = patterns.iter().any(|pattern| matches(pattern, p.name()));
+            p.set_trainable(on);
+            trained += on as usize;
+        }
+        Ok(trained)
+    }
     /// Moves everything below this scope to a device.
     pub fn to(&self, device: &Device) -> Result<()> {
         self.all().iter().try_for_each(|p| p.to(device))
@@ -121,4 +136,18 @@ impl Params {
     pub fn id(&self, name: &str) -> u64 {
         hash(&self.full(name))
     }
+}
+/// Whether a name matches a pattern in which `*` stands for any characters.
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
 }

@@ -102,6 +102,10 @@ impl TransformerBlock {
             drop_2: Dropout::new(&params.at("drop_2"), c.dropout)?,
         })
     }
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        let [qkv, out] = self.attn.linears_mut();
+        [qkv, out, &mut self.mlp.fc, &mut self.mlp.proj]
+    }
     /// `[B, T, d]` → `[B, T, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self.run(x, None, ctx)

@@ -33,7 +33,7 @@ pub fn one_run(scores: &[f64], included: &[bool], guesses: usize, delta: f64, co
         let what = format!("{m} scores, {} coins and {guesses} guesses", included.len());
         return Err(Error::privacy(format!("an audit with {what}: one coin for each score, and 1 to {m} guesses")));
     }
-    if !(delta >= 0.0 && delta < 1.0 && confidence > 0.0 && confidence < 1.0) {
+    if !((0.0..1.0).contains(&delta) && confidence > 0.0 && confidence < 1.0) {
         return Err(Error::privacy(format!("an audit with δ = {delta} at confidence {confidence}")));
     }
     if let Some(i) = scores.iter().position(|s| s.is_nan()) {

@@ -1,5 +1,6 @@
 //! Clip functions and styles.
 
+use crate::nn::matches;
 use serde::{Deserialize, Serialize};
 
 /// How a per-sample gradient of norm n is scaled under a threshold R.
@@ -176,21 +177,6 @@ impl Thresholds {
         }
         Ok(())
     }
-}
-
-/// Whether a name matches a pattern in which `*` stands for any characters.
-fn matches(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
-    let mut parts: Vec<&str> = parts.collect();
-    let Some(last) = parts.pop() else { return rest.is_empty() };
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
 }
 
 impl std::str::FromStr for ClipStyle {

@@ -1,0 +1,116 @@
+//! Low-rank adapters (Hu et al. 2022): y = W·x + (α/r)·B·A·x with W frozen.
+//!
+//! A and B are two linear layers, so that their gradients stay factored and private training clips them as any other. B starts
+//! at zero: an adapter that has not been trained changes nothing.
+
+use super::{Ctx, Init, Params};
+use crate::error::{Error, Result};
+use crate::ops::linear::{Activation, Layout, linear};
+use crate::tensor::Array;
+use crate::{Param, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// Rank, scale and targets of adapters; serialised as PEFT's `adapter_config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Always `LORA`.
+    pub peft_type: String,
+    /// Rank.
+    pub r: usize,
+    /// α; the adapter's output is scaled by α/r.
+    pub lora_alpha: f64,
+    /// Last parts of the names of the layers that get an adapter, such as `c_attn`.
+    pub target_modules: Vec<String>,
+    /// Weights lie `[in, out]`, as GPT-2's do.
+    pub fan_in_fan_out: bool,
+    /// Biases stay frozen.
+    pub bias: String,
+    /// Always `CAUSAL_LM`.
+    pub task_type: String,
+}
+
+impl LoraConfig {
+    /// Adapters of rank r and scale α/r on the layers with these names.
+    pub fn new(r: usize, alpha: f64, targets: &[&str]) -> LoraConfig {
+        LoraConfig {
+            peft_type: "LORA".into(),
+            r,
+            lora_alpha: alpha,
+            target_modules: targets.iter().map(|t| t.to_string()).collect(),
+            fan_in_fan_out: true,
+            bias: "none".into(),
+            task_type: "CAUSAL_LM".into(),
+        }
+    }
+    /// Refuses what makes no adapter.
+    pub fn validate(&self) -> Result<()> {
+        if self.r == 0 || !self.lora_alpha.is_finite() || self.peft_type != "LORA" {
+            let what = format!("{} of rank {} and α {}", self.peft_type, self.r, self.lora_alpha);
+            return Err(Error::invalid(
+                "LoRA",
+                format!("{what}; a LORA adapter has a rank of 1 or more and a finite α"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The adapter of one layer.
+pub(super) struct Lora {
+    a: Param,
+    b: Param,
+    scale: f64,
+    /// The weight as it was, while the adapter is merged into it.
+    before: Option<Array>,
+}
+
+impl Lora {
+    /// For a layer d → p whose parameters are called `layer.weight`, …
+    pub fn new(params: &Params, layer: &str, (d, p): (usize, usize), c: &LoraConfig) -> Result<Lora> {
+        c.validate()?;
+        let part = |name: &str, shape: [usize; 2], init| params.at(layer).at(name).param("weight", &shape, init);
+        Ok(Lora {
+            a: part("lora_A", [c.r, d], Init::KaimingUniform)?,
+            b: part("lora_B", [p, c.r], Init::Zeros)?,
+            scale: c.lora_alpha / c.r as f64,
+            before: None,
+        })
+    }
+    /// What is added to W·x; nothing while merged.
+    pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Option<Tensor>> {
+        if self.before.is_some() {
+            return Ok(None);
+        }
+        let through = |x: &Tensor, w: &Param| linear(x, w, Layout::OutIn, None, Activation::None, ctx.samples.as_ref());
+        through(&through(x, &self.a)?, &self.b)?.mul_scalar(self.scale).map(Some)
+    }
+    /// Adds (α/r)·B·A to the weight, once.
+    pub fn merge(&mut self, weight: &Param, layout: Layout) -> Result<()> {
+        if self.before.is_some() {
+            return Ok(());
+        }
+        let value = |p: &Param| Tensor::new(p.value());
+        let delta = value(&self.b).matmul(&value(&self.a))?.mul_scalar(self.scale)?;
+        let delta = if layout == Layout::InOut { delta.transpose(0, 1)? } else { delta };
+        let before = weight.value().copy();
+        weight.set(Tensor::new(before.clone()).add(&delta)?.array().contiguous())?;
+        self.before = Some(before);
+        Ok(())
+    }
+    /// Puts the weight back, bit for bit.
+    pub fn unmerge(&mut self, weight: &Param) -> Result<()> {
+        self.before.take().map_or(Ok(()), |w| weight.set(w))
+    }
+}
+
+/// The activation as an op of its own.
+pub(super) fn activate(x: &Tensor, act: Activation) -> Result<Tensor> {
+    match act {
+        Activation::None => Ok(x.clone()),
+        Activation::Relu => x.relu(),
+        Activation::Gelu => x.gelu(),
+        Activation::GeluTanh => x.gelu_tanh(),
+        Activation::Silu => x.silu(),
+        Activation::Tanh => x.tanh(),
+    }
+}
