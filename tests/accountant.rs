@@ -104,7 +104,11 @@ fn what_is_refused() {
 }
 
 /// σ, q, steps, δ, then Rényi ε with its order and the three numbers of a bracket that others computed with a margin of 0.01.
-const CROSS: [(f64, f64, u64, f64, f64, f64, [f64; 3]); 10] = [
+type Cross = (f64, f64, u64, f64, f64, f64, [f64; 3]);
+
+/// (None of the numbers is meant to be π.)
+#[allow(clippy::approx_constant)]
+const CROSS: [Cross; 10] = [
     (1.0, 0.01, 1000, 1e-5, 2.10137, 7.8, [1.8181, 1.8282, 1.8384]),
     (0.8, 0.01, 1000, 1e-5, 3.69561, 4.8, [3.1308, 3.1410, 3.1513]),
     (1.0, 256.0 / 60000.0, 3515, 1e-5, 1.55968, 9.7, [1.3411, 1.3512, 1.3613]),
