@@ -1,5 +1,7 @@
 //! Curvature quantities on digits, against numbers computed with other people's tools; identities; the switch.
 
+#![allow(clippy::approx_constant)] // none of the numbers is meant to be a constant of nature
+
 use prismgrad::data::digits;
 use prismgrad::nn::{Init, Params};
 use prismgrad::ops::linear::{Activation, Layout, linear};
