@@ -5,6 +5,7 @@ pub mod autograd;
 pub mod check;
 pub mod data;
 pub mod device;
+pub mod dist;
 #[cfg(feature = "emulator")]
 #[path = "../cuda/emulator/mod.rs"]
 pub mod emulator;

@@ -80,6 +80,10 @@ impl Flat {
         self.attach()?;
         done
     }
+    /// All parameters, flat.
+    pub(crate) fn buffer(&self) -> &Array {
+        &self.buffer
+    }
     /// Where the buffer lies in a GPU's memory.
     pub(crate) fn address(&self) -> Result<u64> {
         self.buffer.address()

@@ -22,6 +22,7 @@ pub use record::RecordedStep;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
 use crate::device::cuda::elementwise::scale_in_place;
 use crate::device::cuda::{Tag, TagScope};
+use crate::dist::Communicator;
 use crate::error::{Error, Result};
 use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle, Private, Public, Thresholds, Weight};
@@ -95,6 +96,8 @@ pub struct TrainStep {
     privacy: Option<Privacy>,
     /// The weight of the private part, in a coupled step.
     coupled: Option<Weight>,
+    /// The other ranks, if there are some.
+    ranks: Option<Box<dyn Communicator>>,
 }
 
 impl TrainStep {
@@ -131,7 +134,27 @@ impl TrainStep {
         if let Some(p) = &mut privacy {
             p.plan(flat.params())?;
         }
-        Ok(TrainStep { flat, grads, state, ledger, optimizer, schedule, steps: 0, privacy, coupled: None })
+        Ok(TrainStep { flat, grads, state, ledger, optimizer, schedule, steps: 0, privacy, coupled: None, ranks: None })
+    }
+    /// Makes this one of several ranks that take every step together, each on its part of the batch (data parallelism, ZeRO
+    /// stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks, in their order; the update is
+    /// then the same everywhere: a plain step's mean is over all ranks' samples, a private one's noise is added once to the sum,
+    /// the same bits at any number of ranks. [`TrainStep::next_batch`] gives each rank its own records of the one Poisson batch.
+    ///
+    /// Losses and counts in reports are over all ranks. All must be given the same key, model and settings. On the CPU.
+    pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<TrainStep> {
+        let op = "TrainStep::with_ranks";
+        if self.flat.device().is_cuda() {
+            return Err(Error::invalid(op, "ranks are on the CPU so far; move the model there"));
+        }
+        let first = ranks.broadcast("parameters", self.flat.buffer(), 0)?;
+        self.flat.update(|params, _| params.write(0, &first))?;
+        self.ranks = Some(ranks);
+        Ok(self)
+    }
+    /// The other ranks.
+    pub fn ranks(&self) -> Option<&dyn Communicator> {
+        self.ranks.as_deref()
     }
     /// Steps taken.
     pub fn steps(&self) -> u64 {
@@ -149,7 +172,14 @@ impl TrainStep {
     /// asked before the step is taken. May be empty, and then the step still has to be taken.
     pub fn next_batch(&self) -> Result<Private<Vec<usize>>> {
         match &self.privacy {
-            Some(p) => Ok(Private(p.batch(self.steps))),
+            Some(p) => {
+                let mut all = p.batch(self.steps);
+                if let Some(r) = &self.ranks {
+                    // Whose record it is follows from the record, so that the batch as a whole is that of one rank.
+                    all.retain(|i| i % r.size() == r.rank());
+                }
+                Ok(Private(all))
+            }
             None => Err(Error::invalid("next_batch", "a plain step has no sampler; draw batches with data::shuffled")),
         }
     }
@@ -196,6 +226,12 @@ impl TrainStep {
             return Err(Error::invalid(op, "a plain step has no private half; make it with TrainStep::private"));
         };
         let (Private(mut private), Public(mut public), share) = (private, public, weight.of_private());
+        if self.ranks.is_some() {
+            return Err(Error::invalid(
+                op,
+                "public data in a step of several ranks: not there yet; take them on one rank",
+            ));
+        }
         if microbatch == 0 {
             return Err(Error::invalid(op, "microbatches of 0 samples"));
         }
@@ -297,7 +333,18 @@ impl TrainStep {
             drop(losses);
             weigh.finish()?;
         }
-        let (tally, below) = (weigh.tally(), weigh.below());
+        let (mut tally, mut below) = (weigh.tally(), weigh.below());
+        if let Some(ranks) = &self.ranks {
+            let _phase = profile::span(Kind::Phase, "reduce");
+            self.grads = ranks.all_reduce("gradients", &self.grads)?;
+            let counts = [samples as f64, private_samples as f64, loss_sum];
+            let tallied = [tally.pairs, tally.clipped, tally.non_finite];
+            let all: Vec<f64> = counts.into_iter().chain(tallied.into_iter().chain(below).map(|c| c as f64)).collect();
+            let all = ranks.all_reduce("counts", &Array::from_slice(&all, &[all.len()])?)?.to_f64();
+            (samples, private_samples, loss_sum) = (all[0] as usize, all[1] as usize, all[2]);
+            tally = Tally { pairs: all[3] as u64, clipped: all[4] as u64, non_finite: all[5] as u64 };
+            below = all[6..].iter().map(|c| *c as u64).collect();
+        }
         let share = self.coupled.map_or(1.0, Weight::of_private);
         let scale = match &mut self.privacy {
             Some(_) if share == 0.0 => 1.0 / samples as f64,

@@ -1,0 +1,45 @@
+//! Collectives between the ranks of one training run.
+//!
+//! [`Communicator`] is what a step needs of them. [`Local`] runs the ranks as threads of one process: for tests, and for one
+//! machine. Every collective is called by all ranks, in the same order, with the same shapes; a rank that does otherwise, dies or
+//! stalls makes the others stop with a sentence that names it.
+
+mod local;
+
+pub use local::Local;
+
+use crate::error::Result;
+use crate::tensor::Array;
+
+/// What went through a communicator, as seen by one rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Collectives.
+    pub calls: u64,
+    /// Bytes this rank would send in a ring: 2·(N−1)/N of a buffer for an all-reduce, (N−1)/N for a reduce-scatter, a broadcast
+    /// or an all-to-all, N−1 parts for an all-gather.
+    pub bytes: u64,
+}
+
+/// A group of ranks that compute together. Results have the same bits on every rank and in every run: sums are taken in the
+/// order of the ranks.
+pub trait Communicator: Send {
+    /// This rank, from 0.
+    fn rank(&self) -> usize;
+    /// Number of ranks.
+    fn size(&self) -> usize;
+    /// Σ over ranks. `what` names the buffer in errors.
+    fn all_reduce(&self, what: &str, x: &Array) -> Result<Array>;
+    /// This rank's part of the sum: `x [N·n]` gives `[n]`.
+    fn reduce_scatter(&self, what: &str, x: &Array) -> Result<Array>;
+    /// All ranks' parts, in order: `[n]` gives `[N·n]`.
+    fn all_gather(&self, what: &str, part: &Array) -> Result<Array>;
+    /// The root's array, on every rank.
+    fn broadcast(&self, what: &str, x: &Array, root: usize) -> Result<Array>;
+    /// Part r of `x [N·n]` goes to rank r: the result has everybody's part for this rank, in order.
+    fn all_to_all(&self, what: &str, x: &Array) -> Result<Array>;
+    /// Returns when all ranks are here.
+    fn barrier(&self) -> Result<()>;
+    /// What went through so far.
+    fn traffic(&self) -> Traffic;
+}
