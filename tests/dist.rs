@@ -170,7 +170,7 @@ fn noise_does_not_depend_on_the_number_of_ranks() {
             let mut step = step.with_ranks(Box::new(rank))?;
             let none: [(); 0] = [];
             step.run(none, |_| unreachable!())?;
-            Ok(step.last_gradient().to_vec::<f32>()?)
+            step.last_gradient().to_vec::<f32>()
         });
         results.into_iter().map(|r| r.unwrap()).collect::<Vec<_>>()
     };
