@@ -1,7 +1,7 @@
 //! Continual private pre-training with limited public data (Bu et al. 2024): what curvature says about batch size, noise and
 //! public share, measured while training.
 //!
-//! A private gradient is g = (Σ Cᵢgᵢ + σ·N(0, I))/B. With c = E[Cᵢ], G the mean gradient, H the Hessian of the mean loss and Σ
+//! A private gradient is g = (Σ Cᵢgᵢ + σ·N(0, I))/B. With c = E(Cᵢ), G the mean gradient, H the Hessian of the mean loss and Σ
 //! the covariance of the gᵢ, the best step of size η gains per sample
 //!
 //! J(B) = ½·|G|⁴/(B·GᵀHG + tr(HΣ) + D(B)), D(B) = σ²·tr(H)/(B·c²),

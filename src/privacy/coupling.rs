@@ -91,7 +91,7 @@ impl Weight {
 /// What [`Weight::best`] depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mixture {
-    /// c = E[Cᵢ], the mean clip factor.
+    /// c = E(Cᵢ), the mean clip factor.
     pub clip: f64,
     /// tr(HΣ), Hessian times covariance of per-sample gradients.
     pub trace_h_sigma: f64,
