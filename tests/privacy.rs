@@ -313,26 +313,32 @@ fn only_private_steps_are_counted() {
     assert_eq!(resumed.privacy().unwrap().steps(), 2);
 }
 
-/// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, a
-/// step under another key or with other noise is another release, and a damaged log is refused.
+/// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, one that
+/// would reuse noise over other parameters is refused, one under another key is another release, a damaged log is refused.
 #[test]
 fn the_log_of_steps_outlives_a_kill() {
     let path = std::env::temp_dir().join(format!("prismgrad-log-{}.jsonl", std::process::id()));
     let _ = std::fs::remove_file(&path);
-    let w = || Param::new("w", Array::zeros(&[3], DType::F64));
-    let make = |seed: u64, sigma: f64| -> Result<TrainStep> {
+    let start = |from: &[f64]| Param::new("w", Array::from_slice(from, &[3]).unwrap());
+    let make_from = |w: &Param, seed: u64, sigma: f64| -> Result<TrainStep> {
         let mut c = config(40);
         c.noise_multiplier = Some(sigma);
         let p = Privacy::new(c, NoiseKey::from_seed_for_tests(seed))?.log_to(&path)?;
-        TrainStep::private(&[w()], p, Sgd::default(), Schedule::constant(0.1))
+        TrainStep::private(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1))
     };
+    let make = |seed: u64, sigma: f64| make_from(&start(&[0.0; 3]), seed, sigma);
     let none: [(); 0] = [];
     let go = |step: &mut TrainStep| step.run(none, |_| unreachable!()).unwrap().epsilon.unwrap();
-    let mut first = make(1, 1.0).unwrap();
-    let spent: Vec<f64> = (0..5).map(|_| go(&mut first)).collect();
+    let w = start(&[0.0; 3]);
+    let mut first = make_from(&w, 1, 1.0).unwrap();
+    let (mut spent, mut saved) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        saved.push(w.value().to_f64());
+        spent.push(go(&mut first));
+    }
     drop(first);
     // A new process from a checkpoint after two steps: five are spent all the same, and stay spent as they are repeated.
-    let mut again = make(1, 1.0).unwrap();
+    let mut again = make_from(&start(&saved[2]), 1, 1.0).unwrap();
     again.restore(2, &[]).unwrap();
     let p = again.privacy().unwrap();
     assert_eq!((again.steps(), p.steps(), p.spent().unwrap()), (2, 5, spent[4]));
@@ -340,6 +346,12 @@ fn the_log_of_steps_outlives_a_kill() {
         assert_eq!(go(&mut again), spent[4], "the same steps again");
     }
     assert!(go(&mut again) >= spent[4] && again.privacy().unwrap().steps() == 6);
+    // The same noise over other parameters would cancel in the difference.
+    let mut elsewhere = make_from(&start(&[7.0; 3]), 1, 1.0).unwrap();
+    elsewhere.restore(2, &[]).unwrap();
+    let e = elsewhere.run(none, |_| unreachable!()).err().unwrap().to_string();
+    assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
+    drop(elsewhere);
     drop(again);
     // Cut off in the middle of a line: that step was never taken.
     let text = std::fs::read_to_string(&path).unwrap();

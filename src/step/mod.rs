@@ -196,7 +196,7 @@ impl TrainStep {
         forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<StepReport> {
         let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps)?),
+            Some(p) => Some(p.admit(self.steps, self.flat.buffer())?),
             None => None,
         };
         let mut forward = forward;
@@ -249,7 +249,7 @@ impl TrainStep {
             private.clear();
             privacy.spent()?
         } else {
-            privacy.admit(self.steps)?
+            privacy.admit(self.steps, self.flat.buffer())?
         };
         let scale = if share == 0.0 { 1.0 } else { scale * privacy.expected_batch() / share };
         let total = private.len() + public.len();

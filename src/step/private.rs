@@ -139,12 +139,9 @@ impl Privacy {
     /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
     /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
     pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
-        let version = env!("CARGO_PKG_VERSION");
-        let level = crate::device::cpu::simd::level();
         // Not the key: a number that follows from it and from which it does not follow.
-        let key = self.key.uniform(u64::MAX, 0).to_bits();
-        let run = format!("{key:016x} {} {level:?} {version}", std::env::consts::ARCH);
-        let log = StepLog::open(path, run)?;
+        let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
+        let log = StepLog::open(path, format!("{key:016x}"))?;
         for &(sigma, rate) in log.history() {
             self.accountant.record(sigma, rate, 1)?;
         }
@@ -275,9 +272,14 @@ impl Privacy {
         self.bound(0)
     }
     /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
-    pub(super) fn admit(&mut self, step: u64) -> Result<f64> {
-        if self.log.as_ref().is_some_and(|l| l.has(step)) {
-            return self.spent();
+    /// `params`, flat, are what the step starts from.
+    pub(super) fn admit(&mut self, step: u64, params: &Array) -> Result<f64> {
+        let mut state = String::new();
+        if let Some(log) = &self.log {
+            state = state_of(params);
+            if log.has(step, &state)? {
+                return self.spent();
+            }
         }
         let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
         let epsilon = self.bound(1)?;
@@ -289,7 +291,7 @@ impl Privacy {
         }
         let rate = self.rate();
         if let Some(log) = &mut self.log {
-            log.write(step, self.sigma, rate)?;
+            log.write(step, &state, self.sigma, rate)?;
         }
         self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
@@ -320,6 +322,20 @@ impl Privacy {
             }
         }
         Ok(())
+    }
+}
+
+/// What decides the bits of a step besides key and data: the kind of machine and, on the CPU, a checksum of the parameters (on
+/// a GPU that would wait for the device).
+fn state_of(params: &Array) -> String {
+    let device = params.device();
+    let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
+    match device.gpu() {
+        Some(gpu) => format!("{machine} {}", gpu.name()),
+        None => {
+            let level = crate::device::cpu::simd::level();
+            format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
+        }
     }
 }
 

@@ -87,7 +87,7 @@ impl TrainStep {
             ));
         }
         let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps)?),
+            Some(p) => Some(p.admit(self.steps, self.flat.buffer())?),
             None => None,
         };
         let numbers = self.optimizer.live(self.steps + 1, self.schedule.at(self.steps)).unwrap_or_default();
