@@ -338,7 +338,10 @@ fn the_log_of_steps_outlives_a_kill() {
     }
     drop(first);
     // A new process from a checkpoint after two steps: five are spent all the same, and stay spent as they are repeated.
-    let mut again = make_from(&start(&saved[2]), 1, 1.0).unwrap();
+    let w = start(&[9.0; 3]);
+    let mut again = make_from(&w, 1, 1.0).unwrap();
+    // As loading a checkpoint does: after the step was made.
+    w.set(Array::from_slice(&saved[2], &[3]).unwrap()).unwrap();
     again.restore(2, &[]).unwrap();
     let p = again.privacy().unwrap();
     assert_eq!((again.steps(), p.steps(), p.spent().unwrap()), (2, 5, spent[4]));

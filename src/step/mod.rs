@@ -195,10 +195,7 @@ impl TrainStep {
         microbatches: impl IntoIterator<Item = B>,
         forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<StepReport> {
-        let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps, self.flat.buffer())?),
-            None => None,
-        };
+        let epsilon = self.admit()?;
         let mut forward = forward;
         let (samples, loss, tally) = self.queue(microbatches, |b| Ok((forward(b)?, None)), None)?;
         self.report(samples, epsilon, Found::Here(loss, tally))
@@ -222,6 +219,8 @@ impl TrainStep {
         mut forward: impl FnMut(&[P], &[Q]) -> Result<Tensor>,
     ) -> Result<StepReport> {
         let op = "TrainStep::run_coupled";
+        // Values set from outside are in the buffer from here on.
+        self.flat.update(|_, _| Ok(()))?;
         let Some(privacy) = &mut self.privacy else {
             return Err(Error::invalid(op, "a plain step has no private half; make it with TrainStep::private"));
         };
@@ -279,6 +278,13 @@ impl TrainStep {
         self.coupled = None;
         let (samples, loss, tally) = queued?;
         self.report(samples, Some(epsilon), Found::Here(loss, tally))
+    }
+    /// Has the accountant record a private step, or refuse it.
+    fn admit(&mut self) -> Result<Option<f64>> {
+        let Some(p) = &mut self.privacy else { return Ok(None) };
+        // Values set from outside, as by a checkpoint, are in the buffer from here on.
+        self.flat.update(|_, _| Ok(()))?;
+        p.admit(self.steps, self.flat.buffer()).map(Some)
     }
     /// Everything a step does to gradients and parameters: samples, and on the CPU the losses' sum and what was clipped.
     /// With `live`, what changes from step to step is read from memory.

@@ -86,10 +86,7 @@ impl TrainStep {
                  them with value(), state() or last_gradient() before the next step, then record again",
             ));
         }
-        let epsilon = match &mut self.privacy {
-            Some(p) => Some(p.admit(self.steps, self.flat.buffer())?),
-            None => None,
-        };
+        let epsilon = self.admit()?;
         let numbers = self.optimizer.live(self.steps + 1, self.schedule.at(self.steps)).unwrap_or_default();
         recorded.live.before.refill(&Array::from_slice(&[self.steps as i64], &[1])?)?;
         recorded.live.number.refill(&Array::from_slice(&[self.steps as i64 + 1], &[1])?)?;
