@@ -12,8 +12,9 @@ pub mod rdp;
 pub use prv::Bracket;
 
 use crate::error::{Error, Result};
-use rustfft::{Fft, FftPlanner, num_complex::Complex64};
+use realfft::{ComplexToReal, RealFftPlanner, RealToComplex, num_complex::Complex64};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Which two data sets must be hard to tell apart.
@@ -130,7 +131,7 @@ impl Accountant {
             let spectrum = window.transform(&one);
             for (o, &n) in out.iter_mut().zip(counts) {
                 if n > 0 {
-                    *o = o.max(window.compose(&[(&one, &spectrum, n)]).epsilon(delta));
+                    *o = o.max(window.compose([(&one, Cow::Borrowed(&spectrum[..]), n)]).epsilon(delta));
                 }
             }
         }
@@ -193,10 +194,7 @@ impl Accountant {
             .map(|d| {
                 let parts: Vec<(&Pld, u64)> = steps.iter().zip(&live).map(|(p, s)| (&p[d], s.count)).collect();
                 let window = Window::new(&parts, self.interval);
-                let spectra: Vec<Vec<Complex64>> = parts.iter().map(|(p, _)| window.transform(p)).collect();
-                let terms: Vec<(&Pld, &Vec<Complex64>, u64)> =
-                    parts.iter().zip(&spectra).map(|((p, n), s)| (*p, s, *n)).collect();
-                window.compose(&terms)
+                window.compose(parts.iter().map(|&(p, n)| (p, Cow::Owned(window.transform(p)), n)))
             })
             .collect())
     }
@@ -325,8 +323,8 @@ struct Window {
     h: f64,
     first: i64,
     size: usize,
-    forward: Arc<dyn Fft<f64>>,
-    inverse: Arc<dyn Fft<f64>>,
+    forward: Arc<dyn RealToComplex<f64>>,
+    inverse: Arc<dyn ComplexToReal<f64>>,
 }
 
 impl Window {
@@ -347,32 +345,42 @@ impl Window {
         // One step has to fit as well.
         let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
         let size = ((last - first + 1).max(1) as usize).max(span).next_power_of_two();
-        let mut planner = FftPlanner::new();
+        let mut planner = RealFftPlanner::new();
         Window { h, first, size, forward: planner.plan_fft_forward(size), inverse: planner.plan_fft_inverse(size) }
     }
     fn transform(&self, p: &Pld) -> Vec<Complex64> {
-        let mut x = vec![Complex64::default(); self.size];
+        let mut x = vec![0.0; self.size];
         for (i, &m) in p.mass.iter().enumerate() {
-            x[(p.first + i as i64).rem_euclid(self.size as i64) as usize].re += m;
+            x[(p.first + i as i64).rem_euclid(self.size as i64) as usize] += m;
         }
-        self.forward.process(&mut x);
-        x
+        let mut spectrum = self.forward.make_output_vec();
+        self.forward.process(&mut x, &mut spectrum).expect("both buffers have the plan's lengths");
+        spectrum
     }
     /// Π spectrumᵢ^nᵢ, back in losses.
-    fn compose(&self, terms: &[(&Pld, &Vec<Complex64>, u64)]) -> Composed {
-        let mut x: Vec<Complex64> = vec![Complex64::new(1.0, 0.0); self.size];
+    fn compose<'a>(&self, terms: impl IntoIterator<Item = (&'a Pld, Cow<'a, [Complex64]>, u64)>) -> Composed {
+        let mut product: Vec<Complex64> = Vec::new();
         let mut finite = 0.0;
         for (p, spectrum, n) in terms {
-            for (x, s) in x.iter_mut().zip(spectrum.iter()) {
-                *x *= power(*s, *n);
+            finite += n as f64 * (-p.infinite).ln_1p();
+            if product.is_empty() {
+                product = spectrum.into_owned();
+                product.iter_mut().for_each(|x| *x = power(*x, n));
+            } else {
+                product.iter_mut().zip(spectrum.iter()).for_each(|(x, s)| *x *= power(*s, n));
             }
-            finite += *n as f64 * (-p.infinite).ln_1p();
         }
-        self.inverse.process(&mut x);
+        // The sum and the alternating sum of real masses are real; powers of theirs are up to the sign of a zero.
+        for end in [0, self.size / 2] {
+            product[end].im = 0.0;
+        }
+        let mut x = self.inverse.make_output_vec();
+        self.inverse.process(&mut product, &mut x).expect("both buffers have the plan's lengths");
+        drop(product);
         let scale = 1.0 / self.size as f64;
-        let n = self.size as i64;
-        let mass = (0..n).map(|i| (x[(self.first + i).rem_euclid(n) as usize].re * scale).max(0.0)).collect();
-        Composed { h: self.h, first: self.first, mass, infinite: -finite.exp_m1() + 2.0 * TAIL }
+        x.rotate_left(self.first.rem_euclid(self.size as i64) as usize);
+        x.iter_mut().for_each(|x| *x = (*x * scale).max(0.0));
+        Composed { h: self.h, first: self.first, mass: x, infinite: -finite.exp_m1() + 2.0 * TAIL }
     }
 }
 

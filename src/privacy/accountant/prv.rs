@@ -6,6 +6,7 @@
 
 use super::{Accountant, Neighbouring, Pld, Window, log_mix, q_tail};
 use crate::error::{Error, Result};
+use std::borrow::Cow;
 
 /// A lower bound, an estimate and an upper bound of ε.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,9 +50,7 @@ impl Accountant {
             let parts: Vec<(&Pld, u64)> = sides.iter().zip(&live).map(|(p, s)| (&p[side].0, s.count)).collect();
             let shift: f64 = sides.iter().zip(&live).map(|(p, s)| p[side].1 * s.count as f64).sum();
             let window = Window::new(&parts, h);
-            let spectra: Vec<_> = parts.iter().map(|(p, _)| window.transform(p)).collect();
-            let terms: Vec<_> = parts.iter().zip(&spectra).map(|((p, n), s)| (*p, s, *n)).collect();
-            let composed = window.compose(&terms);
+            let composed = window.compose(parts.iter().map(|&(p, n)| (p, Cow::Owned(window.transform(p)), n)));
             let at = |delta: f64| {
                 let (mut a, mut b) = (0.0, 1.0);
                 while composed.delta(b - shift) > delta && b < 1e4 {
