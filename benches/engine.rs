@@ -1,7 +1,7 @@
 //! The hot paths, with their FLOPs: `cargo bench`.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use prismgrad::device::cpu::gemm::{Mat, matmul};
+use prismgrad::kernels::gemm::{Mat, matmul};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::norm::layer_norm;

@@ -1,16 +1,15 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_docs)]
 
+pub mod array;
 pub mod autograd;
+pub mod base;
 pub mod check;
 pub mod data;
 pub mod device;
 pub mod dist;
-#[cfg(feature = "emulator")]
-#[path = "../cuda/emulator/mod.rs"]
-pub mod emulator;
-pub mod error;
 pub mod io;
+pub mod kernels;
 pub mod models;
 pub mod nn;
 pub mod ops;
@@ -19,10 +18,9 @@ pub mod privacy;
 pub mod profile;
 pub mod random;
 pub mod step;
-pub mod tensor;
 pub mod train;
 
+pub use array::Array;
 pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
+pub use base::{DType, Element, Error, Float, Result};
 pub use device::Device;
-pub use error::{Error, Result};
-pub use tensor::{Array, DType, Element, Float};

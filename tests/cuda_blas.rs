@@ -1,7 +1,7 @@
 //! Products by cuBLASLt: what the crate asks of it, beside the CPU. The library is the emulator's stand-in.
 #![cfg(feature = "emulator")]
 
-use prismgrad::emulator::{config, lock, on_card};
+use prismgrad::device::emulator::{config, lock, on_card};
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::{Array, DType, Device, Gradients, Param, Tensor};
 use std::process::Command;

@@ -11,7 +11,7 @@ static ONE: Mutex<()> = Mutex::new(());
 
 fn gpu() -> (Arc<Gpu>, MutexGuard<'static, ()>) {
     let held = ONE.lock().unwrap_or_else(|e| e.into_inner());
-    prismgrad::emulator::install();
+    prismgrad::device::emulator::install();
     (Gpu::open(0).expect("the emulated device"), held)
 }
 

@@ -5,7 +5,7 @@
 
 use half::{bf16, f16};
 use prismgrad::device::cuda::{Gpu, Launch};
-use prismgrad::emulator::{config, lock};
+use prismgrad::device::emulator::{config, lock};
 use prismgrad::{Array, DType, Device};
 use std::sync::Arc;
 

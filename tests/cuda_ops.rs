@@ -3,7 +3,7 @@
 #![cfg(feature = "emulator")]
 
 use prismgrad::check::{self, Gen};
-use prismgrad::emulator::{config, lock, stat};
+use prismgrad::device::emulator::{config, lock, stat};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};

@@ -1,7 +1,7 @@
 //! Training on the emulated CUDA device beside the CPU: steps, noise, clipping, waits, stops, resuming.
 #![cfg(feature = "emulator")]
 
-use prismgrad::emulator::{config, lock, stat};
+use prismgrad::device::emulator::{config, lock, stat};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::linear::{Activation, Layout, linear};

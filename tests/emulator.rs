@@ -4,7 +4,7 @@
 
 use prismgrad::Result;
 use prismgrad::device::cuda::{Block, Gpu, Launch, Stream};
-use prismgrad::emulator::{Buffer as Buf, config, is_checked, last_report, launch, lock, reset};
+use prismgrad::device::emulator::{Buffer as Buf, config, is_checked, last_report, launch, lock, reset};
 use std::sync::Arc;
 
 /// Kernel, grid, block, shared bytes, cooperative; arguments.

@@ -6,7 +6,7 @@
 //! two operations on one buffer that no event orders are reported, under any schedule (for kernels: in the checked build,
 //! by the ends of the range that they touched).
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use libloading::os::unix::{Library, RTLD_NOW, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, OnceLock};

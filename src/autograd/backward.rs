@@ -7,9 +7,9 @@
 use super::rule::Flow;
 use super::tensor::Node;
 use super::{Param, ParamGrad, Tensor};
-use crate::error::{Error, Result};
-use crate::profile;
-use crate::tensor::Array;
+use crate::array::Array;
+use crate::base::{Error, Result};
+use crate::device::spans;
 use smallvec::SmallVec;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
@@ -151,7 +151,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
         // A node that was reached only through inputs with no gradient gives none on.
         if let Some(g) = grad {
             let name = rule.info().name;
-            let _op = profile::span(profile::Kind::Backward, name);
+            let _op = spans::span(spans::Kind::Backward, name);
             rule.backward(g, &mut flow)?;
             drop(rule);
             for (i, parent) in node.parents.iter().enumerate() {

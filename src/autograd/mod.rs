@@ -1,6 +1,7 @@
 //! History and the walk back: [`Tensor`], backward rules, factored parameter gradients, samples.
 
 mod backward;
+mod case;
 pub mod factor;
 mod param;
 mod param_grad;
@@ -9,10 +10,13 @@ mod samples;
 mod tensor;
 
 pub use backward::{GradHook, Gradients};
+pub use case::{Case, Gen};
 pub use factor::Factor;
 pub use param::Param;
 pub use param_grad::ParamGrad;
-pub use rule::{Flow, Rule};
+pub(crate) use rule::NO_PARAMS;
+pub use rule::{Differentiable, FactorRule, Flow, OpInfo, Rule};
+pub(crate) use samples::Owners;
 pub use samples::{Ragged, Samples};
 pub use tensor::{Tensor, no_grad};
 pub(crate) use tensor::{is_recording, samples_or_leading};

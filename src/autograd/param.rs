@@ -1,8 +1,8 @@
 //! Parameters: named, shared, trained.
 
+use crate::array::{Array, Dims};
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType, Dims};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};

@@ -1,11 +1,12 @@
 //! [`ParamGrad`]: a parameter's gradient, factored, and what can be asked of it.
 
 use super::{Factor, Param};
+use crate::array::Array;
+use crate::autograd::factor::{cpu, cuda as gpu_factored};
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
-use crate::device::cpu::factored as cpu;
-use crate::device::cuda::{Gpu, factored as gpu_factored};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType, Float};
+use crate::device::cuda::Gpu;
+use crate::kernels::gemm::kernel::Kernels;
 use crate::with_float;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -123,7 +124,7 @@ impl ParamGrad {
         gpu_factored::sq_norms(gpu, &self.factors, (self.samples, self.numel()), base)
     }
     /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to a slice of the parameter's size.
-    pub(crate) fn add_sum<T: Float>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
+    pub(crate) fn add_sum<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
         self.factors.iter().try_for_each(|f| f.add_to::<T>(weights, out))
     }
     /// Σᵢ wᵢ·gᵢ, one weight per sample. A zero weight removes a sample, even a non-finite one.
@@ -136,7 +137,7 @@ impl ParamGrad {
         with_float!("weighted_sum", self.dtype(), T => self.add_weighted::<T>(weights, out.as_mut_slice::<T>()?))?;
         Ok(out)
     }
-    pub(crate) fn add_weighted<T: Float>(&self, weights: &[f64], out: &mut [T]) -> Result<()> {
+    pub(crate) fn add_weighted<T: Kernels>(&self, weights: &[f64], out: &mut [T]) -> Result<()> {
         self.expect_weights(weights)?;
         self.add_sum(Some(weights), out)
     }
@@ -188,7 +189,7 @@ impl ParamGrad {
             with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
         Ok((out, totals))
     }
-    pub(crate) fn add_clipped<T: Float>(
+    pub(crate) fn add_clipped<T: Kernels>(
         &self,
         base: &[f64],
         clip: &(dyn Fn(f64) -> f64 + Sync),

@@ -1,9 +1,9 @@
 //! Backward rules, and what they return.
 
 use super::{Factor, Param};
-use crate::error::Result;
-use crate::ops::OpInfo;
-use crate::tensor::Array;
+use crate::array::Array;
+use crate::autograd::{Case, Gen};
+use crate::base::Result;
 use smallvec::{SmallVec, smallvec};
 
 /// The backward rule of one recorded operation, with the operands it saved.
@@ -47,3 +47,34 @@ impl Flow {
         }
     }
 }
+
+/// An operation's entry in the registry.
+pub struct OpInfo {
+    /// Name, as it appears in errors and profiles.
+    pub name: &'static str,
+    /// Whether gradients flow through it.
+    pub differentiable: Differentiable,
+    /// What its parameters' gradients look like.
+    pub factor: FactorRule,
+    /// Random cases for the checks: each call builds one.
+    pub cases: &'static [fn(&mut Gen) -> Result<Case>],
+}
+
+/// Whether an operation has a backward rule.
+pub enum Differentiable {
+    /// It has one.
+    Yes,
+    /// It declares that it has none, and why.
+    No(&'static str),
+}
+
+/// How the gradients of an operation's parameters are factored.
+pub enum FactorRule {
+    /// Names of the [`Factor`](crate::Factor) kinds it delivers.
+    Kinds(&'static [&'static str]),
+    /// It takes no parameters, and why none would help.
+    None(&'static str),
+}
+
+/// Reason used by operations on plain tensors.
+pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");

@@ -1,9 +1,9 @@
 //! Which rows belong to which sample.
 
+use crate::array::Array;
+use crate::base::{Error, Result};
 use crate::device::Device;
-use crate::device::cuda::{Gpu, rows::Owners};
-use crate::error::{Error, Result};
-use crate::tensor::Array;
+use crate::device::cuda::Gpu;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -193,4 +193,21 @@ impl Samples {
         owner.extend(other.owner_ids());
         Samples::owners(owner, self.count().max(other.count()))
     }
+}
+
+/// A map from rows to samples in a GPU's memory, as the kernels take it.
+#[derive(Clone, Debug)]
+pub(crate) struct Owners {
+    /// Rows of each sample where they are uniform; 0 otherwise.
+    pub each: usize,
+    /// Number of samples.
+    pub count: usize,
+    /// Rows of the largest sample.
+    pub longest: usize,
+    /// `[rows]` u32; `None` where uniform.
+    pub owner: Option<Array>,
+    /// `[count + 1]` i64; `None` where uniform.
+    pub offsets: Option<Array>,
+    /// `[rows]` u32, rows by sample; `None` where they lie that way already.
+    pub order: Option<Array>,
 }

@@ -1,10 +1,10 @@
 //! [`Tensor`]: an array and the history that leads back from it.
 
-use super::rule::{Flow, Rule};
+use super::rule::Rule;
 use super::{Param, Samples};
+use crate::array::Array;
+use crate::base::{DType, Element, Result};
 use crate::device::Device;
-use crate::error::Result;
-use crate::tensor::{Array, DType, Element};
 use smallvec::SmallVec;
 use std::cell::Cell;
 use std::fmt;
@@ -164,40 +164,6 @@ impl Tensor {
             device: value.device(),
         };
         Tensor { value, node: Some(Arc::new(node)) }
-    }
-}
-
-impl Param {
-    /// The parameter repeated along a new sample axis: `[count, shape…]` without a copy. Its gradient stays apart per
-    /// sample, whatever is done with the tensor afterwards, as long as that keeps samples apart. Exact for any op.
-    pub fn per_sample(&self, count: usize) -> Result<Tensor> {
-        let shape: Vec<usize> = std::iter::once(count).chain(self.shape().iter().copied()).collect();
-        let value = self.value().expand(&shape)?;
-        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), per_sample: true }))
-    }
-    /// The parameter as a plain tensor. Its gradient has no per-sample meaning: plain training works, private training
-    /// refuses it by name. Prefer the factored layers, or [`Param::per_sample`].
-    pub fn dense(&self) -> Tensor {
-        Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), per_sample: false })
-    }
-}
-
-/// A parameter entering the history as a tensor.
-struct LeafUse {
-    param: Param,
-    per_sample: bool,
-}
-
-impl Rule for LeafUse {
-    fn info(&self) -> &'static crate::ops::OpInfo {
-        &crate::ops::params::INFO
-    }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        use super::Factor;
-        let grad = grad.cast(grad.dtype().compute());
-        let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
-        flow.param(&self.param, factor);
-        Ok(())
     }
 }
 

@@ -8,12 +8,12 @@ use crate::Device;
 pub fn on_every_device(body: impl Fn(&Device)) {
     body(&Device::Cpu);
     #[cfg(feature = "emulator")]
-    if !crate::emulator::on_card() {
-        let _one = crate::emulator::lock();
+    if !crate::device::emulator::on_card() {
+        let _one = crate::device::emulator::lock();
         let device = Device::cuda(0).expect("the emulated device is built in");
         for (seed, preempt) in [(0, 0), (1, 0), (2, 0), (3, 20)] {
-            crate::emulator::config("seed", seed);
-            crate::emulator::config("preempt", preempt);
+            crate::device::emulator::config("seed", seed);
+            crate::device::emulator::config("preempt", preempt);
             body(&device);
         }
         return;

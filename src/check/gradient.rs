@@ -1,8 +1,8 @@
 //! Backward rules against central differences.
 
 use super::{Case, Gen};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
 use crate::{Gradients, Tensor};
 
 /// The worst disagreement found.

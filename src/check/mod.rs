@@ -6,12 +6,11 @@
 //!   device under several schedules, and on a card where there is one.
 //! * [`independence`]: does changing sample j move sample i's loss?
 
-mod case;
 mod devices;
 mod gradient;
 mod sample;
 
-pub use case::{Case, Gen};
+pub use crate::autograd::{Case, Gen};
 pub use devices::on_every_device;
 pub use gradient::{GradientReport, gradients};
 pub use sample::{PerSampleReport, independence, per_sample};

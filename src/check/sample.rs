@@ -1,8 +1,8 @@
 //! Per-sample gradients against each sample's loss alone, and whether samples stay apart.
 
 use super::{Case, Gen};
-use crate::error::{Error, Result};
-use crate::tensor::Array;
+use crate::array::Array;
+use crate::base::{Error, Result};
 use crate::{Gradients, Param, Tensor};
 
 /// The worst disagreement found, relative to the largest entry of the true per-sample gradients.

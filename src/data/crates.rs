@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::stable_hash;
 use super::text::{Corpus, Document, FoundFile, list_files, read_text};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Rust sources of the crates that the running project depends on.
 ///

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{read_maybe_gzip, shuffled};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Greyscale images of one size with class labels.
 #[derive(Clone, Debug, PartialEq)]

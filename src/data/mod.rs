@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 pub use bpe::Bpe;
 pub use crates::CrateSources;

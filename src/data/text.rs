@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::stable_hash;
 use super::tokenizer::Tokenizer;
 use super::tokens::TokenSet;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// One text, usually a file.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! What a tokenizer is, and the one that needs no training: bytes.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Text to token ids and back.
 pub trait Tokenizer: Send + Sync {

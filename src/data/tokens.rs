@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// The target at positions that carry no loss: the padding of a short chunk.
 pub const IGNORE: u32 = u32::MAX;

@@ -2,8 +2,12 @@
 
 pub mod cpu;
 pub mod cuda;
+#[cfg(feature = "emulator")]
+#[path = "../../cuda/emulator/mod.rs"]
+pub mod emulator;
+pub mod spans;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::Once;
@@ -45,7 +49,7 @@ impl Device {
     pub fn cuda(ordinal: usize) -> Result<Device> {
         #[cfg(feature = "emulator")]
         if !cuda::driver_present() {
-            crate::emulator::install();
+            crate::device::emulator::install();
         }
         let gpu = cuda::Gpu::open(ordinal)?;
         gpu.check_kernels()?;

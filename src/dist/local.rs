@@ -1,8 +1,8 @@
 //! Ranks as threads of one process.
 
 use super::{Communicator, Traffic};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};

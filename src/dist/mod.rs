@@ -8,8 +8,8 @@ mod local;
 
 pub use local::Local;
 
-use crate::error::Result;
-use crate::tensor::Array;
+use crate::array::Array;
+use crate::base::Result;
 
 /// What went through a communicator, as seen by one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

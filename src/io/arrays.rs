@@ -1,8 +1,9 @@
 //! Arrays as safetensors entries.
 
-use super::safetensors::{self, ElementType, Entry, SafeTensors};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use super::safetensors;
+use super::safetensors::{ElementType, Entry, SafeTensors};
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::safetensors::{Entry, Plan, SafeTensors};
 use super::{create_folder, sync_folder, unique_suffix, write_synced};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 const MANIFEST: &str = "manifest.json";
 const FORMAT: u32 = 1;

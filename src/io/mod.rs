@@ -15,7 +15,7 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 pub use arrays::{arrays_of, entry, load_arrays, save_arrays};
 pub use checkpoint::{Checkpoint, CheckpointFolder, CheckpointWriter};

@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Headers above this size are refused, as by the reference reader: they would only serve to exhaust memory.
 const MAX_HEADER: u64 = 100_000_000;

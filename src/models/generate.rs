@@ -1,10 +1,10 @@
 //! Text generation with a KV cache.
 
 use super::Gpt;
-use crate::error::{Error, Result};
+use crate::array::Array;
+use crate::base::{Error, Result};
 use crate::nn::{Ctx, KvCache};
 use crate::random::Rng;
-use crate::tensor::Array;
 
 /// How the next token is drawn.
 #[derive(Clone, Debug)]

@@ -2,13 +2,14 @@
 //!
 //! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
 
-use crate::error::{Error, Result};
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
+use crate::kernels::Activation;
 use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, TransformerBlock};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
-use crate::ops::linear::{Activation, Layout, linear};
+use crate::ops::linear::{Layout, linear};
 use crate::ops::loss::{CrossEntropy, cross_entropy};
-use crate::tensor::{Array, DType};
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

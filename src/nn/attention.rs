@@ -2,7 +2,7 @@
 
 use super::{Ctx, Init, Linear, Params};
 use crate::Tensor;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::ops::attention::{AttentionOptions, Span, attention, attention_qkv};
 use crate::ops::linear::Layout;
 

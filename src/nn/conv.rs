@@ -1,7 +1,7 @@
 //! Convolutions as layers.
 
 use super::{Ctx, Init, Params};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::ops::conv::{Conv, conv1d, conv2d};
 use crate::{Param, Tensor};
 

@@ -1,6 +1,6 @@
 //! Embedding tables as layers.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::ops::embedding::{BagMode, embedding, embedding_bag};
 use crate::ops::segment::Segments;
 use crate::{Param, Samples, Tensor};

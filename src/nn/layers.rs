@@ -2,8 +2,9 @@
 
 use super::lora::{Lora, LoraConfig, activate};
 use super::{Ctx, Init, Params};
-use crate::error::{Error, Result};
-use crate::ops::linear::{Activation, Layout, linear};
+use crate::base::{Error, Result};
+use crate::kernels::Activation;
+use crate::ops::linear::{Layout, linear};
 use crate::ops::norm::{group_norm, layer_norm, rms_norm};
 use crate::{Param, Tensor};
 

@@ -4,9 +4,10 @@
 //! at zero: an adapter that has not been trained changes nothing.
 
 use super::{Ctx, Init, Params};
-use crate::error::{Error, Result};
-use crate::ops::linear::{Activation, Layout, linear};
-use crate::tensor::Array;
+use crate::array::Array;
+use crate::base::{Error, Result};
+use crate::kernels::Activation;
+use crate::ops::linear::{Layout, linear};
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
 

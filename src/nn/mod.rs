@@ -13,12 +13,10 @@ pub use conv::{Conv1d, Conv2d};
 pub use embedding::{Embedding, EmbeddingBag};
 pub use layers::{Dropout, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use lora::LoraConfig;
-pub(crate) use params::matches;
 pub use params::{Init, Params};
 pub use transformer::{BlockConfig, Mlp, SwiGlu, TransformerBlock};
 
-use crate::error::Result;
-use crate::random::philox;
+use crate::base::{Result, philox};
 use crate::{DType, Samples, Tensor};
 
 /// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.

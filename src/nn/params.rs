@@ -1,10 +1,9 @@
 //! The parameter store: one place for saving, counting, freezing.
 
 use crate::Param;
+use crate::array::Array;
+use crate::base::{DType, Error, Result, hash, matches, philox};
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::random::philox;
-use crate::tensor::{Array, DType};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Initial values.
@@ -43,11 +42,6 @@ pub struct Params {
     prefix: String,
     seed: u64,
     dtype: DType,
-}
-
-/// A stable 64-bit hash of a name (FNV-1a).
-fn hash(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3))
 }
 
 impl Params {
@@ -136,18 +130,4 @@ impl Params {
     pub fn id(&self, name: &str) -> u64 {
         hash(&self.full(name))
     }
-}
-/// Whether a name matches a pattern in which `*` stands for any characters.
-pub(crate) fn matches(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else { return false };
-    let mut parts: Vec<&str> = parts.collect();
-    let Some(last) = parts.pop() else { return rest.is_empty() };
-    for part in parts {
-        match rest.find(part) {
-            Some(at) => rest = &rest[at + part.len()..],
-            None => return false,
-        }
-    }
-    rest.ends_with(last)
 }

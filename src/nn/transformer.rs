@@ -2,9 +2,10 @@
 
 use super::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, MultiHeadAttention, Params};
 use crate::Tensor;
-use crate::error::Result;
+use crate::base::Result;
+use crate::kernels::Activation;
 use crate::ops::attention::Span;
-use crate::ops::linear::{Activation, Layout};
+use crate::ops::linear::Layout;
 
 /// Two linear layers with an activation between: `c_fc` `[d, hidden]`, `c_proj` `[hidden, d]`.
 pub struct Mlp {
@@ -115,7 +116,7 @@ impl TransformerBlock {
         self.run(x, Some(cache), ctx)
     }
     fn run(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<Tensor> {
-        let _layer = crate::profile::layer(&self.name);
+        let _layer = crate::device::spans::layer(&self.name);
         let h = self.ln_1.forward(x, ctx)?;
         let a = match cache {
             Some(cache) => self.attn.forward_cached(&h, cache, ctx)?,

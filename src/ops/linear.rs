@@ -3,15 +3,15 @@
 //! y = act(x·Wᵀ + b). FLOPs 2·N·d·p forward; backward 2·N·d·p for x, and the weight's gradient stays an outer factor.
 
 use super::{Differentiable, FactorRule, OpInfo};
-use crate::autograd::{Factor, Flow, Rule, samples_or_leading};
-use crate::check::{Case, Gen};
-use crate::device::cpu::elementwise as ew;
-use crate::device::cpu::gemm::{Epilogue, Mat, gemm, matmul};
-use crate::device::cuda::{elementwise as gpu_ew, gemm as gpu_gemm};
-use crate::error::{Error, Result};
-use crate::profile;
-use crate::tensor::shape::Dims;
-use crate::tensor::{Array, DType, Float};
+use crate::array::Array;
+use crate::array::shape::Dims;
+use crate::autograd::{Case, Factor, Flow, Gen, Rule, samples_or_leading};
+use crate::base::{DType, Error, Float, Result};
+use crate::device::spans;
+pub use crate::kernels::Activation;
+use crate::kernels::elementwise as ew;
+use crate::kernels::elementwise::cuda as gpu_ew;
+use crate::kernels::gemm::{Epilogue, Mat, cuda as gpu_gemm, gemm, matmul};
 use crate::{Param, Samples, Tensor, with_float};
 
 /// How a weight lies in memory.
@@ -21,39 +21,6 @@ pub enum Layout {
     OutIn,
     /// `[in, out]`, as in GPT-2's `Conv1D`.
     InOut,
-}
-
-/// An activation fused into the product.
-#[derive(Default, Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    /// The identity.
-    #[default]
-    None,
-    /// max(x, 0).
-    Relu,
-    /// x·Φ(x), exact.
-    Gelu,
-    /// Tanh approximation of GELU (`gelu_new` in Hugging Face configurations).
-    GeluTanh,
-    /// x·sigmoid(x).
-    Silu,
-    /// tanh x.
-    Tanh,
-}
-
-impl Activation {
-    #[inline(always)]
-    pub(crate) fn of<T: Float>(self, x: T) -> T {
-        match self {
-            Activation::None => x,
-            Activation::Relu => x.larger(T::ZERO),
-            Activation::Gelu => x.gelu(),
-            Activation::GeluTanh => x.gelu_tanh(),
-            Activation::Silu => x * x.sigmoid(),
-            Activation::Tanh => x.tanh(),
-        }
-    }
 }
 
 /// grad ⊙ act′(z), in grad's buffer.
@@ -66,7 +33,7 @@ pub(crate) fn activation_grad(act: Activation, grad: Array, z: &Array) -> Result
             Activation::Gelu => by("gelu", z),
             Activation::GeluTanh => by("gelu_tanh", z),
             Activation::Silu => by("silu", z),
-            Activation::Tanh => by("tanh", &gpu_ew::unary(gpu, "tanh", &gpu_ew::on(gpu, z)?, [0.0; 2])?),
+            Activation::Tanh => by("tanh", &gpu_ew::unary(gpu, "tanh", &crate::array::cuda::on(gpu, z)?, [0.0; 2])?),
         };
     }
     with_float!("linear", grad.dtype(), T => {
@@ -151,7 +118,7 @@ impl Rule for Back {
             dz = activation_grad(self.act, dz, z)?;
         }
         if flow.wants(0) {
-            profile::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
+            spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
             // Fetched again, not kept: a gathered weight lives only while it is used.
             let w = self.w.value().cast(dz.dtype());
             let dx = if let Some(gpu) = dz.gpu() {
@@ -203,7 +170,7 @@ pub fn linear(
     act: Activation,
     samples: Option<&Samples>,
 ) -> Result<Tensor> {
-    let _op = profile::op("linear");
+    let _op = spans::op("linear");
     x.dtype().expect_float("linear")?;
     if x.dtype().is_half() && x.array().gpu().is_none() {
         return linear(&x.cast(DType::F32)?, w, layout, bias, act, samples)?.cast(x.dtype());
@@ -228,7 +195,7 @@ pub fn linear(
     if samples.rows() != n {
         return Err(Error::shape("linear", format!("the samples map {} rows, the input has {n}", samples.rows())));
     }
-    profile::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * x.dtype().size()) as f64);
+    spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * x.dtype().size()) as f64);
     let mut shape: Dims = x.shape().into();
     if let Some(last) = shape.last_mut() {
         *last = p;

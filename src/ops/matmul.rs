@@ -1,14 +1,12 @@
 //! Batched matrix products of tensors.
 
 use super::{Differentiable, NO_PARAMS, OpInfo};
-use crate::autograd::{Flow, Rule};
-use crate::check::{Case, Gen};
-use crate::device::cpu::gemm::{Mat, matmul as product};
-use crate::device::cuda::gemm as gpu_gemm;
-use crate::error::{Error, Result};
-use crate::profile;
-use crate::tensor::shape::{Dims, broadcast, numel};
-use crate::tensor::{Array, DType};
+use crate::array::Array;
+use crate::array::shape::{Dims, broadcast, numel};
+use crate::autograd::{Case, Flow, Gen, Rule};
+use crate::base::{DType, Error, Result};
+use crate::device::spans;
+use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul as product};
 use crate::{Tensor, with_float};
 
 static MATMUL: OpInfo = OpInfo {
@@ -60,7 +58,7 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
     let lead = broadcast("matmul", &a.shape()[..ra], &b.shape()[..rb])?;
     let (m, k, n) = (a.shape()[ra], a.shape()[ra + 1], b.shape()[rb + 1]);
     let count = numel(&lead);
-    profile::cost(2.0 * (count * m * k * n) as f64, (count * (m * k + k * n + m * n) * a.dtype().size()) as f64);
+    spans::cost(2.0 * (count * m * k * n) as f64, (count * (m * k + k * n + m * n) * a.dtype().size()) as f64);
     let full = |x: &Array, tail: [usize; 2]| {
         let shape: Dims = lead.iter().copied().chain(tail).collect();
         x.expand(&shape)
@@ -102,7 +100,7 @@ impl Tensor {
     /// Matrix product over the last two dimensions, `[…, m, k]·[…, k, n]`; leading dimensions broadcast. Transposed and
     /// sliced operands are read in place. 2·m·k·n FLOPs per product.
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
-        let _op = profile::op("matmul");
+        let _op = spans::op("matmul");
         self.dtype().expect_float("matmul")?;
         let bad =
             |why: &str| Err(Error::shape("matmul", format!("{:?} times {:?}: {why}", self.shape(), other.shape())));

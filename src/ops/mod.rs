@@ -1,8 +1,8 @@
 //! The operations, one file per family: shape rule, CPU code, backward rule, factor rule or the reason there is none,
 //! and cases for the checks. [`REGISTRY`] lists them all; a test walks it.
 
-use crate::check::{Case, Gen};
-use crate::error::Result;
+pub(crate) use crate::autograd::NO_PARAMS;
+pub use crate::autograd::{Differentiable, FactorRule, OpInfo};
 
 pub mod attention;
 pub mod binary;
@@ -23,37 +23,6 @@ pub mod segment;
 pub mod softmax;
 pub mod unary;
 pub mod view;
-
-/// An operation's entry in the registry.
-pub struct OpInfo {
-    /// Name, as it appears in errors and profiles.
-    pub name: &'static str,
-    /// Whether gradients flow through it.
-    pub differentiable: Differentiable,
-    /// What its parameters' gradients look like.
-    pub factor: FactorRule,
-    /// Random cases for the checks: each call builds one.
-    pub cases: &'static [fn(&mut Gen) -> Result<Case>],
-}
-
-/// Whether an operation has a backward rule.
-pub enum Differentiable {
-    /// It has one.
-    Yes,
-    /// It declares that it has none, and why.
-    No(&'static str),
-}
-
-/// How the gradients of an operation's parameters are factored.
-pub enum FactorRule {
-    /// Names of the [`Factor`](crate::Factor) kinds it delivers.
-    Kinds(&'static [&'static str]),
-    /// It takes no parameters, and why none would help.
-    None(&'static str),
-}
-
-/// Reason used by operations on plain tensors.
-pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");
 
 /// Every operation of the crate.
 pub static REGISTRY: &[&[&OpInfo]] = &[

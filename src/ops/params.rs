@@ -1,8 +1,10 @@
 //! Parameters as tensors: [`Param::per_sample`](crate::Param::per_sample) and [`Param::dense`](crate::Param::dense).
 
 use super::{Differentiable, FactorRule, OpInfo};
-use crate::Param;
-use crate::check::Case;
+use crate::array::Array;
+use crate::autograd::{Case, Factor, Flow, Rule};
+use crate::base::Result;
+use crate::{Param, Tensor};
 
 /// Entry of both uses.
 pub static INFO: OpInfo = OpInfo {
@@ -30,3 +32,36 @@ pub static INFO: OpInfo = OpInfo {
 
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&INFO];
+
+impl Param {
+    /// The parameter repeated along a new sample axis: `[count, shape…]` without a copy. Its gradient stays apart per
+    /// sample, whatever is done with the tensor afterwards, as long as that keeps samples apart. Exact for any op.
+    pub fn per_sample(&self, count: usize) -> Result<Tensor> {
+        let shape: Vec<usize> = std::iter::once(count).chain(self.shape().iter().copied()).collect();
+        let value = self.value().expand(&shape)?;
+        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), per_sample: true }))
+    }
+    /// The parameter as a plain tensor. Its gradient has no per-sample meaning: plain training works, private training
+    /// refuses it by name. Prefer the factored layers, or [`Param::per_sample`].
+    pub fn dense(&self) -> Tensor {
+        Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), per_sample: false })
+    }
+}
+
+/// A parameter entering the history as a tensor.
+struct LeafUse {
+    param: Param,
+    per_sample: bool,
+}
+
+impl Rule for LeafUse {
+    fn info(&self) -> &'static OpInfo {
+        &INFO
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let grad = grad.cast(grad.dtype().compute());
+        let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
+        flow.param(&self.param, factor);
+        Ok(())
+    }
+}

@@ -2,14 +2,12 @@
 //! was expanded and zeros around what was cut out.
 
 use super::{Differentiable, NO_PARAMS, OpInfo};
-use crate::autograd::{Flow, Rule};
-use crate::check::{Case, Gen};
-use crate::device::Device;
-use crate::device::cuda::index as gpu_index;
-use crate::error::{Error, Result};
-use crate::profile;
-use crate::tensor::Array;
-use crate::tensor::shape::{self, Dims};
+use crate::array::shape::Dims;
+use crate::array::{Array, shape};
+use crate::autograd::{Case, Flow, Gen, Rule};
+use crate::base::{Error, Result};
+use crate::device::{Device, spans};
+use crate::ops::index::cuda as gpu_index;
 use crate::{Tensor, with_dtype};
 use std::ops::Range;
 
@@ -193,7 +191,7 @@ impl Tensor {
     }
     /// Laid one after another along a dimension; all other sizes and dtypes equal.
     pub fn concat(parts: &[&Tensor], dim: isize) -> Result<Tensor> {
-        let _op = profile::op("concat");
+        let _op = spans::op("concat");
         let Some(first) = parts.first() else {
             return Err(Error::invalid("concat", "no tensors given"));
         };
@@ -236,7 +234,7 @@ impl Tensor {
     }
     /// Zeros added before and after along a dimension.
     pub fn pad(&self, dim: isize, before: usize, after: usize) -> Result<Tensor> {
-        let _op = profile::op("pad");
+        let _op = spans::op("pad");
         let d = shape::dim("pad", dim, self.rank())?;
         let mut shape: Dims = self.shape().into();
         shape[d] += before + after;

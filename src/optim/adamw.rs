@@ -1,9 +1,10 @@
 //! AdamW (Loshchilov & Hutter 2019, algorithm 2).
 
 use super::{Optimizer, Update, check};
-use crate::device::cpu::{par::par_chunks, shared::Shared, simd::simd};
-use crate::error::Result;
-use crate::tensor::Float;
+use crate::base::{Float, Result};
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
 use crate::with_float;
 
 /// Adam with decoupled weight decay.

@@ -4,6 +4,7 @@
 //! stretches are decayed. One pass over memory per step, whatever the number of parameters.
 
 mod adamw;
+mod cuda;
 mod schedule;
 mod sgd;
 
@@ -11,10 +12,10 @@ pub use adamw::AdamW;
 pub use schedule::Schedule;
 pub use sgd::Sgd;
 
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
-use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use crate::device::cuda::Gpu;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
@@ -50,7 +51,7 @@ impl Layout {
     pub fn pieces(&self) -> &[(Range<usize>, bool)] {
         &self.pieces
     }
-    fn table(&self, gpu: &Arc<Gpu>) -> Result<&(Array, Array)> {
+    pub(super) fn table(&self, gpu: &Arc<Gpu>) -> Result<&(Array, Array)> {
         if let Some(t) = self.table.get() {
             return Ok(t);
         }
@@ -100,23 +101,6 @@ impl<'a> Update<'a> {
         layout: &'a Layout,
     ) -> Self {
         Update { step, lr, params, grads, state, layout, gpu: GpuUpdate::default() }
-    }
-    /// A launch of `name` of `cuda/optim.cu`; `buffers` in the order of its arguments, `more` puts what follows the table
-    /// of pieces.
-    fn launch<'l>(
-        &'l self,
-        gpu: &'l Arc<Gpu>,
-        name: &str,
-        buffers: &[Option<&'l Array>],
-        more: impl FnOnce(Launch<'l>) -> Launch<'l>,
-    ) -> Result<()> {
-        let n = self.params.numel();
-        let (ends, decays) = self.layout.table(gpu)?;
-        let kernel = format!("{name}_{}", suffix(self.params.dtype()));
-        let l = Launch::new(gpu, "optim", &kernel)?.grid(n.div_ceil(1024), 1, 1);
-        let l = buffers.iter().fold(l, |l, b| l.optional(*b));
-        let l = l.val(n as i64).array(ends).array(decays).val(self.layout.pieces.len() as i32);
-        more(l).optional(self.gpu.live).optional(self.gpu.stop).run()
     }
     /// Checks the buffers against each other; the GPU they are on, if they are.
     fn expect(&self, op: &'static str, state: &[&'static str]) -> Result<Option<Arc<Gpu>>> {

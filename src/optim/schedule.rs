@@ -1,6 +1,6 @@
 //! Learning-rate schedules: pure functions of the step, so that a resumed run continues exactly.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// Learning rate by step (counted from 0).

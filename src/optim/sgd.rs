@@ -1,8 +1,10 @@
 //! Stochastic gradient descent.
 
 use super::{Optimizer, Update, check};
-use crate::device::cpu::{par::par_chunks, shared::Shared, simd::simd};
-use crate::error::Result;
+use crate::base::Result;
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
 use crate::with_float;
 
 /// SGD with momentum and decoupled weight decay: b ← μb + g, p ← p − lr·(b + λp).

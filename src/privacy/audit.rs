@@ -4,7 +4,7 @@
 //! If the run is (ε, δ)-private, each guess is right with probability at most e^ε/(1 + e^ε), whatever the others are. A bound
 //! above the accountant's ε means that something is wrong: noise left out, samples not clipped, a sampler that is not Poisson.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::random::NoiseKey;
 
 /// Which canaries are in the data: a fair coin each, from the key.

@@ -1,6 +1,6 @@
 //! Clip functions and styles.
 
-use crate::nn::matches;
+use crate::base::matches;
 use serde::{Deserialize, Serialize};
 
 /// How a per-sample gradient of norm n is scaled under a threshold R.

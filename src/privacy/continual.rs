@@ -9,11 +9,10 @@
 //! where D, the *decelerator*, is all that noise changes. The best batch is B* = √(σ²·tr(H)/(c²·GᵀHG)). Public training lowers
 //! tr(H) faster than GᵀHG, after which private training runs at nearly the speed of training without privacy.
 
+use crate::array::Array;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result, philox};
 use crate::privacy::ClipFn;
-use crate::random::philox;
-use crate::tensor::Array;
 
 /// How traces are taken.
 #[derive(Clone, Copy, Debug, PartialEq)]

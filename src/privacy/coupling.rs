@@ -14,7 +14,7 @@
 //! }
 //! ```
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use std::ops::Deref;
 
 /// Something that only clipped and noised gradients may depend on. Read it to build inputs; [`step`](crate::step) makes it.

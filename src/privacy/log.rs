@@ -1,7 +1,7 @@
 //! A write-ahead log of private steps: each is on disk before it touches the parameters, so that a killed process can only have
 //! counted too much.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};

@@ -6,6 +6,7 @@ pub mod audit;
 pub mod clip;
 pub mod continual;
 pub mod coupling;
+pub(crate) mod cuda;
 pub mod log;
 pub mod sampling;
 

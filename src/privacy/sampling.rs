@@ -1,6 +1,6 @@
 //! Poisson sampling.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::random::NoiseKey;
 
 /// Takes each record with the same probability, independently, at every step: the sampling the accountant assumes.

@@ -5,10 +5,10 @@
 //! √(2·ln 2³³) ≈ 6.76. Only additions, multiplications, divisions, square roots and integer operations are used, in a fixed order
 //! and never fused: the same bits at every vector width and on every device.
 
+use crate::base::{Error, Result};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
-use crate::error::{Error, Result};
 use std::fmt;
 
 /// The secret of a private run: whoever knows it can subtract the noise. Never logged, never printed.

@@ -4,7 +4,7 @@
 //! [`philox`] for initial values, dropout and shuffling; [`chacha`] for privacy.
 
 pub mod chacha;
-pub mod philox;
+pub(crate) mod cuda;
 
+pub use crate::base::philox::{self, Rng};
 pub use chacha::{NoiseKey, add_gaussian};
-pub use philox::Rng;

@@ -1,11 +1,11 @@
 //! All trainable parameters in one buffer.
 
+use crate::array::Array;
 use crate::autograd::Param;
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Tag, TagScope};
-use crate::error::{Error, Result};
 use crate::optim::{Layout, Segment};
-use crate::tensor::{Array, DType};
 use std::collections::HashMap;
 use std::ops::Range;
 

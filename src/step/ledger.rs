@@ -1,8 +1,9 @@
 //! What a step on a GPU writes down for whoever asks later, so that no step waits for the device (`cuda/step.cu`).
 
-use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use super::cuda;
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
+use crate::device::cuda::Gpu;
 use std::sync::{Arc, OnceLock};
 
 /// Words of `Ledger` in `cuda/step.cu`: loss, stop, sample, value, pairs, clipped, broken, one in reserve.
@@ -58,10 +59,7 @@ impl Ledger {
         let Some(gpu) = losses.gpu() else {
             return Err(Error::device("TrainStep", "the losses are on the CPU, the parameters on a GPU"));
         };
-        let losses = losses.contiguous();
-        let l = Launch::new(gpu, "step", &format!("step_losses_{}", suffix(losses.dtype())))?;
-        let l = l.array(&losses).val(losses.numel() as i64).val(before as i64).array(&self.0);
-        l.val(step).val(guard as i32).optional(live).run()
+        cuda::losses(gpu, &losses.contiguous(), before, &self.0, (step, live), guard)
     }
     /// How it stands after what is queued now.
     pub fn snapshot(&self) -> Result<Snapshot> {

@@ -9,6 +9,7 @@
 //! way to put noise before the clip or the clip after the sum. Gradients land in one flat buffer as soon as they are
 //! delivered, so nothing is copied between backward and the optimizer.
 
+mod cuda;
 mod flat;
 mod ledger;
 mod private;
@@ -19,15 +20,16 @@ pub use flat::Flat;
 pub use private::{Privacy, PrivacyConfig};
 pub use record::RecordedStep;
 
+use crate::array::Array;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
-use crate::device::cuda::elementwise::scale_in_place;
+use crate::base::{DType, Error, Result};
 use crate::device::cuda::{Tag, TagScope};
+use crate::device::spans;
+use crate::device::spans::Kind;
 use crate::dist::Communicator;
-use crate::error::{Error, Result};
+use crate::kernels::elementwise::cuda::scale_in_place;
 use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
 use crate::privacy::{ClipFn, ClipStyle, Private, Public, Thresholds, Weight};
-use crate::profile::{self, Kind};
-use crate::tensor::{Array, DType};
 use ledger::{Ledger, Snapshot, Tally, not_finite};
 use record::Live;
 use weigh::{Clipping, PublicPart, Weigh};
@@ -304,7 +306,7 @@ impl TrainStep {
             None => Weigh::plain(&self.flat, &mut self.grads),
         };
         for batch in microbatches {
-            let phase = profile::span(Kind::Phase, "forward pass");
+            let phase = spans::span(Kind::Phase, "forward pass");
             let (losses, public) = forward(batch)?;
             drop(phase);
             if losses.rank() != 1 {
@@ -332,7 +334,7 @@ impl TrainStep {
                 }
             }
             samples += losses.numel();
-            let _phase = profile::span(Kind::Phase, "backward pass");
+            let _phase = spans::span(Kind::Phase, "backward pass");
             private_samples += public.map_or(losses.numel(), |p| p.from);
             weigh.begin(losses.numel(), public);
             losses.backward_into(&mut weigh)?;
@@ -341,7 +343,7 @@ impl TrainStep {
         }
         let (mut tally, mut below) = (weigh.tally(), weigh.below());
         if let Some(ranks) = &self.ranks {
-            let _phase = profile::span(Kind::Phase, "reduce");
+            let _phase = spans::span(Kind::Phase, "reduce");
             self.grads = ranks.all_reduce("gradients", &self.grads)?;
             let counts = [samples as f64, private_samples as f64, loss_sum];
             let tallied = [tally.pairs, tally.clipped, tally.non_finite];
@@ -355,7 +357,7 @@ impl TrainStep {
         let scale = match &mut self.privacy {
             Some(_) if share == 0.0 => 1.0 / samples as f64,
             Some(p) => {
-                let _phase = profile::span(Kind::Phase, "noise");
+                let _phase = spans::span(Kind::Phase, "noise");
                 p.add_noise(self.steps, live.map(|l| &l.before), &mut self.grads)?;
                 p.adapt(self.steps, self.flat.numel() as u64, &below, private_samples);
                 share / p.expected_batch()
@@ -365,7 +367,7 @@ impl TrainStep {
             }
             None => 1.0 / samples as f64,
         };
-        let _phase = profile::span(Kind::Phase, "update");
+        let _phase = spans::span(Kind::Phase, "update");
         scale_by(&mut self.grads, scale)?;
         let stop = self.ledger.as_ref().map(Ledger::stop).transpose()?;
         for buffer in &mut self.state {
@@ -487,7 +489,7 @@ fn zero(a: &mut Array) -> Result<()> {
         return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
     }
     crate::with_float!("TrainStep", a.dtype(), T => {
-        crate::device::cpu::elementwise::for_each_mut(a.as_mut_slice::<T>()?, |_| <T as crate::Float>::ZERO);
+        crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, |_| <T as crate::Float>::ZERO);
         Ok(())
     })
 }
@@ -498,7 +500,7 @@ fn scale_by(a: &mut Array, s: f64) -> Result<()> {
     }
     crate::with_float!("TrainStep", a.dtype(), T => {
         let s = <T as crate::Element>::from_f64(s);
-        crate::device::cpu::elementwise::for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
+        crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
         Ok(())
     })
 }

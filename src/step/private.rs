@@ -1,15 +1,13 @@
 //! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
 
 use super::weigh::Clipping;
+use crate::array::Array;
 use crate::autograd::Param;
-use crate::device::cuda::{Gpu, Launch, elementwise::suffix};
-use crate::error::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::privacy::accountant::Steps;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
 use crate::random::{NoiseKey, add_gaussian};
-use crate::tensor::{Array, DType};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 
 /// What private training is asked to do. Everything else follows from it.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -311,7 +309,7 @@ impl Privacy {
     pub(super) fn add_noise(&self, step: u64, live: Option<&Array>, grads: &mut Array) -> Result<()> {
         let std = self.gradient_noise_multiplier() * self.sensitivity();
         if let Some(gpu) = grads.gpu() {
-            return noise_on(gpu, (&self.key, step, live), std as f32, grads);
+            return crate::random::cuda::add_gaussian(gpu, (&self.key, step, live), std as f32, grads);
         }
         match grads.dtype() {
             DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
@@ -337,18 +335,4 @@ fn state_of(params: &Array) -> String {
             format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
         }
     }
-}
-
-/// The same noise on a GPU, bit for bit.
-fn noise_on(
-    gpu: &Arc<Gpu>,
-    (key, step, live): (&NoiseKey, u64, Option<&Array>),
-    std: f32,
-    grads: &Array,
-) -> Result<()> {
-    let n = grads.numel();
-    let l = Launch::new(gpu, "random", &format!("chacha_gaussian_{}", suffix(grads.dtype())))?;
-    // 16 threads make a group of 256 normals.
-    let l = l.grid((16 * n.div_ceil(256)).div_ceil(256), 1, 1).array(grads).val(n as i64);
-    l.val(key.words()).val(step).val(0u64).val(std).optional(live).run()
 }

@@ -1,11 +1,11 @@
 //! A step recorded as a CUDA graph and replayed: one launch instead of hundreds.
 
 use super::{Found, StepReport, TrainStep};
+use crate::array::Array;
 use crate::autograd::Tensor;
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::Graph;
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
 
 /// What changes from step to step, in the GPU's memory.
 pub(super) struct Live {

@@ -7,13 +7,14 @@
 
 use super::flat::Flat;
 use super::ledger::{Ledger, Tally};
+use crate::array::Array;
 use crate::autograd::{Factor, Param, ParamGrad};
-use crate::device::cuda::elementwise::scale_in_place;
-use crate::device::cuda::factored::clip_weights;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
+use crate::device::spans;
+use crate::device::spans::Kind;
+use crate::kernels::elementwise::cuda::scale_in_place;
+use crate::privacy::cuda::clip_weights;
 use crate::privacy::{ClipFn, ClipStyle, Thresholds};
-use crate::profile::{self, Kind};
-use crate::tensor::Array;
 use crate::with_float;
 
 /// The clipping groups over the parameters of a step: who belongs where, and each group's share of the threshold.
@@ -135,11 +136,11 @@ impl<'a> Weigh<'a> {
             ));
         };
         let Some(clipping) = self.clipping else {
-            let _op = profile::span(Kind::Backward, "contract");
-            profile::cost(grad.sum_flops(), grad.bytes() as f64);
+            let _op = spans::span(Kind::Backward, "contract");
+            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
         };
-        let _op = profile::span(Kind::Backward, "norms");
+        let _op = spans::span(Kind::Backward, "norms");
         grad.expect_samples()?;
         let gi = clipping.group_of[index];
         let group = &mut self.groups[gi];
@@ -171,7 +172,7 @@ impl<'a> Weigh<'a> {
     /// Weights and contracts a complete group, and frees its factors.
     fn close(&mut self, gi: usize) -> Result<()> {
         let Some(clipping) = self.clipping else { return Ok(()) };
-        let _op = profile::span(Kind::Backward, "clip and contract");
+        let _op = spans::span(Kind::Backward, "clip and contract");
         let group = &mut self.groups[gi];
         let (clip, threshold) = (clipping.clip, group.threshold);
         let (held, normed) = (std::mem::take(&mut group.held), std::mem::take(&mut group.normed));
@@ -203,7 +204,7 @@ impl<'a> Weigh<'a> {
                     }
                 };
                 for grad in normed {
-                    profile::cost(grad.sum_flops(), grad.bytes() as f64);
+                    spans::cost(grad.sum_flops(), grad.bytes() as f64);
                     let out = self.grads.slice(0, self.range(&grad)?)?;
                     grad.add_on(&gpu, Some(&weights), &out)?;
                 }
@@ -212,7 +213,7 @@ impl<'a> Weigh<'a> {
         };
         let factor = move |sq: f64| clip.factor(sq, threshold);
         for grad in held {
-            profile::cost(grad.sum_flops(), grad.bytes() as f64);
+            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
         let private = self.public.map_or(sq.len(), |p| p.from);
@@ -222,7 +223,7 @@ impl<'a> Weigh<'a> {
         };
         let weights: Vec<f64> = sq.iter().enumerate().map(weight).collect();
         for grad in normed {
-            profile::cost(grad.sum_flops(), grad.bytes() as f64);
+            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
         }
         for &sq in &sq[..private] {

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 static STOP: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 

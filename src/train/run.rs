@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use crate::io::{CheckpointFolder, create_folder, read_json, write_json};
 
 /// What to do with a folder that holds a run already.

@@ -3,11 +3,11 @@
 //! A resumed private run repeats the very steps it lost: sampling and noise are functions of (key, step, element), so a
 //! step taken again is the same release, and ε counted by step number is never below the truth.
 
-use crate::error::{Error, Result};
+use crate::array::Array;
+use crate::base::{Error, Result};
 use crate::io::{Checkpoint, CheckpointFolder, Entry, arrays_of, entry};
 use crate::nn::Params;
 use crate::step::{PrivacyConfig, TrainStep};
-use crate::tensor::Array;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

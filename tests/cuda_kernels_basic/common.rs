@@ -1,7 +1,7 @@
 //! Buffers, launches and comparisons.
 
 use bytemuck::Pod;
-use prismgrad::emulator::{Buffer, config};
+use prismgrad::device::emulator::{Buffer, config};
 use std::sync::MutexGuard;
 
 pub struct Rng(pub u64);
@@ -119,7 +119,7 @@ pub fn seed(s: (i64, i64)) {
     config("preempt", s.1);
 }
 pub fn setup() -> MutexGuard<'static, ()> {
-    prismgrad::emulator::lock()
+    prismgrad::device::emulator::lock()
 }
 /// Runs a test's body for f32 and f64 under every schedule, and once for the halves.
 macro_rules! floats {
@@ -203,7 +203,7 @@ macro_rules! go {
     ($name:expr, $grid:expr; $($a:expr),*) => {{
         let name: String = $name.to_string();
         let args = [$($crate::common::bytes(&$a)),*];
-        if let Err(e) = prismgrad::emulator::launch(&name, $grid, [256, 1, 1], 0, false, &args) {
+        if let Err(e) = prismgrad::device::emulator::launch(&name, $grid, [256, 1, 1], 0, false, &args) {
             panic!("{name}: {e}");
         }
     }};

@@ -73,7 +73,7 @@ fn chacha_bits() {
         }
     }
 }
-fn optimizers<T: El + prismgrad::tensor::Element>() {
+fn optimizers<T: El + prismgrad::Element>() {
     let mut r = Rng(1);
     for n in [1usize, 7, 1500] {
         let ends: Vec<usize> = if n > 100 { vec![3, 5, 5, 700, 701, n] } else { vec![n] };

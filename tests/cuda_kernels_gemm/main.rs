@@ -5,7 +5,7 @@
 /// Launches a kernel at once: name, grid, block, shared memory; arguments.
 macro_rules! launch {
     ($name:expr, $grid:expr, $block:expr, $smem:expr, $coop:expr; $($a:expr),*) => {
-        prismgrad::emulator::launch($name, $grid, $block, $smem, $coop, &[$($crate::bytes(&$a)),*])
+        prismgrad::device::emulator::launch($name, $grid, $block, $smem, $coop, &[$($crate::bytes(&$a)),*])
     };
 }
 

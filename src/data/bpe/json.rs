@@ -1,5 +1,6 @@
 //! The file `tokenizer.json` of Hugging Face's tools, for byte-level BPE.
 
+use crate::base::Result;
 use std::collections::HashMap;
 
 use serde::ser::{SerializeMap, Serializer};

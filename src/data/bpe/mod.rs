@@ -15,7 +15,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::path::Path;
 
 use super::tokenizer::Tokenizer;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// The special token that closes a document.
 pub const END_OF_TEXT: &str = "<|endoftext|>";

@@ -15,3 +15,6 @@ pub fn par_chunks(len: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
     }
     (0..len.div_ceil(grain)).into_par_iter().for_each(|i| f(i * grain..((i + 1) * grain).min(len)));
 }
+
+/// Elements of one parallel chunk.
+pub const GRAIN: usize = 1 << 15;

@@ -1,13 +1,12 @@
 //! One GPU: its primary context, three streams, events, and the counters that tests hold against promises.
 
-use super::blas::Blas;
 use super::errors::{check, explain};
 use super::faults::Faults;
 use super::kernels::Modules;
 use super::pool::Pool;
 use super::probe;
 use super::transfer::Staging;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -121,7 +120,8 @@ pub struct Gpu {
     pub(crate) staging: Staging,
     pub(crate) modules: Modules,
     pub(crate) faults: Faults,
-    pub(crate) blas: Blas,
+    /// Room for a library of products, which the code above this folder loads.
+    pub(crate) products: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
 
 // SAFETY: the context and stream handles are never changed after `open`; the driver's functions on them may be called
@@ -201,7 +201,7 @@ impl Gpu {
             staging: Staging::default(),
             modules: Modules::default(),
             faults: Faults::default(),
-            blas: Blas::default(),
+            products: Default::default(),
         })
     }
 

@@ -1,6 +1,6 @@
 //! The driver's result codes, told as sentences: what failed, and what to do about it.
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::CStr;
 

@@ -2,9 +2,8 @@
 //! the host, and no host for a kernel.
 
 use super::context::lock;
-use super::{Block, Gpu, Launch};
-use crate::error::{Error, Result};
-use crate::tensor::{Array, DType};
+use super::{Block, Gpu};
+use crate::base::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -33,7 +32,7 @@ impl Gpu {
         Ok(self.faults.words.get_or_init(|| words))
     }
     /// The word of a kind of check. Whoever asks is about to queue one.
-    fn fault_word(self: &Arc<Self>, kind: &str) -> Result<(&Block, usize)> {
+    pub(crate) fn fault_word(self: &Arc<Self>, kind: &str) -> Result<(&Block, usize)> {
         let words = self.fault_words()?;
         let mut kinds = lock(&self.faults.kinds);
         let at = kinds.iter().position(|k| k == kind).unwrap_or_else(|| {
@@ -64,23 +63,4 @@ impl Gpu {
         self.fill(words, 0, 8 * KINDS, 0xff)?;
         Err(Error::invalid("ids", format!("the id at position {position} is outside {kind} (it was read as 0)")))
     }
-}
-
-/// Ids (u32 or i64, on the GPU) as u32 below `below`; one outside is read as 0, and told when the host next reads
-/// something. `what` names the thing they point into.
-pub(crate) fn ids_below(gpu: &Arc<Gpu>, ids: &Array, below: usize, what: &str) -> Result<Array> {
-    let ids = ids.contiguous();
-    let name = match ids.dtype() {
-        DType::U32 => "ids_u32",
-        DType::I64 => "ids_i64",
-        other => {
-            return Err(Error::dtype("ids", format!("indices must be u32 or i64, got {other}; cast them first")));
-        }
-    };
-    let out = Array::uninit_on(gpu, ids.shape(), DType::U32)?;
-    let n = ids.numel();
-    let (words, at) = gpu.fault_word(&format!("{what}: ids must be in 0..{below}"))?;
-    let l = Launch::new(gpu, "move", name)?.grid(n.div_ceil(1024), 1, 1).array(&ids).array(&out);
-    l.val(n as i64).val(below as i64).buf(words, at).run()?;
-    Ok(out)
 }

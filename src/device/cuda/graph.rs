@@ -12,7 +12,7 @@ use super::context::{Gpu, Stream, count};
 use super::errors::check;
 use super::pool::PoolMode;
 use super::probe::has_symbols;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode};
 use std::any::Any;
 use std::ptr::null_mut;

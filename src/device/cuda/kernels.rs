@@ -5,7 +5,7 @@ use super::context::{Gpu, count, lock};
 use super::errors::check;
 use super::nvrtc::{Compiled, Nvrtc};
 use super::sources::{PRELUDE, SOURCES};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use rayon::prelude::*;
 use std::collections::HashMap;

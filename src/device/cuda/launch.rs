@@ -7,9 +7,8 @@ use super::context::{Gpu, Stream, count};
 use super::errors::describe;
 use super::kernels::Kernel;
 use super::pool::Block;
-use crate::error::{Error, Result};
-use crate::profile;
-use crate::tensor::Array;
+use crate::base::{Error, Result};
+use crate::device::spans;
 use bytemuck::NoUninit;
 use cudarc::driver::sys::{self, CUfunction_attribute, CUresult};
 use smallvec::SmallVec;
@@ -132,25 +131,6 @@ impl<'a> Launch<'a> {
         self.val(block.ptr() + offset as u64)
     }
 
-    /// A pointer argument: the first element of an array on this GPU.
-    pub(crate) fn array(mut self, a: &'a Array) -> Self {
-        match a.block("launch") {
-            Ok((block, at)) => self.buf(block, at),
-            Err(e) => {
-                self.error = Some(e);
-                self
-            }
-        }
-    }
-
-    /// The same, or null.
-    pub(crate) fn optional(self, a: Option<&'a Array>) -> Self {
-        match a {
-            Some(a) => self.array(a),
-            None => self.null(),
-        }
-    }
-
     /// A null pointer argument, for what is optional.
     #[inline]
     pub fn null(self) -> Self {
@@ -166,6 +146,12 @@ impl<'a> Launch<'a> {
         self.words.resize(start + size_of::<T>().div_ceil(8).max(1), 0);
         let bytes = bytemuck::bytes_of(&value);
         bytemuck::cast_slice_mut::<u64, u8>(&mut self.words[start..])[..bytes.len()].copy_from_slice(bytes);
+        self
+    }
+
+    /// Keeps an error until [`Launch::run`] returns it.
+    pub(crate) fn failed(mut self, e: Error) -> Self {
+        self.error.get_or_insert(e);
         self
     }
 
@@ -237,7 +223,7 @@ impl<'a> Launch<'a> {
         // SAFETY: the handles are of this context; the driver copies the arguments before it returns. That the kernel's
         // parameters are what was given here, and its accesses inside the blocks, is for the op's launch code to get
         // right; the emulator checks both. Blocks dropped after this call are not handed out before it has run.
-        let timed = profile::before_kernel(gpu, self.stream);
+        let timed = spans::before_kernel(gpu, self.stream);
         let code = unsafe {
             if self.cooperative {
                 sys::cuLaunchCooperativeKernel(
@@ -260,7 +246,7 @@ impl<'a> Launch<'a> {
         if code != CUresult::CUDA_SUCCESS {
             return gpu.check(&self.describe(), code);
         }
-        profile::after_kernel(gpu, self.stream, self.kernel.name(), timed);
+        spans::after_kernel(gpu, self.stream, self.kernel.name(), timed);
         count(&gpu.counters.launches);
         gpu.modules.launched(self.kernel);
         for block in &self.blocks {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// A library to look for.
-pub(super) struct Wanted {
+pub(crate) struct Wanted {
     /// The environment variable that names its file or folder.
     pub variable: &'static str,
     /// What its file name starts with.
@@ -16,7 +16,7 @@ pub(super) struct Wanted {
 }
 
 /// Why it was not found.
-pub(super) enum Missing {
+pub(crate) enum Missing {
     /// What the variable names is not it.
     Named(String),
     /// It is in none of the places; what was tried and failed, each after a semicolon.
@@ -98,7 +98,7 @@ fn toolkit_folders() -> Vec<PathBuf> {
 }
 
 /// The file in a folder whose name starts so, the newest by name.
-pub(super) fn newest(folder: &Path, start: &str) -> Option<PathBuf> {
+pub(crate) fn newest(folder: &Path, start: &str) -> Option<PathBuf> {
     let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
         .ok()?
         .flatten()

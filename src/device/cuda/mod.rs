@@ -13,8 +13,6 @@
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `graph` | [`Graph`]: a recorded step |
 //! | `faults` | ids out of range, found by kernels, told later |
-//! | `elementwise`, `rows`, `reduce`, `sort`, `index`, `segment`, `conv`, `gemm`, `grouped`, `attention`, `factored` | launches of the kernels of `cuda/` on arrays |
-//! | `blas` | large products by cuBLASLt where it is found |
 //! | `library` | where NVIDIA's libraries may lie |
 //! | `errors` | result codes as sentences |
 //!
@@ -26,34 +24,23 @@
 //! | `PRISMGRAD_CUBLASLT` | the libcublasLt to use: its file or folder; `off` for none |
 //! | `PRISMGRAD_CACHE` | folder for compiled kernels |
 
-pub(crate) mod attention;
-pub(crate) mod blas;
 pub mod cache;
 mod context;
-pub(crate) mod conv;
-pub(crate) mod elementwise;
 mod errors;
-pub(crate) mod factored;
 pub(crate) mod faults;
-pub(crate) mod gemm;
 mod graph;
-pub(crate) mod grouped;
-pub(crate) mod index;
 pub mod kernels;
 mod launch;
-mod library;
+pub(crate) mod library;
 mod memory;
 pub mod nvrtc;
 mod pool;
 mod probe;
-pub(crate) mod reduce;
-pub(crate) mod rows;
-pub(crate) mod segment;
-pub(crate) mod sort;
 pub mod sources;
 mod transfer;
 
 pub use context::{Counts, Event, Gpu, Stream, TimedEvent};
+pub(crate) use context::{count, lock};
 pub use graph::Graph;
 pub use kernels::Kernel;
 pub use launch::{Launch, MAX_GRID_YZ};

@@ -4,7 +4,7 @@
 //! that runs, whatever else the machine has installed.
 
 use super::library::{Missing, Wanted, newest};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;

@@ -18,7 +18,7 @@
 use super::context::{Gpu, RawEvent, Stream, count, lock};
 use super::errors::explain;
 use super::memory::{MemoryReport, Meters, Tag, human};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, HashMap};

@@ -4,7 +4,7 @@
 //! everything goes through [`driver`], which looks first and answers with one sentence.
 
 use super::errors::check;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use std::sync::OnceLock;
 

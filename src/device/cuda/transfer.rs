@@ -7,7 +7,7 @@ use super::context::{Gpu, RawEvent, Stream, count, lock};
 use super::errors::check;
 use super::memory::human;
 use super::pool::Block;
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use bytemuck::Pod;
 use cudarc::driver::sys;
 use std::sync::atomic::Ordering::Relaxed;

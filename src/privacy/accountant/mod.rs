@@ -11,7 +11,7 @@ pub mod rdp;
 
 pub use prv::Bracket;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use realfft::{ComplexToReal, RealFftPlanner, RealToComplex, num_complex::Complex64};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;

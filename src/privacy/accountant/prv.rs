@@ -5,7 +5,7 @@
 //! h·√(n·ln(2/η)/2) with probability at most η.
 
 use super::{Accountant, Neighbouring, Pld, Window, log_mix, q_tail};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 use std::borrow::Cow;
 
 /// A lower bound, an estimate and an upper bound of ε.

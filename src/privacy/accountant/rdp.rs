@@ -4,7 +4,7 @@
 //! gives it to the last digits, at integer and fractional orders alike (Mironov 2017; Mironov et al. 2019).
 
 use super::{Accountant, Neighbouring, log_mix};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// ln Σ exp, from the largest.
 fn log_sum(values: &[f64]) -> f64 {

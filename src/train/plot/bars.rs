@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::axis::Axis;
 use super::scene::{Anchor, Scene, shorten, text_width};
 use super::{AXIS, GRID, INK, PALETTE, SOFT, TEXT_SIZE};
-use crate::error::Result;
+use crate::base::Result;
 
 /// Horizontal bars, one per name, with their values beside them and intervals if wanted.
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::bars::short;
 use super::scene::{Anchor, Color, Scene, shorten, text_width};
 use super::{INK, SOFT, TEXT_SIZE};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 const WHITE: Color = Color(255, 255, 255);
 

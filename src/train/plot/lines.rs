@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::axis::Axis;
 use super::scene::{Anchor, Color, Scene, shorten, text_width};
 use super::{AXIS, GRID, INK, PALETTE, SOFT, TEXT_SIZE};
-use crate::error::Result;
+use crate::base::Result;
 
 /// One line of a chart.
 #[derive(Clone, Debug, Default)]

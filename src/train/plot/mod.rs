@@ -27,7 +27,7 @@ mod scene;
 
 use std::path::{Path, PathBuf};
 
-use crate::error::Result;
+use crate::base::Result;
 use crate::io::{create_folder, parent, write_atomic};
 
 pub use bars::BarChart;

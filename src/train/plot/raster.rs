@@ -4,7 +4,7 @@ use ttf_parser::OutlineBuilder;
 use zeno::{Command, Join, Mask, PathBuilder, Stroke, Style, Transform};
 
 use super::scene::{Anchor, Color, Item, Scene, font, text_width};
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Largest width and height: beyond it something is wrong with the scene.
 const MAX_SIDE: f32 = 16384.0;

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use ttf_parser::Face;
 
-use crate::error::{Error, Result};
+use crate::base::{Error, Result};
 
 /// Red, green, blue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

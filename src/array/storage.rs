@@ -1,0 +1,85 @@
+//! Where an array's bytes are.
+
+use crate::base::{Error, Result};
+use crate::device::Device;
+use crate::device::cpu::pool::Buffer;
+use crate::device::cuda::{Block, Gpu};
+use std::sync::Arc;
+
+/// Shared bytes on a device.
+#[derive(Clone)]
+pub(crate) enum Storage {
+    Cpu(Arc<Buffer>),
+    Cuda(Arc<Block>),
+    /// A copy or conversion on a GPU that failed (out of memory, a lost device) where there was no way to say so: whoever
+    /// uses it is told.
+    Lost(Arc<Lost>),
+}
+
+/// Why there are no bytes.
+pub(crate) struct Lost {
+    gpu: Arc<Gpu>,
+    why: String,
+}
+
+impl Storage {
+    pub fn cpu(bytes: usize) -> Storage {
+        Storage::Cpu(Arc::new(Buffer::uninit(bytes)))
+    }
+    pub fn cuda(gpu: &Arc<Gpu>, bytes: usize) -> Result<Storage> {
+        Ok(Storage::Cuda(Arc::new(gpu.alloc(bytes)?)))
+    }
+    pub fn lost(gpu: &Arc<Gpu>, why: &Error) -> Storage {
+        Storage::Lost(Arc::new(Lost { gpu: gpu.clone(), why: why.to_string() }))
+    }
+    pub fn device(&self) -> Device {
+        self.gpu().map_or(Device::Cpu, |gpu| Device::Cuda(gpu.clone()))
+    }
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match self {
+            Storage::Cpu(_) => None,
+            Storage::Cuda(block) => Some(block.gpu()),
+            Storage::Lost(lost) => Some(&lost.gpu),
+        }
+    }
+    /// Memory of a GPU; an error names the op that needed it there.
+    pub fn block(&self, op: &str) -> Result<&Block> {
+        match self {
+            Storage::Cuda(block) => Ok(block),
+            Storage::Cpu(_) => Err(Error::device(op, "an operand is on the CPU; move it with .to()")),
+            Storage::Lost(lost) => Err(Error::device(op, format!("an operand was never made: {}", lost.why))),
+        }
+    }
+    pub fn is_unique(&mut self) -> bool {
+        match self {
+            Storage::Cpu(b) => Arc::get_mut(b).is_some(),
+            Storage::Cuda(b) => Arc::get_mut(b).is_some(),
+            Storage::Lost(_) => true,
+        }
+    }
+    pub fn same(&self, other: &Storage) -> bool {
+        match (self, other) {
+            (Storage::Cpu(a), Storage::Cpu(b)) => Arc::ptr_eq(a, b),
+            (Storage::Cuda(a), Storage::Cuda(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+    /// The bytes on the CPU; of a GPU's memory, an error that says how to get them there.
+    pub fn host(&self) -> Result<&Buffer> {
+        match self {
+            Storage::Cpu(b) => Ok(b),
+            Storage::Cuda(b) => {
+                let why = format!("the array is on cuda:{}; copy it with .to(&Device::Cpu) first", b.gpu().ordinal());
+                Err(Error::device("read on the CPU", why))
+            }
+            Storage::Lost(lost) => Err(Error::device("read", format!("the array was never made: {}", lost.why))),
+        }
+    }
+    /// The bytes for writing, if they are on the CPU and nobody shares them.
+    pub fn cpu_mut(&mut self) -> Option<&mut Buffer> {
+        match self {
+            Storage::Cpu(b) => Arc::get_mut(b),
+            _ => None,
+        }
+    }
+}

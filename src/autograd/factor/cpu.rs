@@ -1,0 +1,221 @@
+//! Arithmetic of factored gradients on slices: sums, norms and inner products of outer products and lookups.
+
+use crate::array::Array;
+use crate::autograd::Samples;
+use crate::base::Result;
+use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::{Mat, matmul, norms};
+use crate::kernels::rows as table;
+use std::ops::Range;
+
+/// Rows `r` of a row-major matrix of `width` columns.
+pub fn rows<'a, T>(x: &'a [T], width: usize, r: &Range<usize>) -> &'a [T] {
+    &x[r.start * width..r.end * width]
+}
+
+/// Maximal runs of equal ids within `range`.
+pub fn runs(ids: &[u32], range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        if at >= range.end {
+            return None;
+        }
+        let start = at;
+        while at < range.end && ids[at] == ids[start] {
+            at += 1;
+        }
+        Some(start..at)
+    })
+}
+
+/// `f` of 0…n−1, in parallel, results in order.
+pub fn collect(n: usize, f: impl Fn(usize) -> Result<f64> + Sync) -> Result<Vec<f64>> {
+    let mut out: Vec<Result<f64>> = (0..n).map(|_| Ok(0.0)).collect();
+    let shared = Shared::new(&mut out);
+    par_chunks(n, 1, |r| {
+        // SAFETY: chunks are disjoint.
+        let o = unsafe { shared.slice(r.clone()) };
+        o.iter_mut().zip(r).for_each(|(o, i)| *o = f(i));
+    });
+    out.into_iter().collect()
+}
+
+/// out += Σₙ wₙ·leftₙ ⊗ rightₙ: 2·n·r·c FLOPs.
+pub fn outer_add<T: Kernels>(left: &[T], right: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
+    norms::outer_add(left, right, n, w, out)
+}
+
+/// |Σₜ leftₜ ⊗ rightₜ|².
+pub fn outer_sq_norm<T: Kernels>(left: &[T], right: &[T], n: usize) -> f64 {
+    norms::sq_norm(left, right, n)
+}
+
+/// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ).
+pub fn outer_inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], n: (usize, usize)) -> f64 {
+    norms::inner(l1, r1, l2, r2, n)
+}
+
+/// Fused norm and clipped sum, where it pays: samples of more than a few sorted rows.
+pub fn outer_clipped_add<T: Kernels>(
+    left: &Array,
+    right: &Array,
+    samples: &Samples,
+    base: &[f64],
+    clip: &(dyn Fn(f64) -> f64 + Sync),
+    out: &mut [T],
+) -> Result<Option<Vec<f64>>> {
+    if !samples.is_sorted() || samples.rows() < 16 * samples.count() {
+        return Ok(None);
+    }
+    let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
+    let dims = (left.shape()[1], right.shape()[1]);
+    Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
+}
+
+/// Every sample's lᵀ·g into `out [B, r, c]` and its squared norm, for sorted samples.
+pub fn outer_per_sample<T: Kernels>(left: &Array, right: &Array, samples: &Samples, out: &mut [T]) -> Result<Vec<f64>> {
+    let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
+    let dims = (left.shape()[1], right.shape()[1]);
+    Ok(norms::per_sample(left.as_slice()?, right.as_slice()?, dims, &ranges, out))
+}
+
+/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`.
+#[inline(always)]
+fn accumulate<T: Kernels>(
+    acc: &mut [T],
+    (grad, scale): (&[T], Option<&[T]>),
+    (p, col): (usize, usize),
+    range: Range<usize>,
+    w: Option<&[T]>,
+) {
+    for t in range {
+        let w = w.map_or(T::ONE, |w| w[t]);
+        if w == T::ZERO {
+            continue;
+        }
+        let part = t * p + col..t * p + col + acc.len();
+        let g = &grad[part.clone()];
+        match scale {
+            None => acc.iter_mut().zip(g).for_each(|(a, &g)| *a += w * g),
+            Some(s) => acc.iter_mut().zip(g).zip(&s[part]).for_each(|((a, &g), &s)| *a += w * (g * s)),
+        }
+    }
+}
+
+/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold. Reads the operands once.
+///
+/// Very wide rows are cut into columns, others into at most 64 blocks of rows whose sums are added in order: the result
+/// depends on the shape only.
+pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Option<&[T]>, out: &mut [T]) {
+    let p = out.len();
+    if n == 0 || p == 0 {
+        return;
+    }
+    if p >= 2 * GRAIN {
+        let dst = Shared::new(out);
+        par_chunks(p, GRAIN, |cols| {
+            // SAFETY: columns are disjoint.
+            let o = unsafe { dst.slice(cols.clone()) };
+            simd(
+                #[inline(always)]
+                || accumulate(o, (grad, scale), (p, cols.start), 0..n, w),
+            );
+        });
+        return;
+    }
+    let each = (2 * GRAIN / p).max(n.div_ceil(64)).max(8);
+    let blocks = n.div_ceil(each);
+    let mut part = vec![T::ZERO; blocks * p];
+    let shared = Shared::new(&mut part);
+    par_chunks(blocks, 1, |range| {
+        for b in range {
+            // SAFETY: each block has its own partial sum.
+            let acc = unsafe { shared.slice(b * p..(b + 1) * p) };
+            simd(
+                #[inline(always)]
+                || accumulate(acc, (grad, scale), (p, 0), b * each..((b + 1) * each).min(n), w),
+            );
+        }
+    });
+    for b in 0..blocks {
+        out.iter_mut().zip(&part[b * p..(b + 1) * p]).for_each(|(o, &x)| *o += x);
+    }
+}
+
+/// `out[idₙ] += wₙ·gradₙ`, rows of one id in order. Rows of zero weight are skipped.
+pub fn lookup_add<T: Kernels>(ids: &[u32], grad: &[T], w: Option<&[T]>, out: &mut [T]) {
+    if !ids.is_empty() {
+        table::add(ids, grad, w, 1, grad.len() / ids.len(), out);
+    }
+}
+
+/// Σ x·y in f64.
+#[inline(always)]
+fn dot<T: Kernels>(x: &[T], y: &[T]) -> f64 {
+    const LANES: usize = 16;
+    let mut lanes = [0.0f64; LANES];
+    let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+    let tail: f64 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
+    for (x, y) in x.zip(y) {
+        for l in 0..LANES {
+            lanes[l] += x[l].to_f64() * y[l].to_f64();
+        }
+    }
+    lanes.iter().sum::<f64>() + tail
+}
+
+/// Σ over pairs with equal ids of g1ₜ·g2ₛ: a sort of the ids, then one pass over the rows.
+pub fn lookup_inner<T: Kernels>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p: usize) -> f64 {
+    if std::ptr::eq(g1, g2) && std::ptr::eq(ids1, ids2) {
+        let mut sum = 0.0;
+        table::each_sum(ids1, g1, p, |_, s| {
+            sum += simd(
+                #[inline(always)]
+                || dot(s, s),
+            )
+        });
+        return sum;
+    }
+    let (k2, s2) = table::sums(ids2, g2, p);
+    let (mut b, mut sum) = (0, 0.0);
+    table::each_sum(ids1, g1, p, |id, s| {
+        while b < k2.len() && k2[b] < id {
+            b += 1;
+        }
+        if b < k2.len() && k2[b] == id {
+            let other = &s2[b * p..(b + 1) * p];
+            sum += simd(
+                #[inline(always)]
+                || dot(s, other),
+            );
+        }
+    });
+    sum
+}
+
+/// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·`leftₛ[idₜ]`: the cross term of an embedding tied to the head.
+/// One product of 2·K·S·p FLOPs for K distinct ids and S rows, K·S memory; `left` has `dims.0` columns (the vocabulary),
+/// `right` `dims.1`.
+pub fn lookup_outer_inner<T: Kernels>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> f64 {
+    let (v, p) = dims;
+    let n = right.len() / p.max(1);
+    let (keys, sums) = table::sums(ids, e, p);
+    if keys.is_empty() || n == 0 {
+        return 0.0;
+    }
+    let mut products = vec![T::ZERO; keys.len() * n];
+    matmul(Mat::new(&sums, keys.len(), p), Mat::new(right, n, p).t(), false, &mut products);
+    // Rows of `left` outside: one pass over the columns in use.
+    (0..n)
+        .map(|s| {
+            let row = &left[s * v..(s + 1) * v];
+            keys.iter()
+                .enumerate()
+                .map(|(k, &id)| products[k * n + s].to_f64() * row[id as usize].to_f64())
+                .sum::<f64>()
+        })
+        .sum()
+}

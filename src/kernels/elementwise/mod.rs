@@ -1,0 +1,177 @@
+//! Elementwise loops over strided arrays: one memory pass, vectorised where operands are contiguous.
+//!
+//! Cost: every operand is read once and the result written once; on arrays beyond the cache that is all there is.
+
+pub(crate) mod cuda;
+
+use crate::array::Array;
+use crate::array::shape::{Nest, broadcast, broadcast_strides};
+use crate::base::{Element, Result};
+use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+
+/// `f` of every element, into a fresh contiguous array.
+pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Result<Array> {
+    let mut out = Array::uninit(a.shape(), D::DTYPE);
+    let nest = Nest::new(a.shape(), [a.strides()]);
+    let (src, dst) = (a.raw::<S>()?, Shared::new(out.fresh_mut::<D>()));
+    runs(a.numel(), nest.inner, |row, col, at, len| {
+        let [o] = nest.offsets(row);
+        // SAFETY: runs are disjoint.
+        let d = unsafe { dst.slice(at..at + len) };
+        if nest.step[0] == 1 {
+            let s = &src[o + col..o + col + len];
+            simd(
+                #[inline(always)]
+                || {
+                    for (d, &s) in d.iter_mut().zip(s) {
+                        *d = f(s);
+                    }
+                },
+            );
+        } else {
+            let (s, step) = (&src[o + col * nest.step[0]..], nest.step[0]);
+            d.iter_mut().enumerate().for_each(|(i, d)| *d = f(s[i * step]));
+        }
+    });
+    Ok(out)
+}
+
+/// `f` of every element, in the array's own buffer where nobody else holds it.
+pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Result<Array> {
+    if !a.is_contiguous() || !a.is_unique() {
+        return map::<T, T>(&a, f);
+    }
+    let n = a.numel();
+    let dst = Shared::new(a.fresh_mut::<T>());
+    par_chunks(n, GRAIN, |r| {
+        // SAFETY: chunks are disjoint.
+        let d = unsafe { dst.slice(r) };
+        simd(
+            #[inline(always)]
+            || {
+                for d in d.iter_mut() {
+                    *d = f(*d);
+                }
+            },
+        );
+    });
+    Ok(a)
+}
+
+/// `f` of the pairs of two broadcast operands.
+pub fn zip<A: Element, B: Element, D: Element>(
+    op: &'static str,
+    a: &Array,
+    b: &Array,
+    f: impl Fn(A, B) -> D + Sync + Copy,
+) -> Result<Array> {
+    let shape = broadcast(op, a.shape(), b.shape())?;
+    let sa = broadcast_strides(op, a.shape(), a.strides(), &shape)?;
+    let sb = broadcast_strides(op, b.shape(), b.strides(), &shape)?;
+    let mut out = Array::uninit(&shape, D::DTYPE);
+    let nest = Nest::new(&shape, [&sa, &sb]);
+    let n = out.numel();
+    let (x, y, dst) = (a.raw::<A>()?, b.raw::<B>()?, Shared::new(out.fresh_mut::<D>()));
+    runs(n, nest.inner, |row, col, at, len| {
+        let [ox, oy] = nest.offsets(row);
+        let [sx, sy] = nest.step;
+        let (x, y) = (&x[ox + col * sx..], &y[oy + col * sy..]);
+        // SAFETY: runs are disjoint.
+        let d = unsafe { dst.slice(at..at + len) };
+        match (sx, sy) {
+            (1, 1) => simd(
+                #[inline(always)]
+                || {
+                    for ((d, &x), &y) in d.iter_mut().zip(&x[..len]).zip(&y[..len]) {
+                        *d = f(x, y);
+                    }
+                },
+            ),
+            (1, 0) => {
+                let y = y[0];
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (d, &x) in d.iter_mut().zip(&x[..len]) {
+                            *d = f(x, y);
+                        }
+                    },
+                )
+            }
+            (0, 1) => {
+                let x = x[0];
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (d, &y) in d.iter_mut().zip(&y[..len]) {
+                            *d = f(x, y);
+                        }
+                    },
+                )
+            }
+            _ => d.iter_mut().enumerate().for_each(|(i, d)| *d = f(x[i * sx], y[i * sy])),
+        }
+    });
+    Ok(out)
+}
+
+/// `f` of the pairs of two arrays of one shape, in the first one's buffer where nobody else holds it.
+pub fn zip_owned<T: Element, B: Element>(
+    op: &'static str,
+    mut a: Array,
+    b: &Array,
+    f: impl Fn(T, B) -> T + Sync + Copy,
+) -> Result<Array> {
+    if a.shape() != b.shape() || !a.is_contiguous() || !b.is_contiguous() || !a.is_unique() {
+        return zip::<T, B, T>(op, &a, b, f);
+    }
+    let n = a.numel();
+    let (dst, y) = (Shared::new(a.fresh_mut::<T>()), b.raw::<B>()?);
+    par_chunks(n, GRAIN, |r| {
+        // SAFETY: chunks are disjoint.
+        let d = unsafe { dst.slice(r.clone()) };
+        let y = &y[r];
+        simd(
+            #[inline(always)]
+            || {
+                for (d, &y) in d.iter_mut().zip(y) {
+                    *d = f(*d, y);
+                }
+            },
+        );
+    });
+    Ok(a)
+}
+
+/// Cuts `n` elements, laid out as runs of `inner`, into parallel pieces `(row, first column, position, length)`.
+fn runs(n: usize, inner: usize, f: impl Fn(usize, usize, usize, usize) + Sync) {
+    par_chunks(n, GRAIN, |range| {
+        let mut at = range.start;
+        while at < range.end {
+            let (row, col) = (at / inner, at % inner);
+            let len = (inner - col).min(range.end - at);
+            f(row, col, at, len);
+            at += len;
+        }
+    });
+}
+
+/// x ← f(x) over a slice.
+pub fn for_each_mut<T: Element>(x: &mut [T], f: impl Fn(T) -> T + Sync + Copy) {
+    let n = x.len();
+    let x = Shared::new(x);
+    par_chunks(n, GRAIN, |r| {
+        // SAFETY: chunks are disjoint.
+        let x = unsafe { x.slice(r) };
+        simd(
+            #[inline(always)]
+            || {
+                for x in x.iter_mut() {
+                    *x = f(*x);
+                }
+            },
+        );
+    });
+}

@@ -1,0 +1,217 @@
+//! Launches of the matrix products of `cuda/gemm.cu`.
+
+use crate::array::cuda::{on, suffix};
+use crate::array::{Arguments, Array};
+use crate::base::{DType, Result};
+use crate::device::cuda::{Gpu, Launch};
+use crate::kernels::Activation;
+use crate::kernels::gemm::blas;
+use bytemuck::NoUninit;
+use std::sync::Arc;
+
+/// `GemmShape` of `cuda/gemm.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+struct Shape {
+    sizes: [i64; 3],
+    /// a_rs, a_cs, b_rs, b_cs, c_rs.
+    steps: [i64; 5],
+    batch: [i64; 2],
+    /// a_s0, a_s1, b_s0, b_s1, c_s0, c_s1.
+    batch_steps: [i64; 6],
+    each: i64,
+    alpha: f64,
+    act: i32,
+    accumulate: i32,
+    splits: i32,
+    reserved: i32,
+}
+
+/// What happens to a product on its way to memory.
+#[derive(Default)]
+pub(crate) struct Epilogue<'a> {
+    /// Added to every row.
+    pub bias: Option<&'a Array>,
+    /// Applied last.
+    pub act: Activation,
+    /// Whether the values before the activation are wanted as well.
+    pub pre: bool,
+}
+
+/// Code of an activation in `cuda/prelude.cuh`.
+fn code(act: Activation) -> i32 {
+    match act {
+        Activation::None => 0,
+        Activation::Relu => 1,
+        Activation::Gelu => 2,
+        Activation::GeluTanh => 3,
+        Activation::Silu => 4,
+        Activation::Tanh => 5,
+    }
+}
+
+/// Its kernel in `cuda/unary.cu`.
+fn name(act: Activation) -> &'static str {
+    match act {
+        Activation::None => "identity",
+        Activation::Relu => "relu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::Silu => "silu",
+        Activation::Tanh => "tanh",
+    }
+}
+
+/// Dynamic shared memory of the f32 and f64 products, in bytes.
+pub(crate) const SHARED: usize = 33_792;
+
+/// Dynamic shared memory of a product: more on the tensor cores, whose stages overlap.
+fn shared(dtype: DType) -> usize {
+    if dtype.is_half() { 65_536 } else { SHARED }
+}
+
+/// Rows and columns of the tile of one block.
+pub(crate) fn tile(dtype: DType) -> usize {
+    if dtype == DType::F64 { 64 } else { 128 }
+}
+
+/// Weights of the steps of a contraction over rows: that of row n is weights[owner[n]], or weights[n / each].
+pub(crate) struct RowWeights<'a> {
+    /// One per sample.
+    pub weights: &'a Array,
+    /// The sample of each row.
+    pub owner: Option<&'a Array>,
+    /// Rows of a sample where there are no owners.
+    pub each: usize,
+}
+
+/// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one float dtype and equal
+/// leading dimensions, in any strides. bf16 and f16 on the tensor cores, summed in f32 and rounded once.
+pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Result<(Array, Option<Array>)> {
+    let (a, b) = (on(gpu, a)?, on(gpu, b)?);
+    let r = a.rank() - 2;
+    let shape: Vec<usize> = a.shape()[..=r].iter().copied().chain([b.shape()[r + 1]]).collect();
+    let out = Array::uninit_on(gpu, &shape, a.dtype())?;
+    let pre = if e.pre { Some(Array::uninit_on(gpu, &shape, a.dtype())?) } else { None };
+    let bias = e.bias.map(|b| on(gpu, b).map(|b| b.contiguous())).transpose()?;
+    let call = Call { bias: bias.as_ref(), pre: pre.as_ref(), act: e.act, weights: None, accumulate: false };
+    run(gpu, &a, &b, &out, call)?;
+    Ok((out, pre))
+}
+
+/// out += a·diag(w)·b, all on the GPU; `out […, m, n]` contiguous. A step of weight zero is left out whatever it holds.
+pub(crate) fn add_product(
+    gpu: &Arc<Gpu>,
+    a: &Array,
+    b: &Array,
+    weights: Option<RowWeights>,
+    out: &Array,
+) -> Result<()> {
+    run(gpu, a, b, out, Call { bias: None, pre: None, act: Activation::None, weights, accumulate: true })
+}
+
+struct Call<'a> {
+    bias: Option<&'a Array>,
+    pre: Option<&'a Array>,
+    act: Activation,
+    weights: Option<RowWeights<'a>>,
+    accumulate: bool,
+}
+
+/// out = a·b + bias or out += a·b by our own kernel, whatever its size.
+pub(crate) fn own(
+    gpu: &Arc<Gpu>,
+    (a, b, out): (&Array, &Array, &Array),
+    bias: Option<&Array>,
+    accumulate: bool,
+) -> Result<()> {
+    run_own(gpu, a, b, out, Call { bias, pre: None, act: Activation::None, weights: None, accumulate })
+}
+
+fn run(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<()> {
+    // An activation is a pass of its own there: worth it beside a large product, if its input is wanted anyhow.
+    let target = if call.act == Activation::None { Some(out) } else { call.pre };
+    if let Some(target) = target
+        && out.numel() > 0
+        && blas::product(gpu, a, b, target, call.bias, call.weights.as_ref(), call.accumulate)?
+    {
+        return match call.act {
+            Activation::None => Ok(()),
+            act => crate::kernels::elementwise::cuda::unary_into(gpu, name(act), target, out),
+        };
+    }
+    run_own(gpu, a, b, out, call)
+}
+
+fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<()> {
+    let r = a.rank() - 2;
+    let (m, k, n) = (a.shape()[r], a.shape()[r + 1], b.shape()[r + 1]);
+    if out.numel() == 0 || (k == 0 && call.accumulate) {
+        return Ok(());
+    }
+    let tile = tile(a.dtype());
+    // The last two leading dimensions are the kernel's; the host goes through the others.
+    let (outer, inner) = a.shape()[..r].split_at(r.saturating_sub(2));
+    let batch = [if inner.len() > 1 { inner[0] } else { 1 }, *inner.last().unwrap_or(&1)];
+    let at = |x: &Array, d: usize| if d < r { x.strides()[d] as i64 } else { 0 };
+    let (d0, d1) = if inner.len() > 1 { (r - 2, r - 1) } else { (r, r.wrapping_sub(1)) };
+    let d1 = if inner.is_empty() { r } else { d1 };
+    let way = |x: &Array| if x.strides()[r + 1] == 1 || x.strides()[r] != 1 { 'n' } else { 't' };
+    let name = format!("gemm_{}{}_{}", way(a), way(b), suffix(a.dtype()));
+    let s = |x: &Array, d: usize| x.strides()[d] as i64;
+    let matrices = batch[0] * batch[1];
+    let tiles = m.div_ceil(tile) * n.div_ceil(tile) * matrices;
+    // Few tiles with a long contraction are split along it, so that every multiprocessor has one.
+    let splits = (gpu.multiprocessors() as usize / tiles).min(k / 512).clamp(1, 64);
+    let shape = Shape {
+        sizes: [m as i64, n as i64, k as i64],
+        steps: [s(a, r), s(a, r + 1), s(b, r), s(b, r + 1), n as i64],
+        batch: [batch[0] as i64, batch[1] as i64],
+        batch_steps: [at(a, d0), at(a, d1), at(b, d0), at(b, d1), at(out, d0), at(out, d1)],
+        each: call.weights.as_ref().map_or(1, |w| w.each as i64),
+        alpha: 1.0,
+        act: code(call.act),
+        accumulate: call.accumulate as i32,
+        splits: splits as i32,
+        reserved: 0,
+    };
+    let size = a.dtype().size();
+    for i in 0..outer.iter().product::<usize>() {
+        let (mut left, mut oa, mut ob, mut oc) = (i, 0, 0, 0);
+        for d in (0..outer.len()).rev() {
+            let j = left % outer[d];
+            left /= outer[d];
+            oa += j * a.strides()[d] * size;
+            ob += j * b.strides()[d] * size;
+            oc += j * out.strides()[d] * size;
+        }
+        let part = match splits {
+            1 => None,
+            _ => Some(Array::uninit_on(gpu, &[matrices, splits, m, n], a.dtype().compute())?),
+        };
+        let (x, y, z) = (a.block("matmul")?, b.block("matmul")?, out.block("matmul")?);
+        let pre = call.pre.map(|p| p.block("matmul")).transpose()?;
+        let mut l = Launch::new(gpu, "gemm", &name)?.grid(tiles * splits, 1, 1).shared(shared(a.dtype()));
+        l = l.buf(x.0, x.1 + oa).buf(y.0, y.1 + ob).buf(z.0, z.1 + oc).optional(call.bias);
+        l = match pre {
+            Some((p, at)) => l.buf(p, at + oc),
+            None => l.null(),
+        };
+        l = match &call.weights {
+            Some(w) => l.array(w.weights).optional(w.owner),
+            None => l.null().null(),
+        };
+        l.optional(part.as_ref()).val(shape).run()?;
+        if let Some(part) = &part {
+            let name = format!("gemm_splitk_{}", suffix(a.dtype()));
+            let mut l = Launch::new(gpu, "gemm", &name)?.grid_stride(m * n * matrices, 256);
+            l = l.array(part).buf(z.0, z.1 + oc).optional(call.bias);
+            l = match pre {
+                Some((p, at)) => l.buf(p, at + oc),
+                None => l.null(),
+            };
+            l.val(shape).run()?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! Micro-kernels: an MR × NR tile of the product, from packed panels.
+
+use crate::base::Float;
+use crate::device::cpu::simd::{Level, level, simd};
+
+/// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile, or += where `add`.
+pub type Into<T> = unsafe fn(kc: usize, a: *const T, b: *const T, c: *mut T, ldc: usize, add: bool);
+
+/// A micro-kernel and its tile.
+#[derive(Clone, Copy)]
+pub struct Kernel<T> {
+    /// Rows of the tile.
+    pub mr: usize,
+    /// Columns of the tile.
+    pub nr: usize,
+    /// The kernel.
+    pub into: Into<T>,
+}
+
+impl<T> Kernel<T> {
+    /// The tile in a place of its own, row-major.
+    ///
+    /// # Safety
+    /// The panels hold kc·MR and kc·NR elements, the tile MR·NR.
+    #[inline(always)]
+    pub unsafe fn run(&self, kc: usize, a: *const T, b: *const T, tile: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe { (self.into)(kc, a, b, tile, self.nr, false) }
+    }
+}
+
+/// Largest tile of any kernel, in elements.
+pub const MAX_TILE: usize = 12 * 32;
+
+/// A float with a micro-kernel: what products are computed in.
+pub trait Kernels: Float {
+    /// The best kernel of this machine.
+    fn kernel() -> Kernel<Self>;
+}
+
+impl Kernels for f32 {
+    fn kernel() -> Kernel<f32> {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32 },
+            Level::Baseline => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8> },
+            _ => Kernel { mr: 4, nr: 24, into: fused::<f32, 4, 24> },
+        }
+    }
+}
+
+impl Kernels for f64 {
+    fn kernel() -> Kernel<f64> {
+        match level() {
+            Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16> },
+            Level::Avx2 => Kernel { mr: 4, nr: 12, into: fused::<f64, 4, 12> },
+            Level::Baseline => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4> },
+        }
+    }
+}
+
+/// Portable: multiply, then add.
+unsafe fn generic<T: Float, const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const T,
+    b: *const T,
+    c: *mut T,
+    ldc: usize,
+    add: bool,
+) {
+    // SAFETY: the caller gives panels of kc·MR and kc·NR elements and a tile of MR rows of NR, ldc apart.
+    unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| s + x * y) }
+}
+
+/// Vectorised by the compiler, with fused multiply-add.
+unsafe fn fused<T: Float, const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const T,
+    b: *const T,
+    c: *mut T,
+    ldc: usize,
+    add: bool,
+) {
+    simd(
+        #[inline(always)]
+        // SAFETY: as above.
+        || unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| x.mul_add(y, s)) },
+    )
+}
+
+#[inline(always)]
+unsafe fn body<T: Float, const MR: usize, const NR: usize>(
+    kc: usize,
+    a: *const T,
+    b: *const T,
+    (c, ldc, add): (*mut T, usize, bool),
+    fma: impl Fn(T, T, T) -> T,
+) {
+    let mut acc = [[T::ZERO; NR]; MR];
+    for k in 0..kc {
+        // SAFETY: panels hold kc·MR and kc·NR elements.
+        let (x, y) = unsafe { (&*(a.add(k * MR) as *const [T; MR]), &*(b.add(k * NR) as *const [T; NR])) };
+        for i in 0..MR {
+            for j in 0..NR {
+                acc[i][j] = fma(x[i], y[j], acc[i][j]);
+            }
+        }
+    }
+    for (i, row) in acc.iter().enumerate() {
+        // SAFETY: the tile has MR rows of NR elements.
+        let c = unsafe { &mut *(c.add(i * ldc) as *mut [T; NR]) };
+        for (c, &v) in c.iter_mut().zip(row) {
+            *c = if add { *c + v } else { v };
+        }
+    }
+}
+
+/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts. The tile's lines are asked for
+/// first, so that they have come when the sums are ready.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, add: bool) {
+    use std::arch::x86_64::*;
+    const MR: usize = 12;
+    let mut acc = [[_mm512_setzero_ps(); 2]; MR];
+    let (mut a, mut b) = (a, b);
+    for i in 0..MR {
+        // A prefetch may name any address.
+        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
+        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 31).cast());
+    }
+    for _ in 0..kc {
+        // SAFETY: panels hold kc·12 and kc·32 elements.
+        unsafe {
+            let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(*a.add(i));
+                acc[0] = _mm512_fmadd_ps(x, b0, acc[0]);
+                acc[1] = _mm512_fmadd_ps(x, b1, acc[1]);
+            }
+            a = a.add(MR);
+            b = b.add(32);
+        }
+    }
+    for (i, acc) in acc.iter().enumerate() {
+        for (j, &v) in acc.iter().enumerate() {
+            // SAFETY: the tile has 12 rows of 32 elements.
+            unsafe {
+                let c = c.add(i * ldc + j * 16);
+                let v = if add { _mm512_add_ps(_mm512_loadu_ps(c), v) } else { v };
+                _mm512_storeu_ps(c, v);
+            }
+        }
+    }
+}

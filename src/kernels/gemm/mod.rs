@@ -1,0 +1,383 @@
+//! Matrix products on strided operands, any transposition without copies.
+//!
+//! Operands are packed into panels once per stretch of K (shared by all threads), then tiles of the result are computed
+//! in parallel. K is never split between threads, so results are the same bits at any thread count. FLOPs 2·m·n·k;
+//! traffic beyond the cache is about one read of each operand and one write of the result per stretch of K.
+
+pub(crate) mod blas;
+pub(crate) mod cuda;
+
+pub mod kernel;
+pub mod norms;
+pub(crate) mod pack;
+
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::pool::Buffer;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::kernels::Activation;
+use kernel::{Kernel, MAX_TILE};
+use pack::{pack_a, pack_b};
+use std::sync::Mutex;
+
+/// A strided matrix.
+#[derive(Clone, Copy)]
+pub struct Mat<'a, T> {
+    /// First element on.
+    pub data: &'a [T],
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Step between rows.
+    pub rs: usize,
+    /// Step between columns.
+    pub cs: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// Row-major.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Mat { data, rows, cols, rs: cols, cs: 1 }
+    }
+    /// Some consecutive rows.
+    pub fn rows_of(self, r: &std::ops::Range<usize>) -> Self {
+        let data = if r.is_empty() { &self.data[..0] } else { &self.data[r.start * self.rs..] };
+        Mat { data, rows: r.len(), ..self }
+    }
+    /// Transposed view.
+    pub fn t(self) -> Self {
+        Mat { data: self.data, rows: self.cols, cols: self.rows, rs: self.cs, cs: self.rs }
+    }
+}
+
+/// What happens to the product on its way to memory.
+pub struct Epilogue<'a, T> {
+    /// Added to what the output holds, instead of replacing it.
+    pub accumulate: bool,
+    /// Column k of `a` is multiplied by `scale[k]`.
+    pub scale: Option<&'a [T]>,
+    /// Added to every row.
+    pub bias: Option<&'a [T]>,
+    /// Applied last.
+    pub act: Activation,
+    /// Receives the values before the activation, in the layout of the output.
+    pub pre: Option<&'a mut [T]>,
+}
+
+impl<T> Default for Epilogue<'_, T> {
+    fn default() -> Self {
+        Epilogue { accumulate: false, scale: None, bias: None, act: Activation::None, pre: None }
+    }
+}
+
+/// Steps of K per panel: an A panel of 12 rows stays in the first-level cache while B panels stream from the second.
+pub(crate) const KC: usize = 512;
+/// Rows and columns of one task, in tiles: its part of the result and one stretch of both operands fit the
+/// second-level cache.
+const TASK_ROWS: usize = 16;
+const TASK_COLS: usize = 8;
+/// Packed operands stay below this many bytes; longer K is cut.
+const PACK_BYTES: usize = 8 << 20;
+
+/// The memory that operands are packed into, kept from product to product. Products that run at the same time make
+/// their own.
+static SCRATCH: Mutex<Option<Buffer>> = Mutex::new(None);
+
+/// At least `bytes`, from [`SCRATCH`] if it is free.
+fn take_scratch(bytes: usize) -> Buffer {
+    let kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner()).take();
+    match kept {
+        Some(b) if b.len() >= bytes => b,
+        _ => Buffer::uninit(bytes),
+    }
+}
+
+/// Keeps the larger of what is there and `buffer`; what a giant product needed goes back to the pool instead.
+fn put_scratch(buffer: Buffer) {
+    if buffer.len() > 4 * PACK_BYTES {
+        return;
+    }
+    let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
+    if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
+        *kept = Some(buffer);
+    }
+}
+
+/// out = a·b, or out += a·b, row-major `out`.
+pub fn matmul<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &mut [T]) {
+    gemm(a, b, Epilogue { accumulate, ..Epilogue::default() }, out)
+}
+
+/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`.
+pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    let kern = T::kernel();
+    let (mp, np) = (m.div_ceil(kern.mr), n.div_ceil(kern.nr));
+    // Equal stretches of K, from its length alone; several are packed at a time.
+    let kc = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
+    let lanes = mp * kern.mr + np * kern.nr;
+    let span = (PACK_BYTES / T::DTYPE.size() / (lanes * kc)).max(1) * kc;
+    let mut packed = take_scratch(lanes * span.min(k.max(1)) * T::DTYPE.size());
+    let out = Shared::new(&mut out[..m * n]);
+    let pre = e.pre.as_mut().map(|p| Shared::new(&mut p[..m * n]));
+    let store = Store { m, n, kern, bias: e.bias, act: e.act };
+    let plain = e.bias.is_none() && e.act == Activation::None && pre.is_none();
+    let small = m * n * k < 1 << 18;
+    let mut k0 = 0;
+    loop {
+        let len = span.min(k - k0);
+        let last = k0 + len == k;
+        let stretches = len.div_ceil(kc).max(1);
+        let stretch = |s: usize| (k0 + s * kc, kc.min(len - s * kc));
+        // Panel p of stretch s, A's panels first.
+        let place = |s: usize, p: usize| {
+            let (from, kc) = (s * kc * lanes, stretch(s).1);
+            if p < mp {
+                from + p * kern.mr * kc..from + (p + 1) * kern.mr * kc
+            } else {
+                let (from, p) = (from + mp * kern.mr * kc, p - mp);
+                from + p * kern.nr * kc..from + (p + 1) * kern.nr * kc
+            }
+        };
+        {
+            let to = Shared::new(packed.as_mut_slice::<T>());
+            let grain = if small { usize::MAX } else { ((1 << 14) / (kern.nr * kc)).max(1) };
+            par_chunks(stretches * (mp + np), grain, |r| {
+                for t in r {
+                    let (s, p) = (t / (mp + np), t % (mp + np));
+                    let (k, kc) = stretch(s);
+                    // SAFETY: each panel is written once.
+                    let to = unsafe { to.slice(place(s, p)) };
+                    if p < mp {
+                        pack_a(&a, p * kern.mr, kern.mr, k, kc, e.scale, to);
+                    } else {
+                        pack_b(&b, (p - mp) * kern.nr, kern.nr, k, kc, to);
+                    }
+                }
+            });
+        }
+        let panels = packed.as_slice::<T>();
+        let (rows, cols) = task_shape(mp, np);
+        let (tm, tn) = (mp.div_ceil(rows), np.div_ceil(cols));
+        par_chunks(tm * tn, if small { usize::MAX } else { 1 }, |r| {
+            for task in r {
+                let (i, j) = (task % tm * rows, task / tm * cols);
+                for s in 0..stretches {
+                    let (k, kc) = stretch(s);
+                    let (add, finish) = (e.accumulate || k > 0, last && s + 1 == stretches && !plain);
+                    for jp in j..(j + cols).min(np) {
+                        let pb = &panels[place(s, mp + jp)];
+                        for ip in i..(i + rows).min(mp) {
+                            let pa = &panels[place(s, ip)];
+                            // SAFETY: the panels are whole, and tiles are disjoint.
+                            unsafe { store.tile(kc, pa, pb, (ip, jp), (add, finish), &out, pre.as_ref()) };
+                        }
+                    }
+                }
+            }
+        });
+        k0 += len;
+        if last {
+            break;
+        }
+    }
+    put_scratch(packed);
+}
+
+/// Panels of A and B per task: smaller where there would be few tasks.
+fn task_shape(mp: usize, np: usize) -> (usize, usize) {
+    let (mut rows, mut cols) = (TASK_ROWS, TASK_COLS);
+    while mp.div_ceil(rows) * np.div_ceil(cols) < 32 && rows * cols > 8 {
+        if rows >= cols { rows /= 2 } else { cols /= 2 }
+    }
+    (rows, cols)
+}
+
+/// Copies a row of a tile or panel; the usual widths without a call.
+#[inline(always)]
+pub(crate) fn copy_row<T: Copy>(from: &[T], to: &mut [T]) {
+    #[inline(always)]
+    fn fixed<T: Copy, const N: usize>(from: &[T], to: &mut [T]) {
+        if let (Some(a), Some(b)) = (from.first_chunk::<N>(), to.first_chunk_mut::<N>()) {
+            *b = *a;
+        }
+    }
+    match from.len() {
+        32 => fixed::<T, 32>(from, to),
+        24 => fixed::<T, 24>(from, to),
+        16 => fixed::<T, 16>(from, to),
+        12 => fixed::<T, 12>(from, to),
+        8 => fixed::<T, 8>(from, to),
+        _ => to.copy_from_slice(from),
+    }
+}
+
+/// Computes tiles into the result.
+struct Store<'a, T> {
+    m: usize,
+    n: usize,
+    kern: Kernel<T>,
+    bias: Option<&'a [T]>,
+    act: Activation,
+}
+
+impl<T: kernel::Kernels> Store<'_, T> {
+    /// One tile from its panels: added to the result or put in its place, then bias and activation where the sum is
+    /// complete (`finish`).
+    ///
+    /// # Safety
+    /// `pa` and `pb` hold kc·mr and kc·nr elements; nobody else writes this tile.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile(
+        &self,
+        kc: usize,
+        pa: &[T],
+        pb: &[T],
+        (ip, jp): (usize, usize),
+        (add, finish): (bool, bool),
+        out: &Shared<T>,
+        pre: Option<&Shared<T>>,
+    ) {
+        let (i0, j0, nr) = (ip * self.kern.mr, jp * self.kern.nr, self.kern.nr);
+        let (rows, cols) = (self.kern.mr.min(self.m - i0), nr.min(self.n - j0));
+        let at = |i: usize| (i0 + i) * self.n + j0..(i0 + i) * self.n + j0 + cols;
+        if rows == self.kern.mr && cols == nr {
+            // SAFETY: the whole tile lies in the result, and is nobody else's.
+            unsafe { (self.kern.into)(kc, pa.as_ptr(), pb.as_ptr(), out.ptr().add(at(0).start), self.n, add) };
+        } else {
+            let mut tile = [T::ZERO; MAX_TILE];
+            // SAFETY: as promised; the tile is large enough.
+            unsafe { self.kern.run(kc, pa.as_ptr(), pb.as_ptr(), tile.as_mut_ptr()) };
+            for i in 0..rows {
+                // SAFETY: rows of disjoint tiles are disjoint.
+                let o = unsafe { out.slice(at(i)) };
+                let t = &tile[i * nr..i * nr + cols];
+                if add {
+                    o.iter_mut().zip(t).for_each(|(o, &t)| *o += t);
+                } else {
+                    copy_row(t, o);
+                }
+            }
+        }
+        if finish {
+            simd(
+                #[inline(always)]
+                || {
+                    for i in 0..rows {
+                        // SAFETY: rows of disjoint tiles are disjoint.
+                        let (t, p) = unsafe { (out.slice(at(i)), pre.map(|p| p.slice(at(i)))) };
+                        let b = self.bias.map(|b| &b[j0..j0 + cols]);
+                        match self.act {
+                            Activation::None => finish_row(t, b, p, |x| x),
+                            Activation::Gelu => finish_row(t, b, p, |x| x.gelu()),
+                            Activation::GeluTanh => finish_row(t, b, p, |x| x.gelu_tanh()),
+                            Activation::Relu => finish_row(t, b, p, |x| x.larger(T::ZERO)),
+                            other => finish_row(t, b, p, |x| other.of(x)),
+                        }
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// Bias and activation of a row of a tile; `pre` receives what goes into the activation.
+#[inline(always)]
+fn finish_row<T: kernel::Kernels>(t: &mut [T], bias: Option<&[T]>, pre: Option<&mut [T]>, act: impl Fn(T) -> T) {
+    if let Some(b) = bias {
+        t.iter_mut().zip(b).for_each(|(t, &b)| *t += b);
+    }
+    if let Some(p) = pre {
+        p.copy_from_slice(t);
+    }
+    t.iter_mut().for_each(|x| *x = act(*x));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        (0..n as u64)
+            .map(|i| ((i.wrapping_mul(2654435761).wrapping_add(seed * 97) % 1000) as f32) / 500.0 - 1.0)
+            .collect()
+    }
+
+    #[test]
+    fn any_size_and_layout() {
+        for (m, n, k) in
+            [(1, 1, 1), (13, 33, 257), (5, 70, 600), (97, 300, 256), (200, 31, 0), (0, 4, 3), (12, 32, 513)]
+        {
+            for layout in 0..4 {
+                let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+                let ma = if layout & 1 == 0 { Mat::new(&a, m, k) } else { Mat::new(&a, k, m).t() };
+                let mb = if layout & 2 == 0 { Mat::new(&b, k, n) } else { Mat::new(&b, n, k).t() };
+                let scale = noise(k, 3);
+                let mut out = noise(m * n, 4);
+                let mut want = out.clone();
+                for i in 0..m {
+                    for j in 0..n {
+                        let s: f64 = (0..k)
+                            .map(|p| (a[i * ma.rs + p * ma.cs] * scale[p]) as f64 * b[p * mb.rs + j * mb.cs] as f64)
+                            .sum();
+                        want[i * n + j] += s as f32;
+                    }
+                }
+                gemm(ma, mb, Epilogue { accumulate: true, scale: Some(&scale), ..Epilogue::default() }, &mut out);
+                for (o, w) in out.iter().zip(&want) {
+                    assert!((o - w).abs() < 1e-4 * (k as f32).sqrt().max(1.0), "{m}x{k}x{n} layout {layout}: {o} {w}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norms_and_clipped_sums_of_long_samples() {
+        for (t, rd, cd) in [(40, 70, 33), (300, 20, 40), (7, 100, 90), (1, 5, 9), (300, 190, 150)] {
+            let (l, r) = (noise(2 * t * rd, 5), noise(2 * t * cd, 6));
+            let grad = |b: usize| {
+                let mut g = vec![0f64; rd * cd];
+                for n in b * t..(b + 1) * t {
+                    for i in 0..rd {
+                        for j in 0..cd {
+                            g[i * cd + j] += l[n * rd + i] as f64 * r[n * cd + j] as f64;
+                        }
+                    }
+                }
+                g
+            };
+            let (g0, g1) = (grad(0), grad(1));
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+            let scale = dot(&g0, &g0);
+            let half = |x: &Vec<f32>, d: usize, b: usize| x[b * t * d..(b + 1) * t * d].to_vec();
+            let (l0, l1, r0, r1) = (half(&l, rd, 0), half(&l, rd, 1), half(&r, cd, 0), half(&r, cd, 1));
+            for got in [norms::sq_norm(&l0, &r0, t), norms::inner(&l0, &r0, &l0, &r0, (t, t))] {
+                assert!((got - scale).abs() < 1e-5 * scale, "{t} {rd} {cd}: {got} {scale}");
+            }
+            let mut formed = vec![7f32; 2 * rd * cd];
+            let sq = norms::per_sample(&l, &r, (rd, cd), &[0..t, t..2 * t], &mut formed);
+            for (b, g) in [&g0, &g1].into_iter().enumerate() {
+                assert!((sq[b] - dot(g, g)).abs() < 1e-5 * dot(g, g), "{t} {rd} {cd}: {} {}", sq[b], dot(g, g));
+                for (o, w) in formed[b * rd * cd..].iter().zip(g) {
+                    assert!((*o as f64 - w).abs() < 1e-5 * dot(g, g).sqrt(), "{o} {w}");
+                }
+            }
+            let empty = norms::per_sample(&l, &r, (rd, cd), &[0..0, 0..t, 5..5], &mut vec![7f32; 3 * rd * cd]);
+            assert!(empty[0] == 0.0 && empty[2] == 0.0 && empty[1] == sq[0]);
+            let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t));
+            assert!((cross - dot(&g0, &g1)).abs() < 1e-5 * scale);
+            let mut out = vec![1f32; rd * cd];
+            let totals = norms::clipped_add(&l, &r, (rd, cd), &[0..t, t..2 * t], &[0.5, 0.25], &|s| 1.0 / s, &mut out);
+            assert!((totals[0] - scale - 0.5).abs() < 1e-5 * scale);
+            for (i, o) in out.iter().enumerate() {
+                let want = 1.0 + g0[i] / totals[0] + g1[i] / totals[1];
+                assert!((*o as f64 - want).abs() < 1e-5, "{o} {want}");
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Packing: operands rearranged into panels that a micro-kernel reads in order.
+
+use crate::base::Float;
+use crate::device::cpu::simd::simd;
+use crate::kernels::gemm::{Mat, copy_row};
+
+/// Columns `k0..k0 + kc` of rows `i0..i0 + mr` of `a`, k-major: out[k·mr + i]. Rows past the end are zeros. `scale`
+/// multiplies column k by scale[k].
+pub fn pack_a<T: Float>(a: &Mat<T>, i0: usize, mr: usize, k0: usize, kc: usize, scale: Option<&[T]>, out: &mut [T]) {
+    panel(a.data, (a.rs, a.cs), i0, a.rows, mr, k0, kc, out);
+    if let Some(s) = scale {
+        for (row, &s) in out.chunks_exact_mut(mr).zip(&s[k0..k0 + kc]) {
+            row.iter_mut().for_each(|x| *x *= s);
+        }
+    }
+}
+
+/// Rows `k0..k0 + kc` of columns `j0..j0 + nr` of `b`, k-major: out[k·nr + j]. Columns past the end are zeros.
+pub fn pack_b<T: Float>(b: &Mat<T>, j0: usize, nr: usize, k0: usize, kc: usize, out: &mut [T]) {
+    panel(b.data, (b.cs, b.rs), j0, b.cols, nr, k0, kc, out);
+}
+
+/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, zero where i0 + i ≥ n.
+#[allow(clippy::too_many_arguments)]
+fn panel<T: Float>(
+    data: &[T],
+    (si, sk): (usize, usize),
+    i0: usize,
+    n: usize,
+    w: usize,
+    k0: usize,
+    kc: usize,
+    out: &mut [T],
+) {
+    if kc == 0 {
+        return;
+    }
+    let live = w.min(n - i0);
+    let out = &mut out[..kc * w];
+    let at = |i: usize, k: usize| (i0 + i) * si + (k0 + k) * sk;
+    if live < w {
+        out.fill(T::ZERO);
+    }
+    if si == 1 {
+        // Contiguous across the panel: copies.
+        simd(
+            #[inline(always)]
+            || {
+                for (k, row) in out.chunks_exact_mut(w).enumerate() {
+                    let o = at(0, k);
+                    copy_row(&data[o..o + live], &mut row[..live]);
+                }
+            },
+        );
+        return;
+    }
+    // Contiguous (or not) along k: transposed in 4 × 4 blocks.
+    let full = if sk == 1 { live / 4 * 4 } else { 0 };
+    #[cfg(target_arch = "x86_64")]
+    if T::DTYPE == crate::DType::F32 {
+        let (data, out): (&[f32], &mut [f32]) = (bytemuck::cast_slice(data), bytemuck::cast_slice_mut(out));
+        for i in (0..full).step_by(4) {
+            let rows = std::array::from_fn(|r| &data[at(i + r, 0)..at(i + r, 0) + kc]);
+            turn4(rows, &mut out[i..], w);
+        }
+        for i in full..live {
+            for k in 0..kc {
+                out[k * w + i] = data[at(i, k)];
+            }
+        }
+        return;
+    }
+    simd(
+        #[inline(always)]
+        || {
+            for i in (0..full).step_by(4) {
+                let rows: [&[T]; 4] = std::array::from_fn(|r| &data[at(i + r, 0)..at(i + r, 0) + kc]);
+                let [r0, r1, r2, r3] = rows;
+                for k in 0..kc {
+                    let o = &mut out[k * w + i..k * w + i + 4];
+                    o[0] = r0[k];
+                    o[1] = r1[k];
+                    o[2] = r2[k];
+                    o[3] = r3[k];
+                }
+            }
+        },
+    );
+    for i in full..live {
+        for k in 0..kc {
+            out[k * w + i] = data[at(i, k)];
+        }
+    }
+}
+
+/// out[k·w + r] = rows[r][k], by 4 × 4 blocks in registers.
+#[cfg(target_arch = "x86_64")]
+fn turn4(rows: [&[f32]; 4], out: &mut [f32], w: usize) {
+    use std::arch::x86_64::*;
+    let kc = rows[0].len();
+    let mut k = 0;
+    while k + 4 <= kc {
+        assert!(rows.iter().all(|r| r.len() >= k + 4) && out.len() >= (k + 3) * w + 4);
+        // SAFETY: every row holds k + 4 elements and the last store ends within `out`, as asserted; SSE is part of x86-64.
+        unsafe {
+            let [mut a, mut b, mut c, mut d] = rows.map(|r| _mm_loadu_ps(r.as_ptr().add(k)));
+            _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+            for (j, v) in [a, b, c, d].into_iter().enumerate() {
+                _mm_storeu_ps(out.as_mut_ptr().add((k + j) * w), v);
+            }
+        }
+        k += 4;
+    }
+    for k in k..kc {
+        for (r, row) in rows.iter().enumerate() {
+            out[k * w + r] = row[k];
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Loops and launches that several operations share, the CPU's and the GPU's side by side: products, elementwise maps, sums
+//! of rows and columns, rows by index.
+
+mod activation;
+pub mod elementwise;
+pub mod gemm;
+pub(crate) mod lanes;
+pub mod rows;
+pub mod sums;
+
+pub use activation::Activation;

@@ -1,0 +1,75 @@
+//! Launches of the kernels that work along rows (`cuda/reduce.cu`, `softmax.cu`, `norm.cu`, `loss.cu`, `index.cu`).
+//!
+//! The row rule: up to 1024 elements a warp takes a row and a block eight of them; longer rows have a block each.
+
+use crate::array::cuda::suffix;
+use crate::array::{Arguments, Array};
+use crate::base::Result;
+use crate::device::cuda::{Gpu, Launch};
+use std::sync::Arc;
+
+/// Blocks for rows of `d` elements.
+pub(crate) fn blocks(rows: usize, d: usize) -> usize {
+    if d <= 1024 { rows.div_ceil(8) } else { rows }
+}
+
+/// `out[r]` = Σ over row `r` of a contiguous array of `rows` × `cols`. Long rows are cut, and the parts added in order.
+pub(crate) fn sum_rows(gpu: &Arc<Gpu>, a: &Array, rows: usize, cols: usize, shape: &[usize]) -> Result<Array> {
+    const CHUNK: usize = 16_384;
+    let (op, s) = ("sum", suffix(a.dtype()));
+    let out = Array::uninit_on(gpu, shape, a.dtype())?;
+    if rows == 0 {
+        return Ok(out);
+    }
+    let (x, y) = (a.block(op)?, out.block(op)?);
+    let parts = cols.div_ceil(CHUNK);
+    if parts <= 1 {
+        let l = Launch::new(gpu, "reduce", &format!("sum_rows_{s}"))?.grid(blocks(rows, cols), 1, 1).block(256);
+        l.buf(x.0, x.1).buf(y.0, y.1).val(rows as i64).val(cols as i64).val(1f64).run()?;
+        return Ok(out);
+    }
+    let part = Array::uninit_on(gpu, &[rows, parts], a.dtype().compute())?;
+    let p = part.block(op)?;
+    let l = Launch::new(gpu, "reduce", &format!("sum_rows_part_{s}"))?.grid(rows * parts, 1, 1).block(256);
+    l.buf(x.0, x.1).buf(p.0, p.1).val(rows as i64).val(cols as i64).val(CHUNK as i64).run()?;
+    let l = Launch::new(gpu, "reduce", &format!("sum_rows_last_{s}"))?.grid(blocks(rows, parts), 1, 1).block(256);
+    l.buf(p.0, p.1).buf(y.0, y.1).val(rows as i64).val(parts as i64).val(1f64).run()?;
+    Ok(out)
+}
+
+/// `out[c]` = Σ over column `c` of a contiguous array of `n` × `inner`. Tall columns are cut, and the parts added in order.
+pub(crate) fn sum_columns(gpu: &Arc<Gpu>, a: &Array, n: usize, inner: usize, shape: &[usize]) -> Result<Array> {
+    const CHUNK: usize = 256;
+    let (op, s) = ("sum", suffix(a.dtype()));
+    let out = Array::uninit_on(gpu, shape, a.dtype())?;
+    if inner == 0 {
+        return Ok(out);
+    }
+    let (x, y) = (a.block(op)?, out.block(op)?);
+    let parts = n.div_ceil(CHUNK);
+    if parts <= 1 {
+        let l = Launch::new(gpu, "reduce", &format!("sum_cols_{s}"))?.grid(inner.div_ceil(32), 1, 1).block(256);
+        l.buf(x.0, x.1).buf(y.0, y.1).val(1i64).val(n as i64).val(inner as i64).val(1f64).run()?;
+        return Ok(out);
+    }
+    let part = Array::uninit_on(gpu, &[parts, inner], a.dtype().compute())?;
+    let p = part.block(op)?;
+    let l =
+        Launch::new(gpu, "reduce", &format!("sum_cols_part_{s}"))?.grid(parts * inner.div_ceil(32), 1, 1).block(256);
+    l.buf(x.0, x.1).buf(p.0, p.1).val(1i64).val(n as i64).val(inner as i64).val(CHUNK as i64).run()?;
+    let l = Launch::new(gpu, "reduce", &format!("sum_cols_last_{s}"))?.grid(inner.div_ceil(32), 1, 1).block(256);
+    l.buf(p.0, p.1).buf(y.0, y.1).val(1i64).val(parts as i64).val(inner as i64).val(1f64).run()?;
+    Ok(out)
+}
+
+/// Σ over the middle of a contiguous `[outer, n, inner]`: `[outer, inner]`.
+pub(crate) fn sum_middle(gpu: &Arc<Gpu>, a: &Array, (outer, n, inner): (usize, usize, usize)) -> Result<Array> {
+    let s = suffix(a.dtype());
+    if outer * n * inner == 0 {
+        return Array::zeros_on(gpu, &[outer, inner], a.dtype());
+    }
+    let out = Array::uninit_on(gpu, &[outer, inner], a.dtype())?;
+    let l = Launch::new(gpu, "reduce", &format!("sum_cols_{s}"))?.grid(outer * inner.div_ceil(32), 1, 1);
+    l.array(a).array(&out).val(outer as i64).val(n as i64).val(inner as i64).val(1f64).run()?;
+    Ok(out)
+}

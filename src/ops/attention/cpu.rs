@@ -1,0 +1,523 @@
+//! Attention by blocks: scores live in tiles of the cache, never as a T × T matrix.
+//!
+//! Everything is computed transposed, queries along the vector: a panel of `nr` queries is one vector operand, so the
+//! softmax over keys runs lane by lane without horizontal sums, and a block of probabilities is already packed for the
+//! next product. Spans are loop bounds: blocks that no query of a panel sees are never touched. FLOPs 4·pairs·D forward,
+//! 10·pairs·D backward. Forward is parallel over (sequence, head, query block), backward over (sequence, key head).
+
+use crate::array::Array;
+use crate::base::philox::dropout_uniform;
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::pool::Buffer;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::kernels::gemm::Mat;
+use crate::kernels::gemm::kernel::{Kernel, Kernels, MAX_TILE};
+use crate::kernels::gemm::pack::{pack_a, pack_b};
+use crate::ops::attention::Span;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Sizes and options of one call.
+#[derive(Clone)]
+#[allow(missing_docs)]
+pub struct Problem {
+    pub batch: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+    pub span: Span,
+    pub scale: f64,
+    pub documents: Option<Arc<Vec<usize>>>,
+    pub dropout: Option<(f64, u64)>,
+}
+
+impl Problem {
+    /// Keys that query `i` sees.
+    pub fn visible(&self, i: usize) -> Range<usize> {
+        let p = i + self.keys.saturating_sub(self.queries);
+        let mut r = match self.span {
+            Span::Full => 0..self.keys,
+            Span::Causal => 0..p + 1,
+            Span::Window(w) => (p + 1).saturating_sub(w)..p + 1,
+            Span::Block(b) => p / b * b..p + 1,
+        };
+        if let Some(o) = &self.documents {
+            let d = o.partition_point(|&x| x <= p) - 1;
+            r = r.start.max(o[d])..r.end.min(o[d + 1]);
+        }
+        r
+    }
+    /// Dropout factor of probability (b, h, i, j): 0 or 1/(1 − p).
+    pub fn keep(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
+        match self.dropout {
+            None => 1.0,
+            Some((p, seed)) => {
+                let index = ((b * self.heads + h) * self.queries + i) * self.keys + j;
+                if dropout_uniform(seed, index as u64) < p as f32 { 0.0 } else { 1.0 / (1.0 - p) }
+            }
+        }
+    }
+}
+
+/// A `[B, T, H, D]` operand with unit stride along D.
+#[derive(Clone, Copy)]
+pub struct View<'a, T> {
+    data: &'a [T],
+    strides: [usize; 3],
+    dim: usize,
+}
+
+/// The strided view of an array.
+pub fn view<T: Kernels>(a: &Array) -> crate::Result<View<'_, T>> {
+    let s = a.strides();
+    Ok(View { data: a.raw::<T>()?, strides: [s[0], s[1], s[2]], dim: a.shape()[3] })
+}
+
+impl<'a, T> View<'a, T> {
+    fn row(&self, b: usize, t: usize, h: usize) -> &'a [T] {
+        let o = b * self.strides[0] + t * self.strides[1] + h * self.strides[2];
+        &self.data[o..o + self.dim]
+    }
+    /// The rows of one (sequence, head) as a matrix.
+    fn mat(&self, b: usize, h: usize, rows: usize) -> Mat<'a, T> {
+        let o = b * self.strides[0] + h * self.strides[2];
+        let data = if rows == 0 { &[] } else { &self.data[o..] };
+        Mat { data, rows, cols: self.dim, rs: self.strides[1], cs: 1 }
+    }
+}
+
+/// Where a gradient goes: position t (of all sequences in a row) and head h at `t·step + offset + h·D`.
+#[derive(Clone, Copy)]
+pub struct Target<'a, T> {
+    /// The array, perhaps shared with other targets that take other places of it.
+    pub data: Shared<'a, T>,
+    /// From one position to the next.
+    pub step: usize,
+    /// First element.
+    pub offset: usize,
+}
+
+impl<'a, T> Target<'a, T> {
+    /// # Safety
+    /// Nobody else holds this row.
+    unsafe fn row(&self, t: usize, h: usize, d: usize) -> &'a mut [T] {
+        let at = t * self.step + self.offset + h * d;
+        // SAFETY: the caller's promise.
+        unsafe { self.data.slice(at..at + d) }
+    }
+}
+
+/// Keys of one pass over a query panel: their probabilities stay in the cache.
+const KEYS: usize = 240;
+/// Query panels handled together in backward, so that products over queries are long enough.
+const PANELS: usize = 4;
+
+/// A scratch buffer of elements.
+struct Scratch(Buffer);
+impl Scratch {
+    fn new<T: Kernels>(n: usize) -> Scratch {
+        Scratch(Buffer::uninit(n.max(1) * T::DTYPE.size()))
+    }
+    fn get<T: Kernels>(&mut self) -> &mut [T] {
+        self.0.as_mut_slice()
+    }
+}
+
+/// One (sequence, key head)'s operand packed by `mr`: rows as panel rows (`k` = D), or D as panel rows (`k` = rows).
+fn pack_rows<T: Kernels>(m: &Mat<T>, kern: &Kernel<T>, out: &mut [T]) {
+    for (i, p) in out.chunks_exact_mut((kern.mr * m.cols).max(1)).enumerate().take(m.rows.div_ceil(kern.mr)) {
+        pack_a(m, i * kern.mr, kern.mr, 0, m.cols, None, p);
+    }
+}
+fn pack_dims<T: Kernels>(m: &Mat<T>, kern: &Kernel<T>, out: &mut [T]) {
+    for (i, p) in out.chunks_exact_mut((kern.mr * m.rows).max(1)).enumerate().take(m.cols.div_ceil(kern.mr)) {
+        pack_a(&m.t(), i * kern.mr, kern.mr, 0, m.rows, None, p);
+    }
+}
+
+impl Problem {
+    /// Keys that any of the queries `i0..i1` sees.
+    fn visible_to(&self, i0: usize, i1: usize) -> Range<usize> {
+        // Bounds never fall with the query, so the ends decide; queries that see nothing in between cannot occur.
+        let (a, b) = (self.visible(i0), self.visible(i1 - 1));
+        a.start.min(b.start)..b.end.max(a.end)
+    }
+}
+
+/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key.
+#[inline(always)]
+fn mask_tile<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, scale: T, j0: usize, seen: &[Range<usize>], whole: bool) {
+    for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
+        if whole {
+            row.iter_mut().for_each(|s| *s *= scale);
+        } else {
+            let j = j0 + r;
+            for (s, seen) in row.iter_mut().zip(seen) {
+                *s = if j >= seen.start && j < seen.end { *s * scale } else { T::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+/// What every query of a panel sees, and what all of them see.
+fn panel_ranges(p: &Problem, i0: usize, nr: usize, seen: &mut Vec<Range<usize>>) -> (Range<usize>, Range<usize>) {
+    seen.clear();
+    let live = nr.min(p.queries - i0);
+    seen.extend((0..nr).map(|c| if c < live { p.visible(i0 + c) } else { 0..0 }));
+    let any = p.visible_to(i0, i0 + live);
+    let all = if live < nr {
+        0..0
+    } else {
+        let start = seen.iter().map(|r| r.start).max().unwrap_or(0);
+        let end = seen.iter().map(|r| r.end).min().unwrap_or(0);
+        start..end
+    };
+    (any, all)
+}
+
+/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query.
+pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (out, lse): (&mut [T], &mut [T])) {
+    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
+    let (mr, nr) = (kern.mr, kern.nr);
+    let (kp, dp, qp) = (p.keys.div_ceil(mr), d.div_ceil(mr), p.queries.div_ceil(nr));
+    if p.batch * p.heads * p.queries == 0 {
+        return;
+    }
+    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    let scale = T::from_f64(p.scale);
+    // A task packs its keys once and then takes a stretch of query panels; long sequences are cut for balance.
+    let stretch = qp.div_ceil((64 / (p.batch * p.heads)).clamp(1, qp));
+    let cuts = qp.div_ceil(stretch);
+    par_chunks(p.batch * p.heads * cuts, 1, |tasks| {
+        let mut kbuf = Scratch::new::<T>(kp * mr * d);
+        let mut vbuf = Scratch::new::<T>(dp * mr * p.keys);
+        let mut qbuf = Scratch::new::<T>(nr * d);
+        let keys_max = KEYS.div_ceil(mr) * mr;
+        let mut sbuf = Scratch::new::<T>(keys_max * nr);
+        let mut obuf = Scratch::new::<T>(dp * mr * nr);
+        let mut seen = Vec::with_capacity(nr);
+        for task in tasks {
+            let (bh, cut) = (task / cuts, task % cuts);
+            let (b, h) = (bh / p.heads, bh % p.heads);
+            let (km, vm, qm) = (k.mat(b, h / group, p.keys), v.mat(b, h / group, p.keys), q.mat(b, h, p.queries));
+            // Only the keys this stretch can see are packed.
+            let (first, end) = (cut * stretch * nr, ((cut + 1) * stretch * nr).min(p.queries));
+            let range = p.visible_to(first, end);
+            let base = range.start / mr * mr;
+            let r = base..range.end.min(p.keys).max(base);
+            let (ks, vs) = (km.rows_of(&r), vm.rows_of(&r));
+            pack_rows(&ks, &kern, kbuf.get());
+            pack_dims(&vs, &kern, vbuf.get());
+            let (kpk, vpk) = (&*kbuf.get::<T>(), &*vbuf.get::<T>());
+            for panel in cut * stretch..((cut + 1) * stretch).min(qp) {
+                let i0 = panel * nr;
+                let (any, all) = panel_ranges(p, i0, nr, &mut seen);
+                let qpk = qbuf.get::<T>();
+                pack_b(&qm.t(), i0, nr, 0, d, qpk);
+                let acc = obuf.get::<T>();
+                acc.fill(T::ZERO);
+                let mut m = [T::NEG_INFINITY; 64];
+                let mut z = [T::ZERO; 64];
+                let mut j0 = any.start / mr * mr;
+                while j0 < any.end {
+                    let j1 = (j0 + keys_max).min(any.end.div_ceil(mr) * mr);
+                    let s = &mut sbuf.get::<T>()[..(j1 - j0) * nr];
+                    let mut top = m;
+                    for (t, tile) in s.chunks_exact_mut(mr * nr).enumerate() {
+                        let j = j0 + t * mr;
+                        // SAFETY: panels hold d·mr and d·nr elements, the tile mr·nr.
+                        unsafe { kern.run(d, kpk.as_ptr().add((j - base) * d), qpk.as_ptr(), tile.as_mut_ptr()) };
+                        simd(
+                            #[inline(always)]
+                            || {
+                                mask_tile(tile, &kern, scale, j, &seen, j >= all.start && j + mr <= all.end);
+                                for row in tile.chunks_exact(nr) {
+                                    for (m, &s) in top.iter_mut().zip(row) {
+                                        *m = if s > *m { s } else { *m };
+                                    }
+                                }
+                            },
+                        );
+                    }
+                    let mut alpha = [T::ZERO; 64];
+                    let mut shift = [T::ZERO; 64];
+                    for c in 0..nr {
+                        // A query that has seen nothing yet keeps a shift of 0, so that −∞ − −∞ never occurs.
+                        shift[c] = if top[c] == T::NEG_INFINITY { T::ZERO } else { top[c] };
+                        alpha[c] = if m[c] == T::NEG_INFINITY { T::ZERO } else { (m[c] - shift[c]).exp() };
+                        z[c] *= alpha[c];
+                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for row in s.chunks_exact_mut(nr) {
+                                for ((s, &m), z) in row.iter_mut().zip(&shift).zip(&mut z) {
+                                    *s = (*s - m).exp();
+                                    *z += *s;
+                                }
+                            }
+                            if j0 > any.start / mr * mr {
+                                for row in acc.chunks_exact_mut(nr) {
+                                    row.iter_mut().zip(&alpha).for_each(|(o, &a)| *o *= a);
+                                }
+                            }
+                        },
+                    );
+                    m = top;
+                    if p.dropout.is_some() {
+                        drop_probabilities(p, s, (b, h), (i0, nr), j0);
+                    }
+                    // Rows of the last panel past the keys hold exp(−∞) = 0 but have no packed V: leave them out.
+                    let live = j1.min(base + vs.rows) - j0;
+                    for (t, o) in acc.chunks_exact_mut(mr * nr).enumerate() {
+                        let mut tile = [T::ZERO; MAX_TILE];
+                        // SAFETY: the V panel holds rows·mr elements and is read from key j0 on, s holds live·nr.
+                        unsafe {
+                            let a = vpk.as_ptr().add(t * mr * vs.rows + (j0 - base) * mr);
+                            kern.run(live, a, s.as_ptr(), tile.as_mut_ptr())
+                        };
+                        simd(
+                            #[inline(always)]
+                            || o.iter_mut().zip(&tile).for_each(|(o, &t)| *o += t),
+                        );
+                    }
+                    j0 = j1;
+                }
+                for c in 0..nr.min(p.queries - i0) {
+                    let i = i0 + c;
+                    let at = ((b * p.queries + i) * p.heads + h) * d;
+                    // SAFETY: each (b, h, i) belongs to one task.
+                    let (o, l) =
+                        unsafe { (out.slice(at..at + d), lse.slice(bh * p.queries + i..bh * p.queries + i + 1)) };
+                    let empty = m[c] == T::NEG_INFINITY;
+                    let inv = if empty { T::ZERO } else { T::ONE / z[c] };
+                    o.iter_mut().enumerate().for_each(|(x, o)| *o = acc[x * nr + c] * inv);
+                    l[0] = if empty { T::ZERO } else { m[c] + z[c].ln() };
+                }
+            }
+        }
+    });
+}
+
+/// Multiplies probabilities by their dropout factors.
+fn drop_probabilities<T: Kernels>(
+    p: &Problem,
+    s: &mut [T],
+    (b, h): (usize, usize),
+    (i0, nr): (usize, usize),
+    j0: usize,
+) {
+    for (r, row) in s.chunks_exact_mut(nr).enumerate() {
+        for (c, s) in row.iter_mut().enumerate() {
+            *s *= T::from_f64(p.keep(b, h, i0 + c, j0 + r));
+        }
+    }
+}
+
+/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp.
+pub fn backward<T: Kernels>(
+    p: &Problem,
+    (q, k, v): (View<T>, View<T>, View<T>),
+    (out, lse, grad): (View<T>, &[T], View<T>),
+    grads: [Target<T>; 3],
+) {
+    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
+    let (mr, nr) = (kern.mr, kern.nr);
+    let (kp, dp, dn) = (p.keys.div_ceil(mr), d.div_ceil(mr), d.div_ceil(nr));
+    let wide = PANELS * nr;
+    let scale = T::from_f64(p.scale);
+    let [dq, dk, dv] = grads;
+    let tile_len = mr * nr;
+    par_chunks(p.batch * p.kv_heads, 1, |tasks| {
+        let mut buf =
+            [kp * mr * d, kp * mr * d, dp * mr * p.keys, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
+        let mut rows = [dn * nr * wide, dn * nr * wide].map(Scratch::new::<T>);
+        let mut sums = [kp * mr * dn * nr, kp * mr * dn * nr].map(Scratch::new::<T>);
+        let keys_max = KEYS.div_ceil(mr) * mr;
+        let mut dsbuf = Scratch::new::<T>(PANELS * keys_max * nr);
+        let mut qsum = Scratch::new::<T>(PANELS * dp * tile_len);
+        let mut turned = [wide * mr, wide * mr].map(Scratch::new::<T>);
+        let mut seen: Vec<Vec<Range<usize>>> = vec![Vec::new(); PANELS];
+        for task in tasks {
+            let (b, kv) = (task / p.kv_heads, task % p.kv_heads);
+            let (km, vm) = (k.mat(b, kv, p.keys), v.mat(b, kv, p.keys));
+            let [kpk, vpk, kdim, qpk, gpk] = &mut buf;
+            pack_rows(&km, &kern, kpk.get());
+            pack_rows(&vm, &kern, vpk.get());
+            pack_dims(&km, &kern, kdim.get());
+            let (kpk, vpk, kdim) = (&*kpk.get::<T>(), &*vpk.get::<T>(), &*kdim.get::<T>());
+            let (qpk, gpk) = (qpk.get::<T>(), gpk.get::<T>());
+            let [ksum, vsum] = &mut sums;
+            let (ksum, vsum) = (ksum.get::<T>(), vsum.get::<T>());
+            ksum.fill(T::ZERO);
+            vsum.fill(T::ZERO);
+            for h in kv * group..(kv + 1) * group {
+                let (qm, gm) = (q.mat(b, h, p.queries), grad.mat(b, h, p.queries));
+                let mut i0 = 0;
+                while i0 < p.queries {
+                    let live = wide.min(p.queries - i0);
+                    let panels = live.div_ceil(nr);
+                    let [qrow, grow] = &mut rows;
+                    let (qrow, grow) = (qrow.get::<T>(), grow.get::<T>());
+                    for x in 0..dn {
+                        // Queries along k, D along the panel; padding queries are never read (k = live).
+                        pack_b(&qm, x * nr, nr, i0, live, &mut qrow[x * nr * live..]);
+                        pack_b(&gm, x * nr, nr, i0, live, &mut grow[x * nr * live..]);
+                    }
+                    let mut stats = [[T::ZERO; 64]; 2 * PANELS];
+                    let mut reach = Vec::with_capacity(PANELS);
+                    for c in 0..panels {
+                        pack_b(&qm.t(), i0 + c * nr, nr, 0, d, &mut qpk[c * nr * d..]);
+                        pack_b(&gm.t(), i0 + c * nr, nr, 0, d, &mut gpk[c * nr * d..]);
+                        reach.push(panel_ranges(p, i0 + c * nr, nr, &mut seen[c]));
+                        for x in 0..nr.min(p.queries - i0 - c * nr) {
+                            let i = i0 + c * nr + x;
+                            stats[2 * c][x] = lse[(b * p.heads + h) * p.queries + i];
+                            let (g, o) = (grad.row(b, i, h), out.row(b, i, h));
+                            stats[2 * c + 1][x] = g.iter().zip(o).fold(T::ZERO, |s, (&g, &o)| s + g * o);
+                        }
+                    }
+                    let any = p.visible_to(i0, i0 + live);
+                    let qsum = &mut qsum.get::<T>()[..panels * dp * tile_len];
+                    qsum.fill(T::ZERO);
+                    let mut j0 = any.start / mr * mr;
+                    while j0 < any.end {
+                        let j1 = (j0 + keys_max).min(any.end.div_ceil(mr) * mr);
+                        let ds_all = dsbuf.get::<T>();
+                        for j in (j0..j1).step_by(mr) {
+                            let [pt, dst] = &mut turned;
+                            let (pt, dst) = (pt.get::<T>(), dst.get::<T>());
+                            let mut hit = false;
+                            for c in 0..panels {
+                                let (reach_any, all) = &reach[c];
+                                let at = (c * keys_max + j - j0) * nr;
+                                let ds = &mut ds_all[at..at + tile_len];
+                                let cols = nr.min(live - c * nr);
+                                if j + mr <= reach_any.start || j >= reach_any.end {
+                                    ds.fill(T::ZERO);
+                                    pt[c * nr * mr..][..cols * mr].fill(T::ZERO);
+                                    dst[c * nr * mr..][..cols * mr].fill(T::ZERO);
+                                    continue;
+                                }
+                                hit = true;
+                                let mut prob = [T::ZERO; MAX_TILE];
+                                // SAFETY: panels hold d·mr and d·nr elements, tiles mr·nr.
+                                unsafe {
+                                    kern.run(
+                                        d,
+                                        kpk.as_ptr().add(j * d),
+                                        qpk.as_ptr().add(c * nr * d),
+                                        prob.as_mut_ptr(),
+                                    );
+                                    kern.run(d, vpk.as_ptr().add(j * d), gpk.as_ptr().add(c * nr * d), ds.as_mut_ptr());
+                                }
+                                let prob = &mut prob[..tile_len];
+                                let (lse, delta) = (&stats[2 * c], &stats[2 * c + 1]);
+                                let whole = j >= all.start && j + mr <= all.end;
+                                let seen = &seen[c];
+                                simd(
+                                    #[inline(always)]
+                                    || {
+                                        mask_tile(prob, &kern, scale, j, seen, whole);
+                                        for row in prob.chunks_exact_mut(nr) {
+                                            for (s, &l) in row.iter_mut().zip(lse) {
+                                                *s = (*s - l).exp();
+                                            }
+                                        }
+                                    },
+                                );
+                                let mut kept = [T::ZERO; MAX_TILE];
+                                let kept: &[T] = if p.dropout.is_some() {
+                                    kept[..tile_len].copy_from_slice(prob);
+                                    drop_probabilities(p, &mut kept[..tile_len], (b, h), (i0 + c * nr, nr), j);
+                                    drop_probabilities(p, ds, (b, h), (i0 + c * nr, nr), j);
+                                    &kept[..tile_len]
+                                } else {
+                                    prob
+                                };
+                                simd(
+                                    #[inline(always)]
+                                    || {
+                                        for (row, pr) in ds.chunks_exact_mut(nr).zip(prob.chunks_exact(nr)) {
+                                            for ((s, &pr), &dl) in row.iter_mut().zip(pr).zip(delta) {
+                                                *s = pr * (*s - dl) * scale;
+                                            }
+                                        }
+                                        turn(kept, &mut pt[c * nr * mr..], mr, nr, cols);
+                                        turn(ds, &mut dst[c * nr * mr..], mr, nr, cols);
+                                    },
+                                );
+                            }
+                            if hit {
+                                for x in 0..dn {
+                                    let at = (j / mr * dn + x) * tile_len;
+                                    add_product(&kern, live, pt, &grow[x * nr * live..], &mut vsum[at..at + tile_len]);
+                                    add_product(&kern, live, dst, &qrow[x * nr * live..], &mut ksum[at..at + tile_len]);
+                                }
+                            }
+                        }
+                        let keys = j1.min(p.keys) - j0;
+                        for c in 0..panels {
+                            let ds = &ds_all[c * keys_max * nr..];
+                            for x in 0..dp {
+                                let at = (c * dp + x) * tile_len;
+                                let a = &kdim[x * mr * p.keys + j0 * mr..];
+                                add_product(&kern, keys, a, ds, &mut qsum[at..at + tile_len]);
+                            }
+                        }
+                        j0 = j1;
+                    }
+                    for i in 0..live {
+                        // SAFETY: each (b, h, i) belongs to one task.
+                        let o = unsafe { dq.row(b * p.queries + i0 + i, h, d) };
+                        let panel = &qsum[i / nr * dp * tile_len..];
+                        o.iter_mut().enumerate().for_each(|(x, o)| *o = panel[x * nr + i % nr]);
+                    }
+                    i0 += live;
+                }
+            }
+            for j in 0..p.keys {
+                // SAFETY: each (b, key head) belongs to one task.
+                let (ok, ov) = unsafe { (dk.row(b * p.keys + j, kv, d), dv.row(b * p.keys + j, kv, d)) };
+                for x in 0..dn {
+                    let from = (j / mr * dn + x) * tile_len + j % mr * nr;
+                    let n = nr.min(d - x * nr);
+                    ok[x * nr..x * nr + n].copy_from_slice(&ksum[from..from + n]);
+                    ov[x * nr..x * nr + n].copy_from_slice(&vsum[from..from + n]);
+                }
+            }
+        }
+    });
+}
+
+/// out[c·mr + r] = tile[r·nr + c] for the first `cols` columns.
+#[inline(always)]
+fn turn<T: Kernels>(tile: &[T], out: &mut [T], mr: usize, nr: usize, cols: usize) {
+    for r in (0..mr).step_by(4) {
+        let row = |i: usize| &tile[(r + i) * nr..(r + i + 1) * nr];
+        let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
+        for c in 0..cols {
+            let o = &mut out[c * mr + r..c * mr + r + 4];
+            o[0] = r0[c];
+            o[1] = r1[c];
+            o[2] = r2[c];
+            o[3] = r3[c];
+        }
+    }
+}
+
+/// sum += a·b over k packed steps.
+#[inline(always)]
+fn add_product<T: Kernels>(kern: &Kernel<T>, k: usize, a: &[T], b: &[T], sum: &mut [T]) {
+    debug_assert!(a.len() >= k * kern.mr && b.len() >= k * kern.nr);
+    let mut tile = [T::ZERO; MAX_TILE];
+    // SAFETY: the panels hold k·mr and k·nr elements.
+    unsafe { kern.run(k, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) };
+    simd(
+        #[inline(always)]
+        || sum.iter_mut().zip(&tile).for_each(|(s, &t)| *s += t),
+    );
+}

@@ -1,0 +1,187 @@
+//! Launches of `cuda/attention.cu`, f32 and f64.
+
+use crate::array::Array;
+use crate::array::cuda::{on, suffix};
+use crate::base::{DType, Error, Result};
+use crate::device::cuda::{Gpu, Launch};
+use crate::ops::attention::Span;
+use crate::ops::attention::cpu::Problem;
+use bytemuck::NoUninit;
+use std::sync::Arc;
+
+/// `AttentionShape` of `cuda/attention.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, NoUninit)]
+struct Shape {
+    batch: i64,
+    queries: i64,
+    keys: i64,
+    heads: i64,
+    kv_heads: i64,
+    dim: i64,
+    width: i64,
+    seed: u64,
+    scale: f64,
+    drop: f64,
+    span: i32,
+    documents: i32,
+    q: [i64; 3],
+    k: [i64; 3],
+    v: [i64; 3],
+    out: [i64; 3],
+    grad: [i64; 3],
+    dq: [i64; 3],
+    dk: [i64; 3],
+    dv: [i64; 3],
+}
+
+fn shape(p: &Problem) -> Shape {
+    let (span, width) = match p.span {
+        Span::Full => (0, 0),
+        Span::Causal => (1, 0),
+        Span::Window(w) => (2, w),
+        Span::Block(b) => (3, b),
+    };
+    let (drop, seed) = p.dropout.unwrap_or((0.0, 0));
+    let none = [0; 3];
+    Shape {
+        batch: p.batch as i64,
+        queries: p.queries as i64,
+        keys: p.keys as i64,
+        heads: p.heads as i64,
+        kv_heads: p.kv_heads as i64,
+        dim: p.dim as i64,
+        width: width as i64,
+        seed,
+        scale: p.scale,
+        drop,
+        span,
+        documents: p.documents.as_ref().map_or(0, |d| d.len() as i32 - 1),
+        q: none,
+        k: none,
+        v: none,
+        out: none,
+        grad: none,
+        dq: none,
+        dk: none,
+        dv: none,
+    }
+}
+
+/// Steps between sequences, positions and heads.
+fn steps(a: &Array) -> [i64; 3] {
+    std::array::from_fn(|d| a.strides()[d] as i64)
+}
+
+/// The file of a dtype's kernels, and the threads of a block of their backward pass: on the tensor cores for 16 bits.
+fn file(dtype: DType) -> (&'static str, usize) {
+    if dtype.is_half() { ("attention_mma", 128) } else { ("attention", 256) }
+}
+
+/// Head dimension class of a kernel, rows of its tile and its shared memory: forward, then backward.
+fn class(p: &Problem, dtype: DType) -> Result<(&'static str, [(usize, usize); 2])> {
+    match (dtype, p.dim) {
+        (_, d) if d > 128 => {
+            Err(Error::shape("attention", format!("a head dimension of {d}; the kernels take up to 128")))
+        }
+        (t, d) if t.is_half() && d <= 64 => Ok(("d64", [(128, 49_152), (64, 49_152)])),
+        (t, _) if t.is_half() => Ok(("d128", [(128, 98_304), (64, 65_536)])),
+        (DType::F64, d) if d <= 64 => Ok(("d64", [(32, 42_496), (32, 76_288)])),
+        (DType::F64, _) => Ok(("d128", [(32, 75_264), (16, 68_864)])),
+        (_, d) if d <= 64 => Ok(("d64", [(64, 52_224), (64, 87_040)])),
+        _ => Ok(("d128", [(64, 84_992), (32, 72_192)])),
+    }
+}
+
+fn documents(gpu: &Arc<Gpu>, p: &Problem) -> Result<Option<Array>> {
+    let Some(d) = &p.documents else { return Ok(None) };
+    let d: Vec<i64> = d.iter().map(|&x| x as i64).collect();
+    Ok(Some(on(gpu, &Array::from_slice(&d, &[d.len()])?)?))
+}
+
+fn docs<'a>(l: Launch<'a>, d: &'a Option<Array>) -> Result<Launch<'a>> {
+    Ok(match d {
+        Some(d) => {
+            let (block, at) = d.block("attention")?;
+            l.buf(block, at)
+        }
+        None => l.null(),
+    })
+}
+
+/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` (f32 for 16-bit operands).
+pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Array) -> Result<(Array, Array)> {
+    let op = "attention";
+    let (q, k, v) = (on(gpu, q)?, on(gpu, k)?, on(gpu, v)?);
+    let out = Array::uninit_on(gpu, q.shape(), q.dtype())?;
+    let lse = Array::uninit_on(gpu, &[p.batch, p.heads, p.queries], q.dtype().compute())?;
+    if lse.numel() == 0 {
+        return Ok((out, lse));
+    }
+    let (class, [(rows, shared), _]) = class(p, q.dtype())?;
+    let d = documents(gpu, p)?;
+    let s = Shape { q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
+    let name = format!("attention_fwd_{class}_{}", suffix(q.dtype()));
+    let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
+    let mut l = Launch::new(gpu, file(q.dtype()).0, &name)?.grid(grid, 1, 1).block(256).shared(shared);
+    for a in [&q, &k, &v, &out, &lse] {
+        let (block, at) = a.block(op)?;
+        l = l.buf(block, at);
+    }
+    docs(l, &d)?.val(s).run()?;
+    Ok((out, lse))
+}
+
+/// Gradients of q, k and v into arrays made for them, which may be parts of one.
+pub(crate) fn backward(
+    gpu: &Arc<Gpu>,
+    p: &Problem,
+    [q, k, v]: [&Array; 3],
+    (out, lse, grad): (&Array, &Array, &Array),
+    [dq, dk, dv]: [&Array; 3],
+) -> Result<()> {
+    let op = "attention";
+    let grad = on(gpu, grad)?;
+    if q.numel() == 0 || k.numel() == 0 {
+        return Ok(());
+    }
+    let (class, [_, (rows, shared)]) = class(p, q.dtype())?;
+    let d = documents(gpu, p)?;
+    let delta = Array::uninit_on(gpu, lse.shape(), lse.dtype())?;
+    let s = Shape {
+        q: steps(q),
+        k: steps(k),
+        v: steps(v),
+        out: steps(out),
+        grad: steps(&grad),
+        dq: steps(dq),
+        dk: steps(dk),
+        dv: steps(dv),
+        ..shape(p)
+    };
+    let launch = |name: &str, grid: usize, shared: usize, arrays: &[&Array]| -> Result<()> {
+        let with_docs = name != format!("attention_delta_{}", suffix(q.dtype()));
+        let (file, threads) = if with_docs { file(q.dtype()) } else { ("attention", 256) };
+        let mut l = Launch::new(gpu, file, name)?.grid(grid, 1, 1).block(threads).shared(shared);
+        let (before, after) = arrays.split_at(if with_docs { 6 } else { arrays.len() });
+        for a in before {
+            let (block, at) = a.block(op)?;
+            l = l.buf(block, at);
+        }
+        if with_docs {
+            l = docs(l, &d)?;
+        }
+        for a in after {
+            let (block, at) = a.block(op)?;
+            l = l.buf(block, at);
+        }
+        l.val(s).run()
+    };
+    let t = suffix(q.dtype());
+    let queries = p.batch * p.heads * p.queries;
+    launch(&format!("attention_delta_{t}"), queries.div_ceil(8).min(65_535), 0, &[out, &grad, &delta])?;
+    let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
+    launch(&format!("attention_dq_{class}_{t}"), grid, shared, &[q, k, v, &grad, lse, &delta, dq])?;
+    let grid = p.keys.div_ceil(rows) * p.batch * p.kv_heads;
+    launch(&format!("attention_dkv_{class}_{t}"), grid, shared, &[q, k, v, &grad, lse, &delta, dk, dv])
+}

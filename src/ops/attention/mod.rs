@@ -1,0 +1,312 @@
+//! Scaled dot-product attention with spans, grouped queries and packed documents, forward and backward without ever
+//! holding a T × T matrix.
+//!
+//! softmax(Q·Kᵀ·scale + mask)·V, mask by [`Span`]. FLOPs 4·pairs·D forward and 10·pairs·D backward, pairs the number of
+//! visible (query, key) pairs: a narrower span costs proportionally less.
+
+pub(crate) mod cpu;
+pub(crate) mod cuda;
+
+use crate::array::{Array, Dims};
+use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::base::{DType, Error, Result};
+use crate::device::cpu::shared::Shared;
+use crate::device::cuda::Gpu;
+use crate::device::spans;
+use crate::kernels::gemm::kernel::Kernels;
+use crate::{Tensor, with_float};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Which keys a query sees. Positions are counted from the end: with S keys and T queries, query i stands at i + S − T.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Span {
+    /// All keys.
+    Full,
+    /// Keys at or before the query.
+    Causal,
+    /// The last w keys up to the query (sliding window).
+    Window(usize),
+    /// Keys at or before the query within its block of b positions.
+    Block(usize),
+}
+
+/// What attention needs besides Q, K and V.
+#[derive(Clone, Debug)]
+pub struct AttentionOptions {
+    /// Which keys a query sees.
+    pub span: Span,
+    /// Factor of the scores; 1/√D if not given.
+    pub scale: Option<f64>,
+    /// Document boundaries of packed sequences: offsets 0 … T, the same for every sequence of the batch. Attention
+    /// stays within a document.
+    pub documents: Option<Arc<Vec<usize>>>,
+    /// Dropout of the probabilities, with the seed of its mask.
+    pub dropout: Option<(f64, u64)>,
+}
+
+impl AttentionOptions {
+    /// A span with the usual scale, one document, no dropout.
+    pub fn new(span: Span) -> Self {
+        AttentionOptions { span, scale: None, documents: None, dropout: None }
+    }
+}
+
+static ATTENTION: OpInfo = OpInfo {
+    name: "attention",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[
+        |g: &mut Gen| {
+            let (b, t, d) = (g.size(1, 2), g.size(1, 9), g.size(1, 4));
+            let (kv, group) = (g.size(1, 2), g.size(1, 2));
+            let s = t + g.size(0, 3);
+            let span = [Span::Full, Span::Causal, Span::Window(g.size(1, 4)), Span::Block(g.size(1, 4))][g.size(0, 3)];
+            let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
+        },
+        // A fused projection.
+        |g: &mut Gen| {
+            let (b, t, h, d) = (g.size(1, 2), g.size(1, 6), g.size(1, 2), g.size(1, 4));
+            let o = AttentionOptions::new([Span::Full, Span::Causal, Span::Window(2)][g.size(0, 2)]);
+            Ok(Case::new(vec![g.array(&[b, t, 3, h, d])], move |x| attention_qkv(&x[0], &o)))
+        },
+        // Packed documents, dropout, a scale of one's own.
+        |g: &mut Gen| {
+            let (b, t, d, h) = (g.size(1, 2), g.size(2, 9), g.size(1, 4), g.size(1, 2));
+            let cut = g.size(0, t);
+            let o = AttentionOptions {
+                span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
+                scale: Some(0.4),
+                documents: Some(Arc::new(vec![0, cut, t])),
+                dropout: g.chance(0.5).then_some((0.3, g.bits())),
+            };
+            let inputs = (0..3).map(|_| g.array(&[b, t, h, d])).collect();
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
+        },
+    ],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&ATTENTION];
+
+struct Back {
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    options: AttentionOptions,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &ATTENTION
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        if let Some(gpu) = grad.gpu() {
+            let fresh = |a: &Array| Array::uninit_on(gpu, a.shape(), a.dtype());
+            let d = [fresh(&self.q)?, fresh(&self.k)?, fresh(&self.v)?];
+            self.run_on(gpu, &grad, [&d[0], &d[1], &d[2]])?;
+            d.into_iter().enumerate().for_each(|(i, d)| flow.input(i, d));
+            return Ok(());
+        }
+        let fresh = |a: &Array| Array::uninit(a.shape(), a.dtype());
+        let (mut dq, mut dk, mut dv) = (fresh(&self.q), fresh(&self.k), fresh(&self.v));
+        with_float!("attention", self.q.dtype(), T => {
+            fn target<T: Kernels>(a: &mut Array) -> cpu::Target<'_, T> {
+                let step = a.shape()[2] * a.shape()[3];
+                cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
+            }
+            self.run::<T>(&grad, [target(&mut dq), target(&mut dk), target(&mut dv)])
+        })?;
+        flow.input(0, dq);
+        flow.input(1, dk);
+        flow.input(2, dv);
+        Ok(())
+    }
+}
+
+/// Size of a head that the kernels take.
+const LARGEST_HEAD: usize = 128;
+
+impl Back {
+    fn run_on(&self, gpu: &Arc<Gpu>, grad: &Array, targets: [&Array; 3]) -> Result<()> {
+        let at = |a: &Array| crate::array::cuda::on(gpu, a);
+        let (q, k, v) = (at(&self.q)?, at(&self.k)?, at(&self.v)?);
+        let (out, lse, grad) = (at(&self.out)?, at(&self.lse)?, unit_last(grad));
+        let p = problem(&q, &k, &self.options);
+        cost(&p, 10.0, 2 * q.dtype().size());
+        cuda::backward(gpu, &p, [&q, &k, &v], (&out, &lse, &grad), targets)
+    }
+    fn run<T: Kernels>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
+        let p = problem(&self.q, &self.k, &self.options);
+        cost(&p, 10.0, 2 * T::DTYPE.size());
+        cpu::backward::<T>(
+            &p,
+            (cpu::view::<T>(&self.q)?, cpu::view(&self.k)?, cpu::view(&self.v)?),
+            (cpu::view(&self.out)?, self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))?),
+            targets,
+        );
+        Ok(())
+    }
+}
+
+/// The same for Q, K and V that are parts of one array: their gradients go straight to its parts.
+struct FusedBack {
+    inner: Back,
+    shape: Dims,
+}
+
+impl Rule for FusedBack {
+    fn info(&self) -> &'static OpInfo {
+        &ATTENTION
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (h, d) = (self.shape[3], self.shape[4]);
+        if let Some(gpu) = grad.gpu() {
+            let dx = Array::uninit_on(gpu, &self.shape, grad.dtype())?;
+            let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
+            let parts = [part(0)?, part(1)?, part(2)?];
+            self.inner.run_on(gpu, &grad, [&parts[0], &parts[1], &parts[2]])?;
+            drop(parts);
+            flow.input(0, dx);
+            return Ok(());
+        }
+        let mut dx = Array::uninit(&self.shape, grad.dtype());
+        with_float!("attention", grad.dtype(), T => {
+            let data = Shared::new(dx.fresh_mut::<T>());
+            self.inner.run::<T>(&grad, [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d }))
+        })?;
+        flow.input(0, dx);
+        Ok(())
+    }
+}
+
+/// Self-attention of a fused projection `qkv [B, T, 3, H, D]`; gives `[B, T, H, D]`. As [`attention`] of its three parts,
+/// without taking them apart in backward.
+pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let _op = spans::op("attention");
+    let [_, _, 3, _, _] = qkv.shape()[..] else {
+        return Err(Error::shape("attention", format!("qkv {:?}; it must be [B, T, 3, H, D]", qkv.shape())));
+    };
+    if qkv.dtype().is_half() && qkv.array().gpu().is_none() {
+        return attention_qkv(&qkv.cast(DType::F32)?, options)?.cast(qkv.dtype());
+    }
+    let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
+    let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+    check(&q, &k, &v, options)?;
+    let inner = forward(&q, &k, &v, options)?;
+    Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
+}
+
+fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
+    let [b, t, h, d] = [q.shape()[0], q.shape()[1], q.shape()[2], q.shape()[3]];
+    cpu::Problem {
+        batch: b,
+        queries: t,
+        keys: k.shape()[1],
+        heads: h,
+        kv_heads: k.shape()[2],
+        dim: d,
+        span: o.span,
+        scale: o.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt()),
+        documents: o.documents.clone(),
+        dropout: o.dropout,
+    }
+}
+
+/// Says what the spans cost, 4 (forward) or 10 (backward) · pairs · D.
+fn cost(p: &cpu::Problem, each: f64, size: usize) {
+    if spans::is_on() {
+        let pairs: usize = (0..p.queries).map(|i| p.visible(i).len()).sum();
+        let elements = p.batch * p.dim * 2 * (p.queries * p.heads + p.keys * p.kv_heads);
+        spans::cost(each * (pairs * p.dim * p.batch * p.heads) as f64, (elements * size) as f64);
+    }
+}
+
+/// Kernels step along D by one; other strides are free.
+fn unit_last(a: &Array) -> Array {
+    if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
+}
+
+/// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
+/// fused projection are read in place. A query that sees no key gives zeros.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
+    let _op = spans::op("attention");
+    check(q, k, v, options)?;
+    if q.dtype().is_half() && q.array().gpu().is_none() {
+        let f = |t: &Tensor| t.cast(DType::F32);
+        return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
+    }
+    let saved = forward(q, k, v, options)?;
+    Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
+}
+
+/// Refuses operands that do not fit together.
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<()> {
+    q.dtype().expect_float("attention")?;
+    let bad = |why: String| {
+        Err(Error::shape("attention", format!("q {:?}, k {:?}, v {:?}: {why}", q.shape(), k.shape(), v.shape())))
+    };
+    if q.rank() != 4 || k.rank() != 4 || k.shape() != v.shape() {
+        return bad("q is [B, T, H, D], k and v are [B, S, H_kv, D]".into());
+    }
+    if q.shape()[0] != k.shape()[0] || q.shape()[3] != k.shape()[3] {
+        return bad("batch and head dimension must agree".into());
+    }
+    if k.shape()[2] == 0 || !q.shape()[2].is_multiple_of(k.shape()[2]) {
+        return bad("the query heads must be a multiple of the key heads".into());
+    }
+    if q.dtype() != k.dtype() || q.dtype() != v.dtype() {
+        return Err(Error::dtype("attention", format!("{}, {} and {} differ", q.dtype(), k.dtype(), v.dtype())));
+    }
+    let (t, s) = (q.shape()[1], k.shape()[1]);
+    if options.span != Span::Full && s < t {
+        return bad("a causal span needs at least as many keys as queries".into());
+    }
+    if matches!(options.span, Span::Window(0) | Span::Block(0)) {
+        return Err(Error::invalid("attention", "a span of 0 positions; use 1 or more"));
+    }
+    if let Some(o) = &options.documents
+        && (s != t || o.first() != Some(&0) || o.last() != Some(&t) || o.windows(2).any(|w| w[0] > w[1]))
+    {
+        return bad(format!("document offsets {o:?} must rise from 0 to T, with S = T"));
+    }
+    if let Some((p, _)) = options.dropout
+        && !(0.0..1.0).contains(&p)
+    {
+        return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
+    }
+    let d = q.shape()[3];
+    if q.array().gpu().is_some() && d > LARGEST_HEAD {
+        return bad(format!("heads of {d} on a GPU, whose kernels take up to LARGEST_HEAD; use more, smaller heads"));
+    }
+    if let (Some(_), Some(gpu)) = (options.dropout, q.array().gpu()) {
+        gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
+    }
+    Ok(())
+}
+
+/// The output, and what leads back from it.
+fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
+    let t = q.shape()[1];
+    let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
+    cost(&problem(&qa, &ka, options), 4.0, qa.dtype().size());
+    if let Some(gpu) = qa.gpu().or(ka.gpu()) {
+        let (out, lse) = cuda::forward(gpu, &problem(&qa, &ka, options), &qa, &ka, &va)?;
+        return Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() });
+    }
+    let mut out = Array::uninit(q.shape(), q.dtype());
+    let mut lse = Array::uninit(&[q.shape()[0], q.shape()[2], t], q.dtype());
+    with_float!("attention", q.dtype(), T => {
+        cpu::forward::<T>(
+            &problem(&qa, &ka, options),
+            (cpu::view::<T>(&qa)?, cpu::view(&ka)?, cpu::view(&va)?),
+            (out.fresh_mut(), lse.fresh_mut()),
+        );
+        Ok(())
+    })?;
+    Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() })
+}

@@ -1,0 +1,36 @@
+//! Launches of windows of images (`cuda/conv.cu`): unfolding, folding, pooling. Contiguous `[n, channels, H, W]`.
+
+use crate::array::cuda::{suffix, width};
+use crate::array::{Arguments, Array};
+use crate::base::Result;
+use crate::device::cuda::{Gpu, Launch};
+use crate::ops::conv::cpu::Window;
+use std::sync::Arc;
+
+fn window(w: &Window) -> [[i64; 2]; 6] {
+    [w.size, w.out, w.kernel, w.stride, w.padding, w.dilation].map(|[h, w]| [h as i64, w as i64])
+}
+
+/// Windows as rows: `[n, channels, H, W]` to `[n, places, channels·kh·kw]`.
+pub(crate) fn unfold(gpu: &Arc<Gpu>, x: &Array, (n, channels): (usize, usize), w: &Window) -> Result<Array> {
+    let out = Array::uninit_on(gpu, &[n, w.places(), channels * w.area()], x.dtype())?;
+    let l = Launch::new(gpu, "conv", &format!("unfold_{}", width(x.dtype())))?;
+    let l = l.grid(out.numel().div_ceil(256), 1, 1).array(x).array(&out);
+    l.val(n as i64).val(channels as i64).val(window(w)).run()?;
+    Ok(out)
+}
+
+/// Rows of windows added back into images of `shape`; images of no element give nothing.
+pub(crate) fn fold(
+    gpu: &Arc<Gpu>,
+    rows: &Array,
+    (n, channels): (usize, usize),
+    w: &Window,
+    shape: &[usize],
+) -> Result<Array> {
+    let out = Array::uninit_on(gpu, shape, rows.dtype())?;
+    let l = Launch::new(gpu, "conv", &format!("fold_{}", suffix(rows.dtype())))?;
+    let l = l.grid(out.numel().div_ceil(256), 1, 1).array(rows).array(&out);
+    l.val(n as i64).val(channels as i64).val(window(w)).run()?;
+    Ok(out)
+}

@@ -1,0 +1,358 @@
+//! Rows of a table looked up by id: one per id, or the sum or mean of a bag of ids.
+//!
+//! The weight's gradient stays a lookup factor: N rows of p and N ids, never a table of V × p.
+
+pub(crate) mod cuda;
+
+use crate::array::Array;
+use crate::array::shape::Dims;
+use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule};
+use crate::base::{DType, Error, Float, Result};
+use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::device::spans;
+use crate::kernels::{Activation, elementwise as ew, rows};
+use crate::ops::index::ids_below;
+use crate::ops::linear::{Layout, linear};
+use crate::ops::segment::Segments;
+use crate::{Param, Samples, Tensor, with_dtype, with_float};
+
+static EMBEDDING: OpInfo = OpInfo {
+    name: "embedding",
+    differentiable: Differentiable::Yes,
+    factor: FactorRule::Kinds(&["lookup"]),
+    cases: &[
+        |g: &mut Gen| {
+            let (b, t, v, p) = (g.size(1, 3), g.size(0, 5), g.size(1, 4), g.size(1, 4));
+            let w = Param::new("weight", g.array(&[v, p]));
+            let ids = Tensor::new(g.ids(&[b, t], v));
+            let padding = None;
+            let params = vec![w.clone()];
+            Ok(Case::new(vec![], move |_| embedding(&w, &ids, padding, None)).params(params).samples(b))
+        },
+        // Rows of any owner, in any order, some samples without a row.
+        |g| {
+            let (n, b, v, p) = (g.size(0, 6), g.size(1, 4), g.size(1, 3), g.size(1, 4));
+            let w = Param::new("weight", g.array(&[v, p]));
+            let ids = Tensor::new(g.ids(&[n], v).cast(DType::I64));
+            let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
+            let samples = Samples::owners(owner.clone(), b)?;
+            let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            let params = vec![w.clone()];
+            Ok(Case::new(vec![], move |_| {
+                Tensor::new(pick.clone()).matmul(&embedding(&w, &ids, None, Some(&samples))?.sin()?)
+            })
+            .params(params)
+            .samples(b))
+        },
+        // Tied to the output head: the cross term of two kinds.
+        |g| {
+            let (b, t, v, p) = (g.size(1, 3), g.size(1, 4), g.size(1, 4), g.size(1, 4));
+            let w = Param::new("weight", g.array(&[v, p]));
+            let ids = Tensor::new(g.ids(&[b, t], v));
+            let params = vec![w.clone()];
+            Ok(Case::new(vec![], move |_| {
+                let h = embedding(&w, &ids, None, None)?;
+                linear(&h, &w, Layout::OutIn, None, Activation::Tanh, None)
+            })
+            .params(params)
+            .samples(b))
+        },
+    ],
+};
+static EMBEDDING_BAG: OpInfo = OpInfo {
+    name: "embedding_bag",
+    differentiable: Differentiable::Yes,
+    factor: FactorRule::Kinds(&["lookup"]),
+    cases: &[|g| {
+        let (bags, v, p) = (g.size(1, 4), g.size(1, 4), g.size(1, 4));
+        let lengths: Vec<usize> = (0..bags).map(|_| g.size(0, 4)).collect();
+        let segments = Segments::lengths(&lengths);
+        let w = Param::new("weight", g.array(&[v, p]));
+        let ids = Tensor::new(g.ids(&[segments.rows()], v));
+        let mode = if g.chance(0.5) { BagMode::Sum } else { BagMode::Mean };
+        let params = vec![w.clone()];
+        let inputs = if g.chance(0.5) { vec![g.array(&[segments.rows()])] } else { vec![] };
+        // Bags of one sample need not be neighbours.
+        let b = g.size(1, bags);
+        let owner: Vec<u32> = (0..bags).map(|_| g.size(0, b - 1) as u32).collect();
+        let samples = Samples::owners(owner.clone(), b)?;
+        let pick = Array::generate(&[b, bags], g.dtype(), |i| (owner[i % bags] as usize == i / bags) as u8 as f64);
+        Ok(Case::new(inputs, move |t| {
+            let y = embedding_bag(&w, &ids, &segments, mode, t.first(), Some(&samples))?;
+            Tensor::new(pick.clone()).matmul(&y.sin()?)
+        })
+        .params(params)
+        .samples(b))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&EMBEDDING, &EMBEDDING_BAG];
+
+/// Checks table and ids; ids as contiguous u32.
+fn table(op: &'static str, weight: &Param, ids: &Tensor) -> Result<(Array, usize)> {
+    let &[v, p] = weight.shape() else {
+        return Err(Error::shape(op, format!("table {} is {:?}, not [rows, size]", weight.name(), weight.shape())));
+    };
+    weight.dtype().expect_float(op)?;
+    Ok((ids_below(op, ids.array(), v, &|| format!("table {} with {v} rows", weight.name()))?, p))
+}
+
+/// Rows of `weight [V, p]` by `ids` (u32 or i64) `[B, …]`: `[B, …, p]` in the weight's dtype.
+///
+/// Rows looked up by the id `padding` receive no gradient. Dimension 0 of `ids` counts samples unless `samples` maps the
+/// ids otherwise. Forward copies N rows; the gradient is a lookup factor of N rows.
+///
+/// ```
+/// use prismgrad::{Array, DType, Param, Tensor, ops::embedding::embedding};
+/// let table = Param::new("wte.weight", Array::arange(6, DType::F32).reshape(&[3, 2]).unwrap());
+/// let y = embedding(&table, &Tensor::from_slice(&[2u32, 0], &[1, 2]).unwrap(), None, None).unwrap();
+/// assert_eq!(y.array().to_f64(), [4.0, 5.0, 0.0, 1.0]);
+/// ```
+pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = spans::op("embedding");
+    struct Back {
+        weight: Param,
+        ids: Array,
+        padding: Option<u32>,
+        samples: Samples,
+    }
+    impl Rule for Back {
+        fn info(&self) -> &'static OpInfo {
+            &EMBEDDING
+        }
+        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
+            let mut grad = grad.cast(grad.dtype().compute()).contiguous().reshape(&[n, p])?;
+            if let (Some(padding), Some(gpu)) = (self.padding, grad.gpu()) {
+                grad = cuda::zero_rows(gpu, &grad, &self.ids, padding)?;
+            } else if let Some(padding) = self.padding {
+                let ids = self.ids.as_slice::<u32>()?;
+                if ids.contains(&padding) {
+                    with_float!("embedding", grad.dtype(), T => {
+                        let g = grad.as_mut_slice::<T>()?.chunks_exact_mut(p.max(1));
+                        g.zip(ids).filter(|(_, id)| **id == padding).for_each(|(g, _)| g.fill(T::ZERO));
+                        Ok(())
+                    })?;
+                }
+            }
+            flow.param(
+                &self.weight,
+                Factor::Lookup { ids: self.ids.reshape(&[n])?, grad, samples: self.samples.clone() },
+            );
+            Ok(())
+        }
+    }
+    let (ids, p) = table("embedding", weight, ids)?;
+    let samples = samples.cloned().unwrap_or_else(|| Samples::leading(ids.shape(), 0));
+    if samples.rows() != ids.numel() {
+        let message = format!("the samples map {} rows, there are {} ids", samples.rows(), ids.numel());
+        return Err(Error::shape("embedding", message));
+    }
+    let shape: Dims = ids.shape().iter().copied().chain([p]).collect();
+    let w = weight.value();
+    if let Some(gpu) = w.gpu() {
+        let ids = ids.to(&w.device())?;
+        let y = rows::cuda::take(gpu, &w, &ids, 1, weight.shape()[0], p, &shape)?;
+        return Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }));
+    }
+    let mut y = Array::uninit(&shape, w.dtype());
+    with_dtype!(w.dtype(), T => rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, y.fresh_mut()));
+    Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }))
+}
+
+/// How the rows of a bag become one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BagMode {
+    /// Their sum.
+    Sum,
+    /// Their sum divided by their number.
+    Mean,
+}
+
+/// The same on a GPU.
+struct GpuBagBack {
+    weight: Param,
+    bags: cuda::Bags,
+    samples: Samples,
+}
+
+impl Rule for GpuBagBack {
+    fn info(&self) -> &'static OpInfo {
+        &EMBEDDING_BAG
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let g = grad.contiguous();
+        let Some(gpu) = g.gpu() else {
+            return Err(Error::device("embedding_bag", "the gradient is on the CPU, the table on a GPU"));
+        };
+        if flow.wants(0) {
+            let w = self.weight.value().cast(g.dtype());
+            flow.input(0, self.bags.dots(gpu, &g, &w)?);
+        }
+        if self.weight.trainable() {
+            let grad = self.bags.rows(gpu, &g)?;
+            let factor = Factor::Lookup { ids: self.bags.ids.clone(), grad, samples: self.samples.clone() };
+            flow.param(&self.weight, factor);
+        }
+        Ok(())
+    }
+}
+
+struct BagBack {
+    weight: Param,
+    ids: Array,
+    bags: Segments,
+    mode: BagMode,
+    scale: Option<Array>,
+    samples: Samples,
+}
+
+impl BagMode {
+    fn factor<T: Float>(self, n: usize) -> T {
+        if self == BagMode::Mean && n > 0 { T::ONE / T::from_f64(n as f64) } else { T::ONE }
+    }
+}
+
+impl Rule for BagBack {
+    fn info(&self) -> &'static OpInfo {
+        &EMBEDDING_BAG
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
+        let g = grad.contiguous();
+        with_float!("embedding_bag", g.dtype(), T => {
+            let gs = g.as_slice::<T>()?;
+            let owner = self.bags.ids();
+            let scale = |t: usize, w: Option<&[T]>| {
+                let bag = owner[t] as usize;
+                self.mode.factor::<T>(self.bags.range(bag).len()) * w.map_or(T::ONE, |w| w[t])
+            };
+            if flow.wants(0) {
+                // Σⱼ grad·row, times the mean's factor.
+                let w = self.weight.value();
+                let mut taken = Array::uninit(&[n, p], w.dtype());
+                with_dtype!(w.dtype(), S => rows::take::<S>(w.as_slice()?, self.ids.as_slice()?, 1, p, taken.fresh_mut()));
+                let spread = rows_of(&g, owner, p)?;
+                let product = ew::zip::<T, T, T>("embedding_bag", &taken.cast(g.dtype()), &spread, |a, b| a * b)?;
+                let mut d = super::reduce::sum_dims(&product, &[1])?;
+                d.as_mut_slice::<T>()?.iter_mut().enumerate().for_each(|(t, d)| *d *= scale(t, None));
+                flow.input(0, d);
+            }
+            if self.weight.trainable() {
+                let mut rows = Array::uninit(&[n, p], g.dtype());
+                let dst = Shared::new(rows.fresh_mut::<T>());
+                let w = self.scale.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
+                par_chunks(n, (GRAIN / p.max(1)).max(1), |range| {
+                    for t in range {
+                        // SAFETY: each row is written once.
+                        let d = unsafe { dst.slice(t * p..(t + 1) * p) };
+                        let (s, bag) = (scale(t, w), owner[t] as usize);
+                        simd(
+                            #[inline(always)]
+                            || d.iter_mut().zip(&gs[bag * p..(bag + 1) * p]).for_each(|(d, &g)| *d = s * g),
+                        );
+                    }
+                });
+                let ids = self.ids.reshape(&[n])?;
+                flow.param(&self.weight, Factor::Lookup { ids, grad: rows, samples: self.samples.clone() });
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Row `ids[t]` of `g`, for every t.
+fn rows_of(g: &Array, ids: &[u32], p: usize) -> Result<Array> {
+    let mut out = Array::uninit(&[ids.len(), p], g.dtype());
+    with_dtype!(g.dtype(), T => rows::take::<T>(g.as_slice()?, ids, 1, p, out.fresh_mut()));
+    Ok(out)
+}
+
+/// Sum or mean of the rows of `weight [V, p]` in each bag of ids: `[bags, p]` in the weight's dtype. An empty bag gives
+/// zeros.
+///
+/// `ids` (u32 or i64) has as many elements as `bags` has rows; for `[B, k]` ids use [`Segments::uniform`]. `scale [N]`
+/// multiplies each id's row (before the mean divides by the number of ids) and is differentiable. `samples` maps *bags*
+/// to samples; without it every bag is one. The gradient is a lookup factor of N rows.
+pub fn embedding_bag(
+    weight: &Param,
+    ids: &Tensor,
+    bags: &Segments,
+    mode: BagMode,
+    scale: Option<&Tensor>,
+    samples: Option<&Samples>,
+) -> Result<Tensor> {
+    let _op = spans::op("embedding_bag");
+    let op = "embedding_bag";
+    let (ids, p) = table(op, weight, ids)?;
+    bags.expect_rows(op, ids.numel())?;
+    let dtype = weight.dtype().compute();
+    let scale = match scale {
+        Some(s) if s.numel() != ids.numel() || s.rank() != 1 => {
+            return Err(Error::shape(op, format!("weights {:?} for {} ids; give [{1}]", s.shape(), ids.numel())));
+        }
+        Some(s) if s.dtype().compute() != dtype => {
+            return Err(Error::dtype(
+                op,
+                format!("weights are {}, the table {}; cast them", s.dtype(), weight.dtype()),
+            ));
+        }
+        Some(s) => Some(s.cast(dtype)?),
+        None => None,
+    };
+    let samples = match samples {
+        Some(s) => bags.rows_of(s)?,
+        None => bags.samples(),
+    };
+    let w = weight.value();
+    if let Some(gpu) = w.gpu() {
+        let there = bags.on_gpu(gpu)?;
+        let ids = ids.to(&w.device())?.reshape(&[ids.numel()])?;
+        let values = scale.as_ref().map(|s| s.array().contiguous().to(&w.device())).transpose()?;
+        let mean = mode == BagMode::Mean;
+        let bags = cuda::Bags { ids, offsets: there.offsets, owner: there.owner, mean, scale: values };
+        let y = bags.sum(gpu, &w)?.cast(dtype);
+        let parents: Vec<&Tensor> = scale.iter().collect();
+        let back = || GpuBagBack { weight: weight.clone(), bags, samples };
+        return Tensor::record(y, &parents, &[weight], back).cast(weight.dtype());
+    }
+    // 16-bit tables: only the rows in use are widened.
+    let (source, at) = if weight.dtype().is_half() {
+        let n = ids.numel();
+        let w = weight.value();
+        let mut taken = Array::uninit(&[n, p], w.dtype());
+        with_dtype!(w.dtype(), T => rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, taken.fresh_mut()));
+        (taken.cast(dtype), Array::arange(n, DType::U32))
+    } else {
+        (weight.value(), ids.clone())
+    };
+    let values = scale.as_ref().map(|s| s.array().contiguous());
+    let mut y = Array::uninit(&[bags.count(), p], dtype);
+    with_float!(op, dtype, T => {
+        let (src, at, dst) = (source.as_slice::<T>()?, at.as_slice::<u32>()?, Shared::new(y.fresh_mut::<T>()));
+        let w = values.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
+        bags.each(p, |bag, range| {
+            // SAFETY: each bag has its own row.
+            let o = unsafe { dst.slice(bag * p..(bag + 1) * p) };
+            simd(
+                #[inline(always)]
+                || {
+                    let f = mode.factor::<T>(range.len());
+                    o.fill(T::ZERO);
+                    for t in range {
+                        let (w, row) = (w.map_or(f, |w| f * w[t]), at[t] as usize * p);
+                        o.iter_mut().zip(&src[row..row + p]).for_each(|(o, &x)| *o += w * x);
+                    }
+                },
+            );
+        });
+        Ok(())
+    })?;
+    let parents: Vec<&Tensor> = scale.iter().collect();
+    let rule = || BagBack { weight: weight.clone(), ids, bags: bags.clone(), mode, scale: values, samples };
+    Tensor::record(y, &parents, &[weight], rule).cast(weight.dtype())
+}

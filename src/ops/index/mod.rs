@@ -1,0 +1,314 @@
+//! Picking and adding by index: gather, scatter_add, index_select, one_hot.
+//!
+//! Backward of a pick is an addition, done in a fixed order without atomics: the same bits at any number of threads.
+
+pub(crate) mod cuda;
+
+use crate::array::shape::Dims;
+use crate::array::{Array, shape};
+use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::base::{DType, Element, Error, Result};
+use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::shared::Shared;
+use crate::device::spans;
+use crate::kernels::rows;
+use crate::{Tensor, with_dtype, with_float};
+
+static GATHER: OpInfo = OpInfo {
+    name: "gather",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g: &mut Gen| {
+        let s = g.shape(3);
+        let d = g.size(0, 2);
+        let mut picks = s.clone();
+        picks[d] = g.size(0, 5);
+        let index = Tensor::new(g.ids(&picks, s[d]));
+        Ok(Case::new(vec![g.array(&s)], move |t| t[0].gather(d as isize, &index)))
+    }],
+};
+static SCATTER_ADD: OpInfo = OpInfo {
+    name: "scatter_add",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[
+        |g| {
+            let s = g.shape(3);
+            let d = g.size(0, 2);
+            let mut from = s.clone();
+            from[d] = g.size(0, 5);
+            let index = Tensor::new(g.ids(&from, s[d]));
+            Ok(Case::new(vec![g.array(&s), g.array(&from)], move |t| t[0].scatter_add(d as isize, &index, &t[1])))
+        },
+        |g| {
+            let s = g.shape(2);
+            let n = g.size(1, 4);
+            let index = Tensor::new(g.ids(&s, n));
+            Ok(Case::new(vec![g.array(&s)], move |t| t[0].scatter_sum(-1, &index, n)))
+        },
+    ],
+};
+static INDEX_SELECT: OpInfo = OpInfo {
+    name: "index_select",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g| {
+        let s = g.shape(3);
+        let d = g.size(0, 2);
+        let k = g.size(0, 6);
+        let ids = Tensor::new(g.ids(&[k], s[d]));
+        Ok(Case::new(vec![g.array(&s)], move |t| t[0].index_select(d as isize, &ids)))
+    }],
+};
+static ONE_HOT: OpInfo = OpInfo {
+    name: "one_hot",
+    differentiable: Differentiable::No("indices have no gradient"),
+    factor: NO_PARAMS,
+    cases: &[|g| {
+        let ids = g.ids(&[3, 2], 5);
+        Ok(Case::new(vec![g.array(&[1])], move |_| Tensor::new(ids.clone()).one_hot(5, DType::F64)))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&GATHER, &SCATTER_ADD, &INDEX_SELECT, &ONE_HOT];
+
+/// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the thing they point into. Those on a
+/// GPU are checked there: one that is outside is read as 0 and told when something is next read back.
+pub(crate) fn ids_below(op: &'static str, ids: &Array, n: usize, what: &dyn Fn() -> String) -> Result<Array> {
+    let bad = |id: i64, at: usize| {
+        Error::invalid(op, format!("id {id} at position {at} is outside {}: ids must be in 0..{n}", what()))
+    };
+    if let Some(gpu) = ids.gpu() {
+        return crate::array::cuda::ids_below(gpu, ids, n, &format!("{op}: {}", what()));
+    }
+    let ids = ids.contiguous();
+    match ids.dtype() {
+        DType::U32 => {
+            let v = ids.as_slice::<u32>()?;
+            if let Some(at) = v.iter().position(|&i| i as usize >= n) {
+                return Err(bad(v[at] as i64, at));
+            }
+            Ok(ids)
+        }
+        DType::I64 => {
+            let v = ids.as_slice::<i64>()?;
+            if let Some(at) = v.iter().position(|&i| i < 0 || i as usize >= n || i > u32::MAX as i64) {
+                return Err(bad(v[at], at));
+            }
+            let v: Vec<u32> = v.iter().map(|&i| i as u32).collect();
+            Array::from_slice(&v, ids.shape())
+        }
+        other => Err(Error::dtype(op, format!("indices must be u32 or i64, got {other}; cast them first"))),
+    }
+}
+
+/// Elements before dimension `d`, along it, and after it.
+fn around(shape: &[usize], d: usize) -> (usize, usize, usize) {
+    (shape[..d].iter().product(), shape[d], shape[d + 1..].iter().product())
+}
+
+/// `index` fits `shape`: the same sizes but along `d`.
+fn expect_alike(op: &'static str, index: &[usize], shape: &[usize], d: usize) -> Result<()> {
+    if index.len() == shape.len() && (0..shape.len()).all(|i| i == d || index[i] == shape[i]) {
+        return Ok(());
+    }
+    Err(Error::shape(op, format!("index {index:?} and {shape:?} must have the same sizes but along dimension {d}")))
+}
+
+/// Values of `x` along `d` at `index` (contiguous u32, checked).
+fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
+    if let Some(gpu) = x.gpu() {
+        return cuda::gather(gpu, x, d, index);
+    }
+    let (_, n, inner) = around(x.shape(), d);
+    let block = index.shape()[d] * inner;
+    let x = x.contiguous();
+    let ids = index.as_slice::<u32>()?;
+    let mut out = Array::uninit(index.shape(), x.dtype());
+    with_dtype!(x.dtype(), T => {
+        let (src, dst) = (x.as_slice::<T>()?, Shared::new(out.fresh_mut::<T>()));
+        par_chunks(ids.len(), GRAIN, |range| {
+            // SAFETY: chunks are disjoint.
+            let o = unsafe { dst.slice(range.clone()) };
+            for (o, i) in o.iter_mut().zip(range) {
+                *o = src[(i / block * n + ids[i] as usize) * inner + i % inner];
+            }
+        });
+    });
+    Ok(out)
+}
+
+/// Adds `src` into `out` (contiguous, unshared) along `d` at `index`, in ascending order; blocks before `d` in parallel.
+fn put(out: &mut Array, d: usize, index: &Array, src: &Array) -> Result<()> {
+    if let Some(gpu) = out.gpu() {
+        return cuda::scatter_add(gpu, out, d, index, src);
+    }
+    let (outer, n, inner) = around(out.shape(), d);
+    let block = index.shape()[d] * inner;
+    let src = src.contiguous();
+    let ids = index.as_slice::<u32>()?;
+    with_float!("scatter_add", src.dtype(), T => {
+        let (src, dst) = (src.as_slice::<T>()?, Shared::new(out.as_mut_slice::<T>()?));
+        par_chunks(outer, (GRAIN / block.max(1)).max(1), |range| {
+            for o in range {
+                // SAFETY: each block is visited once.
+                let d = unsafe { dst.slice(o * n * inner..(o + 1) * n * inner) };
+                for i in 0..block {
+                    d[ids[o * block + i] as usize * inner + i % inner] += src[o * block + i];
+                }
+            }
+        });
+        Ok(())
+    })
+}
+
+impl Tensor {
+    /// Values picked along `dim`: `out[…, i, …] = x[…, index[…, i, …], …]`. `index` (u32 or i64) has this tensor's sizes
+    /// but along `dim`, where it may have any; the result has its shape. Any dtype.
+    ///
+    /// Backward adds the gradients into zeros, in order.
+    pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+        let _op = spans::op("gather");
+        struct Back {
+            index: Array,
+            d: usize,
+            shape: Dims,
+        }
+        impl Rule for Back {
+            fn info(&self) -> &'static OpInfo {
+                &GATHER
+            }
+            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                let g = grad.cast(grad.dtype().compute());
+                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
+                put(&mut dx, self.d, &self.index, &g)?;
+                flow.input(0, dx.cast(grad.dtype()));
+                Ok(())
+            }
+        }
+        let d = shape::dim("gather", dim, self.rank())?;
+        expect_alike("gather", index.shape(), self.shape(), d)?;
+        let what = || format!("dimension {d} of {:?}", self.shape());
+        let index = ids_below("gather", index.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let y = pick(self.array(), d, &index)?;
+        Ok(Tensor::record(y, &[self], &[], || Back { index, d, shape: self.shape().into() }))
+    }
+    /// This tensor with `src` added along `dim`: `out[…, index[…, i, …], …] += src[…, i, …]`, in ascending i.
+    /// `index` (u32 or i64) has `src`'s shape; sizes but along `dim` are this tensor's.
+    pub fn scatter_add(&self, dim: isize, index: &Tensor, src: &Tensor) -> Result<Tensor> {
+        let _op = spans::op("scatter_add");
+        struct Back {
+            index: Array,
+            d: usize,
+        }
+        impl Rule for Back {
+            fn info(&self) -> &'static OpInfo {
+                &SCATTER_ADD
+            }
+            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                if flow.wants(1) {
+                    flow.input(1, pick(&grad, self.d, &self.index)?);
+                }
+                flow.input(0, grad);
+                Ok(())
+            }
+        }
+        let op = "scatter_add";
+        self.dtype().expect_float(op)?;
+        if self.dtype() != src.dtype() {
+            return Err(Error::dtype(op, format!("{} into {}; cast one of them", src.dtype(), self.dtype())));
+        }
+        if self.dtype().is_half() {
+            let f = DType::F32;
+            return self.cast(f)?.scatter_add(dim, index, &src.cast(f)?)?.cast(self.dtype());
+        }
+        let d = shape::dim(op, dim, self.rank())?;
+        expect_alike(op, src.shape(), self.shape(), d)?;
+        if index.shape() != src.shape() {
+            return Err(Error::shape(
+                op,
+                format!("index {:?} must have the source's shape {:?}", index.shape(), src.shape()),
+            ));
+        }
+        let what = || format!("dimension {d} of {:?}", self.shape());
+        let index = ids_below(op, index.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let mut y = self.array().copy();
+        put(&mut y, d, &index, src.array())?;
+        Ok(Tensor::record(y, &[self, src], &[], || Back { index, d }))
+    }
+    /// [`Tensor::scatter_add`] of this tensor into zeros of size `n` along `dim`.
+    pub fn scatter_sum(&self, dim: isize, index: &Tensor, n: usize) -> Result<Tensor> {
+        let d = shape::dim("scatter_add", dim, self.rank())?;
+        let mut shape: Dims = self.shape().into();
+        shape[d] = n;
+        let zeros = Array::zeros_at(&self.device(), &shape, self.dtype())?;
+        Tensor::new(zeros).scatter_add(dim, index, self)
+    }
+    /// Slices `ids [k]` (u32 or i64, repeats allowed) along `dim`, whose size becomes k. Any dtype.
+    ///
+    /// Backward adds the slices of one id in ascending order: deterministic, one sort of the ids and one pass.
+    pub fn index_select(&self, dim: isize, ids: &Tensor) -> Result<Tensor> {
+        let _op = spans::op("index_select");
+        struct Back {
+            ids: Array,
+            d: usize,
+            shape: Dims,
+        }
+        impl Rule for Back {
+            fn info(&self) -> &'static OpInfo {
+                &INDEX_SELECT
+            }
+            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                let (outer, _, inner) = around(&self.shape, self.d);
+                let g = grad.cast(grad.dtype().compute()).contiguous();
+                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
+                if let Some(gpu) = g.gpu() {
+                    let sizes = (outer, self.shape[self.d], inner);
+                    rows::cuda::add_rows(gpu, (&g, &self.ids), None, sizes, &dx)?;
+                    flow.input(0, dx.cast(grad.dtype()));
+                    return Ok(());
+                }
+                with_float!("index_select", g.dtype(), T => {
+                    rows::add::<T>(self.ids.as_slice()?, g.as_slice()?, None, outer, inner, dx.fresh_mut());
+                    Ok(())
+                })?;
+                flow.input(0, dx.cast(grad.dtype()));
+                Ok(())
+            }
+        }
+        let d = shape::dim("index_select", dim, self.rank())?;
+        if ids.rank() != 1 {
+            return Err(Error::shape("index_select", format!("ids must be a vector, got {:?}", ids.shape())));
+        }
+        let what = || format!("dimension {d} of {:?}", self.shape());
+        let ids = ids_below("index_select", ids.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let (outer, _, inner) = around(self.shape(), d);
+        let mut shape: Dims = self.shape().into();
+        shape[d] = ids.numel();
+        let x = self.array().contiguous();
+        if let Some(gpu) = x.gpu() {
+            let y = rows::cuda::take(gpu, &x, &ids, outer, self.shape()[d], inner, &shape)?;
+            return Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }));
+        }
+        let mut y = Array::uninit(&shape, self.dtype());
+        with_dtype!(x.dtype(), T => rows::take::<T>(x.as_slice()?, ids.as_slice()?, outer, inner, y.fresh_mut()));
+        Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }))
+    }
+    /// Indices (u32 or i64) as rows of zeros with a single 1: `[…]` becomes `[…, n]` of `dtype`. Not differentiable.
+    pub fn one_hot(&self, n: usize, dtype: DType) -> Result<Tensor> {
+        let _op = spans::op("one_hot");
+        let ids = ids_below("one_hot", self.array(), n, &|| format!("{n} classes"))?;
+        let shape: Dims = self.shape().iter().copied().chain([n]).collect();
+        if let Some(gpu) = ids.gpu() {
+            return Ok(Tensor::new(cuda::one_hot(gpu, &ids, &Array::scalar(1.0, dtype), &shape)?));
+        }
+        let mut y = Array::zeros(&shape, dtype);
+        with_dtype!(dtype, T => {
+            let one = T::from_f64(1.0);
+            let dst = y.fresh_mut::<T>();
+            ids.as_slice::<u32>()?.iter().enumerate().for_each(|(i, &id)| dst[i * n + id as usize] = one);
+        });
+        Ok(Tensor::new(y))
+    }
+}

@@ -1,0 +1,251 @@
+//! Layer, RMS and group norm.
+//!
+//! y = (x − mean)/√(var + ε)·gain + bias. One pass over memory forward; backward reads x and dy once and keeps only mean
+//! and reciprocal deviation per row between the two. Gains give scaled row sums, biases row sums: exact per sample.
+
+pub(crate) mod cpu;
+pub(crate) mod cuda;
+
+use crate::array::Array;
+use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule, samples_or_leading};
+use crate::base::{DType, Element, Error, Result};
+use crate::device::spans;
+use crate::{Param, Samples, Tensor, with_float};
+
+fn case(g: &mut Gen, rms: bool) -> Result<Case> {
+    let (b, t, d) = (g.size(1, 3), g.size(1, 3), g.size(2, 6));
+    let (gain, bias) = (Param::new("gain", g.array(&[d])), Param::new("bias", g.array(&[d])));
+    let (x, params) = (g.array(&[b, t, d]), if rms { vec![gain.clone()] } else { vec![gain.clone(), bias.clone()] });
+    Ok(Case::new(vec![x], move |x| match rms {
+        true => rms_norm(&x[0], Some(&gain), 1e-5, None),
+        false => layer_norm(&x[0], Some(&gain), Some(&bias), 1e-5, None),
+    })
+    .params(params)
+    .samples(b))
+}
+
+macro_rules! info {
+    ($id:ident, $name:literal, $kinds:expr, $case:expr) => {
+        static $id: OpInfo = OpInfo {
+            name: $name,
+            differentiable: Differentiable::Yes,
+            factor: FactorRule::Kinds($kinds),
+            cases: &[$case],
+        };
+    };
+}
+info!(LAYER_NORM, "layer_norm", &["scaled row sum", "row sum"], |g| case(g, false));
+info!(RMS_NORM, "rms_norm", &["scaled row sum"], |g| case(g, true));
+info!(GROUP_NORM, "group_norm", &["scaled row sum", "row sum"], |g| {
+    let (b, groups, each, s) = (g.size(1, 3), g.size(1, 2), g.size(1, 3), g.size(2, 4));
+    let c = groups * each;
+    let (gain, bias) = (Param::new("gain", g.array(&[c])), Param::new("bias", g.array(&[c])));
+    let (x, params) = (g.array(&[b, c, s]), vec![gain.clone(), bias.clone()]);
+    Ok(Case::new(vec![x], move |x| group_norm(&x[0], groups, Some(&gain), Some(&bias), 1e-3)).params(params).samples(b))
+});
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&LAYER_NORM, &RMS_NORM, &GROUP_NORM];
+
+struct Back {
+    info: &'static OpInfo,
+    x: Array,
+    stats: Array,
+    gain: Option<Param>,
+    bias: Option<Param>,
+    center: bool,
+    samples: Samples,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        self.info
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let d = *self.x.shape().last().unwrap_or(&1);
+        let flat = [self.samples.rows(), d];
+        let dy = grad.contiguous().reshape(&flat)?;
+        let dtype = dy.dtype();
+        let needs_xhat = self.gain.as_ref().is_some_and(|g| g.trainable());
+        let gain = self.gain.as_ref().map(|g| g.value().cast(dtype));
+        let (dx, xhat);
+        if let Some(gpu) = dy.gpu() {
+            let wanted = (flow.wants(0), needs_xhat);
+            (dx, xhat) = cuda::norm_grad(gpu, (&self.x, &self.stats, &dy), gain.as_ref(), self.center, wanted)?;
+        } else {
+            let mut g = flow.wants(0).then(|| Array::uninit(self.x.shape(), dtype));
+            let mut h = needs_xhat.then(|| Array::uninit(&flat, dtype));
+            with_float!(self.info.name, dtype, T => {
+            let gain = match &gain {
+                Some(g) => Some(g.as_slice::<T>()?),
+                None => None,
+            };
+            cpu::norm_backward::<T>(
+                (self.x.as_slice()?, self.stats.as_slice()?, dy.as_slice()?),
+                (d, self.center),
+                gain,
+                g.as_mut().map(|a| a.fresh_mut()),
+                h.as_mut().map(|a| a.fresh_mut()),
+            );
+                Ok(())
+            })?;
+            (dx, xhat) = (g, h);
+        }
+        if let Some(dx) = dx {
+            flow.input(0, dx);
+        }
+        if let (Some(g), Some(scale)) = (&self.gain, xhat) {
+            flow.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: self.samples.clone() });
+        }
+        if let Some(b) = &self.bias {
+            flow.param(b, Factor::RowSum { grad: dy, samples: self.samples.clone() });
+        }
+        Ok(())
+    }
+}
+
+fn norm(
+    info: &'static OpInfo,
+    x: &Tensor,
+    (gain, bias): (Option<&Param>, Option<&Param>),
+    eps: f64,
+    samples: Option<&Samples>,
+) -> Result<Tensor> {
+    x.dtype().expect_float(info.name)?;
+    if x.dtype().is_half() {
+        return norm(info, &x.cast(DType::F32)?, (gain, bias), eps, samples)?.cast(x.dtype());
+    }
+    let Some(&d) = x.shape().last() else {
+        return Err(Error::shape(info.name, "a scalar has no last dimension to normalise over"));
+    };
+    for p in [gain, bias].into_iter().flatten() {
+        if p.shape() != [d] {
+            let message = format!("{} is {:?}, the input {:?} needs [{d}]", p.name(), p.shape(), x.shape());
+            return Err(Error::shape(info.name, message));
+        }
+    }
+    if !(eps >= 0.0 && eps.is_finite()) {
+        return Err(Error::invalid(info.name, format!("ε = {eps}; use a small positive number")));
+    }
+    let samples = samples_or_leading(samples, x.shape(), 1);
+    let n = x.numel().checked_div(d).unwrap_or(0);
+    if samples.rows() != n {
+        return Err(Error::shape(info.name, format!("the samples map {} rows, the input has {n}", samples.rows())));
+    }
+    let (dtype, center) = (x.dtype(), info.name != "rms_norm");
+    let xa = x.array().contiguous();
+    let params: Vec<&Param> = [gain, bias].into_iter().flatten().collect();
+    let back =
+        |x: Array, stats: Array| Back { info, x, stats, gain: gain.cloned(), bias: bias.cloned(), center, samples };
+    if let Some(gpu) = xa.gpu() {
+        let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
+        let (y, stats) = cuda::norm(gpu, &xa, (g.as_ref(), b.as_ref()), (eps, center))?;
+        return Ok(Tensor::record(y, &[x], &params, || back(xa, stats)));
+    }
+    let (mut y, mut stats) = (Array::uninit(x.shape(), dtype), Array::uninit(&[n, 2], dtype));
+    with_float!(info.name, dtype, T => {
+        let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
+        let g = g.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
+        let b = b.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
+        let options = (d, center, <T as Element>::from_f64(eps));
+        cpu::norm_forward(xa.as_slice::<T>()?, options, (g, b), y.fresh_mut(), stats.fresh_mut());
+        Ok(())
+    })?;
+    Ok(Tensor::record(y, &[x], &params, || back(xa, stats)))
+}
+
+/// Layer norm over the last dimension of `x [B, …, d]` (Ba et al. 2016); gain and bias `[d]`. Dimension 0 counts samples
+/// unless `samples` maps the rows.
+pub fn layer_norm(
+    x: &Tensor,
+    gain: Option<&Param>,
+    bias: Option<&Param>,
+    eps: f64,
+    samples: Option<&Samples>,
+) -> Result<Tensor> {
+    let _op = spans::op("layer_norm");
+    spans::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
+    norm(&LAYER_NORM, x, (gain, bias), eps, samples)
+}
+
+/// x/√(mean(x²) + ε)·gain over the last dimension (Zhang & Sennrich 2019).
+pub fn rms_norm(x: &Tensor, gain: Option<&Param>, eps: f64, samples: Option<&Samples>) -> Result<Tensor> {
+    let _op = spans::op("rms_norm");
+    spans::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
+    norm(&RMS_NORM, x, (gain, None), eps, samples)
+}
+
+/// Group norm of `x [B, C, …]` over each of `groups` groups of channels (Wu & He 2018); gain and bias `[C]`. Samples are
+/// dimension 0.
+pub fn group_norm(x: &Tensor, groups: usize, gain: Option<&Param>, bias: Option<&Param>, eps: f64) -> Result<Tensor> {
+    let _op = spans::op("group_norm");
+    spans::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
+    let [b, c, ..] = x.shape()[..] else {
+        return Err(Error::shape("group_norm", format!("input {:?}; it must be [B, C, …]", x.shape())));
+    };
+    if groups == 0 || !c.is_multiple_of(groups) {
+        return Err(Error::invalid("group_norm", format!("{c} channels do not divide into {groups} groups")));
+    }
+    for p in [gain, bias].into_iter().flatten() {
+        if p.shape() != [c] {
+            return Err(Error::shape("group_norm", format!("{} is {:?}, not [{c}]", p.name(), p.shape())));
+        }
+    }
+    if x.dtype().is_half() {
+        return group_norm(&x.cast(DType::F32)?, groups, gain, bias, eps)?.cast(x.dtype());
+    }
+    let positions: usize = x.shape()[2..].iter().product();
+    let flat = x.reshape(&[b, groups, c / groups * positions])?;
+    let y = norm(&GROUP_NORM, &flat, (None, None), eps, None)?;
+    // Channels last, so that gain and bias act on rows of C, each row a position of its sample.
+    let rows = y.reshape(&[b, c, positions])?.transpose(1, 2)?;
+    let z = affine(&rows, gain, bias)?;
+    z.transpose(1, 2)?.reshape(x.shape())
+}
+
+/// x·gain + bias over the last dimension of `[B, rows, C]`, factored.
+fn affine(x: &Tensor, gain: Option<&Param>, bias: Option<&Param>) -> Result<Tensor> {
+    struct Affine {
+        x: Array,
+        gain: Option<Param>,
+        bias: Option<Param>,
+    }
+    impl Rule for Affine {
+        fn info(&self) -> &'static OpInfo {
+            &GROUP_NORM
+        }
+        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            let (c, samples) = (*grad.shape().last().unwrap_or(&1), Samples::leading(grad.shape(), 1));
+            let dy = grad.contiguous().reshape(&[samples.rows(), c])?;
+            if flow.wants(0) {
+                let dx = match &self.gain {
+                    Some(g) => Tensor::new(grad).mul(&Tensor::new(g.value().cast(dy.dtype())))?.into_array(),
+                    None => grad,
+                };
+                flow.input(0, dx);
+            }
+            if let Some(g) = &self.gain {
+                let scale = self.x.contiguous().reshape(&[samples.rows(), c])?;
+                flow.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: samples.clone() });
+            }
+            if let Some(b) = &self.bias {
+                flow.param(b, Factor::RowSum { grad: dy, samples });
+            }
+            Ok(())
+        }
+    }
+    let value = |p: &Param| Tensor::new(p.value().cast(x.dtype()));
+    let mut y = x.detach();
+    if let Some(g) = gain {
+        y = y.mul(&value(g))?;
+    }
+    if let Some(b) = bias {
+        y = y.add(&value(b))?;
+    }
+    let params: Vec<&Param> = [gain, bias].into_iter().flatten().collect();
+    Ok(Tensor::record(y.into_array(), &[x], &params, || Affine {
+        x: x.array().clone(),
+        gain: gain.cloned(),
+        bias: bias.cloned(),
+    }))
+}

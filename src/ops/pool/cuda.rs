@@ -1,0 +1,52 @@
+//! Launches of the pooling kernels of `cuda/conv.cu`.
+
+use crate::array::cuda::suffix;
+use crate::array::{Arguments, Array};
+use crate::base::{DType, Result};
+use crate::device::cuda::{Gpu, Launch};
+use std::sync::Arc;
+
+/// Size, places, kernel, stride, padding, by height and width; stride 0 where windows are adaptive.
+pub(crate) type Pool = [[usize; 2]; 5];
+
+/// A pooling kernel over `planes`; `index` sits where the kernel has it.
+fn pool(
+    gpu: &Arc<Gpu>,
+    name: &str,
+    arrays: &[&Array],
+    (planes, elements, dtype): (usize, usize, DType),
+    p: &Pool,
+) -> Result<()> {
+    let l = Launch::new(gpu, "conv", &format!("{name}_{}", suffix(dtype)))?.grid(elements.div_ceil(256), 1, 1);
+    let l = arrays.iter().fold(l, |l, a| l.array(a));
+    l.val(planes as i64).val(p.map(|[h, w]| [h as i64, w as i64])).run()
+}
+
+/// Mean of each window: `[B, C, H, W]` to `shape`.
+pub(crate) fn average(gpu: &Arc<Gpu>, x: &Array, p: &Pool, shape: &[usize]) -> Result<Array> {
+    let out = Array::uninit_on(gpu, shape, x.dtype())?;
+    pool(gpu, "avg_pool", &[x, &out], (shape[0] * shape[1], out.numel(), x.dtype()), p)?;
+    Ok(out)
+}
+
+/// Its gradient, of the images' `shape`.
+pub(crate) fn average_grad(gpu: &Arc<Gpu>, g: &Array, p: &Pool, shape: &[usize]) -> Result<Array> {
+    let out = Array::uninit_on(gpu, shape, g.dtype())?;
+    pool(gpu, "avg_pool_grad", &[g, &out], (shape[0] * shape[1], out.numel(), g.dtype()), p)?;
+    Ok(out)
+}
+
+/// Largest value of each window, and where it stands in its plane (u32).
+pub(crate) fn largest(gpu: &Arc<Gpu>, x: &Array, p: &Pool, shape: &[usize]) -> Result<(Array, Array)> {
+    let out = Array::uninit_on(gpu, shape, x.dtype())?;
+    let index = Array::uninit_on(gpu, shape, DType::U32)?;
+    pool(gpu, "max_pool", &[x, &out, &index], (shape[0] * shape[1], out.numel(), x.dtype()), p)?;
+    Ok((out, index))
+}
+
+/// Its gradient, of the images' `shape`.
+pub(crate) fn largest_grad(gpu: &Arc<Gpu>, g: &Array, index: &Array, p: &Pool, shape: &[usize]) -> Result<Array> {
+    let out = Array::uninit_on(gpu, shape, g.dtype())?;
+    pool(gpu, "max_pool_grad", &[g, index, &out], (shape[0] * shape[1], out.numel(), g.dtype()), p)?;
+    Ok(out)
+}

@@ -1,0 +1,480 @@
+//! Reductions: sums, means, extremes, logsumexp; and what sorts or scans: cumsum, topk, sort.
+
+pub(crate) mod cuda;
+
+use crate::array::shape::Dims;
+use crate::array::{Array, shape};
+use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::base::{DType, Error, Float, Result};
+use crate::device::spans;
+use crate::kernels::sums::cuda as gpu_rows;
+use crate::kernels::{elementwise as ew, sums as cpu};
+use crate::ops::reduce::cuda::Extreme;
+use crate::{Tensor, with_float};
+
+/// Sums the dimensions along which `a` was broadcast from `shape`.
+pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
+    if a.shape() == shape {
+        return Ok(a.clone());
+    }
+    if a.dtype().is_half() {
+        return Ok(sum_to(&a.cast(a.dtype().compute()), shape)?.cast(a.dtype()));
+    }
+    let lead = a.rank() - shape.len();
+    let dims: Vec<usize> = (0..a.rank()).filter(|&d| d < lead || (shape[d - lead] == 1 && a.shape()[d] != 1)).collect();
+    sum_dims(a, &dims)?.reshape(shape)
+}
+
+/// Sums the listed dimensions away (sizes become 1 and are dropped).
+pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
+    let kept: Vec<usize> = (0..a.rank()).filter(|d| !dims.contains(d)).collect();
+    let out_shape: Dims = kept.iter().map(|&d| a.shape()[d]).collect();
+    let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
+    // Leading dimensions of a contiguous array: column sums, without moving data.
+    let leading = !kept.is_empty() && dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
+    if let Some(gpu) = a.gpu() {
+        a.dtype().expect_float("sum")?;
+        if leading {
+            return gpu_rows::sum_columns(gpu, a, cols, rows, &out_shape);
+        }
+        let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
+        return gpu_rows::sum_rows(gpu, &a.permute(&order)?.contiguous(), rows, cols, &out_shape);
+    }
+    with_float!("sum", a.dtype(), T => {
+        let mut out = Array::uninit(&out_shape, a.dtype());
+        if leading {
+            cpu::sum_columns::<T>(a.as_slice::<T>()?, cols, rows, out.fresh_mut::<T>());
+        } else {
+            let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
+            let a = a.permute(&order)?.contiguous();
+            cpu::sum_rows::<T>(a.as_slice::<T>()?, rows, cols, out.fresh_mut::<T>());
+        }
+        Ok(out)
+    })
+}
+
+/// Dimensions to reduce, resolved, sorted, without repeats; all of them if none are listed.
+fn resolve(op: &'static str, dims: &[isize], rank: usize) -> Result<Vec<usize>> {
+    let mut out = dims.iter().map(|&d| shape::dim(op, d, rank)).collect::<Result<Vec<_>>>()?;
+    if dims.is_empty() {
+        out = (0..rank).collect();
+    }
+    out.sort_unstable();
+    if out.windows(2).any(|w| w[0] == w[1]) {
+        return Err(Error::invalid(op, format!("dimensions {dims:?} name one twice")));
+    }
+    Ok(out)
+}
+
+/// `shape` with the reduced dimensions as 1.
+fn with_ones(shape: &[usize], dims: &[usize]) -> Dims {
+    shape.iter().enumerate().map(|(d, &s)| if dims.contains(&d) { 1 } else { s }).collect()
+}
+
+fn case(g: &mut Gen, f: fn(&Tensor, &[isize], bool) -> Result<Tensor>) -> Result<Case> {
+    let rank = g.size(1, 3);
+    let shape = g.shape(rank);
+    let dims: Vec<isize> = (0..rank as isize).filter(|_| g.chance(0.5)).collect();
+    let keep = g.chance(0.5);
+    // Distinct values, so that extremes have no ties.
+    let x = g.distinct(&shape);
+    Ok(Case::new(vec![x], move |t| f(&t[0], &dims, keep)))
+}
+
+static SUM: OpInfo = OpInfo {
+    name: "sum",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g| case(g, Tensor::sum), |g| case(g, Tensor::mean), |g| case(g, Tensor::var)],
+};
+static MAX: OpInfo = OpInfo {
+    name: "max",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g| case(g, Tensor::max), |g| case(g, Tensor::min)],
+};
+static LOGSUMEXP: OpInfo = OpInfo {
+    name: "logsumexp",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g| case(g, Tensor::logsumexp)],
+};
+static CUMSUM: OpInfo = OpInfo {
+    name: "cumsum",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g| {
+        let shape = g.shape(3);
+        let d = g.size(0, 2) as isize;
+        Ok(Case::new(vec![g.array(&shape)], move |t| t[0].cumsum(d)))
+    }],
+};
+static SORT: OpInfo = OpInfo {
+    name: "sort",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[
+        |g| {
+            let shape = g.shape(2);
+            let d = g.size(0, 1) as isize;
+            let down = g.chance(0.5);
+            Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].sort(d, down)?.0)))
+        },
+        |g| {
+            let shape = g.shape(2);
+            let k = g.size(1, shape[1]);
+            Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].topk(k, -1)?.0)))
+        },
+    ],
+};
+static ARGMAX: OpInfo = OpInfo {
+    name: "argmax",
+    differentiable: Differentiable::No("the result is an index"),
+    factor: NO_PARAMS,
+    cases: &[|g| {
+        let shape = g.shape(2);
+        let d = g.size(0, 1) as isize;
+        Ok(Case::new(vec![g.distinct(&shape)], move |t| t[0].argmax(d)))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&SUM, &MAX, &LOGSUMEXP, &CUMSUM, &SORT, &ARGMAX];
+
+struct SumBack {
+    shape: Dims,
+    ones: Dims,
+}
+impl Rule for SumBack {
+    fn info(&self) -> &'static OpInfo {
+        &SUM
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        flow.input(0, grad.reshape(&self.ones)?.expand(&self.shape)?);
+        Ok(())
+    }
+}
+
+impl Tensor {
+    /// Sum over `dims` (all if empty); `keep` leaves them with size 1. Deterministic: the order of additions depends
+    /// only on the shape.
+    pub fn sum(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        let _op = spans::op("sum");
+        self.dtype().expect_float("sum")?;
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.sum(dims, keep)?.cast(self.dtype());
+        }
+        let dims = resolve("sum", dims, self.rank())?;
+        let ones = with_ones(self.shape(), &dims);
+        let mut y = sum_dims(self.array(), &dims)?;
+        if keep {
+            y = y.reshape(&ones)?;
+        }
+        let shape: Dims = self.shape().into();
+        Ok(Tensor::record(y, &[self], &[], || SumBack { shape, ones }))
+    }
+    /// Mean over `dims` (all if empty).
+    pub fn mean(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        let n: usize = resolve("mean", dims, self.rank())?.iter().map(|&d| self.shape()[d]).product();
+        self.sum(dims, keep)?.mul_scalar(1.0 / n as f64)
+    }
+    /// Population variance over `dims` (all if empty): mean of (x − mean)².
+    pub fn var(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        self.sub(&self.mean(&all_if_empty(dims, self.rank()), true)?)?.square()?.mean(dims, keep)
+    }
+    /// Largest value over `dims` (all if empty). The gradient goes to the first of equal values.
+    pub fn max(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        extreme(self, dims, keep, false)
+    }
+    /// Smallest value over `dims` (all if empty). The gradient goes to the first of equal values.
+    pub fn min(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        extreme(self, dims, keep, true)
+    }
+    /// Index (u32) of the largest value along `dim`; the first of equal values. Not differentiable.
+    pub fn argmax(&self, dim: isize) -> Result<Tensor> {
+        let _op = spans::op("argmax");
+        self.dtype().expect_float("argmax")?;
+        let d = shape::dim("argmax", dim, self.rank())?;
+        let (moved, kept) = rows_last("argmax", &self.array().cast(self.dtype().compute()), &[d])?;
+        let cols = self.shape()[d];
+        if let Some(gpu) = moved.gpu() {
+            let sizes = (shape::numel(&kept), cols);
+            return Ok(Tensor::new(cuda::extreme(gpu, &moved, sizes, Extreme::ArgMax, &kept)?.1));
+        }
+        let index =
+            with_float!("argmax", moved.dtype(), T => Ok(argbest(moved.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
+        Ok(Tensor::new(Array::from_slice(&index, &kept)?))
+    }
+    /// ln Σ exp x over `dims` (all if empty), without overflow.
+    pub fn logsumexp(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        let _op = spans::op("logsumexp");
+        self.dtype().expect_float("logsumexp")?;
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.logsumexp(dims, keep)?.cast(self.dtype());
+        }
+        struct Back {
+            x: Array,
+            y: Array,
+            ones: Dims,
+        }
+        impl Rule for Back {
+            fn info(&self) -> &'static OpInfo {
+                &LOGSUMEXP
+            }
+            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                if let Some(gpu) = grad.gpu() {
+                    let wide = |a: &Array| a.reshape(&self.ones)?.expand(self.x.shape());
+                    let g = grad.contiguous();
+                    flow.input(0, cuda::logsumexp_grad(gpu, &self.x, &wide(&self.y)?, &wide(&g)?)?);
+                    return Ok(());
+                }
+                with_float!("logsumexp", grad.dtype(), T => {
+                    let p = ew::zip::<T, T, T>("logsumexp", &self.x, &self.y.reshape(&self.ones)?, |x, y| (x - y).exp())?;
+                    flow.input(0, ew::zip::<T, T, T>("logsumexp", &p, &grad.reshape(&self.ones)?, |p, g| p * g)?);
+                    Ok(())
+                })
+            }
+        }
+        let dims = resolve("logsumexp", dims, self.rank())?;
+        let ones = with_ones(self.shape(), &dims);
+        let (moved, kept) = rows_last("logsumexp", self.array(), &dims)?;
+        let cols: usize = dims.iter().map(|&d| self.shape()[d]).product();
+        let on_gpu = match moved.gpu() {
+            Some(gpu) => Some(cuda::logsumexp(gpu, &moved, (shape::numel(&kept), cols), &kept)?),
+            None => None,
+        };
+        let y = match on_gpu {
+            Some(found) => found,
+            None => with_float!("logsumexp", self.dtype(), T => {
+            let x = moved.as_slice::<T>()?;
+            let mut out = Array::uninit(&kept, self.dtype());
+            out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
+                let row = &x[r * cols..(r + 1) * cols];
+                let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.larger(x));
+                let s: T = row.iter().map(|&x| (x - m).exp()).sum();
+                *o = if m.finite() { m + s.ln() } else { m };
+            });
+            Ok(out)
+                })?,
+        };
+        let (x, saved) = (self.array().clone(), y.clone());
+        let y = if keep { y.reshape(&ones)? } else { y };
+        Ok(Tensor::record(y, &[self], &[], || Back { x, y: saved, ones }))
+    }
+    /// Running sum along `dim`.
+    pub fn cumsum(&self, dim: isize) -> Result<Tensor> {
+        let _op = spans::op("cumsum");
+        self.dtype().expect_float("cumsum")?;
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.cumsum(dim)?.cast(self.dtype());
+        }
+        struct Back(usize);
+        impl Rule for Back {
+            fn info(&self) -> &'static OpInfo {
+                &CUMSUM
+            }
+            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+                flow.input(0, scan(&grad, self.0, true)?);
+                Ok(())
+            }
+        }
+        let d = shape::dim("cumsum", dim, self.rank())?;
+        let y = scan(self.array(), d, false)?;
+        Ok(Tensor::record(y, &[self], &[], || Back(d)))
+    }
+    /// The `k` largest values along `dim`, in falling order, and their indices (u32). Equal values keep their order.
+    pub fn topk(&self, k: usize, dim: isize) -> Result<(Tensor, Tensor)> {
+        let _op = spans::op("sort");
+        let d = shape::dim("topk", dim, self.rank())?;
+        if k > self.shape()[d] {
+            return Err(Error::invalid("topk", format!("k = {k} of dimension {d} with size {}", self.shape()[d])));
+        }
+        sorted(self, d, k, true)
+    }
+    /// Values sorted along `dim` and their indices (u32); a stable sort, NaN last.
+    pub fn sort(&self, dim: isize, descending: bool) -> Result<(Tensor, Tensor)> {
+        let _op = spans::op("sort");
+        let d = shape::dim("sort", dim, self.rank())?;
+        sorted(self, d, self.shape()[d], descending)
+    }
+}
+
+fn all_if_empty(dims: &[isize], rank: usize) -> Vec<isize> {
+    if dims.is_empty() { (0..rank as isize).collect() } else { dims.to_vec() }
+}
+
+/// The array with `dims` moved last, contiguous, and the shape of what is left.
+fn rows_last(op: &'static str, a: &Array, dims: &[usize]) -> Result<(Array, Dims)> {
+    let kept: Vec<usize> = (0..a.rank()).filter(|d| !dims.contains(d)).collect();
+    let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
+    let out: Dims = kept.iter().map(|&d| a.shape()[d]).collect();
+    if dims.iter().any(|&d| a.shape()[d] == 0) && shape::numel(&out) > 0 {
+        return Err(Error::shape(op, format!("nothing to reduce in {:?}", a.shape())));
+    }
+    Ok((a.permute(&order)?.contiguous(), out))
+}
+
+fn argbest<T: Float>(x: &[T], cols: usize, better: impl Fn(T, T) -> bool) -> Vec<u32> {
+    x.chunks_exact(cols.max(1))
+        .map(|row| (1..cols).fold(0, |best, i| if better(row[i], row[best]) { i } else { best }) as u32)
+        .collect()
+}
+
+/// Sends `grad` of the picked elements back to where they stood: rows of `cols`, `k` picks each.
+fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], shape: &[usize]) -> Result<Array> {
+    let permuted: Dims = order.iter().map(|&d| shape[d]).collect();
+    let grad = grad.contiguous();
+    let dx = match grad.gpu() {
+        Some(gpu) => cuda::unpick(gpu, &grad, index, (k, cols), &permuted)?,
+        None => {
+            let mut dx = Array::zeros(&permuted, grad.dtype());
+            with_float!("unpick", grad.dtype(), T => {
+                let (g, d) = (grad.as_slice::<T>()?, dx.fresh_mut::<T>());
+                for (i, (&g, &at)) in g.iter().zip(index.as_slice::<u32>()?).enumerate() {
+                    d[(i / k) * cols + at as usize] = g;
+                }
+                Ok(())
+            })?;
+            dx
+        }
+    };
+    let mut back = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(i, &d)| back[d] = i);
+    dx.permute(&back)
+}
+
+fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Tensor> {
+    let _op = spans::op("max");
+    t.dtype().expect_float("max")?;
+    if t.dtype().is_half() {
+        return extreme(&t.cast(DType::F32)?, dims, keep, smallest)?.cast(t.dtype());
+    }
+    struct Back {
+        index: Array,
+        cols: usize,
+        order: Vec<usize>,
+        shape: Dims,
+    }
+    impl Rule for Back {
+        fn info(&self) -> &'static OpInfo {
+            &MAX
+        }
+        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            flow.input(0, unpick(&grad, &self.index, 1, self.cols, &self.order, &self.shape)?);
+            Ok(())
+        }
+    }
+    let dims = resolve("max", dims, t.rank())?;
+    let ones = with_ones(t.shape(), &dims);
+    let (moved, kept) = rows_last("max", t.array(), &dims)?;
+    let cols: usize = dims.iter().map(|&d| t.shape()[d]).product();
+    let on_gpu = match moved.gpu() {
+        Some(gpu) => {
+            let which = if smallest { Extreme::Smallest } else { Extreme::Largest };
+            let (y, index) = cuda::extreme(gpu, &moved, (shape::numel(&kept), cols), which, &kept)?;
+            Some((index, y))
+        }
+        None => None,
+    };
+    let (index, mut y) = match on_gpu {
+        Some(found) => found,
+        None => with_float!("max", t.dtype(), T => {
+        let x = moved.as_slice::<T>()?;
+        // NaN wins, so that it is seen.
+        let index = argbest(x, cols, |a: T, b: T| (if smallest { a < b } else { a > b }) || (a.is_nan() && !b.is_nan()));
+        let best: Vec<T> = index.iter().enumerate().map(|(r, &i)| x[r * cols + i as usize]).collect();
+        Ok((Array::from_slice(&index, &kept)?, Array::from_slice(&best, &kept)?))
+        })?,
+    };
+    if keep {
+        y = y.reshape(&ones)?;
+    }
+    let order: Vec<usize> = (0..t.rank()).filter(|d| !dims.contains(d)).chain(dims.iter().copied()).collect();
+    let shape: Dims = t.shape().into();
+    Ok(Tensor::record(y, &[t], &[], || Back { index, cols, order, shape }))
+}
+
+/// Running sums along dimension `d`, from the end if `reverse`.
+fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
+    let (n, inner) = (a.shape()[d], a.shape()[d + 1..].iter().product::<usize>());
+    if let Some(gpu) = a.gpu() {
+        return cuda::cumsum(gpu, a, (a.shape()[..d].iter().product(), n, inner), reverse);
+    }
+    let mut y = a.copy();
+    with_float!("cumsum", a.dtype(), T => {
+        for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
+            for i in 1..n {
+                let (to, from) = if reverse { (n - 1 - i, n - i) } else { (i, i - 1) };
+                for j in 0..inner {
+                    let s = block[to * inner + j] + block[from * inner + j];
+                    block[to * inner + j] = s;
+                }
+            }
+        }
+        Ok(())
+    })?;
+    Ok(y)
+}
+
+fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, Tensor)> {
+    t.dtype().expect_float("sort")?;
+    if t.dtype().is_half() {
+        let (v, i) = sorted(&t.cast(DType::F32)?, d, k, descending)?;
+        return Ok((v.cast(t.dtype())?, i));
+    }
+    struct Back {
+        index: Array,
+        k: usize,
+        order: Vec<usize>,
+        shape: Dims,
+    }
+    impl Rule for Back {
+        fn info(&self) -> &'static OpInfo {
+            &SORT
+        }
+        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            let cols = self.shape[self.order[self.order.len() - 1]];
+            let grad = grad.permute(&self.order)?;
+            flow.input(0, unpick(&grad, &self.index, self.k, cols, &self.order, &self.shape)?);
+            Ok(())
+        }
+    }
+    let order: Vec<usize> = (0..t.rank()).filter(|&i| i != d).chain([d]).collect();
+    let moved = t.array().permute(&order)?.contiguous();
+    let cols = t.shape()[d];
+    let mut out: Dims = moved.shape().into();
+    out[t.rank() - 1] = k;
+    let on_gpu = match moved.gpu() {
+        Some(gpu) => {
+            let rows = moved.numel().checked_div(cols).unwrap_or(0);
+            let (values, index) = cuda::sort(gpu, &moved, (rows, cols, k), descending, &out)?;
+            Some((index, values))
+        }
+        None => None,
+    };
+    let (index, values) = match on_gpu {
+        Some(found) => found,
+        None => with_float!("sort", t.dtype(), T => {
+        let x = moved.as_slice::<T>()?;
+        let (mut index, mut values) = (Vec::new(), Vec::new());
+        for row in x.chunks_exact(cols.max(1)) {
+            let mut at: Vec<u32> = (0..cols as u32).collect();
+            at.sort_by(|&i, &j| {
+                let (a, b) = (row[i as usize], row[j as usize]);
+                let by_value = if descending { b.partial_cmp(&a) } else { a.partial_cmp(&b) };
+                by_value.unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
+            });
+            at.truncate(k);
+            values.extend(at.iter().map(|&i| row[i as usize]));
+            index.extend(at);
+        }
+        Ok((Array::from_slice(&index, &out)?, Array::from_slice(&values, &out)?))
+        })?,
+    };
+    let ids = index.clone();
+    let mut back = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(i, &o)| back[o] = i);
+    let shape: Dims = t.shape().into();
+    let y = values.permute(&back)?;
+    Ok((Tensor::record(y, &[t], &[], || Back { index, k, order, shape }), Tensor::new(ids.permute(&back)?)))
+}

@@ -1,0 +1,222 @@
+//! Rotary position embedding (Su et al. 2021, RoFormer).
+//!
+//! Pair i of a head of size D is turned by the angle t·base^(−2i/D) at position t. A rotation's gradient is the rotation
+//! back, so nothing but the table is kept. 3·N FLOPs, one pass over memory.
+
+pub(crate) mod cuda;
+
+use crate::array::Array;
+use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::base::{DType, Error, Float, Result};
+use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+use crate::device::cuda::Gpu;
+use crate::device::{Device, spans};
+use crate::{Tensor, with_float};
+use std::sync::{Arc, Mutex};
+
+/// Which two elements of a head are turned together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pairing {
+    /// Elements i and i + D/2 (GPT-NeoX, Llama in Hugging Face's layout).
+    Half,
+    /// Elements 2i and 2i + 1 (the paper, GPT-J).
+    Interleaved,
+}
+
+/// Cosines and sines of every position and pair, computed in f64 and rounded once. Build it once per model and share it
+/// between layers; clones are handles.
+#[derive(Clone, Debug)]
+pub struct RotaryTable(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    len: usize,
+    half: usize,
+    /// cos and sin, `[len, half]` each.
+    f32: [Vec<f32>; 2],
+    f64: [Vec<f64>; 2],
+    /// One of them in a GPU's memory, with the GPU's number: the last that was asked for.
+    on_gpu: Mutex<Option<(usize, Array, Array)>>,
+}
+
+impl RotaryTable {
+    /// Positions `0..len` for heads of `dim` (even) elements; `base` is usually 10000.
+    pub fn new(len: usize, dim: usize, base: f64) -> Result<RotaryTable> {
+        if !dim.is_multiple_of(2) {
+            return Err(Error::shape("rotary", format!("heads of {dim} elements cannot be paired; use an even size")));
+        }
+        if !(base.is_finite() && base > 0.0) {
+            return Err(Error::invalid("rotary", format!("base {base} must be positive")));
+        }
+        let frequencies: Vec<f64> = (0..dim / 2).map(|i| base.powf(-2.0 * i as f64 / dim as f64)).collect();
+        Ok(RotaryTable::with_frequencies(len, &frequencies))
+    }
+    /// Positions `0..len`, pair i turned by `frequencies[i]` radians per position (scaled or interpolated variants).
+    pub fn with_frequencies(len: usize, frequencies: &[f64]) -> RotaryTable {
+        let table = |f: fn(f64) -> f64| -> Vec<f64> {
+            (0..len).flat_map(|t| frequencies.iter().map(move |w| f(t as f64 * w))).collect()
+        };
+        let f64 = [table(f64::cos), table(f64::sin)];
+        let f32 = [0, 1].map(|k: usize| f64[k].iter().map(|&x| x as f32).collect());
+        RotaryTable(Arc::new(Inner { len, half: frequencies.len(), f32, f64, on_gpu: Mutex::default() }))
+    }
+    /// Number of positions.
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+    /// Whether it holds no position.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+    /// Size of the heads it turns.
+    pub fn dim(&self) -> usize {
+        2 * self.0.half
+    }
+    /// cos and sin in a GPU's memory, f32 or f64.
+    fn on_gpu(&self, gpu: &Arc<Gpu>, dtype: DType) -> Result<(Array, Array)> {
+        let mut slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((ordinal, cos, sin)) = &*slot
+            && *ordinal == gpu.ordinal()
+            && cos.dtype() == dtype
+        {
+            return Ok((cos.clone(), sin.clone()));
+        }
+        let (device, shape) = (Device::Cuda(gpu.clone()), [self.0.len, self.0.half]);
+        let table = |k: usize| match dtype {
+            DType::F32 => Array::from_slice(&self.0.f32[k], &shape)?.to(&device),
+            _ => Array::from_slice(&self.0.f64[k], &shape)?.to(&device),
+        };
+        let (cos, sin) = (table(0)?, table(1)?);
+        *slot = Some((gpu.ordinal(), cos.clone(), sin.clone()));
+        Ok((cos, sin))
+    }
+    fn tables<T: Float>(&self) -> (&[T], &[T]) {
+        let cast = |k: usize| -> &[T] {
+            if T::DTYPE == DType::F32 {
+                bytemuck::cast_slice(&self.0.f32[k])
+            } else {
+                bytemuck::cast_slice(&self.0.f64[k])
+            }
+        };
+        (cast(0), cast(1))
+    }
+}
+
+static ROTARY: OpInfo = OpInfo {
+    name: "rotary",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g: &mut Gen| {
+        let (b, t, h, half) = (g.size(1, 3), g.size(0, 4), g.size(1, 3), g.size(1, 3));
+        let offset = g.size(0, 3);
+        let table = RotaryTable::new(offset + t + g.size(0, 2), 2 * half, 100.0)?;
+        let pairing = if g.chance(0.5) { Pairing::Half } else { Pairing::Interleaved };
+        Ok(Case::new(vec![g.array(&[b, t, h, 2 * half])], move |x| x[0].rotary(&table, offset, pairing)))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&ROTARY];
+
+struct Back {
+    table: RotaryTable,
+    offset: usize,
+    pairing: Pairing,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &ROTARY
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        flow.input(0, turn(&grad, &self.table, self.offset, self.pairing, true)?);
+        Ok(())
+    }
+}
+
+/// Turns `x [B, T, H, D]`, backwards if `inverse`. Strided inputs (a slice of a fused projection) are read in place.
+fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse: bool) -> Result<Array> {
+    let strided = x.strides()[3] == 1;
+    let x = if strided { x.clone() } else { x.contiguous() };
+    let (t_count, h_count, d) = (x.shape()[1], x.shape()[2], x.shape()[3]);
+    let half = d / 2;
+    if let Some(gpu) = x.gpu() {
+        let (cos, sin) = table.on_gpu(gpu, x.dtype())?;
+        let way = (pairing == Pairing::Interleaved, inverse);
+        return cuda::rotary(gpu, &x, (&cos, &sin), offset, way);
+    }
+    let mut out = Array::uninit(x.shape(), x.dtype());
+    if out.numel() == 0 {
+        return Ok(out);
+    }
+    with_float!("rotary", x.dtype(), T => {
+        let (cos, sin) = table.tables::<T>();
+        let sign = if inverse { -T::ONE } else { T::ONE };
+        let (src, dst) = (x.raw::<T>()?, Shared::new(out.fresh_mut::<T>()));
+        let strides = x.strides();
+        par_chunks(x.numel() / d, (GRAIN / d).max(1), |range| {
+            for row in range {
+                let (h, t, b) = (row % h_count, row / h_count % t_count, row / h_count / t_count);
+                let at = b * strides[0] + t * strides[1] + h * strides[2];
+                let x = &src[at..at + d];
+                // SAFETY: each row is written once.
+                let y = unsafe { dst.slice(row * d..(row + 1) * d) };
+                let place = (offset + t) * half..(offset + t + 1) * half;
+                let (c, s) = (&cos[place.clone()], &sin[place]);
+                simd(
+                    #[inline(always)]
+                    || match pairing {
+                        Pairing::Half => {
+                            let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
+                            for i in 0..half {
+                                let s = sign * s[i];
+                                y1[i] = x1[i] * c[i] - x2[i] * s;
+                                y2[i] = x2[i] * c[i] + x1[i] * s;
+                            }
+                        }
+                        Pairing::Interleaved => {
+                            for (i, (x, y)) in x.chunks_exact(2).zip(y.chunks_exact_mut(2)).enumerate() {
+                                let s = sign * s[i];
+                                y[0] = x[0] * c[i] - x[1] * s;
+                                y[1] = x[1] * c[i] + x[0] * s;
+                            }
+                        }
+                    },
+                );
+            }
+        });
+        Ok(out)
+    })
+}
+
+impl Tensor {
+    /// Rotary position embedding of queries or keys `[B, T, H, D]`: row t stands at position `offset + t` (the number of
+    /// cached positions when decoding, 0 otherwise).
+    pub fn rotary(&self, table: &RotaryTable, offset: usize, pairing: Pairing) -> Result<Tensor> {
+        let _op = spans::op("rotary");
+        self.dtype().expect_float("rotary")?;
+        let &[_, t, _, d] = self.shape() else {
+            return Err(Error::shape("rotary", format!("needs [batch, time, heads, size], got {:?}", self.shape())));
+        };
+        if d != table.dim() {
+            return Err(Error::shape(
+                "rotary",
+                format!("{:?} with a table for heads of {}", self.shape(), table.dim()),
+            ));
+        }
+        if offset + t > table.len() {
+            return Err(Error::invalid(
+                "rotary",
+                format!("positions {offset}..{} of a table of {}; build a longer table", offset + t, table.len()),
+            ));
+        }
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.rotary(table, offset, pairing)?.cast(self.dtype());
+        }
+        let y = turn(self.array(), table, offset, pairing, false)?;
+        Ok(Tensor::record(y, &[self], &[], || Back { table: table.clone(), offset, pairing }))
+    }
+}
