@@ -281,7 +281,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     }
     let d = q.shape()[3];
     if q.array().gpu().is_some() && d > LARGEST_HEAD {
-        return bad(format!("heads of {d} on a GPU, whose kernels take up to LARGEST_HEAD; use more, smaller heads"));
+        return bad(format!("heads of {d} on a GPU, whose kernels take up to {LARGEST_HEAD}; use more, smaller heads"));
     }
     if let (Some(_), Some(gpu)) = (options.dropout, q.array().gpu()) {
         gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
