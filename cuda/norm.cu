@@ -5,7 +5,7 @@
 //                            i64 rows, i64 d, f64 eps, i32 center)
 //       y = (x − mean)·rstd·gain + bias; center 0 leaves the mean out (RMS). gain, bias [d] may be null.
 //       stats [rows, 2]: mean and rstd, kept for backward.
-//   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat,
+//   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat,
 //                            i64 rows, i64 d, i32 center)
 //       dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; x̂ for the gain's factor (a scaled row sum of dy by x̂; the
 //       bias's is the row sum of dy). gain, dx, xhat may be null; dx may be dy.
@@ -70,7 +70,7 @@ DEV void norm_body(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y,
     }
 }
 template <class T>
-DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat, i64 rows,
+DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, i64 rows,
                         i64 d, int center) {
     typedef acc_t<T> A;
     SHARED(A, red, [8]);
@@ -101,7 +101,7 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);
         T v[4], w[4];
-        A g[4];
+        A g[4], h[4];
         load4(x, i, count, v);
         if (dx) load4(dy, i, count, w);
         if (dx && gain) load4(gain, i, count, g);
@@ -110,10 +110,10 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
             if (k < count) {
                 A c = (to_acc(v[k]) - mean) * rstd;
                 if (dx) w[k] = from_acc<T>(rstd * (to_acc(w[k]) * (gain ? g[k] : A(1)) - a - c * b));
-                v[k] = from_acc<T>(c);
+                h[k] = c;
             }
         if (dx) store4(dx + t.row * d, i, count, w);
-        if (xhat) store4(xhat + t.row * d, i, count, v);
+        if (xhat) store4(xhat + t.row * d, i, count, h);
     }
 }
 #define INSTANCES(T, S)                                                                                        \
@@ -121,7 +121,7 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
                     i64 d, double eps, i32 center) {                                                           \
         norm_body(x, gain, bias, y, stats, rows, d, eps, center);                                              \
     }                                                                                                          \
-    KERNEL norm_grad_##S(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, T* xhat, \
+    KERNEL norm_grad_##S(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, \
                          i64 rows, i64 d, i32 center) {                                                        \
         norm_grad_body(x, stats, dy, gain, dx, xhat, rows, d, center);                                         \
     }

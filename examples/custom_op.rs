@@ -55,7 +55,7 @@ impl Rule for Back {
 /// The numbers alone, in f32 or f64.
 fn scaled(x: &Array, w: &Array) -> Result<Array> {
     let (x, mut y) = (x.contiguous(), Array::zeros(x.shape(), x.dtype()));
-    with_float!("exp_scale", x.dtype(), T => {
+    with_float!("exp_scale", x.dtype(), |T| {
         let factors: Vec<T> = w.as_slice::<T>()?.iter().map(|w| w.exp()).collect();
         let (from, to) = (x.as_slice::<T>()?, y.as_mut_slice::<T>()?);
         for (i, (y, &x)) in to.iter_mut().zip(from).enumerate() {

@@ -47,6 +47,13 @@ impl Array {
         }
         Ok(a)
     }
+    /// Memory on a device with whatever is in it, for what is about to be written as a whole.
+    pub(crate) fn uninit_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
+        match device.gpu() {
+            Some(gpu) => Array::uninit_on(gpu, shape, dtype),
+            None => Ok(Array::uninit(shape, dtype)),
+        }
+    }
     /// All zeros, where `device` is.
     pub fn zeros_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
         match device.gpu() {
@@ -81,7 +88,7 @@ impl Array {
     /// All equal to `value`, rounded to `dtype`.
     pub fn full(shape: &[usize], value: f64, dtype: DType) -> Array {
         let mut a = Array::uninit(shape, dtype);
-        with_dtype!(dtype, T => a.fresh_mut::<T>().fill(T::from_f64(value)));
+        with_dtype!(dtype, |T| a.fresh_mut::<T>().fill(T::from_f64(value)));
         a
     }
     /// All ones.
@@ -111,7 +118,7 @@ impl Array {
     /// Element `i` (row-major) is `f(i)`, rounded to `dtype`.
     pub fn generate(shape: &[usize], dtype: DType, f: impl Fn(usize) -> f64) -> Array {
         let mut a = Array::uninit(shape, dtype);
-        with_dtype!(dtype, T => a.fresh_mut::<T>().iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(f(i))));
+        with_dtype!(dtype, |T| a.fresh_mut::<T>().iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(f(i))));
         a
     }
     /// Little-endian bytes, row-major, as in safetensors.
@@ -186,7 +193,7 @@ impl Array {
         match (device, &self.storage) {
             (Device::Cuda(gpu), Storage::Cpu(_)) => {
                 let a = self.contiguous();
-                let block = with_dtype!(a.dtype, T => gpu.upload(&a.raw::<T>()?[..a.numel()]))?;
+                let block = with_dtype!(a.dtype, |T| gpu.upload(&a.raw::<T>()?[..a.numel()]))?;
                 Ok(Array::over(Storage::Cuda(Arc::new(block)), &a.shape, a.dtype))
             }
             (Device::Cpu, Storage::Cuda(_) | Storage::Lost(_)) => {
@@ -232,18 +239,18 @@ impl Array {
     }
     /// The elements converted to f64, row-major.
     pub fn to_f64(&self) -> Vec<f64> {
-        with_dtype!(self.dtype, T => self.here::<T>().iter().map(|x| x.to_f64()).collect())
+        with_dtype!(self.dtype, |T| self.here::<T>().iter().map(|x| x.to_f64()).collect())
     }
     /// The one element of an array with one element.
     pub fn item(&self) -> Result<f64> {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("{:?} has {} elements, not one", self.shape, self.numel())));
         }
-        with_dtype!(self.dtype, T => Ok(self.to_vec::<T>()?[0].to_f64()))
+        with_dtype!(self.dtype, |T| Ok(self.to_vec::<T>()?[0].to_f64()))
     }
     /// Little-endian bytes, row-major.
     pub fn to_bytes(&self) -> Vec<u8> {
-        with_dtype!(self.dtype, T => bytemuck::cast_slice(&self.here::<T>()).to_vec())
+        with_dtype!(self.dtype, |T| bytemuck::cast_slice(&self.here::<T>()).to_vec())
     }
     fn expect_dtype<T: Element>(&self, op: &'static str) -> Result<()> {
         if T::DTYPE == self.dtype {
@@ -279,7 +286,7 @@ impl Array {
             let ((to, to_at), (from, from_at)) = (self.block("write")?, src.block("write")?);
             return gpu.copy(to, to_at + at * size, from, from_at, src.numel() * size);
         }
-        with_dtype!(self.dtype, T => {
+        with_dtype!(self.dtype, |T| {
             self.as_mut_slice::<T>()?[at..at + src.numel()].copy_from_slice(src.as_slice::<T>()?)
         });
         Ok(())
@@ -297,7 +304,7 @@ impl Array {
         let src = src.contiguous();
         match src.block("refill") {
             Ok((from, from_at)) => block.gpu().copy(block, at, from, from_at, src.numel() * src.dtype.size()),
-            Err(_) => with_dtype!(src.dtype, T => block.gpu().upload_into(block, at, src.as_slice::<T>()?)),
+            Err(_) => with_dtype!(src.dtype, |T| block.gpu().upload_into(block, at, src.as_slice::<T>()?)),
         }
     }
     /// Where the first element lies in a GPU's memory.
@@ -350,7 +357,7 @@ impl Array {
             return gpu_ops::add_in_place(&gpu, self, other);
         }
         self.make_unique();
-        with_dtype!(self.dtype, T => {
+        with_dtype!(self.dtype, |T| {
             let other = other.contiguous();
             let src = &other.raw::<T>()?[..other.numel()];
             elementwise::add_assign(self.as_mut_slice::<T>()?, src);
@@ -495,7 +502,7 @@ impl Array {
             return gpu_ops::copy(gpu, self).unwrap_or_else(|e| self.lost(gpu, self.dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, self.dtype);
-        with_dtype!(self.dtype, T => self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
+        with_dtype!(self.dtype, |T| self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
     }
     /// In place of what could not be made: whoever uses it is told why.
@@ -511,7 +518,7 @@ impl Array {
             return gpu_ops::cast(gpu, self, dtype).unwrap_or_else(|e| self.lost(gpu, dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, dtype);
-        with_dtype!(self.dtype, S => with_dtype!(dtype, D => {
+        with_dtype!(self.dtype, |S| with_dtype!(dtype, |D| {
             self.copy_to::<S, D>(out.fresh_mut::<D>(), |x| D::from_f64(x.to_f64()))
         }));
         out

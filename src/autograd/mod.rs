@@ -7,6 +7,7 @@ mod param;
 mod param_grad;
 mod rule;
 mod samples;
+mod segments;
 mod tensor;
 
 pub use backward::{GradHook, Gradients};
@@ -18,5 +19,7 @@ pub(crate) use rule::NO_PARAMS;
 pub use rule::{Differentiable, FactorRule, Flow, OpInfo, Rule};
 pub(crate) use samples::Owners;
 pub use samples::{Ragged, Samples};
+pub(crate) use segments::SegmentsOnGpu;
+pub use segments::{Groups, Segments};
 pub use tensor::{Tensor, no_grad};
 pub(crate) use tensor::{is_recording, samples_or_leading};

@@ -106,7 +106,7 @@ impl ParamGrad {
             return self.sum_on(gpu, None);
         }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
-        with_float!("sum", self.dtype(), T => self.add_sum::<T>(None, out.as_mut_slice::<T>()?))?;
+        with_float!("sum", self.dtype(), |T| self.add_sum::<T>(None, out.as_mut_slice::<T>()?))?;
         Ok(out)
     }
     fn sum_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>) -> Result<Array> {
@@ -134,7 +134,7 @@ impl ParamGrad {
             return self.sum_on(gpu, Some(&gpu_factored::weights(gpu, weights, self.dtype())?));
         }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
-        with_float!("weighted_sum", self.dtype(), T => self.add_weighted::<T>(weights, out.as_mut_slice::<T>()?))?;
+        with_float!("weighted_sum", self.dtype(), |T| self.add_weighted::<T>(weights, out.as_mut_slice::<T>()?))?;
         Ok(out)
     }
     pub(crate) fn add_weighted<T: Kernels>(&self, weights: &[f64], out: &mut [T]) -> Result<()> {
@@ -160,7 +160,7 @@ impl ParamGrad {
         }
         self.expect_samples()?;
         let factors = self.sorted()?;
-        with_float!("sample_sq_norms", self.dtype(), T => {
+        with_float!("sample_sq_norms", self.dtype(), |T| {
             cpu::collect(self.samples, |i| {
                 let mut sum = 0.0;
                 for (k, f) in factors.iter().enumerate() {
@@ -186,7 +186,7 @@ impl ParamGrad {
         }
         let mut out = Array::zeros(self.param.shape(), self.dtype());
         let totals =
-            with_float!("clipped_sum", self.dtype(), T => self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
+            with_float!("clipped_sum", self.dtype(), |T| self.add_clipped::<T>(base, clip, out.as_mut_slice::<T>()?))?;
         Ok((out, totals))
     }
     pub(crate) fn add_clipped<T: Kernels>(
@@ -227,7 +227,7 @@ impl ParamGrad {
                 let shape: Vec<usize> =
                     std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
                 let mut grads = Array::uninit(&shape, self.dtype());
-                let norms = with_float!("sample_sq_norms", self.dtype(), T => {
+                let norms = with_float!("sample_sq_norms", self.dtype(), |T| {
                     cpu::outer_per_sample::<T>(left, right, samples, grads.fresh_mut::<T>())
                 })?;
                 let factors = smallvec::smallvec![Factor::PerSample { grads }];
@@ -260,7 +260,7 @@ impl ParamGrad {
         }
         let factors = self.sorted()?;
         let mut out = Array::zeros(&shape, self.dtype());
-        with_float!("per_sample", self.dtype(), T => {
+        with_float!("per_sample", self.dtype(), |T| {
             for (i, g) in out.as_mut_slice::<T>()?.chunks_exact_mut(self.numel().max(1)).enumerate() {
                 factors.iter().try_for_each(|f| f.sample_add::<T>(i, g))?;
             }
@@ -281,7 +281,7 @@ impl ParamGrad {
             return gpu_factored::gram(gpu, &self.factors, &other.factors, counts, self.numel());
         }
         let (a, b, n) = (self.sorted()?, other.sorted()?, other.samples);
-        let pairs = with_float!("gram", self.dtype(), T => {
+        let pairs = with_float!("gram", self.dtype(), |T| {
             cpu::collect(self.samples * n, |k| {
                 let mut sum = 0.0;
                 for f in &a {

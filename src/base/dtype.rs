@@ -274,7 +274,7 @@ float!(f64, math64);
 /// The body is a [`Result`](crate::Result); any other dtype is an error that names `$op`.
 #[macro_export]
 macro_rules! with_float {
-    ($op:expr, $dtype:expr, $t:ident => $body:expr) => {
+    ($op:expr, $dtype:expr, |$t:ident| $body:expr) => {
         match $dtype {
             $crate::DType::F32 => {
                 type $t = f32;
@@ -296,7 +296,7 @@ macro_rules! with_float {
 #[macro_export]
 #[doc(hidden)]
 macro_rules! with_dtype {
-    ($dtype:expr, $t:ident => $body:expr) => {
+    ($dtype:expr, |$t:ident| $body:expr) => {
         match $dtype {
             $crate::DType::F32 => {
                 type $t = f32;

@@ -2,6 +2,7 @@
 //! of rows and columns, rows by index.
 
 mod activation;
+mod dispatch;
 pub mod elementwise;
 pub mod gemm;
 pub(crate) mod lanes;
@@ -9,3 +10,4 @@ pub mod rows;
 pub mod sums;
 
 pub use activation::Activation;
+pub(crate) use dispatch::{Exact, Half, dispatch};

@@ -6,12 +6,12 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Factor, Flow, Gen, Rule, samples_or_leading};
-use crate::base::{DType, Error, Float, Result};
+use crate::base::{Error, Float, Result};
 use crate::device::spans;
 pub use crate::kernels::Activation;
-use crate::kernels::elementwise as ew;
-use crate::kernels::elementwise::cuda as gpu_ew;
 use crate::kernels::gemm::{Epilogue, Mat, cuda as gpu_gemm, gemm, matmul};
+use crate::kernels::{Half, dispatch};
+use crate::ops::unary;
 use crate::{Param, Samples, Tensor, with_float};
 
 /// How a weight lies in memory.
@@ -25,35 +25,18 @@ pub enum Layout {
 
 /// grad ⊙ act′(z), in grad's buffer.
 pub(crate) fn activation_grad(act: Activation, grad: Array, z: &Array) -> Result<Array> {
-    if let Some(gpu) = grad.gpu() {
-        let by = |name: &str, saved: &Array| gpu_ew::unary_grad(gpu, name, &grad, saved, [0.0; 2]);
-        return match act {
-            Activation::None => Ok(grad),
-            Activation::Relu => by("relu", z),
-            Activation::Gelu => by("gelu", z),
-            Activation::GeluTanh => by("gelu_tanh", z),
-            Activation::Silu => by("silu", z),
-            Activation::Tanh => by("tanh", &gpu_ew::unary(gpu, "tanh", &crate::array::cuda::on(gpu, z)?, [0.0; 2])?),
-        };
-    }
-    with_float!("linear", grad.dtype(), T => {
-        let d = grad;
-        let one = T::ONE;
-        match act {
-            Activation::None => Ok(d),
-            Activation::Relu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z| if z > T::ZERO { g } else { T::ZERO }),
-            Activation::Gelu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z: T| g * z.gelu_grad()),
-            Activation::GeluTanh => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] |g, z: T| g * z.gelu_tanh_grad()),
-            Activation::Silu => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] move |g, z: T| {
-                let y = z.sigmoid();
-                g * (y * (one + z * (one - y)))
-            }),
-            Activation::Tanh => ew::zip_owned::<T, T>("linear", d, z, #[inline(always)] move |g, z: T| {
-                let y = z.tanh();
-                g * (one - y * y)
-            }),
+    let (z, none) = (Some(z.clone()), [0.0; 2]);
+    match act {
+        Activation::None => Ok(grad),
+        Activation::Relu => unary::gradient::<unary::Relu>(grad, z, none),
+        Activation::Gelu => unary::gradient::<unary::Gelu>(grad, z, none),
+        Activation::GeluTanh => unary::gradient::<unary::GeluTanh>(grad, z, none),
+        Activation::Silu => unary::gradient::<unary::Silu>(grad, z, none),
+        Activation::Tanh => {
+            let y = z.map(|z| unary::apply::<unary::Tanh>(z, none)).transpose()?;
+            unary::gradient::<unary::Tanh>(grad, y, none)
         }
-    })
+    }
 }
 
 static LINEAR: OpInfo = OpInfo {
@@ -120,19 +103,25 @@ impl Rule for Back {
         if flow.wants(0) {
             spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
             // Fetched again, not kept: a gathered weight lives only while it is used.
-            let w = self.w.value().cast(dz.dtype());
-            let dx = if let Some(gpu) = dz.gpu() {
-                let w = if self.layout == Layout::InOut { w.transpose(0, 1)? } else { w };
-                gpu_gemm::product(gpu, &dz, &w, gpu_gemm::Epilogue::default())?.0.reshape(self.x.shape())?
-            } else {
-                let mut dx = Array::uninit(self.x.shape(), dz.dtype());
-                with_float!("linear", dz.dtype(), T => {
-                    let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, self.layout, d, p)?);
-                    matmul(g, wm.t(), false, dx.fresh_mut::<T>());
-                    Ok(())
-                })?;
-                dx
-            };
+            let (layout, shape) = (self.layout, self.x.shape());
+            let dx = dispatch(
+                [dz.clone(), self.w.value()],
+                Half::Native,
+                |[dz, w]| {
+                    let mut dx = Array::uninit(shape, dz.dtype());
+                    let w = w.cast(dz.dtype());
+                    with_float!("linear", dz.dtype(), |T| {
+                        let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, layout, d, p)?);
+                        matmul(g, wm.t(), false, dx.fresh_mut::<T>());
+                        Ok(dx)
+                    })
+                },
+                |gpu, [dz, w]| {
+                    let w = w.cast(dz.dtype());
+                    let w = if layout == Layout::InOut { w.transpose(0, 1)? } else { w };
+                    gpu_gemm::product(gpu, &dz, &w, gpu_gemm::Epilogue::default())?.0.reshape(shape)
+                },
+            )?;
             flow.input(0, dx);
         }
         // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
@@ -172,9 +161,6 @@ pub fn linear(
 ) -> Result<Tensor> {
     let _op = spans::op("linear");
     x.dtype().expect_float("linear")?;
-    if x.dtype().is_half() && x.array().gpu().is_none() {
-        return linear(&x.cast(DType::F32)?, w, layout, bias, act, samples)?.cast(x.dtype());
-    }
     let [a, b] = w.shape() else {
         return Err(Error::shape("linear", format!("weight {} is {:?}, not a matrix", w.name(), w.shape())));
     };
@@ -200,31 +186,33 @@ pub fn linear(
     if let Some(last) = shape.last_mut() {
         *last = p;
     }
-    let dtype = x.dtype();
     let xa = x.array().contiguous();
-    let wv = w.value().cast(dtype);
     // The pre-activation is kept only if a backward pass can ask for it.
     let keep = act != Activation::None && Tensor::would_record(&[x], &[w]);
+    let bias_value = bias.map(Param::value);
+    let (y, z) = dispatch(
+        [xa.clone(), w.value()],
+        Half::Native,
+        |[x, w]| {
+            let dtype = x.dtype();
+            let (w, b) = (w.cast(dtype), bias_value.as_ref().map(|b| b.cast(dtype)));
+            let mut y = Array::uninit(&shape, dtype);
+            let mut z = keep.then(|| Array::uninit(&[n, p], dtype));
+            with_float!("linear", dtype, |T| {
+                let bias = b.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
+                let e = Epilogue { bias, act, pre: z.as_mut().map(|z| z.fresh_mut::<T>()), ..Epilogue::default() };
+                gemm(Mat::new(x.as_slice::<T>()?, n, d), weight::<T>(&w, layout, d, p)?, e, y.fresh_mut::<T>());
+                Ok((y, z))
+            })
+        },
+        |gpu, [x, w]| {
+            let (w, b) = (w.cast(x.dtype()), bias_value.as_ref().map(|b| b.cast(x.dtype())));
+            let w = if layout == Layout::OutIn { w.transpose(0, 1)? } else { w };
+            let e = gpu_gemm::Epilogue { bias: b.as_ref(), act, pre: keep };
+            let (y, z) = gpu_gemm::product(gpu, &x.reshape(&[n, d])?, &w, e)?;
+            Ok((y.reshape(&shape)?, z))
+        },
+    )?;
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    if let Some(gpu) = xa.gpu() {
-        let wm = if layout == Layout::OutIn { wv.transpose(0, 1)? } else { wv };
-        let b = bias.map(|b| b.value().cast(dtype));
-        let e = gpu_gemm::Epilogue { bias: b.as_ref(), act, pre: keep };
-        let (y, z) = gpu_gemm::product(gpu, &xa.reshape(&[n, d])?, &wm, e)?;
-        let back = || Back { x: xa, z, w: w.clone(), bias: bias.cloned(), layout, act, samples };
-        return Ok(Tensor::record(y.reshape(&shape)?, &[x], &params, back));
-    }
-    let mut y = Array::uninit(&shape, dtype);
-    let mut z = keep.then(|| Array::uninit(&[n, p], dtype));
-    with_float!("linear", dtype, T => {
-        let b = bias.map(|b| b.value().cast(dtype));
-        let bias = match &b {
-            Some(b) => Some(b.as_slice::<T>()?),
-            None => None,
-        };
-        let e = Epilogue { bias, act, pre: z.as_mut().map(|z| z.fresh_mut::<T>()), ..Epilogue::default() };
-        gemm(Mat::new(xa.as_slice::<T>()?, n, d), weight::<T>(&wv, layout, d, p)?, e, y.fresh_mut::<T>());
-        Ok(())
-    })?;
     Ok(Tensor::record(y, &[x], &params, || Back { x: xa, z, w: w.clone(), bias: bias.cloned(), layout, act, samples }))
 }

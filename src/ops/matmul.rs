@@ -4,9 +4,10 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast, numel};
 use crate::autograd::{Case, Flow, Gen, Rule};
-use crate::base::{DType, Error, Result};
+use crate::base::{Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul as product};
+use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
 
 static MATMUL: OpInfo = OpInfo {
@@ -64,36 +65,40 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
         x.expand(&shape)
     };
     let (a, b) = (full(a, [m, k])?, full(b, [k, n])?);
-    if let Some(gpu) = a.gpu().or(b.gpu()) {
-        return Ok(gpu_gemm::product(gpu, &a, &b, gpu_gemm::Epilogue::default())?.0);
-    }
     let shape: Dims = lead.iter().copied().chain([m, n]).collect();
-    let mut out = Array::uninit(&shape, a.dtype());
     let r = lead.len();
-    with_float!("matmul", a.dtype(), T => {
-        let (x, y) = (a.raw::<T>()?, b.raw::<T>()?);
-        let c = out.fresh_mut::<T>();
-        if m * n == 0 {
-            return Ok(out);
-        }
-        if k == 0 {
-            c.fill(<T as crate::Float>::ZERO);
-            return Ok(out);
-        }
-        for i in 0..numel(&lead) {
-            let (mut at, mut oa, mut ob) = (i, 0, 0);
-            for d in (0..r).rev() {
-                let j = at % lead[d];
-                at /= lead[d];
-                oa += j * a.strides()[d];
-                ob += j * b.strides()[d];
-            }
-            let ma = Mat { data: &x[oa..], rows: m, cols: k, rs: a.strides()[r], cs: a.strides()[r + 1] };
-            let mb = Mat { data: &y[ob..], rows: k, cols: n, rs: b.strides()[r], cs: b.strides()[r + 1] };
-            product(ma, mb, false, &mut c[i * m * n..(i + 1) * m * n]);
-        }
-        Ok(out)
-    })
+    dispatch(
+        [a, b],
+        Half::Native,
+        |[a, b]| {
+            let mut out = Array::uninit(&shape, a.dtype());
+            with_float!("matmul", a.dtype(), |T| {
+                let (x, y) = (a.raw::<T>()?, b.raw::<T>()?);
+                let c = out.fresh_mut::<T>();
+                if m * n == 0 {
+                    return Ok(out);
+                }
+                if k == 0 {
+                    c.fill(<T as Float>::ZERO);
+                    return Ok(out);
+                }
+                for (i, c) in c.chunks_exact_mut(m * n).enumerate() {
+                    let (mut at, mut oa, mut ob) = (i, 0, 0);
+                    for d in (0..r).rev() {
+                        let j = at % lead[d];
+                        at /= lead[d];
+                        oa += j * a.strides()[d];
+                        ob += j * b.strides()[d];
+                    }
+                    let ma = Mat { data: &x[oa..], rows: m, cols: k, rs: a.strides()[r], cs: a.strides()[r + 1] };
+                    let mb = Mat { data: &y[ob..], rows: k, cols: n, rs: b.strides()[r], cs: b.strides()[r + 1] };
+                    product(ma, mb, false, c);
+                }
+                Ok(out)
+            })
+        },
+        |gpu, [a, b]| Ok(gpu_gemm::product(gpu, &a, &b, gpu_gemm::Epilogue::default())?.0),
+    )
 }
 
 impl Tensor {
@@ -112,9 +117,6 @@ impl Tensor {
         }
         if self.shape()[self.rank() - 1] != other.shape()[other.rank() - 2] {
             return bad("the last dimension of the first must equal the second to last of the second");
-        }
-        if self.dtype().is_half() && self.array().gpu().or(other.array().gpu()).is_none() {
-            return self.cast(DType::F32)?.matmul(&other.cast(DType::F32)?)?.cast(self.dtype());
         }
         let y = batched(self.array(), other.array())?;
         Ok(Tensor::record(y, &[self, other], &[], || Back { a: self.array().clone(), b: other.array().clone() }))

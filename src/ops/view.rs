@@ -7,6 +7,7 @@ use crate::array::{Array, shape};
 use crate::autograd::{Case, Flow, Gen, Rule};
 use crate::base::{Error, Result};
 use crate::device::{Device, spans};
+use crate::kernels::{Half, dispatch};
 use crate::ops::index::cuda as gpu_index;
 use crate::{Tensor, with_dtype};
 use std::ops::Range;
@@ -100,28 +101,35 @@ impl Rule for Back {
 /// Zeros of `shape` with `part` at `start` of dimension `d`.
 fn embed(part: &Array, shape: &[usize], d: usize, start: usize) -> Result<Array> {
     let mut out = Array::zeros_at(&part.device(), shape, part.dtype())?;
-    copy_into(&mut out, part, d, start)?;
+    out = with_part(out, part, d, start)?;
     Ok(out)
 }
 
-/// Copies `part` into a fresh contiguous array, at `start` of dimension `d`.
-fn copy_into(out: &mut Array, part: &Array, d: usize, start: usize) -> Result<()> {
-    if let Some(gpu) = out.gpu().cloned() {
-        return gpu_index::place(&gpu, out, &part.to(&Device::Cuda(gpu.clone()))?, d, start);
-    }
-    let part = part.contiguous();
-    let inner: usize = part.shape()[d..].iter().product();
-    let stride: usize = out.shape()[d..].iter().product();
-    let at = start * out.shape()[d + 1..].iter().product::<usize>();
-    with_dtype!(part.dtype(), T => {
-        let (src, dst) = (part.as_slice::<T>()?, out.fresh_mut::<T>());
-        if inner > 0 {
-            for (o, s) in dst.chunks_exact_mut(stride).zip(src.chunks_exact(inner)) {
-                o[at..at + inner].copy_from_slice(s);
-            }
-        }
-        Ok(())
-    })
+/// `out`, a fresh contiguous array, with `part` copied to `start` of dimension `d`.
+fn with_part(out: Array, part: &Array, d: usize, start: usize) -> Result<Array> {
+    dispatch(
+        [out, part.clone()],
+        Half::Move,
+        |[mut out, part]| {
+            let part = part.contiguous();
+            let inner: usize = part.shape()[d..].iter().product();
+            let stride: usize = out.shape()[d..].iter().product();
+            let at = start * out.shape()[d + 1..].iter().product::<usize>();
+            with_dtype!(part.dtype(), |T| {
+                let (src, dst) = (part.as_slice::<T>()?, out.fresh_mut::<T>());
+                if inner > 0 {
+                    for (o, s) in dst.chunks_exact_mut(stride).zip(src.chunks_exact(inner)) {
+                        o[at..at + inner].copy_from_slice(s);
+                    }
+                }
+            });
+            Ok(out)
+        },
+        |gpu, [out, part]| {
+            gpu_index::place(gpu, &out, &part, d, start)?;
+            Ok(out)
+        },
+    )
 }
 
 impl Tensor {
@@ -218,12 +226,10 @@ impl Tensor {
             ranges.push(shape[d]..shape[d] + p.shape()[d]);
             shape[d] += p.shape()[d];
         }
-        let mut out = match parts.iter().find_map(|p| p.array().gpu()) {
-            Some(gpu) => Array::uninit_on(gpu, &shape, first.dtype())?,
-            None => Array::uninit(&shape, first.dtype()),
-        };
+        let device = parts.iter().map(|p| p.device()).find(Device::is_cuda).unwrap_or(Device::Cpu);
+        let mut out = Array::uninit_at(&device, &shape, first.dtype())?;
         for (p, r) in parts.iter().zip(&ranges) {
-            copy_into(&mut out, p.array(), d, r.start)?;
+            out = with_part(out, p.array(), d, r.start)?;
         }
         Ok(Tensor::record(out, parts, &[], || Back { info: &CONCAT, back: Undo::Cut(d, ranges) }))
     }

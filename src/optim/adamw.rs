@@ -64,7 +64,7 @@ impl Optimizer for AdamW {
         }
         let [m, v] = u.state else { return Ok(()) };
         let (params, grads) = (u.params, u.grads);
-        with_float!("AdamW", params.dtype(), T => {
+        with_float!("AdamW", params.dtype(), |T| {
             let g = grads.as_slice::<T>()?;
             let p = Shared::new(params.as_mut_slice::<T>()?);
             let (m, v) = (Shared::new(m.as_mut_slice::<T>()?), Shared::new(v.as_mut_slice::<T>()?));

@@ -34,7 +34,7 @@ impl Optimizer for Sgd {
             return u.launch(gpu, "sgd", &buffers, |l| l.val(u.lr).val(self.momentum).val(keep));
         }
         let (params, grads, state, lr) = (u.params, u.grads, u.state, u.lr);
-        with_float!("SGD", params.dtype(), T => {
+        with_float!("SGD", params.dtype(), |T| {
             let g = grads.as_slice::<T>()?;
             let p = Shared::new(params.as_mut_slice::<T>()?);
             let f = <T as crate::Element>::from_f64;

@@ -488,7 +488,7 @@ fn zero(a: &mut Array) -> Result<()> {
         let (block, at) = a.block("TrainStep")?;
         return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
     }
-    crate::with_float!("TrainStep", a.dtype(), T => {
+    crate::with_float!("TrainStep", a.dtype(), |T| {
         crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, |_| <T as crate::Float>::ZERO);
         Ok(())
     })
@@ -498,7 +498,7 @@ fn scale_by(a: &mut Array, s: f64) -> Result<()> {
     if let Some(gpu) = a.gpu() {
         return scale_in_place(gpu, a, s);
     }
-    crate::with_float!("TrainStep", a.dtype(), T => {
+    crate::with_float!("TrainStep", a.dtype(), |T| {
         let s = <T as crate::Element>::from_f64(s);
         crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
         Ok(())

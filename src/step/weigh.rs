@@ -268,7 +268,7 @@ fn add(grads: &mut Array, range: &std::ops::Range<usize>, grad: &ParamGrad, w: W
         grad.add_on(gpu, None, &grads.slice(0, range.clone())?)?;
         return Ok(Vec::new());
     }
-    with_float!("TrainStep", grads.dtype(), T => {
+    with_float!("TrainStep", grads.dtype(), |T| {
         let out = &mut grads.as_mut_slice::<T>()?[range.clone()];
         match w {
             Weights::None => grad.add_sum::<T>(None, out)?,

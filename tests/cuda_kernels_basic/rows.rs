@@ -59,7 +59,7 @@ fn norms<T: Acc>() {
         let (gv, bv) = (round::<f32>(&r.vec(d)), round::<f32>(&r.vec(d)));
         let (x, gain, bias) = (up::<T>(&v), up::<T::A>(&gv), up::<T::A>(&bv));
         let (y, stats, dx, xhat) =
-            (Buf::<T>::new(n * d), Buf::<T::A>::new(2 * n), Buf::<T>::new(n * d), Buf::<T>::new(n * d));
+            (Buf::<T>::new(n * d), Buf::<T::A>::new(2 * n), Buf::<T>::new(n * d), Buf::<T::A>::new(n * d));
         for kind in 0..3 {
             let (g, b) = (Param::new("g", arr(&gv, &[d])), Param::new("b", arr(&bv, &[d])));
             let t = t64(&v, &[n, d]);

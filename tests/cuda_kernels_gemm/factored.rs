@@ -1,7 +1,7 @@
 use super::common::*;
+use prismgrad::autograd::Groups;
 use prismgrad::privacy::ClipFn;
 use prismgrad::{Array, DType, Factor, Param, ParamGrad, Samples};
-use std::sync::Arc;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -228,7 +228,7 @@ fn norms<T: El>(name: &str, gsm: u32, dsm: u32, tol: f64) {
                 Factor::GroupedOuter {
                     left: arr(&l, rd),
                     right: arr(&g, cd),
-                    group: Arc::new(group.clone()),
+                    group: Groups::of_ids(group.clone(), 3).unwrap(),
                     samples: m.samples.clone(),
                 },
             );
@@ -291,7 +291,7 @@ fn norms<T: El>(name: &str, gsm: u32, dsm: u32, tol: f64) {
                     Factor::GroupedOuter {
                         left: arr(&l, rd),
                         right: arr(&g, cd),
-                        group: Arc::new(sorted.clone()),
+                        group: Groups::of_ids(sorted.clone(), 3).unwrap(),
                         samples: m.samples.clone(),
                     },
                 );

@@ -3,7 +3,7 @@
 
 use crate::array::cuda::{on, suffix};
 use crate::array::{Arguments, Array};
-use crate::autograd::{Factor, Owners, Samples};
+use crate::autograd::{Factor, Groups, Owners, Samples};
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Gpu, Launch, MAX_GRID_YZ};
@@ -132,38 +132,23 @@ fn row_sum(
 fn grouped(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
-    group: &[u32],
+    group: &Groups,
     samples: &Samples,
     weights: Option<&Array>,
     out: &Array,
 ) -> Result<()> {
     let (rd, cd) = (left.shape()[1], right.shape()[1]);
     let groups = out.numel().checked_div(rd * cd).unwrap_or(0);
-    if group.is_empty() || groups == 0 {
+    if group.rows() == 0 || groups == 0 {
         return Ok(());
     }
-    let mut offsets = vec![0i64; groups + 1];
-    group.iter().for_each(|&e| offsets[e as usize + 1] += 1);
-    (0..groups).for_each(|e| offsets[e + 1] += offsets[e]);
     // Rows of a group that do not lie together are walked by index, their weights put in the order of the walk.
-    let index = match group.is_sorted() {
-        true => None,
-        false => {
-            let mut next = offsets.clone();
-            let mut order = vec![0u32; group.len()];
-            for (row, &e) in group.iter().enumerate() {
-                order[next[e as usize] as usize] = row as u32;
-                next[e as usize] += 1;
-            }
-            Some(on(gpu, &Array::from_slice(&order, &[order.len()])?)?)
-        }
-    };
+    let (_, offsets, index) = group.on_gpu(gpu)?;
     let w = weights.map(|w| row_weights(gpu, w, samples)).transpose()?;
     let w = match (&w, &index) {
-        (Some(w), Some(index)) => Some(rows::take(gpu, w, index, 1, group.len(), 1, index.shape())?),
+        (Some(w), Some(index)) => Some(rows::take(gpu, w, index, 1, group.rows(), 1, index.shape())?),
         _ => w,
     };
-    let offsets = on(gpu, &Array::from_slice(&offsets, &[groups + 1])?)?;
     let tile = gemm::tile(left.dtype());
     let shape = GroupedWeight {
         groups: groups as i64,
@@ -225,7 +210,7 @@ fn side<'a>(gpu: &Arc<Gpu>, f: &'a Factor, kind: i32, second: bool) -> Result<Si
         }
         Factor::Outer { left, right, samples } => Side { left, right: Some(right), ids: None, samples },
         Factor::GroupedOuter { left, right, group, samples } => {
-            let ids = on(gpu, &Array::from_slice(group, &[group.len()])?)?;
+            let (ids, ..) = group.on_gpu(gpu)?;
             Side { left, right: Some(right), ids: Some(ids), samples }
         }
         Factor::Lookup { ids, grad, samples } => Side { left: grad, right: None, ids: Some(on(gpu, ids)?), samples },
@@ -357,7 +342,7 @@ fn norm_parts(gpu: &Arc<Gpu>, f: &Factor) -> Result<(Array, usize)> {
             if shorter(&o, left, right) || !f.groups_are_neighbours() {
                 return gram_parts(gpu, f, f, true, false);
             }
-            let group = on(gpu, &Array::from_slice(group, &[group.len()])?)?;
+            let (group, ..) = group.on_gpu(gpu)?;
             direct_parts(gpu, (left, right), Some(&group), &o)
         }
         Factor::Lookup { .. } => gram_parts(gpu, f, f, true, false),

@@ -16,13 +16,12 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::Samples;
+use crate::autograd::{Groups, Samples};
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::rows;
 use crate::with_float;
-use std::sync::Arc;
 
 /// The operands of one use's gradient of one parameter. Arrays are contiguous, f32 or f64.
 #[derive(Clone, Debug)]
@@ -69,7 +68,7 @@ pub enum Factor {
         /// `[N, c]`.
         right: Array,
         /// Group of each row.
-        group: Arc<Vec<u32>>,
+        group: Groups,
         /// Whose rows.
         samples: Samples,
     },
@@ -155,9 +154,9 @@ impl Factor {
                 let blocks = numel.checked_div(width(left) * width(right)).unwrap_or(0);
                 two(left, samples)
                     && two(right, samples)
-                    && group.len() == samples.rows()
+                    && group.rows() == samples.rows()
                     && blocks * width(left) * width(right) == numel
-                    && group.iter().all(|&e| (e as usize) < blocks || numel == 0)
+                    && (group.count() == blocks || numel == 0)
             }
             Factor::PerSample { grads } => grads.rank() == shape.len() + 1 && &grads.shape()[1..] == shape,
             Factor::Dense { grad } => grad.shape() == shape,
@@ -221,7 +220,7 @@ impl Factor {
             }
             Factor::GroupedOuter { left, right, group, samples } => {
                 let (w, l, r) = (per_row(samples), left.as_slice::<T>()?, right.as_slice::<T>()?);
-                let (rd, cd) = (left.shape()[1], right.shape()[1]);
+                let (rd, cd, group) = (left.shape()[1], right.shape()[1], group.ids());
                 for run in cpu::runs(group, 0..group.len()) {
                     let block = group[run.start] as usize * rd * cd;
                     let w = w.as_ref().map(|w| &w[run.clone()]);
@@ -254,6 +253,11 @@ impl Factor {
     /// Whether the rows of one sample and one group lie together, for every sample and group.
     pub(crate) fn groups_are_neighbours(&self) -> bool {
         let Factor::GroupedOuter { group, samples, .. } = self else { return true };
+        // Groups that are only on a GPU are not read back for this: the general form is right for any.
+        if !group.is_on_host() {
+            return false;
+        }
+        let group = group.ids();
         let order = samples.order();
         let mut seen: Vec<u32> = Vec::new();
         (0..samples.count()).all(|i| {
@@ -302,7 +306,7 @@ impl Factor {
                 let order = Array::from_slice(order, &[order.len()])?;
                 return rows::cuda::take(gpu, a, &order, 1, order.numel(), a.shape()[1], a.shape());
             }
-            with_float!("factor", a.dtype(), T => {
+            with_float!("factor", a.dtype(), |T| {
                 let w = a.shape()[1];
                 let mut out = Array::uninit(a.shape(), a.dtype());
                 let (src, dst) = (a.as_slice::<T>()?, out.fresh_mut::<T>());
@@ -335,7 +339,7 @@ impl Factor {
             Factor::GroupedOuter { left, right, group, samples } => Factor::GroupedOuter {
                 left: take(left)?,
                 right: take(right)?,
-                group: Arc::new(order.iter().map(|&r| group[r as usize]).collect()),
+                group: group.select(order)?,
                 samples: map(samples)?,
             },
             other => other.clone(),
@@ -374,7 +378,7 @@ impl Factor {
             Factor::GroupedOuter { left, right, group, samples } => Factor::GroupedOuter {
                 left: cut(left, samples)?,
                 right: cut(right, samples)?,
-                group: Arc::new(group[samples.range(i)].to_vec()),
+                group: Groups::of_ids(group.ids()[samples.range(i)].to_vec(), group.count())?,
                 samples: one(samples),
             },
             Factor::PerSample { grads } => Factor::PerSample { grads: grads.slice(0, i..i + 1)? },
@@ -407,7 +411,7 @@ impl Factor {
             ) => {
                 let (rd, cd) = (l1.shape()[1], r1.shape()[1]);
                 let (l1, r1, l2, r2) = (l1.as_slice::<T>()?, r1.as_slice()?, l2.as_slice::<T>()?, r2.as_slice()?);
-                let mut sum = 0.0;
+                let (g1, g2, mut sum) = (g1.ids(), g2.ids(), 0.0);
                 for a in cpu::runs(g1, s1.range(i)) {
                     for b in cpu::runs(g2, s2.range(j)) {
                         if g1[a.start] == g2[b.start] {
@@ -472,6 +476,7 @@ impl Factor {
                 let (rd, cd) = (left.shape()[1], right.shape()[1]);
                 let mut sum = 0.0;
                 let range = samples.range(i);
+                let group = group.ids();
                 let mut runs: Vec<_> = cpu::runs(group, range.clone()).collect();
                 runs.sort_by_key(|r| group[r.start]);
                 if runs.windows(2).any(|w| group[w[0].start] == group[w[1].start]) {

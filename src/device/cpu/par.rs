@@ -1,5 +1,6 @@
 //! Parallel loops whose pieces depend only on the length, never on the number of threads.
 
+use super::shared::Shared;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -18,3 +19,41 @@ pub fn par_chunks(len: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
 
 /// Elements of one parallel chunk.
 pub const GRAIN: usize = 1 << 15;
+
+/// Runs `f(units, their elements)` on consecutive pieces of `out`, which is made of units of `width` elements: `grain` units
+/// a piece, pieces in parallel.
+pub fn par_units<T: Send>(out: &mut [T], width: usize, grain: usize, f: impl Fn(Range<usize>, &mut [T]) + Sync) {
+    let units = out.len().checked_div(width).unwrap_or(0);
+    let out = Shared::new(out);
+    par_chunks(units, grain, |r| {
+        // SAFETY: pieces are disjoint ranges of units.
+        let part = unsafe { out.slice(r.start * width..r.end * width) };
+        f(r, part);
+    });
+}
+
+/// Runs `f(row, its elements)` on each row of `out`, rows of `width` elements, in parallel pieces of about [`GRAIN`]
+/// elements.
+pub fn par_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    par_units(out, width, GRAIN / width.max(1), |rows, part| {
+        rows.zip(part.chunks_exact_mut(width)).for_each(|(row, elements)| f(row, elements));
+    });
+}
+
+/// [`par_rows`] over two arrays at once, with rows of `width.0` and of `width.1` elements; pieces by the first's.
+pub fn par_rows2<T: Send, U: Send>(
+    (a, b): (&mut [T], &mut [U]),
+    width: (usize, usize),
+    grain: usize,
+    f: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+) {
+    let rows = a.len().checked_div(width.0).unwrap_or(0);
+    let (a, b) = (Shared::new(a), Shared::new(b));
+    par_chunks(rows, grain, |r| {
+        // SAFETY: pieces are disjoint ranges of rows of both.
+        let (a, b) =
+            unsafe { (a.slice(r.start * width.0..r.end * width.0), b.slice(r.start * width.1..r.end * width.1)) };
+        let parts = a.chunks_exact_mut(width.0).zip(b.chunks_exact_mut(width.1));
+        r.zip(parts).for_each(|(row, (a, b))| f(row, a, b));
+    });
+}

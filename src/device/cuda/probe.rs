@@ -153,12 +153,14 @@ mod tests {
 
     #[test]
     fn asking_for_a_driver_is_safe_without_one() {
-        assert_eq!(driver_present(), driver_present());
         match driver() {
             Ok(found) => assert!(found.devices > 0 && found.version >= OLDEST),
             Err(e) => assert!(e.to_string().contains("driver"), "{e}"),
         }
-        assert_eq!(has_symbols(&["cuInit"]), driver_present());
+        // Another test of this process may install the emulated driver in between.
+        let before = driver_present();
+        let symbols = has_symbols(&["cuInit"]);
+        assert!(symbols == before || symbols == driver_present());
         assert!(!has_symbols(&["cuNoSuchFunction"]));
     }
 }

@@ -145,6 +145,28 @@ pub fn zip_owned<T: Element, B: Element>(
     Ok(a)
 }
 
+/// `a` where the mask is not 0, `b` elsewhere; all of one shape, in any strides.
+pub fn select<T: Element>(mask: &Array, a: &Array, b: &Array) -> Result<Array> {
+    let mut out = Array::uninit(mask.shape(), T::DTYPE);
+    let nest = Nest::new(mask.shape(), [mask.strides(), a.strides(), b.strides()]);
+    let n = out.numel();
+    let (m, x, y, dst) = (mask.raw::<u8>()?, a.raw::<T>()?, b.raw::<T>()?, Shared::new(out.fresh_mut::<T>()));
+    runs(n, nest.inner, |row, col, at, len| {
+        let [om, ox, oy] = nest.offsets(row);
+        let [sm, sx, sy] = nest.step;
+        let (m, x, y) = (&m[om + col * sm..], &x[ox + col * sx..], &y[oy + col * sy..]);
+        // SAFETY: runs are disjoint.
+        let d = unsafe { dst.slice(at..at + len) };
+        if nest.step == [1; 3] {
+            let picks = m[..len].iter().zip(&x[..len]).zip(&y[..len]);
+            d.iter_mut().zip(picks).for_each(|(d, ((&m, &x), &y))| *d = if m != 0 { x } else { y });
+        } else {
+            d.iter_mut().enumerate().for_each(|(i, d)| *d = if m[i * sm] != 0 { x[i * sx] } else { y[i * sy] });
+        }
+    });
+    Ok(out)
+}
+
 /// Cuts `n` elements, laid out as runs of `inner`, into parallel pieces `(row, first column, position, length)`.
 fn runs(n: usize, inner: usize, f: impl Fn(usize, usize, usize, usize) + Sync) {
     par_chunks(n, GRAIN, |range| {

@@ -66,7 +66,7 @@ fn name(act: Activation) -> &'static str {
 pub(crate) const SHARED: usize = 33_792;
 
 /// Dynamic shared memory of a product: more on the tensor cores, whose stages overlap.
-fn shared(dtype: DType) -> usize {
+pub(crate) fn shared(dtype: DType) -> usize {
     if dtype.is_half() { 65_536 } else { SHARED }
 }
 

@@ -59,6 +59,14 @@ pub(crate) fn add_rows(
     sized(l.array(&part).array(&sorted).array(out))
 }
 
+/// Where each of `keys` ids begins in ids `[n]` (u32) that rise: `[keys + 1]` i64.
+pub(crate) fn run_starts(gpu: &Arc<Gpu>, ids: &Array, keys: usize) -> Result<Array> {
+    let out = Array::uninit_on(gpu, &[keys + 1], DType::I64)?;
+    let l = Launch::new(gpu, "sort", "run_starts")?.grid((keys + 1).div_ceil(256), 1, 1);
+    l.array(ids).array(&out).val(ids.numel() as i64).val(keys as i64).run()?;
+    Ok(out)
+}
+
 /// Ids `[n]` (u32, below `below`) in rising order, and the positions they came from, rising among equal ids. A pass over
 /// both for every 8 bits of the largest id.
 pub(crate) fn sort_ids(gpu: &Arc<Gpu>, ids: &Array, below: usize) -> Result<(Array, Array)> {

@@ -9,11 +9,12 @@ pub(crate) mod cuda;
 
 use crate::array::{Array, Dims};
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
-use crate::base::{DType, Error, Result};
+use crate::base::{Error, Result};
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
 use crate::device::spans;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::{Exact, Half, dispatch};
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -100,55 +101,63 @@ struct Back {
     options: AttentionOptions,
 }
 
+/// Size of a head that the kernels take.
+const LARGEST_HEAD: usize = 128;
+
+impl Back {
+    /// Where the gradient of Q, K or V goes that has an array of its own.
+    fn target<T: Kernels>(a: &mut Array) -> cpu::Target<'_, T> {
+        let step = a.shape()[2] * a.shape()[3];
+        cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
+    }
+    /// What the backward pass reads: Q, K, V, the output, its log-sum-exp and its gradient.
+    fn operands(&self, grad: Array) -> [Array; 6] {
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(Array::clone);
+        [q, k, v, self.out.clone(), self.lse.clone(), unit_last(&grad)]
+    }
+    fn on_gpu(&self, gpu: &Arc<Gpu>, [q, k, v, out, lse, grad]: &[Array; 6], targets: [&Array; 3]) -> Result<()> {
+        let p = problem(q, k, &self.options);
+        cost(&p, 10.0, 2 * q.dtype().size());
+        cuda::backward(gpu, &p, [q, k, v], (out, lse, grad), targets)
+    }
+    fn on_cpu<T: Kernels>(&self, [q, k, v, out, lse, grad]: &[Array; 6], targets: [cpu::Target<T>; 3]) -> Result<()> {
+        let p = problem(q, k, &self.options);
+        cost(&p, 10.0, 2 * T::DTYPE.size());
+        cpu::backward::<T>(
+            &p,
+            (cpu::view::<T>(q)?, cpu::view(k)?, cpu::view(v)?),
+            (cpu::view(out)?, lse.as_slice::<T>()?, cpu::view(grad)?),
+            targets,
+        );
+        Ok(())
+    }
+}
+
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ATTENTION
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        if let Some(gpu) = grad.gpu() {
-            let fresh = |a: &Array| Array::uninit_on(gpu, a.shape(), a.dtype());
-            let d = [fresh(&self.q)?, fresh(&self.k)?, fresh(&self.v)?];
-            self.run_on(gpu, &grad, [&d[0], &d[1], &d[2]])?;
-            d.into_iter().enumerate().for_each(|(i, d)| flow.input(i, d));
-            return Ok(());
-        }
-        let fresh = |a: &Array| Array::uninit(a.shape(), a.dtype());
-        let (mut dq, mut dk, mut dv) = (fresh(&self.q), fresh(&self.k), fresh(&self.v));
-        with_float!("attention", self.q.dtype(), T => {
-            fn target<T: Kernels>(a: &mut Array) -> cpu::Target<'_, T> {
-                let step = a.shape()[2] * a.shape()[3];
-                cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
-            }
-            self.run::<T>(&grad, [target(&mut dq), target(&mut dk), target(&mut dv)])
-        })?;
-        flow.input(0, dq);
-        flow.input(1, dk);
-        flow.input(2, dv);
-        Ok(())
-    }
-}
-
-/// Size of a head that the kernels take.
-const LARGEST_HEAD: usize = 128;
-
-impl Back {
-    fn run_on(&self, gpu: &Arc<Gpu>, grad: &Array, targets: [&Array; 3]) -> Result<()> {
-        let at = |a: &Array| crate::array::cuda::on(gpu, a);
-        let (q, k, v) = (at(&self.q)?, at(&self.k)?, at(&self.v)?);
-        let (out, lse, grad) = (at(&self.out)?, at(&self.lse)?, unit_last(grad));
-        let p = problem(&q, &k, &self.options);
-        cost(&p, 10.0, 2 * q.dtype().size());
-        cuda::backward(gpu, &p, [&q, &k, &v], (&out, &lse, &grad), targets)
-    }
-    fn run<T: Kernels>(&self, grad: &Array, targets: [cpu::Target<T>; 3]) -> Result<()> {
-        let p = problem(&self.q, &self.k, &self.options);
-        cost(&p, 10.0, 2 * T::DTYPE.size());
-        cpu::backward::<T>(
-            &p,
-            (cpu::view::<T>(&self.q)?, cpu::view(&self.k)?, cpu::view(&self.v)?),
-            (cpu::view(&self.out)?, self.lse.as_slice::<T>()?, cpu::view(&unit_last(grad))?),
-            targets,
-        );
+        let gradients = dispatch(
+            self.operands(grad),
+            Half::Native,
+            |operands| {
+                let [mut dq, mut dk, mut dv] =
+                    [0, 1, 2].map(|i| Array::uninit(operands[i].shape(), operands[i].dtype()));
+                with_float!("attention", operands[0].dtype(), |T| {
+                    let targets = [Back::target(&mut dq), Back::target(&mut dk), Back::target(&mut dv)];
+                    self.on_cpu::<T>(&operands, targets)
+                })?;
+                Ok([dq, dk, dv])
+            },
+            |gpu, operands| {
+                let fresh = |i: usize| Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype());
+                let d = [fresh(0)?, fresh(1)?, fresh(2)?];
+                self.on_gpu(gpu, &operands, [&d[0], &d[1], &d[2]])?;
+                Ok(d)
+            },
+        )?;
+        gradients.into_iter().enumerate().for_each(|(i, d)| flow.input(i, d));
         Ok(())
     }
 }
@@ -165,20 +174,25 @@ impl Rule for FusedBack {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let (h, d) = (self.shape[3], self.shape[4]);
-        if let Some(gpu) = grad.gpu() {
-            let dx = Array::uninit_on(gpu, &self.shape, grad.dtype())?;
-            let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
-            let parts = [part(0)?, part(1)?, part(2)?];
-            self.inner.run_on(gpu, &grad, [&parts[0], &parts[1], &parts[2]])?;
-            drop(parts);
-            flow.input(0, dx);
-            return Ok(());
-        }
-        let mut dx = Array::uninit(&self.shape, grad.dtype());
-        with_float!("attention", grad.dtype(), T => {
-            let data = Shared::new(dx.fresh_mut::<T>());
-            self.inner.run::<T>(&grad, [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d }))
-        })?;
+        let dx = dispatch(
+            self.inner.operands(grad),
+            Half::Native,
+            |operands| {
+                let mut dx = Array::uninit(&self.shape, operands[0].dtype());
+                with_float!("attention", dx.dtype(), |T| {
+                    let data = Shared::new(dx.fresh_mut::<T>());
+                    let targets = [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d });
+                    self.inner.on_cpu::<T>(&operands, targets)
+                })?;
+                Ok(dx)
+            },
+            |gpu, operands| {
+                let dx = Array::uninit_on(gpu, &self.shape, operands[0].dtype())?;
+                let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
+                self.inner.on_gpu(gpu, &operands, [&part(0)?, &part(1)?, &part(2)?])?;
+                Ok(dx)
+            },
+        )?;
         flow.input(0, dx);
         Ok(())
     }
@@ -191,9 +205,6 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     let [_, _, 3, _, _] = qkv.shape()[..] else {
         return Err(Error::shape("attention", format!("qkv {:?}; it must be [B, T, 3, H, D]", qkv.shape())));
     };
-    if qkv.dtype().is_half() && qkv.array().gpu().is_none() {
-        return attention_qkv(&qkv.cast(DType::F32)?, options)?.cast(qkv.dtype());
-    }
     let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
     check(&q, &k, &v, options)?;
@@ -236,10 +247,6 @@ fn unit_last(a: &Array) -> Array {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
-    if q.dtype().is_half() && q.array().gpu().is_none() {
-        let f = |t: &Tensor| t.cast(DType::F32);
-        return attention(&f(q)?, &f(k)?, &f(v)?, options)?.cast(q.dtype());
-    }
     let saved = forward(q, k, v, options)?;
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
 }
@@ -280,10 +287,11 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
         return Err(Error::invalid("attention", format!("dropout {p}; it must lie in [0, 1)")));
     }
     let d = q.shape()[3];
-    if q.array().gpu().is_some() && d > LARGEST_HEAD {
+    let gpu = [q, k, v].iter().find_map(|t| t.array().gpu());
+    if let (Some(_), true) = (gpu, d > LARGEST_HEAD) {
         return bad(format!("heads of {d} on a GPU, whose kernels take up to {LARGEST_HEAD}; use more, smaller heads"));
     }
-    if let (Some(_), Some(gpu)) = (options.dropout, q.array().gpu()) {
+    if let (Some(gpu), Some(_)) = (gpu, options.dropout) {
         gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
     }
     Ok(())
@@ -291,22 +299,26 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
 
 /// The output, and what leads back from it.
 fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
-    let t = q.shape()[1];
     let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
-    cost(&problem(&qa, &ka, options), 4.0, qa.dtype().size());
-    if let Some(gpu) = qa.gpu().or(ka.gpu()) {
-        let (out, lse) = cuda::forward(gpu, &problem(&qa, &ka, options), &qa, &ka, &va)?;
-        return Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() });
-    }
-    let mut out = Array::uninit(q.shape(), q.dtype());
-    let mut lse = Array::uninit(&[q.shape()[0], q.shape()[2], t], q.dtype());
-    with_float!("attention", q.dtype(), T => {
-        cpu::forward::<T>(
-            &problem(&qa, &ka, options),
-            (cpu::view::<T>(&qa)?, cpu::view(&ka)?, cpu::view(&va)?),
-            (out.fresh_mut(), lse.fresh_mut()),
-        );
-        Ok(())
-    })?;
+    let p = problem(&qa, &ka, options);
+    cost(&p, 4.0, qa.dtype().size());
+    // The log-sum-exp of the scores stays in f32.
+    let (out, Exact(lse)) = dispatch(
+        [qa.clone(), ka.clone(), va.clone()],
+        Half::Native,
+        |[q, k, v]| {
+            let mut out = Array::uninit(q.shape(), q.dtype());
+            let mut lse = Array::uninit(&[p.batch, p.heads, p.queries], q.dtype());
+            with_float!("attention", q.dtype(), |T| {
+                let operands = (cpu::view::<T>(&q)?, cpu::view(&k)?, cpu::view(&v)?);
+                cpu::forward::<T>(&p, operands, (out.fresh_mut(), lse.fresh_mut()));
+                Ok((out, Exact(lse)))
+            })
+        },
+        |gpu, [q, k, v]| {
+            let (out, lse) = cuda::forward(gpu, &p, &q, &k, &v)?;
+            Ok((out, Exact(lse)))
+        },
+    )?;
     Ok(Back { q: qa, k: ka, v: va, out, lse, options: options.clone() })
 }

@@ -1,5 +1,6 @@
 //! Launches of comparisons and selections in `cuda/binary.cu`.
 
+use super::Comparison;
 use crate::array::Array;
 use crate::array::cuda::{launch_elementwise, on, strided, suffix, width};
 use crate::base::{DType, Result};
@@ -7,15 +8,15 @@ use crate::device::cuda::Gpu;
 use crate::kernels::elementwise::cuda::pair;
 use std::sync::Arc;
 
-/// Comparison `code` (0 =, 1 ≠, 2 <, 3 ≤, 4 >, 5 ≥) as a mask.
-pub(crate) fn compare(gpu: &Arc<Gpu>, code: i32, a: &Array, b: &Array) -> Result<Array> {
+/// A comparison as a mask.
+pub(crate) fn compare(gpu: &Arc<Gpu>, which: Comparison, a: &Array, b: &Array) -> Result<Array> {
     let (a, b, shape) = pair(gpu, "compare", a, b)?;
     let out = Array::uninit_on(gpu, &shape, DType::U8)?;
     let s: [i64; 19] = strided("compare", &shape, [a.strides(), b.strides()])?;
     let (x, y, dst) = (a.block("compare")?, b.block("compare")?, out.block("compare")?);
     let kernel = format!("compare_{}", suffix(a.dtype()));
     launch_elementwise(gpu, "binary", &kernel, out.numel(), |l| {
-        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(code)
+        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(which as i32)
     })?;
     Ok(out)
 }

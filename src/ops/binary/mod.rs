@@ -1,15 +1,21 @@
 //! Two broadcast inputs: arithmetic, comparison, selection.
+//!
+//! A function is a type that implements [`Binary`]: its formula, its derivatives, and a kernel of its name in
+//! `cuda/binary.cu`.
 
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::array::shape::Dims;
+use crate::array::shape::{Dims, broadcast};
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
-use crate::kernels::elementwise::cuda as gpu_ew;
+use crate::kernels::{Half, dispatch};
+use crate::ops::reduce::sum_to;
+use crate::ops::unary;
 use crate::{Tensor, with_dtype, with_float};
+use std::marker::PhantomData;
 
 /// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1.
 fn pair(g: &mut Gen, low: f64, high: f64) -> (Array, Array) {
@@ -27,108 +33,276 @@ fn pair(g: &mut Gen, low: f64, high: f64) -> (Array, Array) {
     }
 }
 
-macro_rules! binary {
-    ($($(#[$doc:meta])* $name:ident / $info:ident, |$x:ident, $y:ident| $f:expr, |$g:ident| $dx:expr, $dy:expr,
-       [$lo:expr, $hi:expr], saves $saves:literal;)*) => {
-        $(
-            static $info: OpInfo = OpInfo {
-                name: stringify!($name),
-                differentiable: Differentiable::Yes,
-                factor: NO_PARAMS,
-                cases: &[|g: &mut Gen| {
-                    let (a, b) = pair(g, $lo, $hi);
-                    Ok(Case::new(vec![a, b], |t| t[0].$name(&t[1])))
-                }],
-            };
-            impl Tensor {
-                $(#[$doc])*
-                ///
-                /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
-                pub fn $name(&self, other: &Tensor) -> Result<Tensor> {
-                    let _op = spans::op(stringify!($name));
-                    let elements = 2 * self.numel().max(other.numel()) + self.numel().min(other.numel());
-                    spans::cost(0.0, (elements * self.dtype().size()) as f64);
-                    struct Back { a: Option<Array>, b: Option<Array>, sa: Dims, sb: Dims }
-                    impl Rule for Back {
-                        fn info(&self) -> &'static OpInfo { &$info }
-                        #[allow(unused_variables)]
-                        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                            if let Some(gpu) = grad.gpu() {
-                                for side in [0usize, 1] {
-                                    if !flow.wants(side) { continue; }
-                                    let name = stringify!($name);
-                                    let full = match (&self.a, &self.b) {
-                                        (Some(a), Some(b)) => gpu_ew::binary_grad(gpu, name, (a, b), &grad, side)?,
-                                        _ if name == "sub" && side == 1 => gpu_ew::unary(gpu, "neg", &grad, [0.0; 2])?,
-                                        _ => grad.clone(),
-                                    };
-                                    let shape = if side == 0 { &self.sa } else { &self.sb };
-                                    flow.input(side, super::reduce::sum_to(&full, shape)?);
-                                }
-                                return Ok(());
-                            }
-                            with_float!(stringify!($name), grad.dtype(), T => {
-                                for side in [0usize, 1] {
-                                    if !flow.wants(side) { continue; }
-                                    let full: Array = match (&self.a, &self.b) {
-                                        (Some(a), Some(b)) => {
-                                            // d·(factor of both operands), broadcast to the output.
-                                            let factor = if side == 0 {
-                                                ew::zip::<T, T, T>(stringify!($name), a, b, #[inline(always)] |$x: T, $y: T| { let $g = T::ONE; $dx })?
-                                            } else {
-                                                ew::zip::<T, T, T>(stringify!($name), a, b, #[inline(always)] |$x: T, $y: T| { let $g = T::ONE; $dy })?
-                                            };
-                                            ew::zip_owned::<T, T>(stringify!($name), factor, &grad, |f, g| f * g)?
-                                        }
-                                        _ => {
-                                            let ($x, $y, $g) = (T::ONE, T::ONE, T::ONE);
-                                            let sign: T = if side == 0 { $dx } else { $dy };
-                                            if sign == T::ONE { grad.clone() } else { ew::map::<T, T>(&grad, move |g| sign * g)? }
-                                        }
-                                    };
-                                    let shape = if side == 0 { &self.sa } else { &self.sb };
-                                    flow.input(side, super::reduce::sum_to(&full, shape)?);
-                                }
-                                Ok(())
-                            })
-                        }
-                    }
-                    let (sa, sb): (Dims, Dims) = (self.shape().into(), other.shape().into());
-                    if let Some(gpu) = self.array().gpu().or(other.array().gpu()) {
-                        expect_same(stringify!($name), self, other)?;
-                        let y = gpu_ew::binary(gpu, stringify!($name), self.array(), other.array())?;
-                        let keep = |t: &Tensor| $saves.then(|| t.array().clone());
-                        return Ok(Tensor::record(y, &[self, other], &[], || Back { a: keep(self), b: keep(other), sa, sb }));
-                    }
-                    let (a, b, out) = same_float(stringify!($name), self, other)?;
-                    let y = with_float!(stringify!($name), a.dtype(), T => {
-                        ew::zip::<T, T, T>(stringify!($name), a.array(), b.array(), #[inline(always)] |$x: T, $y: T| $f)
-                    })?;
-                    let keep = |t: &Tensor| $saves.then(|| t.array().clone());
-                    Tensor::record(y, &[&a, &b], &[], || Back { a: keep(&a), b: keep(&b), sa, sb }).cast(out)
-                }
-            }
-        )*
-        /// This family's entries.
-        pub static OPS: &[&OpInfo] = &[$(&$info,)* &COMPARE, &WHERE];
-    };
+/// An elementwise function of two inputs.
+pub(crate) trait Binary: 'static {
+    /// Name of the op; its kernels are `{NAME}_{dtype}` and, if it saves, `{NAME}_grad_{dtype}`.
+    const NAME: &'static str;
+    /// Whether the derivatives depend on the inputs, which are then kept.
+    const SAVES: bool;
+    /// Inputs of the cases lie in this range, away from poles.
+    const RANGE: [f64; 2] = [-2.0, 2.0];
+    /// The registry's entry.
+    const INFO: &'static OpInfo =
+        &OpInfo { name: Self::NAME, differentiable: Differentiable::Yes, factor: NO_PARAMS, cases: &[case::<Self>] };
+    /// The function.
+    fn f<T: Float>(x: T, y: T) -> T;
+    /// Its derivative by the first input.
+    fn dx<T: Float>(x: T, y: T) -> T;
+    /// Its derivative by the second input.
+    fn dy<T: Float>(x: T, y: T) -> T;
 }
 
-binary! {
+fn case<B: Binary + ?Sized>(g: &mut Gen) -> Result<Case> {
+    let (a, b) = pair(g, B::RANGE[0], B::RANGE[1]);
+    Ok(Case::new(vec![a, b], |t| binary::<B>(&t[0], &t[1])))
+}
+
+struct Back<B: ?Sized> {
+    saved: Option<[Array; 2]>,
+    shapes: [Dims; 2],
+    function: PhantomData<fn() -> Box<B>>,
+}
+
+impl<B: Binary + ?Sized> Rule for Back<B> {
+    fn info(&self) -> &'static OpInfo {
+        B::INFO
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        for side in [0, 1] {
+            if flow.wants(side) {
+                let full = match &self.saved {
+                    Some([a, b]) => gradient::<B>([a.clone(), b.clone(), grad.clone()], side)?,
+                    None => {
+                        let slope = if side == 0 { B::dx(1.0, 1.0) } else { B::dy(1.0, 1.0) };
+                        unary::gradient::<unary::MulScalar>(grad.clone(), None, [slope, 0.0])?
+                    }
+                };
+                flow.input(side, sum_to(&full, &self.shapes[side])?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// grad · ∂f/∂(input `side`), in the common shape.
+fn gradient<B: Binary + ?Sized>(operands: [Array; 3], side: usize) -> Result<Array> {
+    dispatch(
+        operands,
+        Half::Native,
+        |[a, b, grad]| {
+            with_float!(B::NAME, grad.dtype(), |T| {
+                let slope = match side {
+                    0 => ew::zip::<T, T, T>(
+                        B::NAME,
+                        &a,
+                        &b,
+                        #[inline(always)]
+                        |x: T, y: T| B::dx(x, y),
+                    )?,
+                    _ => ew::zip::<T, T, T>(
+                        B::NAME,
+                        &a,
+                        &b,
+                        #[inline(always)]
+                        |x: T, y: T| B::dy(x, y),
+                    )?,
+                };
+                ew::zip_owned::<T, T>(B::NAME, slope, &grad, |s, g| s * g)
+            })
+        },
+        |gpu, [a, b, grad]| ew::cuda::binary_grad(gpu, B::NAME, (&a, &b), &grad, side),
+    )
+}
+
+/// The op of the function `B`.
+fn binary<B: Binary + ?Sized>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _op = spans::op(B::NAME);
+    let elements = 2 * a.numel().max(b.numel()) + a.numel().min(b.numel());
+    spans::cost(0.0, (elements * a.dtype().size()) as f64);
+    expect_same(B::NAME, a, b)?;
+    let y = dispatch(
+        [a.array().clone(), b.array().clone()],
+        Half::Native,
+        |[a, b]| {
+            with_float!(B::NAME, a.dtype(), |T| {
+                ew::zip::<T, T, T>(
+                    B::NAME,
+                    &a,
+                    &b,
+                    #[inline(always)]
+                    |x: T, y: T| B::f(x, y),
+                )
+            })
+        },
+        |gpu, [a, b]| ew::cuda::binary(gpu, B::NAME, &a, &b),
+    )?;
+    let saved = B::SAVES.then(|| [a.array().clone(), b.array().clone()]);
+    let shapes = [a.shape().into(), b.shape().into()];
+    Ok(Tensor::record(y, &[a, b], &[], || Back::<B> { saved, shapes, function: PhantomData }))
+}
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] =
+    &[Add::INFO, Sub::INFO, Mul::INFO, Div::INFO, Maximum::INFO, Minimum::INFO, &COMPARE, &WHERE];
+
+/// a + b.
+pub(crate) struct Add;
+
+impl Binary for Add {
+    const NAME: &'static str = "add";
+    const SAVES: bool = false;
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        x + y
+    }
+    #[inline(always)]
+    fn dx<T: Float>(_: T, _: T) -> T {
+        T::ONE
+    }
+    #[inline(always)]
+    fn dy<T: Float>(_: T, _: T) -> T {
+        T::ONE
+    }
+}
+
+/// a − b.
+pub(crate) struct Sub;
+
+impl Binary for Sub {
+    const NAME: &'static str = "sub";
+    const SAVES: bool = false;
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        x - y
+    }
+    #[inline(always)]
+    fn dx<T: Float>(_: T, _: T) -> T {
+        T::ONE
+    }
+    #[inline(always)]
+    fn dy<T: Float>(_: T, _: T) -> T {
+        -T::ONE
+    }
+}
+
+/// a·b, element by element.
+pub(crate) struct Mul;
+
+impl Binary for Mul {
+    const NAME: &'static str = "mul";
+    const SAVES: bool = true;
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        x * y
+    }
+    #[inline(always)]
+    fn dx<T: Float>(_: T, y: T) -> T {
+        y
+    }
+    #[inline(always)]
+    fn dy<T: Float>(x: T, _: T) -> T {
+        x
+    }
+}
+
+/// a/b.
+pub(crate) struct Div;
+
+impl Binary for Div {
+    const NAME: &'static str = "div";
+    const SAVES: bool = true;
+    const RANGE: [f64; 2] = [0.4, 2.0];
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        x / y
+    }
+    #[inline(always)]
+    fn dx<T: Float>(_: T, y: T) -> T {
+        T::ONE / y
+    }
+    #[inline(always)]
+    fn dy<T: Float>(x: T, y: T) -> T {
+        -x / (y * y)
+    }
+}
+
+/// The larger of a and b; a tie sends the gradient to a.
+pub(crate) struct Maximum;
+
+impl Binary for Maximum {
+    const NAME: &'static str = "maximum";
+    const SAVES: bool = true;
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        x.larger(y)
+    }
+    #[inline(always)]
+    fn dx<T: Float>(x: T, y: T) -> T {
+        if x >= y { T::ONE } else { T::ZERO }
+    }
+    #[inline(always)]
+    fn dy<T: Float>(x: T, y: T) -> T {
+        if x >= y { T::ZERO } else { T::ONE }
+    }
+}
+
+/// The smaller of a and b; a tie sends the gradient to a.
+pub(crate) struct Minimum;
+
+impl Binary for Minimum {
+    const NAME: &'static str = "minimum";
+    const SAVES: bool = true;
+    #[inline(always)]
+    fn f<T: Float>(x: T, y: T) -> T {
+        -(-x).larger(-y)
+    }
+    #[inline(always)]
+    fn dx<T: Float>(x: T, y: T) -> T {
+        if x <= y { T::ONE } else { T::ZERO }
+    }
+    #[inline(always)]
+    fn dy<T: Float>(x: T, y: T) -> T {
+        if x <= y { T::ZERO } else { T::ONE }
+    }
+}
+
+impl Tensor {
     /// a + b.
-    add / ADD, |x, y| x + y, |g| g, g, [-2.0, 2.0], saves false;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn add(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Add>(self, other)
+    }
     /// a − b.
-    sub / SUB, |x, y| x - y, |g| g, -g, [-2.0, 2.0], saves false;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Sub>(self, other)
+    }
     /// a·b, element by element.
-    mul / MUL, |x, y| x * y, |g| g * y, g * x, [-2.0, 2.0], saves true;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Mul>(self, other)
+    }
     /// a/b.
-    div / DIV, |x, y| x / y, |g| g / y, -g * x / (y * y), [0.4, 2.0], saves true;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn div(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Div>(self, other)
+    }
     /// The larger of a and b; a tie sends the gradient to a.
-    maximum / MAXIMUM, |x, y| x.larger(y), |g| if x >= y { g } else { T::ZERO }, if x >= y { T::ZERO } else { g },
-        [-2.0, 2.0], saves true;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Maximum>(self, other)
+    }
     /// The smaller of a and b; a tie sends the gradient to a.
-    minimum / MINIMUM, |x, y| -(-x).larger(-y), |g| if x <= y { g } else { T::ZERO }, if x <= y { T::ZERO } else { g },
-        [-2.0, 2.0], saves true;
+    ///
+    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
+        binary::<Minimum>(self, other)
+    }
 }
 
 /// Floats of one dtype.
@@ -138,13 +312,6 @@ fn expect_same(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
         return Err(Error::dtype(op, format!("{} and {} differ; cast one of them", a.dtype(), b.dtype())));
     }
     Ok(())
-}
-
-/// Both operands in one compute dtype, and the dtype the result goes back to.
-fn same_float(op: &'static str, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor, DType)> {
-    expect_same(op, a, b)?;
-    let d = a.dtype();
-    Ok((a.cast(d.compute())?, b.cast(d.compute())?, d))
 }
 
 static COMPARE: OpInfo = OpInfo {
@@ -170,108 +337,125 @@ static WHERE: OpInfo = OpInfo {
     }],
 };
 
-macro_rules! compare {
-    ($($(#[$doc:meta])* $name:ident, $op:tt, $code:literal;)*) => {
-        impl Tensor {
-            $(
-                $(#[$doc])*
-                pub fn $name(&self, other: &Tensor) -> Result<Tensor> {
-                    let _op = spans::op("compare");
-                    if self.dtype() != other.dtype() {
-                        return Err(Error::dtype(stringify!($name), format!("{} and {} differ; cast one of them", self.dtype(), other.dtype())));
-                    }
-                    let (a, b) = (self.array(), other.array());
-                    if let Some(gpu) = a.gpu().or(b.gpu()) {
-                        return Ok(Tensor::new(cuda::compare(gpu, $code, a, b)?));
-                    }
-                    Ok(Tensor::new(with_dtype!(a.dtype(), T => {
-                        ew::zip::<T, T, u8>(stringify!($name), a, b, |x, y| (x $op y) as u8)
-                    })?))
-                }
-            )*
-        }
-    };
+/// Which comparison; the numbers are the codes of `compare` in `cuda/binary.cu`.
+#[derive(Clone, Copy)]
+pub(crate) enum Comparison {
+    Eq = 0,
+    Ne = 1,
+    Lt = 2,
+    Le = 3,
+    Gt = 4,
+    Ge = 5,
 }
 
-compare! {
-    /// Mask (u8) of a = b; not differentiable.
-    eq, ==, 0;
-    /// Mask (u8) of a ≠ b; not differentiable.
-    ne, !=, 1;
-    /// Mask (u8) of a < b; not differentiable.
-    lt, <, 2;
-    /// Mask (u8) of a ≤ b; not differentiable.
-    le, <=, 3;
-    /// Mask (u8) of a > b; not differentiable.
-    gt, >, 4;
-    /// Mask (u8) of a ≥ b; not differentiable.
-    ge, >=, 5;
+fn compare(which: Comparison, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _op = spans::op("compare");
+    if a.dtype() != b.dtype() {
+        let message = format!("{} and {} differ; cast one of them", a.dtype(), b.dtype());
+        return Err(Error::dtype("compare", message));
+    }
+    let y = dispatch(
+        [a.array().clone(), b.array().clone()],
+        Half::Move,
+        |[a, b]| {
+            with_dtype!(a.dtype(), |T| match which {
+                Comparison::Eq => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x == y) as u8),
+                Comparison::Ne => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x != y) as u8),
+                Comparison::Lt => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x < y) as u8),
+                Comparison::Le => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x <= y) as u8),
+                Comparison::Gt => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x > y) as u8),
+                Comparison::Ge => ew::zip::<T, T, u8>("compare", &a, &b, |x, y| (x >= y) as u8),
+            })
+        },
+        |gpu, [a, b]| cuda::compare(gpu, which, &a, &b),
+    )?;
+    Ok(Tensor::new(y))
 }
 
 impl Tensor {
-    /// `a` where the mask (u8) is not 0, `b` elsewhere. All three broadcast.
+    /// Mask (u8) of a = b; not differentiable.
+    pub fn eq(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Eq, self, other)
+    }
+    /// Mask (u8) of a ≠ b; not differentiable.
+    pub fn ne(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Ne, self, other)
+    }
+    /// Mask (u8) of a < b; not differentiable.
+    pub fn lt(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Lt, self, other)
+    }
+    /// Mask (u8) of a ≤ b; not differentiable.
+    pub fn le(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Le, self, other)
+    }
+    /// Mask (u8) of a > b; not differentiable.
+    pub fn gt(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Gt, self, other)
+    }
+    /// Mask (u8) of a ≥ b; not differentiable.
+    pub fn ge(&self, other: &Tensor) -> Result<Tensor> {
+        compare(Comparison::Ge, self, other)
+    }
+}
+
+/// Backward of a selection.
+struct WhereBack {
+    mask: Array,
+    shapes: [Dims; 2],
+}
+
+impl Rule for WhereBack {
+    fn info(&self) -> &'static OpInfo {
+        &WHERE
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        for (side, keep) in [(0, true), (1, false)] {
+            if flow.wants(side) {
+                let part = dispatch(
+                    [grad.clone(), self.mask.clone()],
+                    Half::Move,
+                    |[grad, mask]| {
+                        with_dtype!(grad.dtype(), |T| ew::zip::<T, u8, T>("where", &grad, &mask, move |g, m| {
+                            if (m != 0) == keep { g } else { T::default() }
+                        }))
+                    },
+                    |gpu, [grad, mask]| cuda::mask(gpu, &grad, &mask, keep),
+                )?;
+                flow.input(side, sum_to(&part, &self.shapes[side])?);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tensor {
+    /// `a` where the mask (u8) is not 0, `b` elsewhere. All three broadcast; `a` and `b` have one dtype, any.
     pub fn select(mask: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let _op = spans::op("where");
-        struct Back {
-            mask: Array,
-            sa: Dims,
-            sb: Dims,
-        }
-        impl Rule for Back {
-            fn info(&self) -> &'static OpInfo {
-                &WHERE
-            }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                if let Some(gpu) = grad.gpu() {
-                    for (side, keep) in [(0, true), (1, false)] {
-                        if flow.wants(side) {
-                            let part = cuda::mask(gpu, &grad, &self.mask, keep)?;
-                            flow.input(
-                                side,
-                                super::reduce::sum_to(&part, if side == 0 { &self.sa } else { &self.sb })?,
-                            );
-                        }
-                    }
-                    return Ok(());
-                }
-                with_float!("where", grad.dtype(), T => {
-                    for (side, keep) in [(0, true), (1, false)] {
-                        if flow.wants(side) {
-                            let part = ew::zip::<T, u8, T>("where", &grad, &self.mask, move |g, m| {
-                                if (m != 0) == keep { g } else { T::ZERO }
-                            })?;
-                            flow.input(side, super::reduce::sum_to(&part, if side == 0 { &self.sa } else { &self.sb })?);
-                        }
-                    }
-                    Ok(())
-                })
-            }
-        }
         if mask.dtype() != DType::U8 {
-            return Err(Error::dtype(
-                "where",
-                format!("the mask must be u8 (from a comparison), got {}", mask.dtype()),
-            ));
+            let message = format!("the mask must be u8 (from a comparison), got {}", mask.dtype());
+            return Err(Error::dtype("where", message));
         }
-        expect_same("where", a, b)?;
-        let shape = crate::array::shape::broadcast("where", a.shape(), b.shape())?;
-        let shape = crate::array::shape::broadcast("where", &shape, mask.shape())?;
-        let (sa, sb): (Dims, Dims) = (a.shape().into(), b.shape().into());
-        if let Some(gpu) = a.array().gpu().or(b.array().gpu()) {
-            let (m, x, y) = (mask.array().expand(&shape)?, a.array().expand(&shape)?, b.array().expand(&shape)?);
-            let y = cuda::select(gpu, &m, &x, &y)?;
-            return Ok(Tensor::record(y, &[a, b], &[], || Back { mask: m, sa, sb }));
+        if a.dtype() != b.dtype() {
+            let message = format!("{} and {} differ; cast one of them", a.dtype(), b.dtype());
+            return Err(Error::dtype("where", message));
         }
-        let (a, b, out) = same_float("where", a, b)?;
-        let (m, ea, eb) = (mask.array().expand(&shape)?, a.array().expand(&shape)?, b.array().expand(&shape)?);
-        let y = with_float!("where", a.dtype(), T => {
-            // Two passes keep the loops to two operands: pick `a` under the mask, then `b` elsewhere.
-            let bits = ew::zip::<T, u8, T>("where", &ea, &m, |x, m| if m != 0 { x } else { T::ZERO })?;
-            let rest = ew::zip::<T, u8, T>("where", &eb, &m, |x, m| if m == 0 { x } else { T::ZERO })?;
-            // Selected zeros are exact, so the sum is the selection.
-            ew::zip_owned::<T, T>("where", bits, &rest, |x, y| if x == T::ZERO { y } else { x })
-        })?;
-        Tensor::record(y, &[&a, &b], &[], || Back { mask: m, sa, sb }).cast(out)
+        let shape = broadcast("where", a.shape(), b.shape())?;
+        let shape = broadcast("where", &shape, mask.shape())?;
+        let wide = |t: &Tensor| t.array().expand(&shape);
+        let m = wide(mask)?;
+        let y = dispatch(
+            [m.clone(), wide(a)?, wide(b)?],
+            Half::Move,
+            |[m, a, b]| with_dtype!(a.dtype(), |T| ew::select::<T>(&m, &a, &b)),
+            |gpu, [m, a, b]| cuda::select(gpu, &m, &a, &b),
+        )?;
+        let shapes = [a.shape().into(), b.shape().into()];
+        Ok(match a.dtype().is_float() {
+            true => Tensor::record(y, &[a, b], &[], || WhereBack { mask: m, shapes }),
+            false => Tensor::new(y),
+        })
     }
     /// `value` where the mask (u8) is not 0, this tensor elsewhere.
     pub fn masked_fill(&self, mask: &Tensor, value: f64) -> Result<Tensor> {

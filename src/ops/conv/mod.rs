@@ -10,16 +10,17 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, NO_PARAMS, OpInfo, Rule, is_recording};
-use crate::base::{DType, Error, Float, Result};
-use crate::device::cpu::par::par_chunks;
-use crate::device::cpu::shared::Shared;
+use crate::autograd::{
+    Case, Differentiable, Factor, FactorRule, Flow, Gen, Groups, NO_PARAMS, OpInfo, Rule, is_recording,
+};
+use crate::base::{Error, Float, Result};
+use crate::device::cpu::par::par_units;
 use crate::device::spans;
 use crate::kernels::elementwise::cuda as gpu_ew;
 use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul};
+use crate::kernels::{Exact, Half, dispatch};
 use crate::ops::conv::cpu::Window;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
-use std::sync::Arc;
 
 /// How a window slides: (height, width) each; one-dimensional convolutions use the width.
 ///
@@ -191,51 +192,59 @@ impl Rule for Back {
         let (b, groups, places) = (self.shape[0], self.groups, self.window.places());
         let (channels, cout) = (self.shape[1] / groups, g.shape()[1]);
         let (each, k, blocks) = (cout / groups, channels * self.window.area(), b * groups);
-        if let (true, Some(gpu)) = (flow.wants(0), g.gpu()) {
-            let w = self.w.value().cast(g.dtype()).reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
-            let gm = g.reshape(&[b, groups, each, places])?.transpose(2, 3)?;
-            let rows = gpu_gemm::product(gpu, &gm, &w, gpu_gemm::Epilogue::default())?.0;
-            flow.input(0, cuda::fold(gpu, &rows, (blocks, channels), &self.window, &self.shape)?);
-        } else if flow.wants(0) {
-            let w = self.w.value().cast(g.dtype());
-            let mut dx = Array::zeros(&self.shape, g.dtype());
+        if flow.wants(0) {
             let image = channels * self.window.size[0] * self.window.size[1];
-            with_float!("conv", g.dtype(), T => {
-                let (gs, w, dst) = (g.as_slice::<T>()?, w.as_slice::<T>()?, Shared::new(dx.fresh_mut::<T>()));
-                par_chunks(blocks, 1, |range| {
-                    let mut rows = vec![T::ZERO; places * k];
-                    for n in range {
-                        let gm = Mat::new(&gs[n * each * places..(n + 1) * each * places], each, places);
-                        let wm = Mat::new(&w[n % groups * each * k..(n % groups + 1) * each * k], each, k);
-                        matmul(gm.t(), wm, false, &mut rows);
-                        // SAFETY: blocks are disjoint.
-                        cpu::fold_one(&rows, channels, &self.window, unsafe { dst.slice(n * image..(n + 1) * image) });
-                    }
-                });
-                Ok(())
-            })?;
+            let dx = dispatch(
+                [g.clone(), self.w.value()],
+                Half::Widen,
+                |[g, w]| {
+                    let (mut dx, w) = (Array::zeros(&self.shape, g.dtype()), w.cast(g.dtype()));
+                    with_float!("conv", g.dtype(), |T| {
+                        let (g, w) = (g.as_slice::<T>()?, w.as_slice::<T>()?);
+                        par_units(dx.fresh_mut::<T>(), image, 1, |blocks, dx| {
+                            let mut rows = vec![T::ZERO; places * k];
+                            for (n, dx) in blocks.zip(dx.chunks_exact_mut(image)) {
+                                let gm = Mat::new(&g[n * each * places..(n + 1) * each * places], each, places);
+                                let wm = Mat::new(&w[n % groups * each * k..(n % groups + 1) * each * k], each, k);
+                                matmul(gm.t(), wm, false, &mut rows);
+                                cpu::fold_one(&rows, channels, &self.window, dx);
+                            }
+                        });
+                        Ok(dx)
+                    })
+                },
+                |gpu, [g, w]| {
+                    let w = w.cast(g.dtype()).reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
+                    let gm = g.reshape(&[b, groups, each, places])?.transpose(2, 3)?;
+                    let rows = gpu_gemm::product(gpu, &gm, &w, gpu_gemm::Epilogue::default())?.0;
+                    cuda::fold(gpu, &rows, (blocks, channels), &self.window, &self.shape)
+                },
+            )?;
             flow.input(0, dx);
         }
+        // Factors are f32 or f64.
+        let g = g.cast(g.dtype().compute());
         if let Some(rows) = &self.rows {
             let n = blocks * places;
-            let left = match g.gpu() {
-                Some(_) => g.reshape(&[blocks, each, places])?.transpose(1, 2)?.contiguous().reshape(&[n, each])?,
-                None => {
+            let left = dispatch(
+                [g.clone()],
+                Half::Move,
+                |[g]| {
                     let mut left = Array::uninit(&[n, each], g.dtype());
-                    with_float!("conv", g.dtype(), T => {
+                    with_float!("conv", g.dtype(), |T| {
                         cpu::transpose::<T>(g.as_slice()?, blocks, each, places, left.fresh_mut());
-                        Ok(())
-                    })?;
-                    left
-                }
-            };
+                        Ok(left)
+                    })
+                },
+                |_, [g]| g.reshape(&[blocks, each, places])?.transpose(1, 2)?.contiguous().reshape(&[n, each]),
+            )?;
             let right = rows.reshape(&[n, k])?;
             let samples = self.samples.repeat_rows(groups * places)?;
             let factor = if groups == 1 {
                 Factor::Outer { left, right, samples }
             } else {
-                let group = (0..n).map(|i| (i / places % groups) as u32).collect();
-                Factor::GroupedOuter { left, right, group: Arc::new(group), samples }
+                let group = Groups::of_ids((0..n).map(|i| (i / places % groups) as u32).collect(), groups)?;
+                Factor::GroupedOuter { left, right, group, samples }
             };
             flow.param(&self.w, factor);
         }
@@ -281,11 +290,62 @@ fn convolve(
     let window = conv.window(op, [x.shape()[2], x.shape()[3]], kernel)?;
     let (channels, each, places, blocks) = (cin / groups, cout / groups, window.places(), b * groups);
     let (k, image) = (channels * window.area(), channels * window.size[0] * window.size[1]);
-    let (xa, wv) = (x.array().contiguous(), w.value().cast(x.dtype()));
-    let bv = bias.map(|b| b.value().cast(x.dtype()));
+    let bv = bias.map(Param::value);
     let keep = w.trainable() && is_recording();
+    let out = [b, cout, window.out[0], window.out[1]];
+    // The unfolded input is a factor of the weight's gradient: it stays in f32.
+    let (y, Exact(rows)) = dispatch(
+        [x.array().contiguous(), w.value()],
+        Half::Widen,
+        |[x, w]| {
+            let (w, bv) = (w.cast(x.dtype()), bv.as_ref().map(|b| b.cast(x.dtype())));
+            let mut rows = keep.then(|| Array::uninit(&[blocks, places, k], x.dtype()));
+            let mut y = Array::uninit(&out, x.dtype());
+            with_float!(op, x.dtype(), |T| {
+                let (xs, ws) = (x.as_slice::<T>()?, w.as_slice::<T>()?);
+                let bs = bv.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
+                if let Some(rows) = &mut rows {
+                    cpu::unfold(xs, blocks, channels, &window, rows.fresh_mut::<T>());
+                }
+                let kept = rows.as_ref().map(|r| r.as_slice::<T>()).transpose()?;
+                par_units(y.fresh_mut::<T>(), each * places, 1, |range, y| {
+                    let mut scratch = if kept.is_none() { vec![T::ZERO; places * k] } else { Vec::new() };
+                    for (n, y) in range.zip(y.chunks_exact_mut(each * places)) {
+                        let rows = match kept {
+                            Some(rows) => &rows[n * places * k..(n + 1) * places * k],
+                            None => {
+                                cpu::unfold_one(&xs[n * image..(n + 1) * image], channels, &window, &mut scratch);
+                                &scratch[..]
+                            }
+                        };
+                        let g = n % groups;
+                        let wm = Mat::new(&ws[g * each * k..(g + 1) * each * k], each, k);
+                        if let Some(bs) = bs {
+                            y.chunks_exact_mut(places).zip(&bs[g * each..]).for_each(|(y, &b)| y.fill(b));
+                        }
+                        if k > 0 {
+                            matmul(wm, Mat::new(rows, places, k).t(), bs.is_some(), y);
+                        } else if bs.is_none() {
+                            y.fill(T::ZERO);
+                        }
+                    }
+                });
+                Ok((y, Exact(rows)))
+            })
+        },
+        |gpu, [x, w]| {
+            let rows = cuda::unfold(gpu, &x, (blocks, channels), &window)?.reshape(&[b, groups, places, k])?;
+            let w = w.cast(x.dtype()).reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
+            let y = gpu_gemm::product(gpu, &w, &rows.transpose(2, 3)?, gpu_gemm::Epilogue::default())?.0;
+            let mut y = y.reshape(&out)?;
+            if let Some(bv) = &bv {
+                y = gpu_ew::binary(gpu, "add", &y, &bv.cast(x.dtype()).reshape(&[cout, 1, 1])?)?;
+            }
+            Ok((y, Exact(keep.then_some(rows))))
+        },
+    )?;
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    let back = |rows: Option<Array>| Back {
+    Ok(Tensor::record(y, &[x], &params, || Back {
         rows,
         shape: x.shape().into(),
         w: w.clone(),
@@ -293,54 +353,7 @@ fn convolve(
         window,
         groups,
         samples,
-    };
-    if let Some(gpu) = xa.gpu() {
-        let rows = cuda::unfold(gpu, &xa, (blocks, channels), &window)?.reshape(&[b, groups, places, k])?;
-        let wm = wv.reshape(&[1, groups, each, k])?.expand(&[b, groups, each, k])?;
-        let y = gpu_gemm::product(gpu, &wm, &rows.transpose(2, 3)?, gpu_gemm::Epilogue::default())?.0;
-        let mut y = y.reshape(&[b, cout, window.out[0], window.out[1]])?;
-        if let Some(bv) = bv {
-            y = gpu_ew::binary(gpu, "add", &y, &bv.reshape(&[cout, 1, 1])?)?;
-        }
-        let rows = keep.then_some(rows);
-        return Ok(Tensor::record(y, &[x], &params, || back(rows)));
-    }
-    let mut rows = keep.then(|| Array::uninit(&[blocks, places, k], x.dtype()));
-    let mut y = Array::uninit(&[b, cout, window.out[0], window.out[1]], x.dtype());
-    with_float!(op, x.dtype(), T => {
-        let (xs, ws, dst) = (xa.as_slice::<T>()?, wv.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
-        let bs = bv.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
-        if let Some(rows) = &mut rows {
-            cpu::unfold(xs, blocks, channels, &window, rows.fresh_mut::<T>());
-        }
-        let kept = rows.as_ref().map(|r| r.as_slice::<T>()).transpose()?;
-        par_chunks(blocks, 1, |range| {
-            let mut scratch = if kept.is_none() { vec![T::ZERO; places * k] } else { Vec::new() };
-            for n in range {
-                let rows = match kept {
-                    Some(rows) => &rows[n * places * k..(n + 1) * places * k],
-                    None => {
-                        cpu::unfold_one(&xs[n * image..(n + 1) * image], channels, &window, &mut scratch);
-                        &scratch[..]
-                    }
-                };
-                let g = n % groups;
-                // SAFETY: blocks are disjoint.
-                let o = unsafe { dst.slice(n * each * places..(n + 1) * each * places) };
-                let wm = Mat::new(&ws[g * each * k..(g + 1) * each * k], each, k);
-                if let Some(bs) = bs {
-                    o.chunks_exact_mut(places).zip(&bs[g * each..]).for_each(|(o, &b)| o.fill(b));
-                }
-                if k > 0 {
-                    matmul(wm, Mat::new(rows, places, k).t(), bs.is_some(), o);
-                } else if bs.is_none() {
-                    o.fill(T::ZERO);
-                }
-            }
-        });
-        Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &params, || back(rows)))
+    }))
 }
 
 /// Cross-correlation of images `x [B, Cin, H, W]` with `w [Cout, Cin/groups, kh, kw]`, plus `bias [Cout]`:
@@ -351,9 +364,6 @@ fn convolve(
 pub fn conv2d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: Option<&Samples>) -> Result<Tensor> {
     let _op = spans::op("conv");
     x.dtype().expect_float("conv")?;
-    if x.dtype().is_half() {
-        return conv2d(&x.cast(DType::F32)?, w, bias, conv, samples)?.cast(x.dtype());
-    }
     match (x.rank(), w.shape()) {
         (4, &[_, _, kh, kw]) => convolve(x, w, [kh, kw], bias, conv, samples),
         _ => Err(Error::shape(
@@ -373,9 +383,6 @@ pub fn conv2d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: 
 pub fn conv1d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: Option<&Samples>) -> Result<Tensor> {
     let _op = spans::op("conv");
     x.dtype().expect_float("conv")?;
-    if x.dtype().is_half() {
-        return conv1d(&x.cast(DType::F32)?, w, bias, conv, samples)?.cast(x.dtype());
-    }
     match (x.shape(), w.shape()) {
         (&[b, c, t], &[cout, _, k]) => {
             let y = convolve(&x.reshape(&[b, c, 1, t])?, w, [1, k], bias, conv.flat(), samples)?;
@@ -411,26 +418,32 @@ impl Rule for Windows {
 }
 
 fn unfold(x: &Array, w: &Window) -> Result<Array> {
-    let (x, b, c) = (x.contiguous(), x.shape()[0], x.shape()[1]);
-    if let Some(gpu) = x.gpu() {
-        return cuda::unfold(gpu, &x, (b, c), w);
-    }
-    let mut y = Array::uninit(&[b, w.places(), c * w.area()], x.dtype());
-    with_dtype!(x.dtype(), T => cpu::unfold::<T>(x.as_slice()?, b, c, w, y.fresh_mut()));
-    Ok(y)
+    let (b, c) = (x.shape()[0], x.shape()[1]);
+    dispatch(
+        [x.contiguous()],
+        Half::Move,
+        |[x]| {
+            let mut y = Array::uninit(&[b, w.places(), c * w.area()], x.dtype());
+            with_dtype!(x.dtype(), |T| cpu::unfold::<T>(x.as_slice()?, b, c, w, y.fresh_mut()));
+            Ok(y)
+        },
+        |gpu, [x]| cuda::unfold(gpu, &x, (b, c), w),
+    )
 }
 
 fn fold(rows: &Array, shape: &[usize], w: &Window) -> Result<Array> {
-    let g = rows.cast(rows.dtype().compute()).contiguous();
-    if let Some(gpu) = g.gpu() {
-        return Ok(cuda::fold(gpu, &g, (shape[0], shape[1]), w, shape)?.cast(rows.dtype()));
-    }
-    let mut x = Array::zeros(shape, g.dtype());
-    with_float!("fold", g.dtype(), T => {
-        cpu::fold::<T>(g.as_slice()?, shape[0], shape[1], w, x.fresh_mut());
-        Ok(())
-    })?;
-    Ok(x.cast(rows.dtype()))
+    dispatch(
+        [rows.contiguous()],
+        Half::Native,
+        |[rows]| {
+            let mut x = Array::zeros(shape, rows.dtype());
+            with_float!("fold", rows.dtype(), |T| {
+                cpu::fold::<T>(rows.as_slice()?, shape[0], shape[1], w, x.fresh_mut());
+                Ok(x)
+            })
+        },
+        |gpu, [rows]| cuda::fold(gpu, &rows, (shape[0], shape[1]), w, shape),
+    )
 }
 
 impl Tensor {

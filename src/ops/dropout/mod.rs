@@ -5,10 +5,10 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::autograd::{Case, Differentiable, Flow, NO_PARAMS, OpInfo, Rule};
 use crate::base::philox::dropout_uniform;
-use crate::base::{DType, Element, Error, Float, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::base::{Element, Error, Float, Result};
+use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::spans;
+use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
 
 static DROPOUT: OpInfo = OpInfo {
@@ -26,24 +26,26 @@ static DROPOUT: OpInfo = OpInfo {
 pub static OPS: &[&OpInfo] = &[&DROPOUT];
 
 fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
-    let x = x.contiguous();
-    if let Some(gpu) = x.gpu() {
-        return cuda::dropout(gpu, &x, p, seed);
-    }
-    let mut y = Array::uninit(x.shape(), x.dtype());
-    with_float!("dropout", x.dtype(), T => {
-        let (src, dst, keep) = (x.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()), T::from_f64(1.0 / (1.0 - p)));
-        let threshold = p as f32;
-        par_chunks(src.len(), GRAIN, |r| {
-            // SAFETY: chunks are disjoint.
-            let d = unsafe { dst.slice(r.clone()) };
-            for (i, (d, &s)) in r.clone().zip(d.iter_mut().zip(&src[r])) {
-                *d = if dropout_uniform(seed, i as u64) < threshold { T::ZERO } else { s * keep };
-            }
-        });
-        Ok(())
-    })?;
-    Ok(y)
+    dispatch(
+        [x.contiguous()],
+        Half::Native,
+        |[x]| {
+            let mut y = Array::uninit(x.shape(), x.dtype());
+            with_float!("dropout", x.dtype(), |T| {
+                let (src, keep, threshold) = (x.as_slice::<T>()?, T::from_f64(1.0 / (1.0 - p)), p as f32);
+                par_units(y.fresh_mut::<T>(), 1, GRAIN, |r, y| {
+                    for (i, (y, &x)) in r.clone().zip(y.iter_mut().zip(&src[r])) {
+                        *y = if dropout_uniform(seed, i as u64) < threshold { T::ZERO } else { x * keep };
+                    }
+                });
+                Ok(y)
+            })
+        },
+        |gpu, [x]| {
+            gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
+            cuda::dropout(gpu, &x, p, seed)
+        },
+    )
 }
 
 impl Tensor {
@@ -56,12 +58,6 @@ impl Tensor {
         }
         if p == 0.0 {
             return Ok(self.clone());
-        }
-        if let Some(gpu) = self.array().gpu() {
-            gpu.refuse_in_capture("draw a dropout mask (it would be the same in every replay)")?;
-        }
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.dropout(p, seed)?.cast(self.dtype());
         }
         struct Back(f64, u64);
         impl Rule for Back {

@@ -1,7 +1,9 @@
 //! Launches of `cuda/embedding.cu`.
 
-use crate::array::cuda::{suffix, width};
+use super::BagMode;
+use crate::array::cuda::{on, suffix, width};
 use crate::array::{Arguments, Array};
+use crate::autograd::Segments;
 use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 
@@ -32,6 +34,12 @@ pub(crate) struct Bags {
 }
 
 impl Bags {
+    /// Bags whose ids and weights are brought to the GPU if they are elsewhere.
+    pub fn new(gpu: &Arc<Gpu>, ids: &Array, bags: &Segments, mode: BagMode, scale: Option<&Array>) -> Result<Bags> {
+        let there = bags.on_gpu(gpu)?;
+        let scale = scale.map(|s| on(gpu, s)).transpose()?;
+        Ok(Bags { ids: on(gpu, ids)?, offsets: there.offsets, owner: there.owner, mean: mode == BagMode::Mean, scale })
+    }
     fn launch<'a>(&self, gpu: &'a Arc<Gpu>, name: &str, dtype: crate::DType, grid: usize) -> Result<Launch<'a>> {
         Ok(Launch::new(gpu, "embedding", &format!("{name}_{}", suffix(dtype)))?.grid(grid, 1, 1))
     }

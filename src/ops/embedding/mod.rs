@@ -8,15 +8,16 @@ use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::device::cpu::par::{par_rows, par_units};
 use crate::device::cpu::simd::simd;
+use crate::device::cuda::Gpu;
 use crate::device::spans;
-use crate::kernels::{Activation, elementwise as ew, rows};
+use crate::kernels::{Activation, Half, dispatch, elementwise as ew, rows};
 use crate::ops::index::ids_below;
 use crate::ops::linear::{Layout, linear};
 use crate::ops::segment::Segments;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
+use std::sync::Arc;
 
 static EMBEDDING: OpInfo = OpInfo {
     name: "embedding",
@@ -125,19 +126,12 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
-            let mut grad = grad.cast(grad.dtype().compute()).contiguous().reshape(&[n, p])?;
-            if let (Some(padding), Some(gpu)) = (self.padding, grad.gpu()) {
-                grad = cuda::zero_rows(gpu, &grad, &self.ids, padding)?;
-            } else if let Some(padding) = self.padding {
-                let ids = self.ids.as_slice::<u32>()?;
-                if ids.contains(&padding) {
-                    with_float!("embedding", grad.dtype(), T => {
-                        let g = grad.as_mut_slice::<T>()?.chunks_exact_mut(p.max(1));
-                        g.zip(ids).filter(|(_, id)| **id == padding).for_each(|(g, _)| g.fill(T::ZERO));
-                        Ok(())
-                    })?;
-                }
-            }
+            // Factors are f32 or f64.
+            let grad = grad.cast(grad.dtype().compute()).contiguous().reshape(&[n, p])?;
+            let grad = match self.padding {
+                Some(padding) => without_padding(grad, &self.ids, padding)?,
+                None => grad,
+            };
             flow.param(
                 &self.weight,
                 Factor::Lookup { ids: self.ids.reshape(&[n])?, grad, samples: self.samples.clone() },
@@ -152,15 +146,37 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
         return Err(Error::shape("embedding", message));
     }
     let shape: Dims = ids.shape().iter().copied().chain([p]).collect();
-    let w = weight.value();
-    if let Some(gpu) = w.gpu() {
-        let ids = ids.to(&w.device())?;
-        let y = rows::cuda::take(gpu, &w, &ids, 1, weight.shape()[0], p, &shape)?;
-        return Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }));
-    }
-    let mut y = Array::uninit(&shape, w.dtype());
-    with_dtype!(w.dtype(), T => rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, y.fresh_mut()));
+    let ids = ids.to(&weight.device())?;
+    let y = dispatch(
+        [weight.value(), ids.clone()],
+        Half::Move,
+        |[w, ids]| {
+            let mut y = Array::uninit(&shape, w.dtype());
+            with_dtype!(w.dtype(), |T| rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, y.fresh_mut()));
+            Ok(y)
+        },
+        |gpu, [w, ids]| rows::cuda::take(gpu, &w, &ids, 1, weight.shape()[0], p, &shape),
+    )?;
     Ok(Tensor::record(y, &[], &[weight], || Back { weight: weight.clone(), ids, padding, samples }))
+}
+
+/// `grad [N, p]` with the rows of the id `padding` set to 0.
+fn without_padding(grad: Array, ids: &Array, padding: u32) -> Result<Array> {
+    dispatch(
+        [grad, ids.clone()],
+        Half::Move,
+        |[mut grad, ids]| {
+            let (ids, p) = (ids.as_slice::<u32>()?, grad.shape()[1]);
+            if ids.contains(&padding) {
+                with_dtype!(grad.dtype(), |T| {
+                    let g = grad.as_mut_slice::<T>()?.chunks_exact_mut(p.max(1));
+                    g.zip(ids).filter(|(_, id)| **id == padding).for_each(|(g, _)| g.fill(T::default()));
+                });
+            }
+            Ok(grad)
+        },
+        |gpu, [grad, ids]| cuda::zero_rows(gpu, &grad, &ids, padding),
+    )
 }
 
 /// How the rows of a bag become one.
@@ -171,35 +187,6 @@ pub enum BagMode {
     Sum,
     /// Their sum divided by their number.
     Mean,
-}
-
-/// The same on a GPU.
-struct GpuBagBack {
-    weight: Param,
-    bags: cuda::Bags,
-    samples: Samples,
-}
-
-impl Rule for GpuBagBack {
-    fn info(&self) -> &'static OpInfo {
-        &EMBEDDING_BAG
-    }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        let g = grad.contiguous();
-        let Some(gpu) = g.gpu() else {
-            return Err(Error::device("embedding_bag", "the gradient is on the CPU, the table on a GPU"));
-        };
-        if flow.wants(0) {
-            let w = self.weight.value().cast(g.dtype());
-            flow.input(0, self.bags.dots(gpu, &g, &w)?);
-        }
-        if self.weight.trainable() {
-            let grad = self.bags.rows(gpu, &g)?;
-            let factor = Factor::Lookup { ids: self.bags.ids.clone(), grad, samples: self.samples.clone() };
-            flow.param(&self.weight, factor);
-        }
-        Ok(())
-    }
 }
 
 struct BagBack {
@@ -217,58 +204,82 @@ impl BagMode {
     }
 }
 
+impl BagBack {
+    /// The bags as the kernels take them.
+    fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<cuda::Bags> {
+        cuda::Bags::new(gpu, &self.ids, &self.bags, self.mode, self.scale.as_ref())
+    }
+    /// The gradient of the weights of the ids: Σⱼ grad·row, times the mean's factor. `[N]`.
+    fn scale_grad(&self, g: &Array) -> Result<Array> {
+        let (n, p, owner) = (self.ids.numel(), self.weight.shape()[1], &self.bags);
+        dispatch(
+            [g.clone(), self.weight.value(), self.ids.clone()],
+            Half::Widen,
+            |[g, w, ids]| {
+                let mut taken = Array::uninit(&[n, p], w.dtype());
+                with_dtype!(w.dtype(), |S| rows::take::<S>(w.as_slice()?, ids.as_slice()?, 1, p, taken.fresh_mut()));
+                with_float!("embedding_bag", g.dtype(), |T| {
+                    let spread = rows_of(&g, owner.ids(), p)?;
+                    let product = ew::zip::<T, T, T>("embedding_bag", &taken.cast(g.dtype()), &spread, |a, b| a * b)?;
+                    let mut d = super::reduce::sum_dims(&product, &[1])?;
+                    for (d, &bag) in d.as_mut_slice::<T>()?.iter_mut().zip(owner.ids().iter()) {
+                        *d *= self.mode.factor::<T>(owner.range(bag as usize).len());
+                    }
+                    Ok(d)
+                })
+            },
+            |gpu, [g, w, _]| self.on_gpu(gpu)?.dots(gpu, &g, &w.cast(g.dtype())),
+        )
+    }
+    /// The gradient of each id's row: that of its bag, scaled. `[N, p]`.
+    fn rows(&self, g: &Array) -> Result<Array> {
+        let (n, p, bags) = (self.ids.numel(), self.weight.shape()[1], &self.bags);
+        dispatch(
+            [g.clone()],
+            Half::Widen,
+            |[g]| {
+                let mut rows = Array::uninit(&[n, p], g.dtype());
+                with_float!("embedding_bag", g.dtype(), |T| {
+                    let (g, owner) = (g.as_slice::<T>()?, bags.ids());
+                    let w = self.scale.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
+                    par_rows(rows.fresh_mut::<T>(), p, |t, d| {
+                        let bag = owner[t] as usize;
+                        let s = self.mode.factor::<T>(bags.range(bag).len()) * w.map_or(T::ONE, |w| w[t]);
+                        simd(
+                            #[inline(always)]
+                            || d.iter_mut().zip(&g[bag * p..(bag + 1) * p]).for_each(|(d, &g)| *d = s * g),
+                        );
+                    });
+                    Ok(rows)
+                })
+            },
+            |gpu, [g]| self.on_gpu(gpu)?.rows(gpu, &g),
+        )
+    }
+}
+
 impl Rule for BagBack {
     fn info(&self) -> &'static OpInfo {
         &EMBEDDING_BAG
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
-        let g = grad.contiguous();
-        with_float!("embedding_bag", g.dtype(), T => {
-            let gs = g.as_slice::<T>()?;
-            let owner = self.bags.ids();
-            let scale = |t: usize, w: Option<&[T]>| {
-                let bag = owner[t] as usize;
-                self.mode.factor::<T>(self.bags.range(bag).len()) * w.map_or(T::ONE, |w| w[t])
-            };
-            if flow.wants(0) {
-                // Σⱼ grad·row, times the mean's factor.
-                let w = self.weight.value();
-                let mut taken = Array::uninit(&[n, p], w.dtype());
-                with_dtype!(w.dtype(), S => rows::take::<S>(w.as_slice()?, self.ids.as_slice()?, 1, p, taken.fresh_mut()));
-                let spread = rows_of(&g, owner, p)?;
-                let product = ew::zip::<T, T, T>("embedding_bag", &taken.cast(g.dtype()), &spread, |a, b| a * b)?;
-                let mut d = super::reduce::sum_dims(&product, &[1])?;
-                d.as_mut_slice::<T>()?.iter_mut().enumerate().for_each(|(t, d)| *d *= scale(t, None));
-                flow.input(0, d);
-            }
-            if self.weight.trainable() {
-                let mut rows = Array::uninit(&[n, p], g.dtype());
-                let dst = Shared::new(rows.fresh_mut::<T>());
-                let w = self.scale.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
-                par_chunks(n, (GRAIN / p.max(1)).max(1), |range| {
-                    for t in range {
-                        // SAFETY: each row is written once.
-                        let d = unsafe { dst.slice(t * p..(t + 1) * p) };
-                        let (s, bag) = (scale(t, w), owner[t] as usize);
-                        simd(
-                            #[inline(always)]
-                            || d.iter_mut().zip(&gs[bag * p..(bag + 1) * p]).for_each(|(d, &g)| *d = s * g),
-                        );
-                    }
-                });
-                let ids = self.ids.reshape(&[n])?;
-                flow.param(&self.weight, Factor::Lookup { ids, grad: rows, samples: self.samples.clone() });
-            }
-            Ok(())
-        })
+        // Factors are f32 or f64.
+        let g = grad.cast(grad.dtype().compute()).contiguous();
+        if flow.wants(0) {
+            flow.input(0, self.scale_grad(&g)?);
+        }
+        if self.weight.trainable() {
+            let (ids, grad) = (self.ids.clone(), self.rows(&g)?);
+            flow.param(&self.weight, Factor::Lookup { ids, grad, samples: self.samples.clone() });
+        }
+        Ok(())
     }
 }
 
 /// Row `ids[t]` of `g`, for every t.
 fn rows_of(g: &Array, ids: &[u32], p: usize) -> Result<Array> {
     let mut out = Array::uninit(&[ids.len(), p], g.dtype());
-    with_dtype!(g.dtype(), T => rows::take::<T>(g.as_slice()?, ids, 1, p, out.fresh_mut()));
+    with_dtype!(g.dtype(), |T| rows::take::<T>(g.as_slice()?, ids, 1, p, out.fresh_mut()));
     Ok(out)
 }
 
@@ -308,51 +319,53 @@ pub fn embedding_bag(
         Some(s) => bags.rows_of(s)?,
         None => bags.samples(),
     };
-    let w = weight.value();
-    if let Some(gpu) = w.gpu() {
-        let there = bags.on_gpu(gpu)?;
-        let ids = ids.to(&w.device())?.reshape(&[ids.numel()])?;
-        let values = scale.as_ref().map(|s| s.array().contiguous().to(&w.device())).transpose()?;
-        let mean = mode == BagMode::Mean;
-        let bags = cuda::Bags { ids, offsets: there.offsets, owner: there.owner, mean, scale: values };
-        let y = bags.sum(gpu, &w)?.cast(dtype);
-        let parents: Vec<&Tensor> = scale.iter().collect();
-        let back = || GpuBagBack { weight: weight.clone(), bags, samples };
-        return Tensor::record(y, &parents, &[weight], back).cast(weight.dtype());
-    }
-    // 16-bit tables: only the rows in use are widened.
-    let (source, at) = if weight.dtype().is_half() {
-        let n = ids.numel();
-        let w = weight.value();
-        let mut taken = Array::uninit(&[n, p], w.dtype());
-        with_dtype!(w.dtype(), T => rows::take::<T>(w.as_slice()?, ids.as_slice()?, 1, p, taken.fresh_mut()));
-        (taken.cast(dtype), Array::arange(n, DType::U32))
-    } else {
-        (weight.value(), ids.clone())
-    };
-    let values = scale.as_ref().map(|s| s.array().contiguous());
-    let mut y = Array::uninit(&[bags.count(), p], dtype);
-    with_float!(op, dtype, T => {
-        let (src, at, dst) = (source.as_slice::<T>()?, at.as_slice::<u32>()?, Shared::new(y.fresh_mut::<T>()));
-        let w = values.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
-        bags.each(p, |bag, range| {
-            // SAFETY: each bag has its own row.
-            let o = unsafe { dst.slice(bag * p..(bag + 1) * p) };
-            simd(
-                #[inline(always)]
-                || {
-                    let f = mode.factor::<T>(range.len());
-                    o.fill(T::ZERO);
-                    for t in range {
-                        let (w, row) = (w.map_or(f, |w| f * w[t]), at[t] as usize * p);
-                        o.iter_mut().zip(&src[row..row + p]).for_each(|(o, &x)| *o += w * x);
+    let values = scale.as_ref().map(|s| s.array().contiguous().to(&weight.device())).transpose()?;
+    let ids = ids.reshape(&[ids.numel()])?.to(&weight.device())?;
+    let back = BagBack { weight: weight.clone(), ids: ids.clone(), bags: bags.clone(), mode, scale: values, samples };
+    let y = dispatch(
+        [weight.value(), ids],
+        Half::Move,
+        |[w, ids]| {
+            // 16-bit tables: only the rows in use are widened.
+            let (source, at) = match w.dtype().is_half() {
+                true => {
+                    let mut taken = Array::uninit(&[ids.numel(), p], w.dtype());
+                    with_dtype!(w.dtype(), |T| rows::take::<T>(
+                        w.as_slice()?,
+                        ids.as_slice()?,
+                        1,
+                        p,
+                        taken.fresh_mut()
+                    ));
+                    (taken.cast(dtype), Array::arange(ids.numel(), DType::U32))
+                }
+                false => (w, ids),
+            };
+            let mut y = Array::uninit(&[bags.count(), p], dtype);
+            with_float!(op, dtype, |T| {
+                let (src, at) = (source.as_slice::<T>()?, at.as_slice::<u32>()?);
+                let w = back.scale.as_ref().map(|w| w.as_slice::<T>()).transpose()?;
+                par_units(y.fresh_mut::<T>(), p, bags.grain(p), |range, y| {
+                    for (bag, y) in range.zip(y.chunks_exact_mut(p)) {
+                        let rows = bags.range(bag);
+                        simd(
+                            #[inline(always)]
+                            || {
+                                let f = mode.factor::<T>(rows.len());
+                                y.fill(T::ZERO);
+                                for t in rows {
+                                    let (w, row) = (w.map_or(f, |w| f * w[t]), at[t] as usize * p);
+                                    y.iter_mut().zip(&src[row..row + p]).for_each(|(y, &x)| *y += w * x);
+                                }
+                            },
+                        );
                     }
-                },
-            );
-        });
-        Ok(())
-    })?;
+                });
+                Ok(y)
+            })
+        },
+        |gpu, [w, _]| Ok(back.on_gpu(gpu)?.sum(gpu, &w)?.cast(dtype)),
+    )?;
     let parents: Vec<&Tensor> = scale.iter().collect();
-    let rule = || BagBack { weight: weight.clone(), ids, bags: bags.clone(), mode, scale: values, samples };
-    Tensor::record(y, &parents, &[weight], rule).cast(weight.dtype())
+    Tensor::record(y, &parents, &[weight], || back).cast(weight.dtype())
 }

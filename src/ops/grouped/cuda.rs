@@ -43,7 +43,7 @@ pub(crate) fn rows(gpu: &Arc<Gpu>, x: &Array, w: &Array, bias: Option<&Array>, o
     };
     Launch::new(gpu, "gemm_grouped", &format!("grouped_rows_{way}_{}", suffix(x.dtype())))?
         .grid((rows.div_ceil(tile) + groups) * n.div_ceil(tile), 1, 1)
-        .shared(gemm::SHARED)
+        .shared(gemm::shared(x.dtype()))
         .array(x)
         .array(w)
         .array(&y)

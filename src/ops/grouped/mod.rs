@@ -7,15 +7,12 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule};
-use crate::base::{DType, Error, Result};
-use crate::device::cpu::par::par_chunks;
-use crate::device::cpu::shared::Shared;
+use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, Groups, OpInfo, Rule, Segments};
+use crate::base::{Element, Error, Float, Result};
 use crate::device::spans;
-use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::gemm::{Mat, matmul};
+use crate::kernels::{Half, dispatch};
 use crate::ops::linear::Layout;
-use crate::ops::segment::Segments;
 use crate::{Param, Samples, Tensor, with_float};
 
 static GROUPED_LINEAR: OpInfo = OpInfo {
@@ -56,22 +53,50 @@ struct Back {
     samples: Samples,
 }
 
-/// out[rows of e] = x[rows of e]·W_e, with W_e the `k × m` matrix at block e of `w`, stored transposed if `transposed`.
-fn products<T: Kernels>(x: &[T], w: &[T], groups: &Segments, (k, m): (usize, usize), transposed: bool, out: &mut [T]) {
-    if m == 0 || k == 0 {
-        return out.fill(T::ZERO);
-    }
-    let dst = Shared::new(out);
-    par_chunks(groups.count(), 1, |range| {
-        for e in range.filter(|&e| !groups.range(e).is_empty()) {
-            let r = groups.range(e);
-            let w = &w[e * k * m..(e + 1) * k * m];
-            let w = if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) };
-            // SAFETY: groups are disjoint.
-            let o = unsafe { dst.slice(r.start * m..r.end * m) };
-            matmul(Mat::new(&x[r.start * k..r.end * k], r.len(), k), w, false, o);
-        }
-    });
+/// y[rows of e] = x[rows of e]·W_e (+ b_e), with W_e the `k × m` matrix of group e in `w`, each stored transposed if
+/// `transposed`; `bias [E, m]`.
+fn products(
+    x: &Array,
+    w: &Array,
+    bias: Option<&Array>,
+    groups: &Segments,
+    (k, m): (usize, usize),
+    transposed: bool,
+) -> Result<Array> {
+    dispatch(
+        [x.clone(), w.clone()],
+        Half::Native,
+        |[x, w]| {
+            let mut y = Array::uninit(&[x.shape()[0], m], x.dtype());
+            with_float!("grouped_linear", x.dtype(), |T| {
+                let w = w.cast(T::DTYPE);
+                let (x, w) = (x.as_slice::<T>()?, w.as_slice::<T>()?);
+                let bias = bias.map(|b| b.cast(T::DTYPE));
+                let bias = bias.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
+                groups.par_rows(y.fresh_mut::<T>(), m, |e, y| {
+                    let r = groups.range(e);
+                    if k == 0 || m == 0 {
+                        y.fill(T::ZERO);
+                    } else if !r.is_empty() {
+                        let w = &w[e * k * m..(e + 1) * k * m];
+                        let w = if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) };
+                        matmul(Mat::new(&x[r.start * k..r.end * k], r.len(), k), w, false, y);
+                    }
+                    if let Some(bias) = bias {
+                        let b = &bias[e * m..(e + 1) * m];
+                        y.chunks_exact_mut(m.max(1)).for_each(|y| y.iter_mut().zip(b).for_each(|(y, &b)| *y += b));
+                    }
+                });
+                Ok(y)
+            })
+        },
+        |gpu, [x, w]| {
+            let w = w.cast(x.dtype());
+            let w = if transposed { w.transpose(1, 2)? } else { w };
+            let bias = bias.map(|b| crate::array::cuda::on(gpu, &b.cast(x.dtype()))).transpose()?;
+            cuda::rows(gpu, &x, &w, bias.as_ref(), &groups.on_gpu(gpu)?.offsets)
+        },
+    )
 }
 
 impl Rule for Back {
@@ -82,25 +107,14 @@ impl Rule for Back {
         let g = grad.contiguous();
         let (d, p) = (self.x.shape()[1], g.shape()[1]);
         if flow.wants(0) {
-            let w = self.w.value().cast(g.dtype());
-            if let Some(gpu) = g.gpu() {
-                // The gradient's matrix is p × d.
-                let w = if self.layout == Layout::InOut { w.transpose(1, 2)? } else { w };
-                flow.input(0, cuda::rows(gpu, &g, &w, None, &self.groups.on_gpu(gpu)?.offsets)?);
-            } else {
-                let mut dx = Array::uninit(self.x.shape(), g.dtype());
-                with_float!("grouped_linear", g.dtype(), T => {
-                    let transposed = self.layout == Layout::InOut;
-                    products::<T>(g.as_slice()?, w.as_slice()?, &self.groups, (p, d), transposed, dx.fresh_mut());
-                    Ok(())
-                })?;
-                flow.input(0, dx);
-            }
+            flow.input(0, products(&g, &self.w.value(), None, &self.groups, (p, d), self.layout == Layout::InOut)?);
         }
+        // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
+        let g = g.cast(g.dtype().compute());
         if self.w.trainable() {
-            let (x, g) = (self.x.clone(), g.clone());
+            let (x, g) = (self.x.cast(g.dtype()), g.clone());
             let (left, right) = if self.layout == Layout::OutIn { (g, x) } else { (x, g) };
-            let group = self.groups.ids().clone();
+            let group = Groups::of_segments(&self.groups);
             flow.param(&self.w, Factor::GroupedOuter { left, right, group, samples: self.samples.clone() });
         }
         if let Some(b) = &self.bias {
@@ -130,9 +144,6 @@ pub fn grouped_linear(
     let _op = spans::op("grouped_linear");
     let op = "grouped_linear";
     x.dtype().expect_float(op)?;
-    if x.dtype().is_half() {
-        return grouped_linear(&x.cast(DType::F32)?, w, layout, bias, groups, samples)?.cast(x.dtype());
-    }
     let &[e, a, b] = w.shape() else {
         return Err(Error::shape(op, format!("weight {} is {:?}, not one matrix per group", w.name(), w.shape())));
     };
@@ -159,36 +170,16 @@ pub fn grouped_linear(
     {
         return Err(Error::shape(op, format!("bias {} is {:?}, not [{e}, {p}]", b.name(), b.shape())));
     }
-    let (xa, wv) = (x.array().contiguous(), w.value().cast(x.dtype()));
+    let xa = x.array().contiguous();
+    let bv = bias.map(Param::value);
+    let y = products(&xa, &w.value(), bv.as_ref(), groups, (d, p), layout == Layout::OutIn)?;
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
-    let back = |x: Array| Back {
-        x,
+    Ok(Tensor::record(y, &[x], &params, || Back {
+        x: xa,
         w: w.clone(),
         bias: bias.cloned(),
         layout,
         groups: groups.clone(),
         samples: samples.clone(),
-    };
-    if let Some(gpu) = xa.gpu() {
-        let wm = if layout == Layout::OutIn { wv.transpose(1, 2)? } else { wv };
-        let bias = bias.map(|b| b.value().cast(x.dtype()));
-        let y = cuda::rows(gpu, &xa, &wm, bias.as_ref(), &groups.on_gpu(gpu)?.offsets)?;
-        return Ok(Tensor::record(y, &[x], &params, || back(xa)));
-    }
-    let mut y = Array::uninit(&[n, p], x.dtype());
-    with_float!(op, x.dtype(), T => {
-        products::<T>(xa.as_slice()?, wv.as_slice()?, groups, (d, p), layout == Layout::OutIn, y.fresh_mut());
-        if let Some(b) = bias {
-            let b = b.value().cast(x.dtype());
-            let (b, dst) = (b.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
-            groups.each(p, |e, range| {
-                // SAFETY: groups are disjoint.
-                let o = unsafe { dst.slice(range.start * p..range.end * p) };
-                let b = &b[e * p..(e + 1) * p];
-                o.chunks_exact_mut(p.max(1)).for_each(|o| o.iter_mut().zip(b).for_each(|(o, &b)| *o += b));
-            });
-        }
-        Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &params, || back(xa)))
+    }))
 }

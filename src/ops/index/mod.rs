@@ -8,10 +8,9 @@ use crate::array::shape::Dims;
 use crate::array::{Array, shape};
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Element, Error, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::spans;
-use crate::kernels::rows;
+use crate::kernels::{Half, dispatch, rows};
 use crate::{Tensor, with_dtype, with_float};
 
 static GATHER: OpInfo = OpInfo {
@@ -79,28 +78,29 @@ pub(crate) fn ids_below(op: &'static str, ids: &Array, n: usize, what: &dyn Fn()
     let bad = |id: i64, at: usize| {
         Error::invalid(op, format!("id {id} at position {at} is outside {}: ids must be in 0..{n}", what()))
     };
-    if let Some(gpu) = ids.gpu() {
-        return crate::array::cuda::ids_below(gpu, ids, n, &format!("{op}: {}", what()));
-    }
-    let ids = ids.contiguous();
-    match ids.dtype() {
-        DType::U32 => {
-            let v = ids.as_slice::<u32>()?;
-            if let Some(at) = v.iter().position(|&i| i as usize >= n) {
-                return Err(bad(v[at] as i64, at));
+    dispatch(
+        [ids.contiguous()],
+        Half::Move,
+        |[ids]| match ids.dtype() {
+            DType::U32 => {
+                let v = ids.as_slice::<u32>()?;
+                match v.iter().position(|&i| i as usize >= n) {
+                    Some(at) => Err(bad(v[at] as i64, at)),
+                    None => Ok(ids),
+                }
             }
-            Ok(ids)
-        }
-        DType::I64 => {
-            let v = ids.as_slice::<i64>()?;
-            if let Some(at) = v.iter().position(|&i| i < 0 || i as usize >= n || i > u32::MAX as i64) {
-                return Err(bad(v[at], at));
+            DType::I64 => {
+                let v = ids.as_slice::<i64>()?;
+                if let Some(at) = v.iter().position(|&i| i < 0 || i as usize >= n || i > u32::MAX as i64) {
+                    return Err(bad(v[at], at));
+                }
+                let v: Vec<u32> = v.iter().map(|&i| i as u32).collect();
+                Array::from_slice(&v, ids.shape())
             }
-            let v: Vec<u32> = v.iter().map(|&i| i as u32).collect();
-            Array::from_slice(&v, ids.shape())
-        }
-        other => Err(Error::dtype(op, format!("indices must be u32 or i64, got {other}; cast them first"))),
-    }
+            other => Err(Error::dtype(op, format!("indices must be u32 or i64, got {other}; cast them first"))),
+        },
+        |gpu, [ids]| crate::array::cuda::ids_below(gpu, &ids, n, &format!("{op}: {}", what())),
+    )
 }
 
 /// Elements before dimension `d`, along it, and after it.
@@ -118,49 +118,57 @@ fn expect_alike(op: &'static str, index: &[usize], shape: &[usize], d: usize) ->
 
 /// Values of `x` along `d` at `index` (contiguous u32, checked).
 fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
-    if let Some(gpu) = x.gpu() {
-        return cuda::gather(gpu, x, d, index);
-    }
-    let (_, n, inner) = around(x.shape(), d);
-    let block = index.shape()[d] * inner;
-    let x = x.contiguous();
-    let ids = index.as_slice::<u32>()?;
-    let mut out = Array::uninit(index.shape(), x.dtype());
-    with_dtype!(x.dtype(), T => {
-        let (src, dst) = (x.as_slice::<T>()?, Shared::new(out.fresh_mut::<T>()));
-        par_chunks(ids.len(), GRAIN, |range| {
-            // SAFETY: chunks are disjoint.
-            let o = unsafe { dst.slice(range.clone()) };
-            for (o, i) in o.iter_mut().zip(range) {
-                *o = src[(i / block * n + ids[i] as usize) * inner + i % inner];
-            }
-        });
-    });
-    Ok(out)
+    dispatch(
+        [x.contiguous(), index.clone()],
+        Half::Move,
+        |[x, index]| {
+            let (_, n, inner) = around(x.shape(), d);
+            let block = index.shape()[d] * inner;
+            let ids = index.as_slice::<u32>()?;
+            let mut out = Array::uninit(index.shape(), x.dtype());
+            with_dtype!(x.dtype(), |T| {
+                let src = x.as_slice::<T>()?;
+                par_units(out.fresh_mut::<T>(), 1, GRAIN, |range, out| {
+                    for (o, i) in out.iter_mut().zip(range) {
+                        *o = src[(i / block * n + ids[i] as usize) * inner + i % inner];
+                    }
+                });
+            });
+            Ok(out)
+        },
+        |gpu, [x, index]| cuda::gather(gpu, &x, d, &index),
+    )
 }
 
-/// Adds `src` into `out` (contiguous, unshared) along `d` at `index`, in ascending order; blocks before `d` in parallel.
-fn put(out: &mut Array, d: usize, index: &Array, src: &Array) -> Result<()> {
-    if let Some(gpu) = out.gpu() {
-        return cuda::scatter_add(gpu, out, d, index, src);
-    }
-    let (outer, n, inner) = around(out.shape(), d);
-    let block = index.shape()[d] * inner;
-    let src = src.contiguous();
-    let ids = index.as_slice::<u32>()?;
-    with_float!("scatter_add", src.dtype(), T => {
-        let (src, dst) = (src.as_slice::<T>()?, Shared::new(out.as_mut_slice::<T>()?));
-        par_chunks(outer, (GRAIN / block.max(1)).max(1), |range| {
-            for o in range {
-                // SAFETY: each block is visited once.
-                let d = unsafe { dst.slice(o * n * inner..(o + 1) * n * inner) };
-                for i in 0..block {
-                    d[ids[o * block + i] as usize * inner + i % inner] += src[o * block + i];
-                }
-            }
-        });
-        Ok(())
-    })
+/// `base` with `src` added along `d` at `index`, in ascending order; blocks before `d` in parallel. Computed in the dtype
+/// that arithmetic is done in, and rounded once.
+fn put(base: Array, d: usize, index: &Array, src: &Array) -> Result<Array> {
+    dispatch(
+        [base, index.clone(), src.contiguous()],
+        Half::Widen,
+        |[mut out, index, src]| {
+            let (_, n, inner) = around(out.shape(), d);
+            let block = index.shape()[d] * inner;
+            let ids = index.as_slice::<u32>()?;
+            with_float!("scatter_add", src.dtype(), |T| {
+                let src = src.as_slice::<T>()?;
+                let grain = (GRAIN / block.max(1)).max(1);
+                par_units(out.as_mut_slice::<T>()?, n * inner, grain, |blocks, out| {
+                    for (o, d) in blocks.zip(out.chunks_exact_mut(n * inner)) {
+                        for i in 0..block {
+                            d[ids[o * block + i] as usize * inner + i % inner] += src[o * block + i];
+                        }
+                    }
+                });
+                Ok(out)
+            })
+        },
+        |gpu, [mut out, index, src]| {
+            out.own()?;
+            cuda::scatter_add(gpu, &out, d, &index, &src)?;
+            Ok(out)
+        },
+    )
 }
 
 impl Tensor {
@@ -180,10 +188,8 @@ impl Tensor {
                 &GATHER
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                let g = grad.cast(grad.dtype().compute());
-                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
-                put(&mut dx, self.d, &self.index, &g)?;
-                flow.input(0, dx.cast(grad.dtype()));
+                let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
+                flow.input(0, put(zeros, self.d, &self.index, &grad)?);
                 Ok(())
             }
         }
@@ -219,10 +225,6 @@ impl Tensor {
         if self.dtype() != src.dtype() {
             return Err(Error::dtype(op, format!("{} into {}; cast one of them", src.dtype(), self.dtype())));
         }
-        if self.dtype().is_half() {
-            let f = DType::F32;
-            return self.cast(f)?.scatter_add(dim, index, &src.cast(f)?)?.cast(self.dtype());
-        }
         let d = shape::dim(op, dim, self.rank())?;
         expect_alike(op, src.shape(), self.shape(), d)?;
         if index.shape() != src.shape() {
@@ -233,8 +235,7 @@ impl Tensor {
         }
         let what = || format!("dimension {d} of {:?}", self.shape());
         let index = ids_below(op, index.array(), self.shape()[d], &what)?.to(&self.device())?;
-        let mut y = self.array().copy();
-        put(&mut y, d, &index, src.array())?;
+        let y = put(self.array().clone(), d, &index, src.array())?;
         Ok(Tensor::record(y, &[self, src], &[], || Back { index, d }))
     }
     /// [`Tensor::scatter_add`] of this tensor into zeros of size `n` along `dim`.
@@ -260,20 +261,8 @@ impl Tensor {
                 &INDEX_SELECT
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                let (outer, _, inner) = around(&self.shape, self.d);
-                let g = grad.cast(grad.dtype().compute()).contiguous();
-                let mut dx = Array::zeros_at(&g.device(), &self.shape, g.dtype())?;
-                if let Some(gpu) = g.gpu() {
-                    let sizes = (outer, self.shape[self.d], inner);
-                    rows::cuda::add_rows(gpu, (&g, &self.ids), None, sizes, &dx)?;
-                    flow.input(0, dx.cast(grad.dtype()));
-                    return Ok(());
-                }
-                with_float!("index_select", g.dtype(), T => {
-                    rows::add::<T>(self.ids.as_slice()?, g.as_slice()?, None, outer, inner, dx.fresh_mut());
-                    Ok(())
-                })?;
-                flow.input(0, dx.cast(grad.dtype()));
+                let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
+                flow.input(0, add_slices(zeros, self.d, &self.ids, &grad)?);
                 Ok(())
             }
         }
@@ -286,13 +275,22 @@ impl Tensor {
         let (outer, _, inner) = around(self.shape(), d);
         let mut shape: Dims = self.shape().into();
         shape[d] = ids.numel();
-        let x = self.array().contiguous();
-        if let Some(gpu) = x.gpu() {
-            let y = rows::cuda::take(gpu, &x, &ids, outer, self.shape()[d], inner, &shape)?;
-            return Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }));
-        }
-        let mut y = Array::uninit(&shape, self.dtype());
-        with_dtype!(x.dtype(), T => rows::take::<T>(x.as_slice()?, ids.as_slice()?, outer, inner, y.fresh_mut()));
+        let y = dispatch(
+            [self.array().contiguous(), ids.clone()],
+            Half::Move,
+            |[x, ids]| {
+                let mut y = Array::uninit(&shape, x.dtype());
+                with_dtype!(x.dtype(), |T| rows::take::<T>(
+                    x.as_slice()?,
+                    ids.as_slice()?,
+                    outer,
+                    inner,
+                    y.fresh_mut()
+                ));
+                Ok(y)
+            },
+            |gpu, [x, ids]| rows::cuda::take(gpu, &x, &ids, outer, self.shape()[d], inner, &shape),
+        )?;
         Ok(Tensor::record(y, &[self], &[], || Back { ids, d, shape: self.shape().into() }))
     }
     /// Indices (u32 or i64) as rows of zeros with a single 1: `[…]` becomes `[…, n]` of `dtype`. Not differentiable.
@@ -300,15 +298,40 @@ impl Tensor {
         let _op = spans::op("one_hot");
         let ids = ids_below("one_hot", self.array(), n, &|| format!("{n} classes"))?;
         let shape: Dims = self.shape().iter().copied().chain([n]).collect();
-        if let Some(gpu) = ids.gpu() {
-            return Ok(Tensor::new(cuda::one_hot(gpu, &ids, &Array::scalar(1.0, dtype), &shape)?));
-        }
-        let mut y = Array::zeros(&shape, dtype);
-        with_dtype!(dtype, T => {
-            let one = T::from_f64(1.0);
-            let dst = y.fresh_mut::<T>();
-            ids.as_slice::<u32>()?.iter().enumerate().for_each(|(i, &id)| dst[i * n + id as usize] = one);
-        });
+        let y = dispatch(
+            [ids],
+            Half::Move,
+            |[ids]| {
+                let mut y = Array::zeros(&shape, dtype);
+                with_dtype!(dtype, |T| {
+                    let one = T::from_f64(1.0);
+                    let dst = y.fresh_mut::<T>();
+                    ids.as_slice::<u32>()?.iter().enumerate().for_each(|(i, &id)| dst[i * n + id as usize] = one);
+                });
+                Ok(y)
+            },
+            |gpu, [ids]| cuda::one_hot(gpu, &ids, &Array::scalar(1.0, dtype), &shape),
+        )?;
         Ok(Tensor::new(y))
     }
+}
+
+/// `base` with the slices of `grad` along `d` added at `ids`, those of one id in ascending order.
+fn add_slices(base: Array, d: usize, ids: &Array, grad: &Array) -> Result<Array> {
+    let (outer, n, inner) = around(base.shape(), d);
+    dispatch(
+        [base, ids.clone(), grad.contiguous()],
+        Half::Widen,
+        |[mut out, ids, g]| {
+            with_float!("index_select", g.dtype(), |T| {
+                rows::add::<T>(ids.as_slice()?, g.as_slice()?, None, outer, inner, out.as_mut_slice()?);
+                Ok(out)
+            })
+        },
+        |gpu, [mut out, ids, g]| {
+            out.own()?;
+            rows::cuda::add_rows(gpu, (&g, &ids), None, (outer, n, inner), &out)?;
+            Ok(out)
+        },
+    )
 }

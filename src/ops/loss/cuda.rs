@@ -68,7 +68,7 @@ pub(crate) fn cross_entropy_grad(
     let (Some(gpu), Some(weight)) = (x.gpu(), &targets.weight) else {
         return Err(Error::device(op, "the gradient was asked for before the loss"));
     };
-    let grad = on(gpu, grad)?.contiguous();
+    let grad = grad.contiguous();
     let (rows, d) = (targets.ids.numel(), *x.shape().last().unwrap_or(&1));
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     if rows > 0 {
@@ -83,23 +83,21 @@ pub(crate) fn cross_entropy_grad(
 
 /// softplus(x) − x·t, element by element.
 pub(crate) fn bce(gpu: &Arc<Gpu>, x: &Array, t: &Array) -> Result<Array> {
-    let t = on(gpu, t)?;
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     let n = out.numel();
     let s: [i64; 19] = strided("binary_cross_entropy", x.shape(), [x.strides(), t.strides()])?;
     let l = Launch::new(gpu, "loss", &format!("bce_{}", suffix(x.dtype())))?.grid(n.div_ceil(1024), 1, 1);
-    l.array(x).array(&t).array(&out).val(n as i64).val(s).run()?;
+    l.array(x).array(t).array(&out).val(n as i64).val(s).run()?;
     Ok(out)
 }
 
 /// (sigmoid(x) − t)·g.
 pub(crate) fn bce_grad(gpu: &Arc<Gpu>, x: &Array, t: &Array, g: &Array) -> Result<Array> {
-    let t = on(gpu, t)?;
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     let n = out.numel();
     let s: [i64; 25] = strided("binary_cross_entropy", x.shape(), [x.strides(), t.strides(), g.strides()])?;
     let l = Launch::new(gpu, "loss", &format!("bce_grad_{}", suffix(x.dtype())))?.grid(n.div_ceil(1024), 1, 1);
-    l.array(x).array(&t).array(g).array(&out).val(n as i64).val(s).run()?;
+    l.array(x).array(t).array(g).array(&out).val(n as i64).val(s).run()?;
     Ok(out)
 }
 

@@ -8,6 +8,7 @@ use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule, 
 use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
+use crate::kernels::{Exact, Half, dispatch};
 use crate::{Samples, Tensor, with_float};
 
 /// How rows become a sample's loss.
@@ -89,29 +90,36 @@ impl Rule for Back {
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
         let d = *self.logits.shape().last().unwrap_or(&1);
-        let (targets, weight) = match &self.rows {
-            Rows::Cpu { targets, weight } => (targets, weight),
-            Rows::Gpu(targets) => {
-                let dx = cuda::cross_entropy_grad((&self.logits, &self.lse), targets, &grad, self.smoothing)?;
-                flow.input(0, dx);
-                return Ok(());
-            }
-        };
-        let g = grad.to_f64();
-        let mut dx = Array::uninit(self.logits.shape(), grad.dtype());
-        with_float!("cross_entropy", grad.dtype(), T => {
-            let f = <T as Element>::from_f64;
-            let w: Vec<T> = weight.iter().enumerate().map(|(r, w)| f(w * g[self.samples.owner(r)])).collect();
-            cpu::cross_entropy_backward::<T>(
-                (self.logits.as_slice()?, self.lse.as_slice()?),
-                d,
-                targets,
-                f(self.smoothing),
-                &w,
-                dx.fresh_mut(),
-            );
-            Ok(())
-        })?;
+        let dx = dispatch(
+            [self.logits.clone(), self.lse.clone(), grad],
+            Half::Native,
+            |[logits, lse, grad]| {
+                let Rows::Cpu { targets, weight } = &self.rows else {
+                    return Err(Error::device("cross_entropy", "the targets are on a GPU, the gradient on the CPU"));
+                };
+                let g = grad.to_f64();
+                let mut dx = Array::uninit(logits.shape(), logits.dtype());
+                with_float!("cross_entropy", logits.dtype(), |T| {
+                    let f = <T as Element>::from_f64;
+                    let w: Vec<T> = weight.iter().enumerate().map(|(r, w)| f(w * g[self.samples.owner(r)])).collect();
+                    cpu::cross_entropy_backward::<T>(
+                        (logits.as_slice()?, lse.as_slice()?),
+                        d,
+                        targets,
+                        f(self.smoothing),
+                        &w,
+                        dx.fresh_mut(),
+                    );
+                    Ok(dx)
+                })
+            },
+            |_, [logits, lse, grad]| match &self.rows {
+                Rows::Gpu(targets) => cuda::cross_entropy_grad((&logits, &lse), targets, &grad, self.smoothing),
+                Rows::Cpu { .. } => {
+                    Err(Error::device("cross_entropy", "the targets are on the CPU, the gradient on a GPU"))
+                }
+            },
+        )?;
         flow.input(0, dx);
         Ok(())
     }
@@ -126,9 +134,6 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
     spans::cost(0.0, (logits.numel() * logits.dtype().size()) as f64);
     const OP: &str = "cross_entropy";
     logits.dtype().expect_float(OP)?;
-    if logits.dtype().is_half() {
-        return cross_entropy(&logits.cast(DType::F32)?, targets, options);
-    }
     let Some((&c, lead)) = logits.shape().split_last() else {
         return Err(Error::shape(OP, "scalar logits; they must be [B, …, classes]"));
     };
@@ -148,49 +153,51 @@ pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -
     if samples.rows() != n {
         return Err(Error::shape(OP, format!("the samples map {} rows, there are {n}", samples.rows())));
     }
-    let x = logits.array().contiguous();
-    let gpu = x.gpu().cloned();
-    let ids = match &gpu {
-        Some(_) if targets.gpu().is_some() => Vec::new(),
-        _ => targets.to_vec::<u32>()?,
-    };
-    if let Some((r, id)) = ids.iter().enumerate().find(|&(_, &id)| Some(id) != options.ignore_index && id as usize >= c)
-    {
+    // Targets that are on the CPU are checked before anything is queued.
+    let ids = if targets.device().is_cpu() { targets.to_vec::<u32>()? } else { Vec::new() };
+    let outside = |&(_, &id): &(usize, &u32)| Some(id) != options.ignore_index && id as usize >= c;
+    if let Some((r, id)) = ids.iter().enumerate().find(outside) {
         return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
     }
-    if let Some(gpu) = &gpu {
-        let targets = cuda::Targets::new(gpu, targets, samples.on_gpu(gpu)?, options.ignore_index)?;
-        let mean = options.reduce == Reduce::Mean;
-        let (out, lse, targets) = cuda::cross_entropy(&x, targets, mean, smoothing)?;
-        let back = || Back { logits: x, lse, rows: Rows::Gpu(Box::new(targets)), samples, smoothing };
-        return Ok(Tensor::record(out, &[logits], &[], back));
-    }
-    let mut counts = vec![0usize; samples.count()];
-    let mut rows = Vec::with_capacity(n);
-    for (r, &id) in ids.iter().enumerate() {
-        let counted = Some(id) != options.ignore_index;
-        rows.push(if counted { id as usize } else { usize::MAX });
-        counts[samples.owner(r)] += counted as usize;
-    }
-    let weight: Vec<f64> = (0..rows.len())
-        .map(|r| match options.reduce {
-            Reduce::Mean => 1.0 / counts[samples.owner(r)].max(1) as f64,
-            Reduce::Sum => 1.0,
-        })
-        .collect();
-    let mut lse = Array::uninit(&[rows.len()], x.dtype());
-    let out = with_float!(OP, x.dtype(), T => {
-        let f = <T as Element>::from_f64;
-        let mut loss = vec![<T as Float>::ZERO; rows.len()];
-        cpu::cross_entropy::<T>(x.as_slice()?, c, &rows, f(options.label_smoothing), &mut loss, lse.fresh_mut());
-        let mut sums = vec![0.0f64; samples.count()];
-        for (r, l) in loss.iter().enumerate() {
-            sums[samples.owner(r)] += l.to_f64() * weight[r];
-        }
-        let sums: Vec<T> = sums.into_iter().map(f).collect();
-        Array::from_slice(&sums, &[samples.count()])
-    })?;
-    let rows = Rows::Cpu { targets: rows, weight };
+    let x = logits.array().contiguous();
+    // Losses and what the rows add up to stay in f32, whatever the logits are in.
+    let Exact((out, lse, rows)) = dispatch(
+        [x.clone()],
+        Half::Native,
+        |[x]| {
+            let ids = if ids.is_empty() { targets.to_vec::<u32>()? } else { ids.clone() };
+            let mut counts = vec![0usize; samples.count()];
+            let mut rows = Vec::with_capacity(n);
+            for (r, &id) in ids.iter().enumerate() {
+                let counted = Some(id) != options.ignore_index;
+                rows.push(if counted { id as usize } else { usize::MAX });
+                counts[samples.owner(r)] += counted as usize;
+            }
+            let weight = |r: usize| match options.reduce {
+                Reduce::Mean => 1.0 / counts[samples.owner(r)].max(1) as f64,
+                Reduce::Sum => 1.0,
+            };
+            let weight: Vec<f64> = (0..n).map(weight).collect();
+            let mut lse = Array::uninit(&[n], x.dtype());
+            let out = with_float!(OP, x.dtype(), |T| {
+                let f = <T as Element>::from_f64;
+                let mut loss = vec![<T as Float>::ZERO; n];
+                cpu::cross_entropy::<T>(x.as_slice()?, c, &rows, f(smoothing), &mut loss, lse.fresh_mut());
+                let mut sums = vec![0.0f64; samples.count()];
+                for (r, l) in loss.iter().enumerate() {
+                    sums[samples.owner(r)] += l.to_f64() * weight[r];
+                }
+                let sums: Vec<T> = sums.into_iter().map(f).collect();
+                Array::from_slice(&sums, &[samples.count()])
+            })?;
+            Ok(Exact((out, lse, Rows::Cpu { targets: rows, weight })))
+        },
+        |gpu, [x]| {
+            let targets = cuda::Targets::new(gpu, targets, samples.on_gpu(gpu)?, options.ignore_index)?;
+            let (out, lse, targets) = cuda::cross_entropy(&x, targets, options.reduce == Reduce::Mean, smoothing)?;
+            Ok(Exact((out, lse, Rows::Gpu(Box::new(targets)))))
+        },
+    )?;
     Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, rows, samples, smoothing }))
 }
 
@@ -223,24 +230,34 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
             &BCE
         }
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-            if let Some(gpu) = grad.gpu() {
-                flow.input(0, cuda::bce_grad(gpu, &self.x, &self.t, &grad)?);
-                return Ok(());
-            }
-            with_float!("binary_cross_entropy", grad.dtype(), T => {
-                let d = ew::zip::<T, T, T>("binary_cross_entropy", &self.x, &self.t, |x, t| x.sigmoid() - t)?;
-                flow.input(0, ew::zip_owned::<T, T>("binary_cross_entropy", d, &grad, |d, g| d * g)?);
-                Ok(())
-            })
+            let dx = dispatch(
+                [self.x.clone(), self.t.clone(), grad],
+                Half::Native,
+                |[x, t, grad]| {
+                    with_float!("binary_cross_entropy", x.dtype(), |T| {
+                        let d = ew::zip::<T, T, T>("binary_cross_entropy", &x, &t, |x, t| x.sigmoid() - t)?;
+                        ew::zip_owned::<T, T>("binary_cross_entropy", d, &grad, |d, g| d * g)
+                    })
+                },
+                |gpu, [x, t, grad]| cuda::bce_grad(gpu, &x, &t, &grad),
+            )?;
+            flow.input(0, dx);
+            Ok(())
         }
     }
-    let (x, t) = (logits.cast(logits.dtype().compute())?, targets.cast(logits.dtype().compute())?);
-    let y = match x.array().gpu() {
-        Some(gpu) => cuda::bce(gpu, x.array(), t.array())?,
-        None => with_float!("binary_cross_entropy", x.dtype(), T => {
-            ew::zip::<T, T, T>("binary_cross_entropy", x.array(), t.array(), |x: T, t| x.softplus() - x * t)
-        })?,
-    };
+    // A loss is an f32 number: logits and targets of 16 bits are widened before it, not after.
+    let compute = logits.dtype().compute();
+    let (x, t) = (logits.cast(compute)?, targets.cast(compute)?);
+    let y = dispatch(
+        [x.array().clone(), t.array().clone()],
+        Half::Native,
+        |[x, t]| {
+            with_float!("binary_cross_entropy", x.dtype(), |T| {
+                ew::zip::<T, T, T>("binary_cross_entropy", &x, &t, |x: T, t| x.softplus() - x * t)
+            })
+        },
+        |gpu, [x, t]| cuda::bce(gpu, &x, &t),
+    )?;
     let y = Tensor::record(y, &[&x], &[], || Bce { x: x.array().clone(), t: t.array().clone() });
     per_sample(&y, reduce)
 }
@@ -262,10 +279,12 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
     }
     let log_probs = &log_probs.cast(log_probs.dtype().compute())?;
     let t = targets.cast(DType::F64)?;
-    let t_log_t = Tensor::new(match t.array().gpu() {
-        Some(gpu) => cuda::xlogx(gpu, t.array())?,
-        None => ew::map::<f64, f64>(t.array(), |t| if t > 0.0 { t * t.ln() } else { 0.0 })?,
-    });
+    let t_log_t = Tensor::new(dispatch(
+        [t.into_array()],
+        Half::Native,
+        |[t]| ew::map::<f64, f64>(&t, |t| if t > 0.0 { t * t.ln() } else { 0.0 }),
+        |gpu, [t]| cuda::xlogx(gpu, &t),
+    )?);
     let terms = t_log_t.cast(log_probs.dtype())?.sub(&targets.cast(log_probs.dtype())?.mul(log_probs)?)?;
     per_sample(&terms.sum(&[-1], true)?, reduce)
 }

@@ -39,15 +39,11 @@ pub(crate) fn norm_grad(
     (dx, xhat): (bool, bool),
 ) -> Result<(Option<Array>, Option<Array>)> {
     let op = "norm";
-    let (x, stats, dy) = (on(gpu, x)?, on(gpu, stats)?, on(gpu, dy)?);
     let gain = gain.map(|a| on(gpu, a)).transpose()?;
     let d = *x.shape().last().unwrap_or(&1);
     let rows = x.numel().checked_div(d).unwrap_or(0);
-    let fresh = |wanted: bool, shape: &[usize]| match wanted {
-        true => Array::uninit_on(gpu, shape, x.dtype()).map(Some),
-        false => Ok(None),
-    };
-    let (dx, xhat) = (fresh(dx, x.shape())?, fresh(xhat, &[rows, d])?);
+    let dx = if dx { Some(Array::uninit_on(gpu, x.shape(), x.dtype())?) } else { None };
+    let xhat = if xhat { Some(Array::uninit_on(gpu, &[rows, d], x.dtype().compute())?) } else { None };
     if rows > 0 {
         let (a, st, g) = (x.block(op)?, stats.block(op)?, dy.block(op)?);
         let name = format!("norm_grad_{}", suffix(x.dtype()));

@@ -10,6 +10,7 @@ use crate::array::Array;
 use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule, samples_or_leading};
 use crate::base::{DType, Element, Error, Result};
 use crate::device::spans;
+use crate::kernels::{Exact, Half, dispatch};
 use crate::{Param, Samples, Tensor, with_float};
 
 fn case(g: &mut Gen, rms: bool) -> Result<Case> {
@@ -65,32 +66,35 @@ impl Rule for Back {
         let d = *self.x.shape().last().unwrap_or(&1);
         let flat = [self.samples.rows(), d];
         let dy = grad.contiguous().reshape(&flat)?;
-        let dtype = dy.dtype();
         let needs_xhat = self.gain.as_ref().is_some_and(|g| g.trainable());
-        let gain = self.gain.as_ref().map(|g| g.value().cast(dtype));
-        let (dx, xhat);
-        if let Some(gpu) = dy.gpu() {
-            let wanted = (flow.wants(0), needs_xhat);
-            (dx, xhat) = cuda::norm_grad(gpu, (&self.x, &self.stats, &dy), gain.as_ref(), self.center, wanted)?;
-        } else {
-            let mut g = flow.wants(0).then(|| Array::uninit(self.x.shape(), dtype));
-            let mut h = needs_xhat.then(|| Array::uninit(&flat, dtype));
-            with_float!(self.info.name, dtype, T => {
-            let gain = match &gain {
-                Some(g) => Some(g.as_slice::<T>()?),
-                None => None,
-            };
-            cpu::norm_backward::<T>(
-                (self.x.as_slice()?, self.stats.as_slice()?, dy.as_slice()?),
-                (d, self.center),
-                gain,
-                g.as_mut().map(|a| a.fresh_mut()),
-                h.as_mut().map(|a| a.fresh_mut()),
-            );
-                Ok(())
-            })?;
-            (dx, xhat) = (g, h);
-        }
+        let wanted = (flow.wants(0), needs_xhat);
+        let gain = self.gain.as_ref().map(|g| g.value().cast(self.stats.dtype()));
+        let (name, center) = (self.info.name, self.center);
+        // x̂ is a factor of the gain's gradient: it stays in f32.
+        let (dx, Exact(xhat)) = dispatch(
+            [self.x.clone(), self.stats.clone(), dy.clone()],
+            Half::Native,
+            |[x, stats, dy]| {
+                let dtype = dy.dtype();
+                let mut dx = wanted.0.then(|| Array::uninit(x.shape(), dtype));
+                let mut xhat = wanted.1.then(|| Array::uninit(&flat, dtype));
+                with_float!(name, dtype, |T| {
+                    cpu::norm_backward::<T>(
+                        (x.as_slice()?, stats.as_slice()?, dy.as_slice()?),
+                        (d, center),
+                        gain.as_ref().map(|g| g.as_slice::<T>()).transpose()?,
+                        dx.as_mut().map(|a| a.fresh_mut()),
+                        xhat.as_mut().map(|a| a.fresh_mut()),
+                    );
+                    Ok((dx, Exact(xhat)))
+                })
+            },
+            |gpu, [x, stats, dy]| {
+                let (dx, xhat) = cuda::norm_grad(gpu, (&x, &stats, &dy), gain.as_ref(), center, wanted)?;
+                Ok((dx, Exact(xhat)))
+            },
+        )?;
+        let dy = dy.cast(dy.dtype().compute());
         if let Some(dx) = dx {
             flow.input(0, dx);
         }
@@ -112,9 +116,6 @@ fn norm(
     samples: Option<&Samples>,
 ) -> Result<Tensor> {
     x.dtype().expect_float(info.name)?;
-    if x.dtype().is_half() {
-        return norm(info, &x.cast(DType::F32)?, (gain, bias), eps, samples)?.cast(x.dtype());
-    }
     let Some(&d) = x.shape().last() else {
         return Err(Error::shape(info.name, "a scalar has no last dimension to normalise over"));
     };
@@ -132,26 +133,30 @@ fn norm(
     if samples.rows() != n {
         return Err(Error::shape(info.name, format!("the samples map {} rows, the input has {n}", samples.rows())));
     }
-    let (dtype, center) = (x.dtype(), info.name != "rms_norm");
+    let (compute, center) = (x.dtype().compute(), info.name != "rms_norm");
     let xa = x.array().contiguous();
+    let (g, b) = (gain.map(|p| p.value().cast(compute)), bias.map(|p| p.value().cast(compute)));
+    let (y, Exact(stats)) = dispatch(
+        [xa.clone()],
+        Half::Native,
+        |[x]| {
+            let (mut y, mut stats) = (Array::uninit(x.shape(), compute), Array::uninit(&[n, 2], compute));
+            with_float!(info.name, compute, |T| {
+                let g = g.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
+                let b = b.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
+                let options = (d, center, <T as Element>::from_f64(eps));
+                cpu::norm_forward(x.as_slice::<T>()?, options, (g, b), y.fresh_mut(), stats.fresh_mut());
+                Ok((y, Exact(stats)))
+            })
+        },
+        |gpu, [x]| {
+            let (y, stats) = cuda::norm(gpu, &x, (g.as_ref(), b.as_ref()), (eps, center))?;
+            Ok((y, Exact(stats)))
+        },
+    )?;
     let params: Vec<&Param> = [gain, bias].into_iter().flatten().collect();
-    let back =
-        |x: Array, stats: Array| Back { info, x, stats, gain: gain.cloned(), bias: bias.cloned(), center, samples };
-    if let Some(gpu) = xa.gpu() {
-        let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
-        let (y, stats) = cuda::norm(gpu, &xa, (g.as_ref(), b.as_ref()), (eps, center))?;
-        return Ok(Tensor::record(y, &[x], &params, || back(xa, stats)));
-    }
-    let (mut y, mut stats) = (Array::uninit(x.shape(), dtype), Array::uninit(&[n, 2], dtype));
-    with_float!(info.name, dtype, T => {
-        let (g, b) = (gain.map(|p| p.value().cast(dtype)), bias.map(|p| p.value().cast(dtype)));
-        let g = g.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
-        let b = b.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
-        let options = (d, center, <T as Element>::from_f64(eps));
-        cpu::norm_forward(xa.as_slice::<T>()?, options, (g, b), y.fresh_mut(), stats.fresh_mut());
-        Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &params, || back(xa, stats)))
+    let back = || Back { info, x: xa, stats, gain: gain.cloned(), bias: bias.cloned(), center, samples };
+    Ok(Tensor::record(y, &[x], &params, back))
 }
 
 /// Layer norm over the last dimension of `x [B, …, d]` (Ba et al. 2016); gain and bias `[d]`. Dimension 0 counts samples
@@ -217,15 +222,16 @@ fn affine(x: &Tensor, gain: Option<&Param>, bias: Option<&Param>) -> Result<Tens
         fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
             let (c, samples) = (*grad.shape().last().unwrap_or(&1), Samples::leading(grad.shape(), 1));
             let dy = grad.contiguous().reshape(&[samples.rows(), c])?;
+            let dy = dy.cast(dy.dtype().compute());
             if flow.wants(0) {
                 let dx = match &self.gain {
-                    Some(g) => Tensor::new(grad).mul(&Tensor::new(g.value().cast(dy.dtype())))?.into_array(),
+                    Some(g) => Tensor::new(g.value().cast(grad.dtype())).mul(&Tensor::new(grad))?.into_array(),
                     None => grad,
                 };
                 flow.input(0, dx);
             }
             if let Some(g) = &self.gain {
-                let scale = self.x.contiguous().reshape(&[samples.rows(), c])?;
+                let scale = self.x.contiguous().reshape(&[samples.rows(), c])?.cast(dy.dtype());
                 flow.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: samples.clone() });
             }
             if let Some(b) = &self.bias {

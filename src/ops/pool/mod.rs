@@ -6,9 +6,9 @@ use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::device::cpu::par::{GRAIN, par_rows2, par_units};
 use crate::device::spans;
+use crate::kernels::{Half, dispatch};
 use crate::ops::conv::Conv;
 use crate::{Tensor, with_float};
 use std::ops::Range;
@@ -99,9 +99,9 @@ impl Grid {
     fn places(&self) -> usize {
         self.lines.len() * self.columns.len()
     }
-    /// Runs `f(plane)` for all planes in parallel pieces.
-    fn planes(&self, n: usize, f: impl Fn(usize) + Sync) {
-        par_chunks(n, (GRAIN / self.area().max(self.places()).max(1)).max(1), |r| r.for_each(&f));
+    /// Planes of one parallel piece.
+    fn grain(&self) -> usize {
+        (GRAIN / self.area().max(self.places()).max(1)).max(1)
     }
     /// Runs `f(output place, input lines, input columns)` for all places.
     fn each(&self, mut f: impl FnMut(usize, &Range<usize>, &Range<usize>)) {
@@ -125,136 +125,142 @@ fn image(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
     }
 }
 
+struct AverageBack {
+    grid: Grid,
+    shape: Dims,
+}
+
+impl Rule for AverageBack {
+    fn info(&self) -> &'static OpInfo {
+        &AVG_POOL
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (grid, shape) = (&self.grid, &self.shape);
+        let dx = dispatch(
+            [grad.contiguous()],
+            Half::Native,
+            |[g]| {
+                let mut dx = Array::zeros(shape, g.dtype());
+                let (area, places, width) = (grid.area(), grid.places(), grid.size[1]);
+                with_float!("avg_pool", g.dtype(), |T| {
+                    let g = g.as_slice::<T>()?;
+                    par_units(dx.fresh_mut::<T>(), area, grid.grain(), |planes, dx| {
+                        for (n, d) in planes.zip(dx.chunks_exact_mut(area)) {
+                            let g = &g[n * places..(n + 1) * places];
+                            grid.each(|o, l, c| {
+                                let g = g[o] * grid.scale::<T>(l, c);
+                                for i in l.clone() {
+                                    d[i * width + c.start..i * width + c.end].iter_mut().for_each(|d| *d += g);
+                                }
+                            });
+                        }
+                    });
+                    Ok(dx)
+                })
+            },
+            |gpu, [g]| cuda::average_grad(gpu, &g, &grid.pool, shape),
+        )?;
+        flow.input(0, dx);
+        Ok(())
+    }
+}
+
 fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
     let _op = spans::op("avg_pool");
-    struct Back {
-        grid: Grid,
-        shape: Dims,
-    }
-    impl Rule for Back {
-        fn info(&self) -> &'static OpInfo {
-            &AVG_POOL
-        }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-            let g = grad.contiguous();
-            if let Some(gpu) = g.gpu() {
-                flow.input(0, cuda::average_grad(gpu, &g, &self.grid.pool, &self.shape)?);
-                return Ok(());
-            }
-            let mut dx = Array::zeros(&self.shape, g.dtype());
-            let (area, places, width) = (self.grid.area(), self.grid.places(), self.grid.size[1]);
-            with_float!("avg_pool", g.dtype(), T => {
-                let (g, dst) = (g.as_slice::<T>()?, Shared::new(dx.fresh_mut::<T>()));
-                self.grid.planes(self.shape[0] * self.shape[1], |n| {
-                    // SAFETY: each plane is visited once.
-                    let d = unsafe { dst.slice(n * area..(n + 1) * area) };
-                    let g = &g[n * places..(n + 1) * places];
-                    self.grid.each(|o, l, c| {
-                        let g = g[o] * self.grid.scale::<T>(l, c);
-                        l.clone().for_each(|i| d[i * width + c.start..i * width + c.end].iter_mut().for_each(|d| *d += g));
-                    });
-                });
-                Ok(())
-            })?;
-            flow.input(0, dx);
-            Ok(())
-        }
-    }
     let [b, c, _, width] = image("avg_pool", x)?;
-    if x.dtype().is_half() {
-        return average(&x.cast(DType::F32)?, grid)?.cast(x.dtype());
-    }
-    let a = x.array().contiguous();
     let out = [b, c, grid.lines.len(), grid.columns.len()];
-    if let Some(gpu) = a.gpu() {
-        let y = cuda::average(gpu, &a, &grid.pool, &out)?;
-        return Ok(Tensor::record(y, &[x], &[], || Back { grid, shape: x.shape().into() }));
-    }
-    let mut y = Array::uninit(&out, x.dtype());
     let (area, places) = (grid.area(), grid.places());
-    with_float!("avg_pool", x.dtype(), T => {
-        let (x, dst) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
-        grid.planes(b * c, |n| {
-            // SAFETY: each plane is written once.
-            let y = unsafe { dst.slice(n * places..(n + 1) * places) };
-            let x = &x[n * area..(n + 1) * area];
-            grid.each(|o, l, c| {
-                let sum: T = l.clone().map(|i| x[i * width + c.start..i * width + c.end].iter().copied().sum::<T>()).sum();
-                y[o] = sum * grid.scale::<T>(l, c);
-            });
-        });
+    let y = dispatch(
+        [x.array().contiguous()],
+        Half::Native,
+        |[x]| {
+            let mut y = Array::uninit(&out, x.dtype());
+            with_float!("avg_pool", x.dtype(), |T| {
+                let x = x.as_slice::<T>()?;
+                par_units(y.fresh_mut::<T>(), places, grid.grain(), |planes, y| {
+                    for (n, y) in planes.zip(y.chunks_exact_mut(places)) {
+                        let x = &x[n * area..(n + 1) * area];
+                        grid.each(|o, l, c| {
+                            let line = |i: usize| x[i * width + c.start..i * width + c.end].iter().copied().sum::<T>();
+                            y[o] = l.clone().map(line).sum::<T>() * grid.scale::<T>(l, c);
+                        });
+                    }
+                });
+                Ok(y)
+            })
+        },
+        |gpu, [x]| cuda::average(gpu, &x, &grid.pool, &out),
+    )?;
+    Ok(Tensor::record(y, &[x], &[], || AverageBack { grid, shape: x.shape().into() }))
+}
+
+struct LargestBack {
+    index: Array,
+    grid: Grid,
+    shape: Dims,
+}
+
+impl Rule for LargestBack {
+    fn info(&self) -> &'static OpInfo {
+        &MAX_POOL
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let shape = &self.shape;
+        let dx = dispatch(
+            [grad.contiguous(), self.index.clone()],
+            Half::Native,
+            |[g, index]| {
+                let mut dx = Array::zeros(shape, g.dtype());
+                let (area, places) = (shape[2] * shape[3], self.grid.places());
+                with_float!("max_pool", g.dtype(), |T| {
+                    let d = dx.fresh_mut::<T>();
+                    for (o, (&g, &at)) in g.as_slice::<T>()?.iter().zip(index.as_slice::<u32>()?).enumerate() {
+                        d[o / places * area + at as usize] += g;
+                    }
+                    Ok(dx)
+                })
+            },
+            |gpu, [g, index]| cuda::largest_grad(gpu, &g, &index, &self.grid.pool, shape),
+        )?;
+        flow.input(0, dx);
         Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &[], || Back { grid, shape: x.shape().into() }))
+    }
 }
 
 fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
     let _op = spans::op("max_pool");
-    struct Back {
-        index: Array,
-        grid: Grid,
-        shape: Dims,
-    }
-    impl Rule for Back {
-        fn info(&self) -> &'static OpInfo {
-            &MAX_POOL
-        }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-            let g = grad.contiguous();
-            if let Some(gpu) = g.gpu() {
-                flow.input(0, cuda::largest_grad(gpu, &g, &self.index, &self.grid.pool, &self.shape)?);
-                return Ok(());
-            }
-            let mut dx = Array::zeros(&self.shape, g.dtype());
-            let (area, places) = (self.shape[2] * self.shape[3], self.grid.places());
-            let index = self.index.as_slice::<u32>()?;
-            with_float!("max_pool", g.dtype(), T => {
-                let d = dx.fresh_mut::<T>();
-                for (o, (&g, &at)) in g.as_slice::<T>()?.iter().zip(index).enumerate() {
-                    d[o / places * area + at as usize] += g;
-                }
-                Ok(())
-            })?;
-            flow.input(0, dx);
-            Ok(())
-        }
-    }
     let [b, c, _, width] = image("max_pool", x)?;
-    if x.dtype().is_half() {
-        return largest(&x.cast(DType::F32)?, grid)?.cast(x.dtype());
-    }
-    let a = x.array().contiguous();
     let out = [b, c, grid.lines.len(), grid.columns.len()];
-    if let Some(gpu) = a.gpu() {
-        let (y, index) = cuda::largest(gpu, &a, &grid.pool, &out)?;
-        return Ok(Tensor::record(y, &[x], &[], || Back { index, grid, shape: x.shape().into() }));
-    }
-    let (mut y, mut index) = (Array::uninit(&out, x.dtype()), Array::uninit(&out, DType::U32));
     let (area, places) = (grid.area(), grid.places());
-    with_float!("max_pool", x.dtype(), T => {
-        let (dst, at) = (Shared::new(y.fresh_mut::<T>()), Shared::new(index.fresh_mut::<u32>()));
-        let x = a.as_slice::<T>()?;
-        grid.planes(b * c, |n| {
-            let part = n * places..(n + 1) * places;
-            // SAFETY: each plane is written once.
-            let (y, at) = unsafe { (dst.slice(part.clone()), at.slice(part)) };
-            let x = &x[n * area..(n + 1) * area];
-            grid.each(|o, l, c| {
-                let mut best = l.start * width + c.start;
-                for i in l.clone() {
-                    for k in i * width + c.start..i * width + c.end {
-                        // NaN wins, so that it is seen.
-                        if x[k] > x[best] || (x[k].is_nan() && !x[best].is_nan()) {
-                            best = k;
+    let (y, index) = dispatch(
+        [x.array().contiguous()],
+        Half::Native,
+        |[x]| {
+            let (mut y, mut index) = (Array::uninit(&out, x.dtype()), Array::uninit(&out, DType::U32));
+            with_float!("max_pool", x.dtype(), |T| {
+                let x = x.as_slice::<T>()?;
+                let both = (y.fresh_mut::<T>(), index.fresh_mut::<u32>());
+                par_rows2(both, (places, places), grid.grain(), |n, y, at| {
+                    let x = &x[n * area..(n + 1) * area];
+                    grid.each(|o, l, c| {
+                        let mut best = l.start * width + c.start;
+                        for i in l.clone() {
+                            for k in i * width + c.start..i * width + c.end {
+                                // NaN wins, so that it is seen.
+                                if x[k] > x[best] || (x[k].is_nan() && !x[best].is_nan()) {
+                                    best = k;
+                                }
+                            }
                         }
-                    }
-                }
-                (y[o], at[o]) = (x[best], best as u32);
-            });
-        });
-        Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &[], || Back { index, grid, shape: x.shape().into() }))
+                        (y[o], at[o]) = (x[best], best as u32);
+                    });
+                });
+                Ok((y, index))
+            })
+        },
+        |gpu, [x]| cuda::largest(gpu, &x, &grid.pool, &out),
+    )?;
+    Ok(Tensor::record(y, &[x], &[], || LargestBack { index, grid, shape: x.shape().into() }))
 }
 
 impl Tensor {

@@ -5,20 +5,16 @@ pub(crate) mod cuda;
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
-use crate::base::{DType, Error, Float, Result};
+use crate::base::{Error, Float, Result};
 use crate::device::spans;
-use crate::kernels::sums::cuda as gpu_rows;
-use crate::kernels::{elementwise as ew, sums as cpu};
+use crate::kernels::{Half, dispatch, elementwise as ew, sums as cpu};
 use crate::ops::reduce::cuda::Extreme;
-use crate::{Tensor, with_float};
+use crate::{Tensor, with_dtype, with_float};
 
 /// Sums the dimensions along which `a` was broadcast from `shape`.
 pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
     if a.shape() == shape {
         return Ok(a.clone());
-    }
-    if a.dtype().is_half() {
-        return Ok(sum_to(&a.cast(a.dtype().compute()), shape)?.cast(a.dtype()));
     }
     let lead = a.rank() - shape.len();
     let dims: Vec<usize> = (0..a.rank()).filter(|&d| d < lead || (shape[d - lead] == 1 && a.shape()[d] != 1)).collect();
@@ -32,25 +28,27 @@ pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
     let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
     // Leading dimensions of a contiguous array: column sums, without moving data.
     let leading = !kept.is_empty() && dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
-    if let Some(gpu) = a.gpu() {
-        a.dtype().expect_float("sum")?;
-        if leading {
-            return gpu_rows::sum_columns(gpu, a, cols, rows, &out_shape);
-        }
-        let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
-        return gpu_rows::sum_rows(gpu, &a.permute(&order)?.contiguous(), rows, cols, &out_shape);
-    }
-    with_float!("sum", a.dtype(), T => {
-        let mut out = Array::uninit(&out_shape, a.dtype());
-        if leading {
-            cpu::sum_columns::<T>(a.as_slice::<T>()?, cols, rows, out.fresh_mut::<T>());
-        } else {
-            let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
-            let a = a.permute(&order)?.contiguous();
-            cpu::sum_rows::<T>(a.as_slice::<T>()?, rows, cols, out.fresh_mut::<T>());
-        }
-        Ok(out)
-    })
+    a.dtype().expect_float("sum")?;
+    let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
+    let a = if leading { a.clone() } else { a.permute(&order)?.contiguous() };
+    dispatch(
+        [a],
+        Half::Native,
+        |[a]| {
+            let mut out = Array::uninit(&out_shape, a.dtype());
+            with_float!("sum", a.dtype(), |T| {
+                match leading {
+                    true => cpu::sum_columns::<T>(a.as_slice::<T>()?, cols, rows, out.fresh_mut::<T>()),
+                    false => cpu::sum_rows::<T>(a.as_slice::<T>()?, rows, cols, out.fresh_mut::<T>()),
+                }
+                Ok(out)
+            })
+        },
+        |gpu, [a]| match leading {
+            true => cpu::cuda::sum_columns(gpu, &a, cols, rows, &out_shape),
+            false => cpu::cuda::sum_rows(gpu, &a, rows, cols, &out_shape),
+        },
+    )
 }
 
 /// Dimensions to reduce, resolved, sorted, without repeats; all of them if none are listed.
@@ -161,9 +159,6 @@ impl Tensor {
     pub fn sum(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         let _op = spans::op("sum");
         self.dtype().expect_float("sum")?;
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.sum(dims, keep)?.cast(self.dtype());
-        }
         let dims = resolve("sum", dims, self.rank())?;
         let ones = with_ones(self.shape(), &dims);
         let mut y = sum_dims(self.array(), &dims)?;
@@ -195,23 +190,24 @@ impl Tensor {
         let _op = spans::op("argmax");
         self.dtype().expect_float("argmax")?;
         let d = shape::dim("argmax", dim, self.rank())?;
-        let (moved, kept) = rows_last("argmax", &self.array().cast(self.dtype().compute()), &[d])?;
+        let (moved, kept) = rows_last("argmax", self.array(), &[d])?;
         let cols = self.shape()[d];
-        if let Some(gpu) = moved.gpu() {
-            let sizes = (shape::numel(&kept), cols);
-            return Ok(Tensor::new(cuda::extreme(gpu, &moved, sizes, Extreme::ArgMax, &kept)?.1));
-        }
-        let index =
-            with_float!("argmax", moved.dtype(), T => Ok(argbest(moved.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
-        Ok(Tensor::new(Array::from_slice(&index, &kept)?))
+        let index = dispatch(
+            [moved],
+            Half::Native,
+            |[x]| {
+                let best =
+                    with_float!("argmax", x.dtype(), |T| Ok(argbest(x.as_slice::<T>()?, cols, |a: T, b| a > b)))?;
+                Array::from_slice(&best, &kept)
+            },
+            |gpu, [x]| Ok(cuda::extreme(gpu, &x, (shape::numel(&kept), cols), Extreme::ArgMax, &kept)?.1),
+        )?;
+        Ok(Tensor::new(index))
     }
     /// ln Σ exp x over `dims` (all if empty), without overflow.
     pub fn logsumexp(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         let _op = spans::op("logsumexp");
         self.dtype().expect_float("logsumexp")?;
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.logsumexp(dims, keep)?.cast(self.dtype());
-        }
         struct Back {
             x: Array,
             y: Array,
@@ -222,41 +218,46 @@ impl Tensor {
                 &LOGSUMEXP
             }
             fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                if let Some(gpu) = grad.gpu() {
-                    let wide = |a: &Array| a.reshape(&self.ones)?.expand(self.x.shape());
-                    let g = grad.contiguous();
-                    flow.input(0, cuda::logsumexp_grad(gpu, &self.x, &wide(&self.y)?, &wide(&g)?)?);
-                    return Ok(());
-                }
-                with_float!("logsumexp", grad.dtype(), T => {
-                    let p = ew::zip::<T, T, T>("logsumexp", &self.x, &self.y.reshape(&self.ones)?, |x, y| (x - y).exp())?;
-                    flow.input(0, ew::zip::<T, T, T>("logsumexp", &p, &grad.reshape(&self.ones)?, |p, g| p * g)?);
-                    Ok(())
-                })
+                let (y, grad) = (self.y.reshape(&self.ones)?, grad.reshape(&self.ones)?);
+                let dx = dispatch(
+                    [self.x.clone(), y, grad],
+                    Half::Native,
+                    |[x, y, grad]| {
+                        with_float!("logsumexp", x.dtype(), |T| {
+                            let p = ew::zip::<T, T, T>("logsumexp", &x, &y, |x, y| (x - y).exp())?;
+                            ew::zip_owned::<T, T>("logsumexp", p, &grad.expand(x.shape())?, |p, g| p * g)
+                        })
+                    },
+                    |gpu, [x, y, grad]| {
+                        cuda::logsumexp_grad(gpu, &x, &y.expand(x.shape())?, &grad.contiguous().expand(x.shape())?)
+                    },
+                )?;
+                flow.input(0, dx);
+                Ok(())
             }
         }
         let dims = resolve("logsumexp", dims, self.rank())?;
         let ones = with_ones(self.shape(), &dims);
         let (moved, kept) = rows_last("logsumexp", self.array(), &dims)?;
         let cols: usize = dims.iter().map(|&d| self.shape()[d]).product();
-        let on_gpu = match moved.gpu() {
-            Some(gpu) => Some(cuda::logsumexp(gpu, &moved, (shape::numel(&kept), cols), &kept)?),
-            None => None,
-        };
-        let y = match on_gpu {
-            Some(found) => found,
-            None => with_float!("logsumexp", self.dtype(), T => {
-            let x = moved.as_slice::<T>()?;
-            let mut out = Array::uninit(&kept, self.dtype());
-            out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
-                let row = &x[r * cols..(r + 1) * cols];
-                let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.larger(x));
-                let s: T = row.iter().map(|&x| (x - m).exp()).sum();
-                *o = if m.finite() { m + s.ln() } else { m };
-            });
-            Ok(out)
-                })?,
-        };
+        let y = dispatch(
+            [moved],
+            Half::Native,
+            |[x]| {
+                let mut out = Array::uninit(&kept, x.dtype());
+                with_float!("logsumexp", x.dtype(), |T| {
+                    let x = x.as_slice::<T>()?;
+                    out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
+                        let row = &x[r * cols..(r + 1) * cols];
+                        let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.larger(x));
+                        let s: T = row.iter().map(|&x| (x - m).exp()).sum();
+                        *o = if m.finite() { m + s.ln() } else { m };
+                    });
+                    Ok(out)
+                })
+            },
+            |gpu, [x]| cuda::logsumexp(gpu, &x, (shape::numel(&kept), cols), &kept),
+        )?;
         let (x, saved) = (self.array().clone(), y.clone());
         let y = if keep { y.reshape(&ones)? } else { y };
         Ok(Tensor::record(y, &[self], &[], || Back { x, y: saved, ones }))
@@ -265,9 +266,6 @@ impl Tensor {
     pub fn cumsum(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("cumsum");
         self.dtype().expect_float("cumsum")?;
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.cumsum(dim)?.cast(self.dtype());
-        }
         struct Back(usize);
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
@@ -323,21 +321,21 @@ fn argbest<T: Float>(x: &[T], cols: usize, better: impl Fn(T, T) -> bool) -> Vec
 /// Sends `grad` of the picked elements back to where they stood: rows of `cols`, `k` picks each.
 fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], shape: &[usize]) -> Result<Array> {
     let permuted: Dims = order.iter().map(|&d| shape[d]).collect();
-    let grad = grad.contiguous();
-    let dx = match grad.gpu() {
-        Some(gpu) => cuda::unpick(gpu, &grad, index, (k, cols), &permuted)?,
-        None => {
+    let dx = dispatch(
+        [grad.contiguous(), index.clone()],
+        Half::Move,
+        |[grad, index]| {
             let mut dx = Array::zeros(&permuted, grad.dtype());
-            with_float!("unpick", grad.dtype(), T => {
+            with_dtype!(grad.dtype(), |T| {
                 let (g, d) = (grad.as_slice::<T>()?, dx.fresh_mut::<T>());
                 for (i, (&g, &at)) in g.iter().zip(index.as_slice::<u32>()?).enumerate() {
                     d[(i / k) * cols + at as usize] = g;
                 }
-                Ok(())
-            })?;
-            dx
-        }
-    };
+            });
+            Ok(dx)
+        },
+        |gpu, [grad, index]| cuda::unpick(gpu, &grad, &index, (k, cols), &permuted),
+    )?;
     let mut back = vec![0; order.len()];
     order.iter().enumerate().for_each(|(i, &d)| back[d] = i);
     dx.permute(&back)
@@ -346,9 +344,6 @@ fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], s
 fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Tensor> {
     let _op = spans::op("max");
     t.dtype().expect_float("max")?;
-    if t.dtype().is_half() {
-        return extreme(&t.cast(DType::F32)?, dims, keep, smallest)?.cast(t.dtype());
-    }
     struct Back {
         index: Array,
         cols: usize,
@@ -368,24 +363,24 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
     let ones = with_ones(t.shape(), &dims);
     let (moved, kept) = rows_last("max", t.array(), &dims)?;
     let cols: usize = dims.iter().map(|&d| t.shape()[d]).product();
-    let on_gpu = match moved.gpu() {
-        Some(gpu) => {
+    let (mut y, index) = dispatch(
+        [moved],
+        Half::Native,
+        |[x]| {
+            with_float!("max", x.dtype(), |T| {
+                let x = x.as_slice::<T>()?;
+                // NaN wins, so that it is seen.
+                let better = |a: T, b: T| (if smallest { a < b } else { a > b }) || (a.is_nan() && !b.is_nan());
+                let index = argbest(x, cols, better);
+                let best: Vec<T> = index.iter().enumerate().map(|(r, &i)| x[r * cols + i as usize]).collect();
+                Ok((Array::from_slice(&best, &kept)?, Array::from_slice(&index, &kept)?))
+            })
+        },
+        |gpu, [x]| {
             let which = if smallest { Extreme::Smallest } else { Extreme::Largest };
-            let (y, index) = cuda::extreme(gpu, &moved, (shape::numel(&kept), cols), which, &kept)?;
-            Some((index, y))
-        }
-        None => None,
-    };
-    let (index, mut y) = match on_gpu {
-        Some(found) => found,
-        None => with_float!("max", t.dtype(), T => {
-        let x = moved.as_slice::<T>()?;
-        // NaN wins, so that it is seen.
-        let index = argbest(x, cols, |a: T, b: T| (if smallest { a < b } else { a > b }) || (a.is_nan() && !b.is_nan()));
-        let best: Vec<T> = index.iter().enumerate().map(|(r, &i)| x[r * cols + i as usize]).collect();
-        Ok((Array::from_slice(&index, &kept)?, Array::from_slice(&best, &kept)?))
-        })?,
-    };
+            cuda::extreme(gpu, &x, (shape::numel(&kept), cols), which, &kept)
+        },
+    )?;
     if keep {
         y = y.reshape(&ones)?;
     }
@@ -397,31 +392,31 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
 /// Running sums along dimension `d`, from the end if `reverse`.
 fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
     let (n, inner) = (a.shape()[d], a.shape()[d + 1..].iter().product::<usize>());
-    if let Some(gpu) = a.gpu() {
-        return cuda::cumsum(gpu, a, (a.shape()[..d].iter().product(), n, inner), reverse);
-    }
-    let mut y = a.copy();
-    with_float!("cumsum", a.dtype(), T => {
-        for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
-            for i in 1..n {
-                let (to, from) = if reverse { (n - 1 - i, n - i) } else { (i, i - 1) };
-                for j in 0..inner {
-                    let s = block[to * inner + j] + block[from * inner + j];
-                    block[to * inner + j] = s;
+    let outer = a.shape()[..d].iter().product();
+    dispatch(
+        [a.clone()],
+        Half::Native,
+        |[a]| {
+            let mut y = a.copy();
+            with_float!("cumsum", a.dtype(), |T| {
+                for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
+                    for i in 1..n {
+                        let (to, from) = if reverse { (n - 1 - i, n - i) } else { (i, i - 1) };
+                        for j in 0..inner {
+                            let s = block[to * inner + j] + block[from * inner + j];
+                            block[to * inner + j] = s;
+                        }
+                    }
                 }
-            }
-        }
-        Ok(())
-    })?;
-    Ok(y)
+                Ok(y)
+            })
+        },
+        |gpu, [a]| cuda::cumsum(gpu, &a, (outer, n, inner), reverse),
+    )
 }
 
 fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, Tensor)> {
     t.dtype().expect_float("sort")?;
-    if t.dtype().is_half() {
-        let (v, i) = sorted(&t.cast(DType::F32)?, d, k, descending)?;
-        return Ok((v.cast(t.dtype())?, i));
-    }
     struct Back {
         index: Array,
         k: usize,
@@ -444,33 +439,31 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
     let cols = t.shape()[d];
     let mut out: Dims = moved.shape().into();
     out[t.rank() - 1] = k;
-    let on_gpu = match moved.gpu() {
-        Some(gpu) => {
-            let rows = moved.numel().checked_div(cols).unwrap_or(0);
-            let (values, index) = cuda::sort(gpu, &moved, (rows, cols, k), descending, &out)?;
-            Some((index, values))
-        }
-        None => None,
-    };
-    let (index, values) = match on_gpu {
-        Some(found) => found,
-        None => with_float!("sort", t.dtype(), T => {
-        let x = moved.as_slice::<T>()?;
-        let (mut index, mut values) = (Vec::new(), Vec::new());
-        for row in x.chunks_exact(cols.max(1)) {
-            let mut at: Vec<u32> = (0..cols as u32).collect();
-            at.sort_by(|&i, &j| {
-                let (a, b) = (row[i as usize], row[j as usize]);
-                let by_value = if descending { b.partial_cmp(&a) } else { a.partial_cmp(&b) };
-                by_value.unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
-            });
-            at.truncate(k);
-            values.extend(at.iter().map(|&i| row[i as usize]));
-            index.extend(at);
-        }
-        Ok((Array::from_slice(&index, &out)?, Array::from_slice(&values, &out)?))
-        })?,
-    };
+    let (values, index) = dispatch(
+        [moved],
+        Half::Native,
+        |[x]| {
+            with_float!("sort", x.dtype(), |T| {
+                let (mut index, mut values) = (Vec::new(), Vec::new());
+                for row in x.as_slice::<T>()?.chunks_exact(cols.max(1)) {
+                    let mut at: Vec<u32> = (0..cols as u32).collect();
+                    at.sort_by(|&i, &j| {
+                        let (a, b) = (row[i as usize], row[j as usize]);
+                        let by_value = if descending { b.partial_cmp(&a) } else { a.partial_cmp(&b) };
+                        by_value.unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
+                    });
+                    at.truncate(k);
+                    values.extend(at.iter().map(|&i| row[i as usize]));
+                    index.extend(at);
+                }
+                Ok((Array::from_slice(&values, &out)?, Array::from_slice(&index, &out)?))
+            })
+        },
+        |gpu, [x]| {
+            let rows = x.numel().checked_div(cols).unwrap_or(0);
+            cuda::sort(gpu, &x, (rows, cols, k), descending, &out)
+        },
+    )?;
     let ids = index.clone();
     let mut back = vec![0; order.len()];
     order.iter().enumerate().for_each(|(i, &o)| back[o] = i);

@@ -8,11 +8,11 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::device::cpu::par::par_rows;
 use crate::device::cpu::simd::simd;
 use crate::device::cuda::Gpu;
 use crate::device::{Device, spans};
+use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
 use std::sync::{Arc, Mutex};
 
@@ -139,57 +139,60 @@ impl Rule for Back {
 
 /// Turns `x [B, T, H, D]`, backwards if `inverse`. Strided inputs (a slice of a fused projection) are read in place.
 fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse: bool) -> Result<Array> {
-    let strided = x.strides()[3] == 1;
-    let x = if strided { x.clone() } else { x.contiguous() };
+    let x = if x.strides()[3] == 1 { x.clone() } else { x.contiguous() };
     let (t_count, h_count, d) = (x.shape()[1], x.shape()[2], x.shape()[3]);
     let half = d / 2;
-    if let Some(gpu) = x.gpu() {
-        let (cos, sin) = table.on_gpu(gpu, x.dtype())?;
-        let way = (pairing == Pairing::Interleaved, inverse);
-        return cuda::rotary(gpu, &x, (&cos, &sin), offset, way);
-    }
-    let mut out = Array::uninit(x.shape(), x.dtype());
-    if out.numel() == 0 {
-        return Ok(out);
-    }
-    with_float!("rotary", x.dtype(), T => {
-        let (cos, sin) = table.tables::<T>();
-        let sign = if inverse { -T::ONE } else { T::ONE };
-        let (src, dst) = (x.raw::<T>()?, Shared::new(out.fresh_mut::<T>()));
-        let strides = x.strides();
-        par_chunks(x.numel() / d, (GRAIN / d).max(1), |range| {
-            for row in range {
-                let (h, t, b) = (row % h_count, row / h_count % t_count, row / h_count / t_count);
-                let at = b * strides[0] + t * strides[1] + h * strides[2];
-                let x = &src[at..at + d];
-                // SAFETY: each row is written once.
-                let y = unsafe { dst.slice(row * d..(row + 1) * d) };
-                let place = (offset + t) * half..(offset + t + 1) * half;
-                let (c, s) = (&cos[place.clone()], &sin[place]);
-                simd(
-                    #[inline(always)]
-                    || match pairing {
-                        Pairing::Half => {
-                            let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
-                            for i in 0..half {
-                                let s = sign * s[i];
-                                y1[i] = x1[i] * c[i] - x2[i] * s;
-                                y2[i] = x2[i] * c[i] + x1[i] * s;
-                            }
-                        }
-                        Pairing::Interleaved => {
-                            for (i, (x, y)) in x.chunks_exact(2).zip(y.chunks_exact_mut(2)).enumerate() {
-                                let s = sign * s[i];
-                                y[0] = x[0] * c[i] - x[1] * s;
-                                y[1] = x[1] * c[i] + x[0] * s;
-                            }
-                        }
-                    },
-                );
+    dispatch(
+        [x],
+        Half::Native,
+        |[x]| {
+            let mut out = Array::uninit(x.shape(), x.dtype());
+            if out.numel() == 0 {
+                return Ok(out);
             }
-        });
-        Ok(out)
-    })
+            with_float!("rotary", x.dtype(), |T| {
+                let (cos, sin) = table.tables::<T>();
+                let sign = if inverse { -T::ONE } else { T::ONE };
+                let (src, strides) = (x.raw::<T>()?, x.strides());
+                par_rows(out.fresh_mut::<T>(), d, |row, y| {
+                    let (h, t, b) = (row % h_count, row / h_count % t_count, row / h_count / t_count);
+                    let at = b * strides[0] + t * strides[1] + h * strides[2];
+                    let place = (offset + t) * half..(offset + t + 1) * half;
+                    turn_row(&src[at..at + d], (&cos[place.clone()], &sin[place]), sign, pairing, y);
+                });
+                Ok(out)
+            })
+        },
+        |gpu, [x]| {
+            let (cos, sin) = table.on_gpu(gpu, x.dtype().compute())?;
+            cuda::rotary(gpu, &x, (&cos, &sin), offset, (pairing == Pairing::Interleaved, inverse))
+        },
+    )
+}
+
+/// Turns one head; `sign` is −1 for backwards.
+fn turn_row<T: Float>(x: &[T], (cos, sin): (&[T], &[T]), sign: T, pairing: Pairing, y: &mut [T]) {
+    let half = cos.len();
+    simd(
+        #[inline(always)]
+        || match pairing {
+            Pairing::Half => {
+                let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
+                for i in 0..half {
+                    let s = sign * sin[i];
+                    y1[i] = x1[i] * cos[i] - x2[i] * s;
+                    y2[i] = x2[i] * cos[i] + x1[i] * s;
+                }
+            }
+            Pairing::Interleaved => {
+                for (i, (x, y)) in x.chunks_exact(2).zip(y.chunks_exact_mut(2)).enumerate() {
+                    let s = sign * sin[i];
+                    y[0] = x[0] * cos[i] - x[1] * s;
+                    y[1] = x[1] * cos[i] + x[0] * s;
+                }
+            }
+        },
+    );
 }
 
 impl Tensor {
@@ -212,9 +215,6 @@ impl Tensor {
                 "rotary",
                 format!("positions {offset}..{} of a table of {}; build a longer table", offset + t, table.len()),
             ));
-        }
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.rotary(table, offset, pairing)?.cast(self.dtype());
         }
         let y = turn(self.array(), table, offset, pairing, false)?;
         Ok(Tensor::record(y, &[self], &[], || Back { table: table.clone(), offset, pairing }))

@@ -7,131 +7,13 @@ use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
+use crate::device::cpu::par::{par_rows2, par_units};
 use crate::device::cpu::simd::simd;
-use crate::device::cuda::Gpu;
-use crate::device::{Device, spans};
-use crate::kernels::rows;
-use crate::{Samples, Tensor, with_dtype, with_float};
-use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use crate::device::spans;
+use crate::kernels::{Half, dispatch, rows};
+use crate::{Tensor, with_dtype, with_float};
 
-/// Consecutive rows in segments: segment s is rows `offsets[s]..offsets[s + 1]`. Checked once; clones are handles.
-///
-/// ```
-/// use prismgrad::ops::segment::Segments;
-/// let s = Segments::new(&[0, 2, 2, 5]).unwrap(); // segments of 2, 0 and 3 rows
-/// assert_eq!((s.count(), s.rows(), s.range(2)), (3, 5, 2..5));
-/// assert!(Segments::new(&[0, 3, 2]).is_err());
-/// ```
-#[derive(Clone, Debug)]
-pub struct Segments(Arc<Inner>);
-
-#[derive(Debug)]
-struct Inner {
-    offsets: Vec<usize>,
-    ids: Arc<Vec<u32>>,
-    on_gpu: Mutex<Option<(usize, cuda::OnGpu)>>,
-}
-
-impl Segments {
-    /// From offsets `[S + 1]`, which begin with 0 and never fall.
-    pub fn new(offsets: &[usize]) -> Result<Segments> {
-        if offsets.first() != Some(&0) {
-            return Err(Error::invalid("segments", format!("offsets must begin with 0, got {:?}", offsets.first())));
-        }
-        if let Some(i) = (1..offsets.len()).find(|&i| offsets[i] < offsets[i - 1]) {
-            return Err(Error::invalid(
-                "segments",
-                format!("offsets must never fall: {} follows {} at position {i}", offsets[i], offsets[i - 1]),
-            ));
-        }
-        let ids =
-            offsets.windows(2).enumerate().flat_map(|(s, w)| std::iter::repeat_n(s as u32, w[1] - w[0])).collect();
-        Ok(Segments(Arc::new(Inner { offsets: offsets.to_vec(), ids: Arc::new(ids), on_gpu: Mutex::default() })))
-    }
-    /// From the number of rows of each segment.
-    pub fn lengths(lengths: &[usize]) -> Segments {
-        let offsets: Vec<usize> = std::iter::once(0)
-            .chain(lengths.iter().scan(0, |at, &n| {
-                *at += n;
-                Some(*at)
-            }))
-            .collect();
-        let ids = lengths.iter().enumerate().flat_map(|(s, &n)| std::iter::repeat_n(s as u32, n)).collect();
-        Segments(Arc::new(Inner { offsets, ids: Arc::new(ids), on_gpu: Mutex::default() }))
-    }
-    /// The segments in a GPU's memory, copied there once.
-    pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<cuda::OnGpu> {
-        let mut slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some((ordinal, there)) = &*slot
-            && *ordinal == gpu.ordinal()
-        {
-            return Ok(there.clone());
-        }
-        let device = Device::Cuda(gpu.clone());
-        let offsets: Vec<i64> = self.0.offsets.iter().map(|&o| o as i64).collect();
-        let there = cuda::OnGpu {
-            offsets: Array::from_slice(&offsets, &[offsets.len()])?.to(&device)?,
-            owner: Array::from_slice(&self.0.ids, &[self.0.ids.len()])?.to(&device)?,
-        };
-        *slot = Some((gpu.ordinal(), there.clone()));
-        Ok(there)
-    }
-    /// `count` segments of `each` rows.
-    pub fn uniform(count: usize, each: usize) -> Segments {
-        Segments::lengths(&vec![each; count])
-    }
-    /// Number of segments.
-    pub fn count(&self) -> usize {
-        self.0.offsets.len() - 1
-    }
-    /// Number of rows in all.
-    pub fn rows(&self) -> usize {
-        self.0.ids.len()
-    }
-    /// Rows of segment `s`.
-    pub fn range(&self, s: usize) -> Range<usize> {
-        self.0.offsets[s]..self.0.offsets[s + 1]
-    }
-    /// The offsets, `[S + 1]`.
-    pub fn offsets(&self) -> &[usize] {
-        &self.0.offsets
-    }
-    /// The segment of every row.
-    pub fn ids(&self) -> &Arc<Vec<u32>> {
-        &self.0.ids
-    }
-    /// The map in which each segment is a sample.
-    pub fn samples(&self) -> Samples {
-        // The offsets were checked when they came in.
-        Samples::ragged(&self.0.offsets).unwrap_or_else(|_| Samples::uniform(0, 0))
-    }
-    /// The row map of samples that own whole segments: `samples` maps segments, the result rows.
-    pub fn rows_of(&self, samples: &Samples) -> Result<Samples> {
-        if samples.rows() != self.count() {
-            return Err(Error::shape(
-                "segments",
-                format!("the samples map {} of {} segments", samples.rows(), self.count()),
-            ));
-        }
-        Samples::owners(self.ids().iter().map(|&s| samples.owner(s as usize) as u32).collect(), samples.count())
-    }
-    pub(crate) fn expect_rows(&self, op: &'static str, rows: usize) -> Result<()> {
-        if rows == self.rows() {
-            return Ok(());
-        }
-        Err(Error::shape(op, format!("the offsets cover {} rows, the input has {rows}", self.rows())))
-    }
-    /// Runs `f(segment, its rows)` for every segment, in parallel pieces of about `GRAIN` elements of `width` each.
-    pub(crate) fn each(&self, width: usize, f: impl Fn(usize, Range<usize>) + Sync) {
-        let rows = (self.rows() / self.count().max(1)).max(1);
-        par_chunks(self.count(), (GRAIN / (rows * width.max(1))).max(1), |chunk| {
-            chunk.for_each(|s| f(s, self.range(s)));
-        });
-    }
-}
+pub use crate::autograd::Segments;
 
 fn case(g: &mut Gen, f: fn(&Tensor, &Segments) -> Result<Tensor>) -> Result<Case> {
     let lengths: Vec<usize> = (0..g.size(0, 5)).map(|_| g.size(0, 4)).collect();
@@ -162,35 +44,33 @@ pub static OPS: &[&OpInfo] = &[&SEGMENT_SUM, &SEGMENT_MAX, &SEGMENT_SOFTMAX, &SE
 
 /// Sum (or mean) of each segment's rows of `width`: `[N, …]` to `[S, …]`.
 fn reduce<T: Float>(x: &[T], segments: &Segments, width: usize, mean: bool, out: &mut [T]) {
-    let dst = Shared::new(out);
-    segments.each(width, |s, range| {
-        // SAFETY: each segment has its own row.
-        let o = unsafe { dst.slice(s * width..(s + 1) * width) };
-        simd(
-            #[inline(always)]
-            || {
-                o.fill(T::ZERO);
-                let n = range.len();
-                for r in range {
-                    o.iter_mut().zip(&x[r * width..(r + 1) * width]).for_each(|(o, &x)| *o += x);
-                }
-                if mean && n > 1 {
-                    let scale = T::ONE / T::from_f64(n as f64);
-                    o.iter_mut().for_each(|o| *o *= scale);
-                }
-            },
-        );
+    par_units(out, width, segments.grain(width), |range, out| {
+        for (s, o) in range.zip(out.chunks_exact_mut(width)) {
+            let rows = segments.range(s);
+            simd(
+                #[inline(always)]
+                || {
+                    o.fill(T::ZERO);
+                    let n = rows.len();
+                    for r in rows {
+                        o.iter_mut().zip(&x[r * width..(r + 1) * width]).for_each(|(o, &x)| *o += x);
+                    }
+                    if mean && n > 1 {
+                        let scale = T::ONE / T::from_f64(n as f64);
+                        o.iter_mut().for_each(|o| *o *= scale);
+                    }
+                },
+            );
+        }
     });
 }
 
 /// Each segment's row repeated for its rows (divided by their number if `mean`): `[S, …]` to `[N, …]`.
 fn spread<T: Float>(g: &[T], segments: &Segments, width: usize, mean: bool, out: &mut [T]) {
-    let dst = Shared::new(out);
-    segments.each(width, |s, range| {
-        let scale = if mean { T::ONE / T::from_f64(range.len().max(1) as f64) } else { T::ONE };
+    segments.par_rows(out, width, |s, o| {
+        let rows = o.len().checked_div(width).unwrap_or(0);
+        let scale = if mean { T::ONE / T::from_f64(rows.max(1) as f64) } else { T::ONE };
         let g = &g[s * width..(s + 1) * width];
-        // SAFETY: segments are disjoint.
-        let o = unsafe { dst.slice(range.start * width..range.end * width) };
         simd(
             #[inline(always)]
             || o.chunks_exact_mut(width.max(1)).for_each(|o| o.iter_mut().zip(g).for_each(|(o, &g)| *o = scale * g)),
@@ -214,50 +94,142 @@ fn with_rows(shape: &[usize], n: usize) -> Dims {
     std::iter::once(n).chain(shape[1..].iter().copied()).collect()
 }
 
+struct SumBack {
+    segments: Segments,
+    mean: bool,
+    shape: Dims,
+}
+
+impl Rule for SumBack {
+    fn info(&self) -> &'static OpInfo {
+        &SEGMENT_SUM
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let SumBack { segments, mean, shape } = self;
+        let dx = dispatch(
+            [grad.contiguous()],
+            Half::Native,
+            |[g]| {
+                let mut dx = Array::uninit(shape, g.dtype());
+                with_float!("segment_sum", g.dtype(), |T| {
+                    spread::<T>(g.as_slice()?, segments, shape[1..].iter().product(), *mean, dx.fresh_mut());
+                    Ok(dx)
+                })
+            },
+            |gpu, [g]| cuda::spread(gpu, &segments.on_gpu(gpu)?, &g, shape, *mean),
+        )?;
+        flow.input(0, dx);
+        Ok(())
+    }
+}
+
+/// Sums (or means) of each segment's rows, as an array.
+fn sums(x: &Array, segments: &Segments, shape: &[usize], mean: bool) -> Result<Array> {
+    dispatch(
+        [x.contiguous()],
+        Half::Native,
+        |[x]| {
+            let mut y = Array::uninit(shape, x.dtype());
+            with_float!("segment_sum", x.dtype(), |T| {
+                reduce::<T>(x.as_slice()?, segments, shape[1..].iter().product(), mean, y.fresh_mut());
+                Ok(y)
+            })
+        },
+        |gpu, [x]| cuda::sum(gpu, &segments.on_gpu(gpu)?, &x, shape, mean),
+    )
+}
+
 fn total(x: &Tensor, segments: &Segments, mean: bool) -> Result<Tensor> {
     let _op = spans::op("segment_sum");
-    struct Back {
-        segments: Segments,
-        mean: bool,
-        shape: Dims,
+    inner("segment_sum", x, segments.rows(), segments)?;
+    let y = sums(x.array(), segments, &with_rows(x.shape(), segments.count()), mean)?;
+    Ok(Tensor::record(y, &[x], &[], || SumBack { segments: segments.clone(), mean, shape: x.shape().into() }))
+}
+
+struct MaxBack {
+    segments: Segments,
+    /// Row of the largest value, per output element; unused where the segment is empty.
+    index: Array,
+    shape: Dims,
+}
+
+impl Rule for MaxBack {
+    fn info(&self) -> &'static OpInfo {
+        &SEGMENT_MAX
     }
-    impl Rule for Back {
-        fn info(&self) -> &'static OpInfo {
-            &SEGMENT_SUM
-        }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-            let g = grad.contiguous();
-            if let Some(gpu) = g.gpu() {
-                flow.input(0, self.segments.on_gpu(gpu)?.spread(gpu, &g, &self.shape, self.mean)?);
-                return Ok(());
-            }
-            let mut dx = Array::uninit(&self.shape, g.dtype());
-            let width = self.shape[1..].iter().product();
-            with_float!("segment_sum", g.dtype(), T => {
-                spread::<T>(g.as_slice()?, &self.segments, width, self.mean, dx.fresh_mut());
-                Ok(())
-            })?;
-            flow.input(0, dx);
-            Ok(())
-        }
-    }
-    let width = inner("segment_sum", x, segments.rows(), segments)?;
-    if x.dtype().is_half() {
-        return total(&x.cast(DType::F32)?, segments, mean)?.cast(x.dtype());
-    }
-    let a = x.array().contiguous();
-    let shape = with_rows(x.shape(), segments.count());
-    if let Some(gpu) = a.gpu() {
-        let y = segments.on_gpu(gpu)?.sum(gpu, &a, &shape, mean)?;
-        let back = || Back { segments: segments.clone(), mean, shape: x.shape().into() };
-        return Ok(Tensor::record(y, &[x], &[], back));
-    }
-    let mut y = Array::uninit(&shape, x.dtype());
-    with_float!("segment_sum", x.dtype(), T => {
-        reduce::<T>(a.as_slice()?, segments, width, mean, y.fresh_mut());
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let (segments, shape) = (&self.segments, &self.shape);
+        let dx = dispatch(
+            [grad.contiguous(), self.index.clone()],
+            Half::Move,
+            |[g, index]| {
+                let index = index.as_slice::<u32>()?;
+                let mut dx = Array::zeros(shape, g.dtype());
+                let width: usize = shape[1..].iter().product();
+                with_dtype!(g.dtype(), |T| {
+                    let (g, d) = (g.as_slice::<T>()?, dx.fresh_mut::<T>());
+                    for s in (0..segments.count()).filter(|&s| !segments.range(s).is_empty()) {
+                        for c in 0..width {
+                            d[index[s * width + c] as usize * width + c] = g[s * width + c];
+                        }
+                    }
+                });
+                Ok(dx)
+            },
+            |gpu, [g, index]| cuda::max_grad(gpu, &segments.on_gpu(gpu)?, &g, &index, shape),
+        )?;
+        flow.input(0, dx);
         Ok(())
-    })?;
-    Ok(Tensor::record(y, &[x], &[], || Back { segments: segments.clone(), mean, shape: x.shape().into() }))
+    }
+}
+
+struct SoftmaxBack {
+    segments: Segments,
+    y: Array,
+}
+
+impl Rule for SoftmaxBack {
+    fn info(&self) -> &'static OpInfo {
+        &SEGMENT_SOFTMAX
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        let segments = &self.segments;
+        let dx = dispatch(
+            [self.y.clone(), grad.contiguous()],
+            Half::Native,
+            |[y, g]| {
+                let mut dx = Array::uninit(g.shape(), g.dtype());
+                let width: usize = g.shape()[1..].iter().product();
+                with_float!("segment_softmax", g.dtype(), |T| {
+                    let (y, g) = (y.as_slice::<T>()?, g.as_slice::<T>()?);
+                    segments.par_rows(dx.fresh_mut::<T>(), width, |s, d| {
+                        let part = segments.range(s);
+                        let part = part.start * width..part.end * width;
+                        softmax_grad(&y[part.clone()], &g[part], width, d);
+                    });
+                    Ok(dx)
+                })
+            },
+            |gpu, [y, g]| cuda::softmax_grad(gpu, &segments.on_gpu(gpu)?, &y, &g),
+        )?;
+        flow.input(0, dx);
+        Ok(())
+    }
+}
+
+struct RepeatBack {
+    segments: Segments,
+    shape: Dims,
+}
+
+impl Rule for RepeatBack {
+    fn info(&self) -> &'static OpInfo {
+        &SEGMENT_REPEAT
+    }
+    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        flow.input(0, sums(&grad, &self.segments, &self.shape, false)?);
+        Ok(())
+    }
 }
 
 impl Tensor {
@@ -273,172 +245,78 @@ impl Tensor {
     /// values. An empty segment gives 0 and no gradient; NaN wins, so that it is seen.
     pub fn segment_max(&self, segments: &Segments) -> Result<Tensor> {
         let _op = spans::op("segment_max");
-        struct Back {
-            segments: Segments,
-            /// Row of the largest value, per output element; unused where the segment is empty.
-            index: Array,
-            shape: Dims,
-        }
-        impl Rule for Back {
-            fn info(&self) -> &'static OpInfo {
-                &SEGMENT_MAX
-            }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                let g = grad.contiguous();
-                if let Some(gpu) = g.gpu() {
-                    let segments = self.segments.on_gpu(gpu)?;
-                    flow.input(0, segments.max_grad(gpu, &g, &self.index, &self.shape)?);
-                    return Ok(());
-                }
-                let index = self.index.as_slice::<u32>()?;
-                let mut dx = Array::zeros(&self.shape, g.dtype());
-                let width: usize = self.shape[1..].iter().product();
-                with_float!("segment_max", g.dtype(), T => {
-                    let (g, d) = (g.as_slice::<T>()?, dx.fresh_mut::<T>());
-                    for s in (0..self.segments.count()).filter(|&s| !self.segments.range(s).is_empty()) {
-                        for c in 0..width {
-                            d[index[s * width + c] as usize * width + c] = g[s * width + c];
-                        }
-                    }
-                    Ok(())
-                })?;
-                flow.input(0, dx);
-                Ok(())
-            }
-        }
         let width = inner("segment_max", self, segments.rows(), segments)?;
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.segment_max(segments)?.cast(self.dtype());
-        }
-        let a = self.array().contiguous();
         let to = with_rows(self.shape(), segments.count());
-        if let Some(gpu) = a.gpu() {
-            let (y, index) = segments.on_gpu(gpu)?.max(gpu, &a, &to)?;
-            let back = || Back { segments: segments.clone(), index, shape: self.shape().into() };
-            return Ok(Tensor::record(y, &[self], &[], back));
-        }
-        let (mut y, mut index) = (Array::zeros(&to, self.dtype()), Array::zeros(&to, DType::U32));
-        with_float!("segment_max", self.dtype(), T => {
-            let (best, at) = (Shared::new(y.fresh_mut::<T>()), Shared::new(index.fresh_mut::<u32>()));
-            let x = a.as_slice::<T>()?;
-            segments.each(width, |s, range| {
-                // SAFETY: each segment has its own row.
-                let (best, at) = unsafe { (best.slice(s * width..(s + 1) * width), at.slice(s * width..(s + 1) * width)) };
-                for (k, r) in range.enumerate() {
-                    for (c, &x) in x[r * width..(r + 1) * width].iter().enumerate() {
-                        if k == 0 || x > best[c] || (x.is_nan() && !best[c].is_nan()) {
-                            best[c] = x;
-                            at[c] = r as u32;
+        let (y, index) = dispatch(
+            [self.array().contiguous()],
+            Half::Native,
+            |[x]| {
+                let (mut y, mut index) = (Array::zeros(&to, x.dtype()), Array::zeros(&to, DType::U32));
+                with_float!("segment_max", x.dtype(), |T| {
+                    let x = x.as_slice::<T>()?;
+                    let both = (y.fresh_mut::<T>(), index.fresh_mut::<u32>());
+                    par_rows2(both, (width, width), segments.grain(width), |s, best, at| {
+                        for (k, r) in segments.range(s).enumerate() {
+                            for (c, &x) in x[r * width..(r + 1) * width].iter().enumerate() {
+                                if k == 0 || x > best[c] || (x.is_nan() && !best[c].is_nan()) {
+                                    (best[c], at[c]) = (x, r as u32);
+                                }
+                            }
                         }
-                    }
-                }
-            });
-            Ok(())
-        })?;
+                    });
+                    Ok((y, index))
+                })
+            },
+            |gpu, [x]| cuda::max(gpu, &segments.on_gpu(gpu)?, &x, &to),
+        )?;
         let shape = self.shape().into();
-        Ok(Tensor::record(y, &[self], &[], || Back { segments: segments.clone(), index, shape }))
+        Ok(Tensor::record(y, &[self], &[], || MaxBack { segments: segments.clone(), index, shape }))
     }
     /// Softmax within each segment, column by column: `[N, …]` to `[N, …]`. A segment of −∞ only gives zeros, never NaN.
     pub fn segment_softmax(&self, segments: &Segments) -> Result<Tensor> {
         let _op = spans::op("segment_softmax");
-        struct Back {
-            segments: Segments,
-            y: Array,
-        }
-        impl Rule for Back {
-            fn info(&self) -> &'static OpInfo {
-                &SEGMENT_SOFTMAX
-            }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                let g = grad.contiguous();
-                if let Some(gpu) = g.gpu() {
-                    flow.input(0, self.segments.on_gpu(gpu)?.softmax_grad(gpu, &self.y, &g)?);
-                    return Ok(());
-                }
-                let mut dx = Array::uninit(g.shape(), g.dtype());
-                let width: usize = g.shape()[1..].iter().product();
-                with_float!("segment_softmax", g.dtype(), T => {
-                    let (y, g, d) = (self.y.as_slice::<T>()?, g.as_slice::<T>()?, Shared::new(dx.fresh_mut::<T>()));
-                    self.segments.each(width, |_, range| {
-                        // SAFETY: segments are disjoint.
-                        let d = unsafe { d.slice(range.start * width..range.end * width) };
-                        let part = range.start * width..range.end * width;
-                        softmax_grad(&y[part.clone()], &g[part], width, d);
-                    });
-                    Ok(())
-                })?;
-                flow.input(0, dx);
-                Ok(())
-            }
-        }
         let width = inner("segment_softmax", self, segments.rows(), segments)?;
-        if self.dtype().is_half() {
-            return self.cast(DType::F32)?.segment_softmax(segments)?.cast(self.dtype());
-        }
-        let a = self.array().contiguous();
-        if let Some(gpu) = a.gpu() {
-            let y = segments.on_gpu(gpu)?.softmax(gpu, &a)?;
-            return Ok(Tensor::record(y.clone(), &[self], &[], || Back { segments: segments.clone(), y }));
-        }
-        let mut y = Array::uninit(self.shape(), self.dtype());
-        with_float!("segment_softmax", self.dtype(), T => {
-            let (x, dst) = (a.as_slice::<T>()?, Shared::new(y.fresh_mut::<T>()));
-            segments.each(width, |_, range| {
-                // SAFETY: segments are disjoint.
-                let o = unsafe { dst.slice(range.start * width..range.end * width) };
-                softmax(&x[range.start * width..range.end * width], width, o);
-            });
-            Ok(())
-        })?;
-        let saved = y.clone();
-        Ok(Tensor::record(y, &[self], &[], || Back { segments: segments.clone(), y: saved }))
+        let y = dispatch(
+            [self.array().contiguous()],
+            Half::Native,
+            |[x]| {
+                let mut y = Array::uninit(x.shape(), x.dtype());
+                with_float!("segment_softmax", x.dtype(), |T| {
+                    let x = x.as_slice::<T>()?;
+                    segments.par_rows(y.fresh_mut::<T>(), width, |s, o| {
+                        let part = segments.range(s);
+                        softmax(&x[part.start * width..part.end * width], width, o);
+                    });
+                    Ok(y)
+                })
+            },
+            |gpu, [x]| cuda::softmax(gpu, &segments.on_gpu(gpu)?, &x),
+        )?;
+        Ok(Tensor::record(y.clone(), &[self], &[], || SoftmaxBack { segments: segments.clone(), y }))
     }
     /// Row s repeated for every row of segment s: `[S, …]` to `[N, …]`, any dtype. Backward sums each segment.
     pub fn segment_repeat(&self, segments: &Segments) -> Result<Tensor> {
         let _op = spans::op("segment_repeat");
-        struct Back {
-            segments: Segments,
-            shape: Dims,
-        }
-        impl Rule for Back {
-            fn info(&self) -> &'static OpInfo {
-                &SEGMENT_REPEAT
-            }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                let g = grad.cast(grad.dtype().compute()).contiguous();
-                if let Some(gpu) = g.gpu() {
-                    let dx = self.segments.on_gpu(gpu)?.sum(gpu, &g, &self.shape, false)?;
-                    flow.input(0, dx.cast(grad.dtype()));
-                    return Ok(());
-                }
-                let mut dx = Array::uninit(&self.shape, g.dtype());
-                let width = self.shape[1..].iter().product();
-                with_float!("segment_repeat", g.dtype(), T => {
-                    reduce::<T>(g.as_slice()?, &self.segments, width, false, dx.fresh_mut());
-                    Ok(())
-                })?;
-                flow.input(0, dx.cast(grad.dtype()));
-                Ok(())
-            }
-        }
         if self.shape().first() != Some(&segments.count()) {
-            return Err(Error::shape(
-                "segment_repeat",
-                format!("{:?} for {} segments", self.shape(), segments.count()),
-            ));
+            let message = format!("{:?} for {} segments", self.shape(), segments.count());
+            return Err(Error::shape("segment_repeat", message));
         }
         let width = self.shape()[1..].iter().product();
-        let a = self.array().contiguous();
         let shape = with_rows(self.shape(), segments.rows());
-        if let Some(gpu) = a.gpu() {
-            let owner = segments.on_gpu(gpu)?.owner;
-            let y = rows::cuda::take(gpu, &a, &owner, 1, segments.count(), width, &shape)?;
-            let back = || Back { segments: segments.clone(), shape: self.shape().into() };
-            return Ok(Tensor::record(y, &[self], &[], back));
-        }
-        let mut y = Array::uninit(&shape, self.dtype());
-        with_dtype!(self.dtype(), T => rows::take::<T>(a.as_slice()?, segments.ids(), 1, width, y.fresh_mut()));
-        Ok(Tensor::record(y, &[self], &[], || Back { segments: segments.clone(), shape: self.shape().into() }))
+        let y = dispatch(
+            [self.array().contiguous()],
+            Half::Move,
+            |[x]| {
+                let mut y = Array::uninit(&shape, x.dtype());
+                with_dtype!(x.dtype(), |T| rows::take::<T>(x.as_slice()?, segments.ids(), 1, width, y.fresh_mut()));
+                Ok(y)
+            },
+            |gpu, [x]| {
+                let owner = segments.on_gpu(gpu)?.owner;
+                rows::cuda::take(gpu, &x, &owner, 1, segments.count(), width, &shape)
+            },
+        )?;
+        Ok(Tensor::record(y, &[self], &[], || RepeatBack { segments: segments.clone(), shape: self.shape().into() }))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Launches of `cuda/softmax.cu`.
 
 use crate::array::Array;
-use crate::array::cuda::{on, suffix};
+use crate::array::cuda::suffix;
 use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use crate::kernels::sums::cuda::blocks;
@@ -24,7 +24,6 @@ pub(crate) fn softmax(gpu: &Arc<Gpu>, x: &Array, log: bool) -> Result<Array> {
 /// Its gradient, from its value.
 pub(crate) fn softmax_grad(gpu: &Arc<Gpu>, y: &Array, dy: &Array, log: bool) -> Result<Array> {
     let op = if log { "log_softmax" } else { "softmax" };
-    let (y, dy) = (on(gpu, y)?, on(gpu, dy)?.contiguous());
     let out = Array::uninit_on(gpu, y.shape(), y.dtype())?;
     let d = *y.shape().last().unwrap_or(&1);
     if y.numel() == 0 {

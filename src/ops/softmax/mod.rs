@@ -5,8 +5,9 @@ pub(crate) mod cuda;
 
 use crate::array::{Array, shape};
 use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
-use crate::base::{DType, Result};
+use crate::base::Result;
 use crate::device::spans;
+use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
 
 fn case(g: &mut Gen, f: fn(&Tensor, isize) -> Result<Tensor>) -> Result<Case> {
@@ -30,7 +31,7 @@ static LOG_SOFTMAX: OpInfo = OpInfo {
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&SOFTMAX, &LOG_SOFTMAX];
 
-/// Over the last dimension of a contiguous array.
+/// Over the last dimension.
 struct Back {
     y: Array,
     log: bool,
@@ -41,16 +42,19 @@ impl Rule for Back {
         if self.log { &LOG_SOFTMAX } else { &SOFTMAX }
     }
     fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        let (grad, d) = (grad.contiguous(), *self.y.shape().last().unwrap_or(&1));
-        if let Some(gpu) = grad.gpu() {
-            flow.input(0, cuda::softmax_grad(gpu, &self.y, &grad, self.log)?);
-            return Ok(());
-        }
-        let mut dx = Array::uninit(self.y.shape(), grad.dtype());
-        with_float!("softmax", grad.dtype(), T => {
-            cpu::softmax_backward::<T>(self.y.as_slice()?, grad.as_slice()?, d, self.log, dx.fresh_mut());
-            Ok(())
-        })?;
+        let (d, log) = (*self.y.shape().last().unwrap_or(&1), self.log);
+        let dx = dispatch(
+            [self.y.clone(), grad.contiguous()],
+            Half::Native,
+            |[y, grad]| {
+                let mut dx = Array::uninit(y.shape(), grad.dtype());
+                with_float!("softmax", grad.dtype(), |T| {
+                    cpu::softmax_backward::<T>(y.as_slice()?, grad.as_slice()?, d, log, dx.fresh_mut());
+                    Ok(dx)
+                })
+            },
+            |gpu, [y, grad]| cuda::softmax_grad(gpu, &y, &grad, log),
+        )?;
         flow.input(0, dx);
         Ok(())
     }
@@ -60,22 +64,22 @@ fn run(x: &Tensor, dim: isize, log: bool) -> Result<Tensor> {
     let name = if log { "log_softmax" } else { "softmax" };
     x.dtype().expect_float(name)?;
     let d = shape::dim(name, dim, x.rank())?;
-    if x.dtype().is_half() {
-        return run(&x.cast(DType::F32)?, dim, log)?.cast(x.dtype());
-    }
     if d + 1 != x.rank() {
         return run(&x.transpose(d as isize, -1)?, -1, log)?.transpose(d as isize, -1);
     }
-    let xa = x.array().contiguous();
-    if let Some(gpu) = xa.gpu() {
-        let y = cuda::softmax(gpu, &xa, log)?;
-        return Ok(Tensor::record(y.clone(), &[x], &[], || Back { y, log }));
-    }
-    let mut y = Array::uninit(x.shape(), x.dtype());
-    with_float!(name, x.dtype(), T => {
-        cpu::softmax::<T>(xa.as_slice()?, x.shape()[d], log, y.fresh_mut());
-        Ok(())
-    })?;
+    let size = x.shape()[d];
+    let y = dispatch(
+        [x.array().contiguous()],
+        Half::Native,
+        |[x]| {
+            let mut y = Array::uninit(x.shape(), x.dtype());
+            with_float!(name, x.dtype(), |T| {
+                cpu::softmax::<T>(x.as_slice()?, size, log, y.fresh_mut());
+                Ok(y)
+            })
+        },
+        |gpu, [x]| cuda::softmax(gpu, &x, log),
+    )?;
     Ok(Tensor::record(y.clone(), &[x], &[], || Back { y, log }))
 }
 
