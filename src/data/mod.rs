@@ -3,6 +3,7 @@
 //! Loaders give plain vectors; whoever trains puts them on a device. Everything is deterministic: the same files give
 //! the same samples in the same order, whatever the file system or the number of threads.
 
+#[cfg(feature = "bpe")]
 pub mod bpe;
 pub mod crates;
 pub mod images;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::{Error, Result};
 
+#[cfg(feature = "bpe")]
 pub use bpe::Bpe;
 pub use crates::CrateSources;
 pub use images::{Images, digits};

@@ -33,7 +33,7 @@ impl Corpus {
         self.documents.iter().map(|d| d.text.len()).sum()
     }
 
-    /// The texts, for [`Bpe::train`](super::Bpe::train).
+    /// The texts, such as a tokenizer is trained on.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         self.documents.iter().map(|d| d.text.as_str())
     }
