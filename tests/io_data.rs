@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
+#[cfg(feature = "bpe")]
 use prismgrad::data::{Bpe, ByteTokenizer, CrateSources, IGNORE, Tokenizer};
 use prismgrad::io::{CheckpointFolder, ElementType, Entry, SafeTensors, safetensors};
 use prismgrad::train::{Existing, RunFolder, interrupt};
@@ -58,6 +59,7 @@ fn save(folder: &CheckpointFolder, step: u64, size: usize) -> prismgrad::Result<
     })
 }
 
+#[cfg(feature = "bpe")]
 #[test]
 fn from_crate_sources_to_samples() {
     let (train, held) = CrateSources::new().max_bytes(400_000).load().unwrap().split(0.1, 0);

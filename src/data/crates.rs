@@ -149,7 +149,7 @@ fn fair_share(sizes: &[u64], limit: u64) -> u64 {
 /// Files within the share, chosen by the hash of their names and returned in the order of their names: taking the first
 /// by name would prefer benches and build scripts.
 fn choose(mut files: Vec<FoundFile>, share: u64) -> Vec<FoundFile> {
-    files.sort_by_cached_key(|f| (stable_hash(f.name.as_bytes(), 0), f.name.clone()));
+    files.sort_by_cached_key(|f| (stable_hash(&f.name, 0), f.name.clone()));
     let mut left = share;
     files.retain(|f| {
         let fits = f.bytes <= left;

@@ -3,6 +3,7 @@
 //! Loaders give plain vectors; whoever trains puts them on a device. Everything is deterministic: the same files give
 //! the same samples in the same order, whatever the file system or the number of threads.
 
+#[cfg(feature = "bpe")]
 pub mod bpe;
 pub mod crates;
 pub mod images;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::{Error, Result};
 
+#[cfg(feature = "bpe")]
 pub use bpe::Bpe;
 pub use crates::CrateSources;
 pub use images::{Images, digits};
@@ -77,10 +79,9 @@ pub fn shuffled(count: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// A hash that is the same on every machine and in every release: FNV-1a, then SplitMix64's finaliser.
-pub(crate) fn stable_hash(bytes: &[u8], seed: u64) -> u64 {
-    let fnv = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    mix(fnv ^ mix(seed))
+/// A hash that is the same on every machine and in every release; the finaliser brings the seed into every bit.
+pub(crate) fn stable_hash(name: &str, seed: u64) -> u64 {
+    mix(crate::base::hash(name) ^ mix(seed))
 }
 
 fn mix(mut z: u64) -> u64 {

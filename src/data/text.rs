@@ -33,7 +33,7 @@ impl Corpus {
         self.documents.iter().map(|d| d.text.len()).sum()
     }
 
-    /// The texts, for [`Bpe::train`](super::Bpe::train).
+    /// The texts, such as a tokenizer is trained on.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         self.documents.iter().map(|d| d.text.as_str())
     }
@@ -43,7 +43,7 @@ impl Corpus {
     /// Whether a document is held out depends on its name and the seed alone, so it stays on its side when others come
     /// or go. About `validation` of the documents are held out, and at least one of two or more.
     pub fn split(self, validation: f64, seed: u64) -> (Corpus, Corpus) {
-        let hash = |d: &Document| stable_hash(d.name.as_bytes(), seed);
+        let hash = |d: &Document| stable_hash(&d.name, seed);
         let limit = (validation.clamp(0.0, 1.0) * u64::MAX as f64) as u64;
         let lowest = self.documents.iter().map(&hash).min().unwrap_or(0);
         let limit =

@@ -44,7 +44,7 @@ pub fn arrays_of(file: &SafeTensors) -> Result<Vec<(String, Array)>> {
         .into_iter()
         .map(|e| {
             let dtype = known.into_iter().find(|&d| element(d) == e.dtype).ok_or_else(|| {
-                Error::format(file.path(), format!("tensor {} is {}, which is not supported", e.name, e.dtype.name()))
+                Error::format(file.path(), format!("tensor {} is {}, which is not supported", e.name, e.dtype))
             })?;
             Ok((e.name.to_string(), Array::from_bytes(&e.bytes, &e.shape, dtype)?))
         })

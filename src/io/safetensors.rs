@@ -1,88 +1,34 @@
 //! The safetensors format: a JSON header with name, element type, shape and byte range of each tensor, then the bytes.
 //!
-//! Reading checks everything before it trusts anything: header length, JSON, doubled names, element types, shape
-//! against size, and ranges that leave the file, overlap or leave holes. Tensors are read one at a time from the file,
-//! so that opening a large file costs only its header; a file that shrinks while it is open gives an error, where a
-//! memory map would kill the process.
+//! The `safetensors` crate says what the format is: its element types, the entries of a header, and which ranges and
+//! sizes it allows. Here are the words for what it refuses, and what it does not do. It accepts doubled names, of which
+//! the last one wins; and it reads from one slice and writes into one vector, where this module reads tensors one at a
+//! time, so that opening a large file costs only its header, and writes them without a second copy. A file that shrinks
+//! while it is open gives an error, where a memory map would kill the process.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::{Value, json};
+use ::safetensors::tensor::{Metadata, TensorInfo as Described};
+use serde::de::{self, Deserialize, DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde_json::value::{RawValue, Value};
 
 use crate::base::{Error, Result};
+
+/// Element types that the format knows.
+pub use ::safetensors::Dtype as ElementType;
 
 /// Headers above this size are refused, as by the reference reader: they would only serve to exhaust memory.
 const MAX_HEADER: u64 = 100_000_000;
 
-macro_rules! element_types {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $size:literal;)*) => {
-        /// Element types that the format knows.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[non_exhaustive]
-        pub enum ElementType { $($(#[$doc])* $variant,)* }
-
-        impl ElementType {
-            /// The name in the file, such as `BF16`.
-            pub fn name(self) -> &'static str {
-                match self { $(ElementType::$variant => $name,)* }
-            }
-            /// Bytes per element.
-            pub fn size(self) -> usize {
-                match self { $(ElementType::$variant => $size,)* }
-            }
-            /// The type with this name in the file.
-            pub fn from_name(name: &str) -> Option<Self> {
-                match name { $($name => Some(ElementType::$variant),)* _ => None }
-            }
-        }
-    };
-}
-
-element_types! {
-    /// One byte, 0 or 1.
-    Bool = "BOOL", 1;
-    /// Unsigned, 8 bits.
-    U8 = "U8", 1;
-    /// Signed, 8 bits.
-    I8 = "I8", 1;
-    /// Float, 5 bits of exponent, 2 of mantissa.
-    F8E5M2 = "F8_E5M2", 1;
-    /// Float, 4 bits of exponent, 3 of mantissa.
-    F8E4M3 = "F8_E4M3", 1;
-    /// Signed, 16 bits.
-    I16 = "I16", 2;
-    /// Unsigned, 16 bits.
-    U16 = "U16", 2;
-    /// IEEE half precision.
-    F16 = "F16", 2;
-    /// bfloat16.
-    BF16 = "BF16", 2;
-    /// Signed, 32 bits.
-    I32 = "I32", 4;
-    /// Unsigned, 32 bits.
-    U32 = "U32", 4;
-    /// IEEE single precision.
-    F32 = "F32", 4;
-    /// IEEE double precision.
-    F64 = "F64", 8;
-    /// Signed, 64 bits.
-    I64 = "I64", 8;
-    /// Unsigned, 64 bits.
-    U64 = "U64", 8;
-}
-
-impl fmt::Display for ElementType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+/// The name in a header that belongs to no tensor.
+const METADATA: &str = "__metadata__";
 
 /// A tensor to be written: little-endian bytes in row-major order.
 #[derive(Clone, Debug, PartialEq)]
@@ -267,34 +213,38 @@ pub(crate) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     pub(crate) fn new(entries: &'a [Entry<'a>], metadata: &BTreeMap<String, String>) -> Result<Self> {
-        const OP: &str = "write safetensors";
+        let refused = |message: String| Error::invalid("write safetensors", message);
         let mut order: Vec<&Entry<'_>> = entries.iter().collect();
         // Widest elements first keeps every tensor aligned; names make the file independent of the caller's order.
-        order.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(&b.name)));
-        let mut header = serde_json::Map::new();
-        if !metadata.is_empty() {
-            header.insert("__metadata__".into(), json!(metadata));
-        }
-        let mut start = 0usize;
+        order.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
+        let mut names = HashSet::new();
+        let mut start = 0;
+        let mut described = Vec::with_capacity(order.len());
         for entry in &order {
             let name = entry.name.as_ref();
-            if name == "__metadata__" {
-                return Err(Error::invalid(OP, "the name '__metadata__' is reserved by the format"));
+            if name == METADATA {
+                return Err(refused(format!("the name '{METADATA}' is reserved by the format")));
             }
-            if byte_count(entry.dtype, &entry.shape) != Some(entry.bytes.len()) {
-                let (dtype, shape, bytes) = (entry.dtype, &entry.shape, entry.bytes.len());
-                let message = format!("tensor '{name}': {bytes} bytes do not fit {dtype} {shape:?}");
-                return Err(Error::invalid(OP, message));
+            if !names.insert(name) {
+                return Err(refused(format!("two tensors are named '{name}'")));
             }
-            let end = start + entry.bytes.len();
-            let value = json!({"dtype": entry.dtype.name(), "shape": entry.shape, "data_offsets": [start, end]});
-            if header.insert(name.to_string(), value).is_some() {
-                return Err(Error::invalid(OP, format!("two tensors are named '{name}'")));
-            }
-            start = end;
+            let data_offsets = (start, start + entry.bytes.len());
+            start = data_offsets.1;
+            described
+                .push((name.to_string(), Described { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets }));
         }
-        let mut header = Value::Object(header).to_string().into_bytes();
+        let checked = check(&described).map_err(refused)?;
+        drop(described);
+        // By way of a value, so that names are in order whatever the crate's own order is.
+        let mut header = serde_json::to_value(checked).map_err(|e| refused(e.to_string()))?;
+        if !metadata.is_empty() {
+            header[METADATA] = serde_json::json!(metadata);
+        }
+        let mut header = header.to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
+        if header.len() as u64 > MAX_HEADER {
+            return Err(refused(format!("a header of {} bytes, which no reader accepts", header.len())));
+        }
         Ok(Plan { header, order })
     }
 
@@ -305,93 +255,112 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn byte_count(dtype: ElementType, shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(dtype.size(), |n, &d| n.checked_mul(d))
-}
+/// A JSON object whose names are all different: a map would take the last of two.
+struct Object<T>(BTreeMap<String, T>);
 
-/// A JSON object as pairs: `serde_json::Map` would swallow doubled names.
-struct Pairs(Vec<(String, Value)>);
-
-impl<'de> Deserialize<'de> for Pairs {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PairsVisitor;
-        impl<'de> Visitor<'de> for PairsVisitor {
-            type Value = Pairs;
+        struct ObjectVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ObjectVisitor<T> {
+            type Value = Object<T>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
+                f.write_str("an object")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = map.next_entry()? {
-                    pairs.push(pair);
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object<T>, A::Error> {
+                let mut object = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if object.contains_key(&name) {
+                        return Err(de::Error::custom(format!("'{name}' is there twice")));
+                    }
+                    object.insert(name, map.next_value()?);
                 }
-                Ok(Pairs(pairs))
+                Ok(Object(object))
             }
         }
-        deserializer.deserialize_map(PairsVisitor)
+        deserializer.deserialize_map(ObjectVisitor(PhantomData))
     }
 }
 
 /// The checked header: tensors in the order of their bytes, and the metadata.
 fn parse_header(header: &[u8], data: u64) -> Result<(Vec<TensorInfo>, BTreeMap<String, String>), String> {
     let text = std::str::from_utf8(header).map_err(|e| format!("its header is not UTF-8 text: {e}"))?;
-    let pairs: Pairs = serde_json::from_str(text).map_err(|e| format!("its header is not valid JSON: {e}"))?;
-    let mut tensors = Vec::with_capacity(pairs.0.len());
-    let mut metadata = BTreeMap::new();
-    for (name, value) in pairs.0 {
-        if name == "__metadata__" {
-            metadata = serde_json::from_value(value).map_err(|e| format!("its metadata are not text pairs: {e}"))?;
+    let object: Object<&RawValue> =
+        serde_json::from_str(text).map_err(|e| format!("its header is not valid JSON of tensors: {e}"))?;
+    let mut tensors = Vec::with_capacity(object.0.len());
+    let mut metadata = Object(BTreeMap::new());
+    for (name, value) in object.0 {
+        if name == METADATA {
+            metadata =
+                serde_json::from_str(value.get()).map_err(|e| format!("its metadata are not text pairs: {e}"))?;
         } else {
-            tensors.push(parse_tensor(name, &value, data)?);
+            let tensor = parse_tensor(value.get(), data).map_err(|e| format!("tensor '{name}' {e}"))?;
+            tensors.push((name, tensor));
         }
     }
-    let mut names: Vec<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
-    names.sort_unstable();
-    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(format!("tensor '{}' is there twice", pair[0]));
-    }
-    tensors.sort_by(|a, b| (a.start, a.bytes).cmp(&(b.start, b.bytes)).then_with(|| a.name.cmp(&b.name)));
-    let mut end = 0;
-    for tensor in &tensors {
-        if tensor.start < end {
-            return Err(format!("tensor '{}' overlaps the one before it", tensor.name));
-        }
-        if tensor.start > end {
-            return Err(format!("{} unexplained bytes before tensor '{}'", tensor.start - end, tensor.name));
-        }
-        end += tensor.bytes as u64;
-    }
+    // Stable: of tensors without elements the first by name comes first.
+    tensors.sort_by_key(|(_, t)| t.data_offsets);
+    let end = check(&tensors)?.data_len() as u64;
     if end != data {
         return Err(format!("its tensors take {end} bytes, but {data} follow the header"));
     }
-    Ok((tensors, metadata))
+    let info = |(name, t): (String, Described)| {
+        let (start, end) = t.data_offsets;
+        TensorInfo { name, dtype: t.dtype, shape: t.shape, start: start as u64, bytes: end - start }
+    };
+    Ok((tensors.into_iter().map(info).collect(), metadata.0))
 }
 
-fn parse_tensor(name: String, value: &Value, data: u64) -> Result<TensorInfo, String> {
-    let dtype = value["dtype"].as_str().ok_or_else(|| format!("tensor '{name}' has no dtype"))?;
-    let dtype =
-        ElementType::from_name(dtype).ok_or_else(|| format!("tensor '{name}' has the unknown dtype '{dtype}'"))?;
-    let shape: Vec<usize> = value["shape"]
-        .as_array()
-        .and_then(|dims| dims.iter().map(|d| d.as_u64().and_then(|d| usize::try_from(d).ok())).collect())
-        .ok_or_else(|| format!("tensor '{name}' has no valid shape"))?;
-    let offsets = value["data_offsets"].as_array().map(Vec::as_slice);
-    let (start, end) = match offsets {
-        Some([a, b]) => a.as_u64().zip(b.as_u64()),
-        _ => None,
+/// A tensor's entry. Field by field: the crate's own reader would also take an array for the entry, and does not say
+/// which field is wrong.
+fn parse_tensor(text: &str, data: u64) -> Result<Described, String> {
+    fn field<T: DeserializeOwned>(entry: &BTreeMap<String, Value>, name: &str) -> Result<T, String> {
+        let value = entry.get(name).ok_or_else(|| format!("has no {name}"))?;
+        T::deserialize(value).map_err(|e| format!("has no valid {name}: {e}"))
     }
-    .ok_or_else(|| format!("tensor '{name}' has no valid data_offsets"))?;
-    if start > end || end > data {
+    let entry: Object<Value> =
+        serde_json::from_str(text).map_err(|e| format!("is not given by one dtype, shape and data_offsets: {e}"))?;
+    let dtype: String = field(&entry.0, "dtype")?;
+    let dtype = ElementType::deserialize(Value::from(dtype.as_str()))
+        .map_err(|_| format!("has the unknown dtype '{dtype}'"))?;
+    let tensor = Described { dtype, shape: field(&entry.0, "shape")?, data_offsets: field(&entry.0, "data_offsets")? };
+    let (start, end) = tensor.data_offsets;
+    if start > end || end as u64 > data {
         return Err(format!(
-            "tensor '{name}' lies at bytes {start} to {end}, but {data} bytes follow the header; the file was probably \
-             cut off"
+            "lies at bytes {start} to {end}, but {data} bytes follow the header; the file was probably cut off"
         ));
     }
-    let size = byte_count(dtype, &shape).ok_or_else(|| format!("tensor '{name}': shape {shape:?} is too large"))?;
-    if size as u64 != end - start {
-        return Err(format!("tensor '{name}': {dtype} {shape:?} needs {size} bytes, its range has {}", end - start));
+    Ok(tensor)
+}
+
+/// The header of these tensors, which come in the order of their bytes; or what the format has against them.
+fn check(tensors: &[(String, Described)]) -> Result<Metadata, String> {
+    for (name, Described { dtype, shape, .. }) in tensors {
+        // Stricter than the crate: strides must not overflow either, for which no dimension makes up by being 0.
+        if shape.iter().try_fold(dtype.bitsize(), |n, &d| n.checked_mul(d.max(1))).is_none() {
+            return Err(format!("tensor '{name}': shape {shape:?} is too large"));
+        }
     }
-    Ok(TensorInfo { name, dtype, shape, start, bytes: size })
+    Metadata::new(None, tensors.to_vec()).map_err(|error| {
+        // The crate's error does not always say which tensor it means, nor what it found there.
+        let mut end = 0;
+        for (name, Described { dtype, shape, data_offsets: (start, stop) }) in tensors {
+            if *start < end {
+                return format!("tensor '{name}' overlaps the one before it");
+            }
+            if *start > end {
+                return format!("{} unexplained bytes before tensor '{name}'", start - end);
+            }
+            let (bits, there) = (shape.iter().product::<usize>() * dtype.bitsize(), stop - start);
+            if bits % 8 != 0 {
+                return format!("tensor '{name}': {dtype} {shape:?} does not fill its last byte");
+            }
+            if bits / 8 != there {
+                return format!("tensor '{name}': {dtype} {shape:?} needs {} bytes, {there} are there", bits / 8);
+            }
+            end = *stop;
+        }
+        error.to_string()
+    })
 }
 
 #[cfg(test)]
@@ -452,6 +421,32 @@ mod tests {
         let header = r#"{"x":{"data_offsets":[0,4],"dtype":"I16","shape":[1,2]}}"#;
         let padded = format!("{header:<width$}", width = header.len().next_multiple_of(8));
         assert_eq!(fs::read(&path).unwrap(), raw(&padded, &[1, 0, 2, 0]));
+        let metadata: BTreeMap<String, String> = (0..12).map(|i| (format!("k{i}"), "v".into())).collect();
+        write(&path, &sample(), &metadata).unwrap();
+        let text = String::from_utf8_lossy(&fs::read(&path).unwrap()[8..]).into_owned();
+        let keys: Vec<String> = metadata.keys().map(|k| format!(r#""{k}":"v""#)).collect();
+        let start = format!(r#"{{"__metadata__":{{{}}},"a.weight":{{"data_offsets":[8,24]"#, keys.join(","));
+        assert!(text.starts_with(&start), "names in order, the same bytes every time: {text}");
+    }
+
+    #[test]
+    fn the_crate_reads_what_we_write_and_we_read_what_it_writes() {
+        let folder = Scratch::new("st-crate");
+        let path = folder.join("c.safetensors");
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        write(&path, &sample(), &metadata).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let theirs = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(theirs.len(), 4);
+        for entry in sample() {
+            assert_eq!(theirs.tensor(&entry.name).unwrap().data(), &*entry.bytes);
+        }
+        let written = ::safetensors::serialize(theirs.tensors(), Some(metadata.clone().into_iter().collect())).unwrap();
+        let file = open_bytes(&folder.join("d.safetensors"), &written).unwrap();
+        assert_eq!(file.metadata(), &metadata);
+        for entry in sample() {
+            assert_eq!(file.read(&entry.name).unwrap(), *entry.bytes);
+        }
     }
 
     #[test]
@@ -463,9 +458,11 @@ mod tests {
             vec![Entry::new("x", ElementType::U8, [1], vec![0]), Entry::new("x", ElementType::U8, [1], vec![0])],
             vec![Entry::new("__metadata__", ElementType::U8, [1], vec![0])],
             vec![Entry::new("x", ElementType::F32, [usize::MAX, 2], vec![])],
+            vec![Entry::new("x", ElementType::F32, [usize::MAX, 2, 0], vec![])],
+            vec![Entry::new("x", ElementType::F4, [3], vec![0; 1])],
         ];
         for entries in wrong {
-            assert!(write(&path, &entries, &BTreeMap::new()).is_err());
+            assert!(write(&path, &entries, &BTreeMap::new()).unwrap_err().to_string().contains(&*entries[0].name));
             assert!(!path.exists());
         }
     }
@@ -506,6 +503,24 @@ mod tests {
             (raw(&two("[0,2]", "[2,4]").replace("\"y\"", "\"x\""), &[0; 4]), "twice"),
             (raw(r#"{"__metadata__":{"a":1}}"#, &[]), "metadata"),
             (raw(r#"{"x":3}"#, &[]), "dtype"),
+            // What the crate takes and we do not.
+            (raw(r#"{"x":["F32",[1],[0,4]]}"#, &[0; 4]), "tensor 'x' is not given by one dtype"),
+            (raw(&one("F32", "[1]", "[0,4]").replace("\"F32\"", r#"{"F32":null}"#), &[0; 4]), "no valid dtype"),
+            (raw(&one("F32", "[1]", "[0,4]").replace("\"shape\"", r#""dtype":"U8","shape""#), &[0; 4]), "twice"),
+            (raw(r#"{"__metadata__":{"a":"1","a":"2"}}"#, &[]), "'a' is there twice"),
+            (raw(r#"{"__metadata__":{},"__metadata__":{}}"#, &[]), "twice"),
+            (raw(r#"{"__metadata__":null}"#, &[]), "metadata"),
+            (raw(&one("U8", "[0,9223372036854775808,4]", "[0,0]"), &[]), "too large"),
+            (raw(&one("F32", "[1]", "[0,4,4]"), &[0; 4]), "data_offsets"),
+            (raw(&one("F32", "[18446744073709551616]", "[0,4]"), &[0; 4]), "shape"),
+            (raw(&one("F32", "[1]", "[0,18446744073709551615]"), &[0; 4]), "lies at"),
+            (raw(&one("F4", "[3]", "[0,1]"), &[0; 1]), "last byte"),
+            (raw(&"[".repeat(100_000), &[]), "JSON"),
+            (raw(&format!(r#"{{"x":{}}}"#, "[".repeat(100_000)), &[]), "JSON"),
+            (raw(r#"{"x":{"dtype":"F32","shape":[1]}}"#, &[0; 4]), "has no data_offsets"),
+            (raw("{\"\u{0}", &[]), "JSON"),
+            ([2u64.to_le_bytes().as_slice(), &[0xc3, 0x28]].concat(), "UTF-8"),
+            ((MAX_HEADER + 1).to_le_bytes().to_vec(), "claims"),
         ];
         for (bytes, expected) in cases {
             let error = open_bytes(&path, &bytes).unwrap_err().to_string();

@@ -1,6 +1,7 @@
-//! Around a training run: its folder, its progress on the terminal, a clean stop, and its plots.
+//! Around a training run: its folder, its progress on the terminal, a clean stop, and its plots (feature `plots`, on by default).
 
 pub mod interrupt;
+#[cfg(feature = "plots")]
 pub mod plot;
 pub mod progress;
 pub mod run;
