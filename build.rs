@@ -1,21 +1,131 @@
-//! Nothing, unless the feature `emulator` is on: then the kernels are compiled for the CPU, with checks, into a shared
-//! object that answers to the name of the CUDA driver library. `PRISMGRAD_EMU=fast` leaves the checks out.
+//! Writes what the crate must know about the kernel files of `cuda/`: their texts, the structs that are passed to kernels by
+//! value, and the codes that both sides use. With the feature `emulator` it also compiles the kernels for the CPU, with checks,
+//! into a shared object that answers to the name of the CUDA driver library. `PRISMGRAD_EMU=fast` leaves the checks out.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=cuda");
+    tables::write();
     #[cfg(feature = "emulator")]
     emulator::build();
 }
 
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env::var(name).unwrap())
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Kernel files of a folder, by name.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+    let mut files: Vec<PathBuf> =
+        entries.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|x| x == "cu")).collect();
+    files.sort();
+    files
+}
+
+/// Tables made from the texts in `cuda/`, so that nothing is written down twice.
+mod tables {
+    use super::{folder, fs, read, sources};
+
+    pub fn write() {
+        let (cuda, out) = (folder("CARGO_MANIFEST_DIR").join("cuda"), folder("OUT_DIR"));
+        let files = sources(&cuda);
+        let rows: String = files
+            .iter()
+            .map(|f| format!("    ({:?}, include_str!({f:?})),\n", f.file_stem().unwrap().to_string_lossy()))
+            .collect();
+        fs::write(out.join("sources.rs"), format!("&[\n{rows}]\n")).unwrap();
+        let mut layouts = String::new();
+        for file in files.iter().chain([&cuda.join("prelude.cuh")]) {
+            let name = file.file_name().unwrap().to_string_lossy().into_owned();
+            let text = without_comments(&read(file));
+            structs(&text, &name, &mut layouts);
+            enums(&text, &name, &mut layouts);
+        }
+        fs::write(out.join("layouts.rs"), layouts).unwrap();
+    }
+
+    fn without_comments(text: &str) -> String {
+        text.lines().map(|l| l.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The Rust type of a plain C type.
+    fn plain(c: &str) -> Option<&'static str> {
+        Some(match c {
+            "i64" => "i64",
+            "u64" => "u64",
+            "i32" => "i32",
+            "u32" => "u32",
+            "u8" => "u8",
+            "float" => "f32",
+            "double" => "f64",
+            _ => return None,
+        })
+    }
+
+    /// `struct X { … };` at the beginning of a line, if all of its fields are plain numbers and arrays of them.
+    fn structs(text: &str, file: &str, out: &mut String) {
+        for part in text.split("\nstruct ").skip(1) {
+            let Some((name, rest)) = part.split_once('{') else { continue };
+            let Some((body, _)) = rest.split_once("};") else { continue };
+            let mut fields = String::new();
+            let declarations = body.split(';').map(str::trim).filter(|d| !d.is_empty());
+            let all = declarations.map(|d| declaration(d, &mut fields)).collect::<Option<Vec<()>>>();
+            let name = name.trim();
+            if all.is_some() && !name.contains(' ') {
+                *out += &format!(
+                    "/// `{name}` of `cuda/{file}`.\n#[repr(C)]\n#[derive(Clone, Copy, Debug, bytemuck::NoUninit, bytemuck::Zeroable)]\n\
+                     #[allow(missing_docs)]\npub struct {name} {{\n{fields}}}\n"
+                );
+            }
+        }
+    }
+
+    /// The fields of `type a, b[2], c[3][4]`.
+    fn declaration(d: &str, fields: &mut String) -> Option<()> {
+        let (kind, names) = d.split_once(char::is_whitespace)?;
+        let kind = plain(kind)?;
+        for name in names.split(',').map(str::trim) {
+            let mut sizes = name.split('[');
+            let name = sizes.next()?.trim();
+            let sizes: Vec<&str> = sizes.map(|s| s.trim_end_matches(']')).collect();
+            let whole = sizes.iter().rev().fold(kind.to_string(), |t, n| format!("[{t}; {n}]"));
+            if !name.chars().all(|c| c.is_alphanumeric() || c == '_') {
+                return None;
+            }
+            *fields += &format!("    pub {name}: {whole},\n");
+        }
+        Some(())
+    }
+
+    /// `enum { A_B, A_C };` at the beginning of a line: codes from 0 on.
+    fn enums(text: &str, file: &str, out: &mut String) {
+        for part in text.split("\nenum {").skip(1) {
+            let Some((names, _)) = part.split_once("};") else { continue };
+            for (code, name) in names.split(',').map(str::trim).enumerate() {
+                *out += &format!("/// A code of `cuda/{file}`.\npub const {name}: i32 = {code};\n");
+            }
+        }
+    }
+}
+
 #[cfg(feature = "emulator")]
 mod emulator {
+    use super::{env, folder, fs, read, sources};
     use std::collections::hash_map::DefaultHasher;
     use std::hash::{Hash, Hasher};
-    use std::path::{Path, PathBuf};
+    use std::path::PathBuf;
     use std::process::Command;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::{env, fs, thread};
+    use std::thread;
 
     /// Names of the kernels in preprocessed text (with -DCUEMU_SCAN, which leaves __global__ as it is), with the literal
     /// of __launch_bounds__ if there is one.
@@ -40,14 +150,6 @@ mod emulator {
             }
         }
         out
-    }
-
-    fn sources(folder: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-        let mut files: Vec<PathBuf> =
-            entries.map(|e| e.unwrap().path()).filter(|p| p.extension().is_some_and(|x| x == "cu")).collect();
-        files.sort();
-        files
     }
 
     fn hash(parts: &[&str]) -> String {
@@ -90,9 +192,8 @@ mod emulator {
     }
 
     pub fn build() {
-        let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
+        let root = folder("CARGO_MANIFEST_DIR");
         let (cuda, emulator) = (root.join("cuda"), root.join("cuda/emulator"));
-        println!("cargo:rerun-if-changed=cuda");
         println!("cargo:rerun-if-env-changed=CXX");
         println!("cargo:rerun-if-env-changed=PRISMGRAD_EMU");
         let checked = env::var("PRISMGRAD_EMU").as_deref() != Ok("fast");
@@ -112,9 +213,8 @@ mod emulator {
             ]
             .map(String::from)
             .to_vec(),
-            out: PathBuf::from(env::var("OUT_DIR").unwrap()),
+            out: folder("OUT_DIR"),
         };
-        let read = |p: &Path| fs::read_to_string(p).unwrap_or_else(|e| panic!("{}: {e}", p.display()));
         let headers = read(&cuda.join("prelude.cuh")) + &read(&emulator.join("cuemu.h"));
         // Instrumented by the compiler, but linked against the emulator's own hooks instead of a sanitizer's library.
         let mut flags = vec!["-O2"];

@@ -137,9 +137,9 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
     i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
     int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS; // the longest rows of a causal span first
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-    k += b * s.k_b + hk * s.k_h;
-    v += b * s.v_b + hk * s.v_h;
-    K::load(qs, q + b * s.q_b + h * s.q_h, s.q_t, i0, T_, dim);
+    k += b * s.k[0] + hk * s.k[2];
+    v += b * s.v[0] + hk * s.v[2];
+    K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
     Seen seen[TM];
     T top[TM], z[TM], acc[TM][K::NC];
 #pragma unroll
@@ -154,13 +154,13 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
     int j0 = visible(s, docs, i0).lo / ROWS * ROWS, end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi;
     for (; j0 < end; j0 += ROWS) {
         __syncthreads(); // V of the round before is no longer read
-        K::load(ks, k, s.k_t, j0, S, dim);
+        K::load(ks, k, s.k[1], j0, S, dim);
         cp_async_wait<0>();
         __syncthreads();
         T x[TM][TM] = {};
         K::scores(x, qs, ks);
         __syncthreads();
-        K::load(ks, v, s.v_t, j0, S, dim); // V takes K's place while the softmax runs
+        K::load(ks, v, s.v[1], j0, S, dim); // V takes K's place while the softmax runs
 #pragma unroll
         for (int i = 0; i < TM; i++) {
             T m = top[i];
@@ -198,7 +198,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
         inv[i] = empty ? T(0) : T(1) / z[i];
         if (row < T_ && tx == 0) lse[bh * s.queries + row] = empty ? T(0) : top[i] + log_of(z[i]);
     }
-    K::store(out + b * s.o_b + h * s.o_h, s.o_t, i0, T_, dim, acc, inv);
+    K::store(out + b * s.out[0] + h * s.out[2], s.out[1], i0, T_, dim, acc, inv);
 }
 
 // x: scores and dp: products grad·V of one element become the probability (dropped out: `p`) and the score's gradient.
@@ -220,10 +220,10 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
     int blocks = (int)cdiv(s.queries, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
     i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
     int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-    K::load(qs, q + b * s.q_b + h * s.q_h, s.q_t, i0, T_, dim);
-    K::load(gs, grad + b * s.g_b + h * s.g_h, s.g_t, i0, T_, dim);
-    k += b * s.k_b + hk * s.k_h;
-    v += b * s.v_b + hk * s.v_h;
+    K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
+    K::load(gs, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, T_, dim);
+    k += b * s.k[0] + hk * s.k[2];
+    v += b * s.v[0] + hk * s.v[2];
     Seen seen[TM];
     T l[TM], d[TM], one[TM], acc[TM][K::NC] = {};
 #pragma unroll
@@ -237,8 +237,8 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
     int j0 = visible(s, docs, i0).lo / ROWS * ROWS, end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi;
     for (; j0 < end; j0 += ROWS) {
         __syncthreads();
-        K::load(ks, k, s.k_t, j0, S, dim);
-        K::load(vs, v, s.v_t, j0, S, dim);
+        K::load(ks, k, s.k[1], j0, S, dim);
+        K::load(vs, v, s.v[1], j0, S, dim);
         cp_async_wait<0>();
         __syncthreads();
         T x[TM][TM] = {}, dp[TM][TM] = {};
@@ -256,7 +256,7 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
         K::mix(acc, ps, ks);
     }
     cp_async_wait<0>();
-    K::store(dq + b * s.dq_b + h * s.dq_h, s.dq_t, i0, T_, dim, acc, one);
+    K::store(dq + b * s.dq[0] + h * s.dq[2], s.dq[1], i0, T_, dim, acc, one);
 }
 
 template <class K>
@@ -270,8 +270,8 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
     int blocks = (int)cdiv(s.keys, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
     i64 bk = blockIdx.x / blocks, b = bk / s.kv_heads, hk = bk % s.kv_heads, group = s.heads / s.kv_heads;
     int j0 = (int)(blockIdx.x % blocks) * ROWS, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-    K::load(ks, k + b * s.k_b + hk * s.k_h, s.k_t, j0, S, dim);
-    K::load(vs, v + b * s.v_b + hk * s.v_h, s.v_t, j0, S, dim);
+    K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, S, dim);
+    K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, S, dim);
     // Queries that see any key of this tile: from the first whose end lies past the tile's start to the last that
     // begins before the tile's end.
     int from = first_past<true>(s, docs, j0), end = first_past<false>(s, docs, (int)min64(j0 + ROWS, S) - 1);
@@ -282,8 +282,8 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
         i64 bh = b * s.heads + h;
         for (int i0 = from / ROWS * ROWS; i0 < end; i0 += ROWS) {
             __syncthreads();
-            K::load(qs, q + b * s.q_b + h * s.q_h, s.q_t, i0, T_, dim);
-            K::load(gs, grad + b * s.g_b + h * s.g_h, s.g_t, i0, T_, dim);
+            K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
+            K::load(gs, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, T_, dim);
             cp_async_wait<0>();
             __syncthreads();
             T x[TM][TM] = {}, dp[TM][TM] = {}; // rows are keys, columns queries
@@ -310,8 +310,8 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
         }
     }
     cp_async_wait<0>();
-    K::store(dk + b * s.dk_b + hk * s.dk_h, s.dk_t, j0, S, dim, sk, one);
-    K::store(dv + b * s.dv_b + hk * s.dv_h, s.dv_t, j0, S, dim, sv, one);
+    K::store(dk + b * s.dk[0] + hk * s.dk[2], s.dk[1], j0, S, dim, sk, one);
+    K::store(dv + b * s.dv[0] + hk * s.dv[2], s.dv[1], j0, S, dim, sv, one);
 }
 
 // Σ out·grad of every query: reads 2·D elements a row, writes one.
@@ -320,7 +320,7 @@ template <class T> DEV void delta_body(const T* out, const T* grad, acc_t<T>* de
     int lane = threadIdx.x % 32;
     for (i64 r = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; r < rows; r += step) {
         i64 t = r % s.queries, h = r / s.queries % s.heads, b = r / s.queries / s.heads;
-        const T *o = out + b * s.o_b + t * s.o_t + h * s.o_h, *g = grad + b * s.g_b + t * s.g_t + h * s.g_h;
+        const T *o = out + b * s.out[0] + t * s.out[1] + h * s.out[2], *g = grad + b * s.grad[0] + t * s.grad[1] + h * s.grad[2];
         acc_t<T> sum = 0;
         for (i64 c = lane; c < s.dim; c += 32) sum += to_acc(o[c]) * to_acc(g[c]);
 #pragma unroll

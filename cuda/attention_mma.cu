@@ -119,17 +119,17 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
     i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
     int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS; // the longest rows of a causal span first
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
-    k += b * s.k_b + hk * s.k_h;
-    v += b * s.v_b + hk * s.v_h;
+    k += b * s.k[0] + hk * s.k[2];
+    v += b * s.v[0] + hk * s.v[2];
     Seen first = visible(s, docs, i0), last = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1);
     Seen seen[2] = {row < T_ ? visible(s, docs, row) : Seen{0, 0}, row + 8 < T_ ? visible(s, docs, row + 8) : Seen{0, 0}};
     float o[K::O8][4] = {}, top[2] = {-INFINITY, -INFINITY}, z[2] = {0.f, 0.f}, sl2 = (float)s.scale * LOG2E;
-    K::load(qs, q + b * s.q_b + h * s.q_h, s.q_t, i0, ROWS, T_, dim);
+    K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, ROWS, T_, dim);
     int j0 = first.lo / KEYS * KEYS, st = 0;
     auto fetch = [&](int j, int stage) {
         if (j < last.hi) {
-            K::load(kv + stage * 2 * KEYS * DP, k, s.k_t, j, KEYS, S, dim);
-            K::load(kv + (stage * 2 + 1) * KEYS * DP, v, s.v_t, j, KEYS, S, dim);
+            K::load(kv + stage * 2 * KEYS * DP, k, s.k[1], j, KEYS, S, dim);
+            K::load(kv + (stage * 2 + 1) * KEYS * DP, v, s.v[1], j, KEYS, S, dim);
         }
         cp_async_commit();
     };
@@ -190,7 +190,7 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
         inv[r] = empty ? 0.f : 1.f / z[r];
         if (row + r * 8 < T_ && lane % 4 == 0) lse[bh * s.queries + row + r * 8] = empty ? 0.f : top[r] * 0.6931471805599453f + logf(z[r]);
     }
-    K::store(out + b * s.o_b + h * s.o_h, s.o_t, i0 + warp * 16, T_, dim, o, inv[0], inv[1]);
+    K::store(out + b * s.out[0] + h * s.out[2], s.out[1], i0 + warp * 16, T_, dim, o, inv[0], inv[1]);
 }
 
 // As back_one, with the log-sum-exp in base 2.
@@ -212,8 +212,8 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
     i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
     int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
-    k += b * s.k_b + hk * s.k_h;
-    v += b * s.v_b + hk * s.v_h;
+    k += b * s.k[0] + hk * s.k[2];
+    v += b * s.v[0] + hk * s.v[2];
     int end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = visible(s, docs, i0).lo / KEYS * KEYS, st = 0;
     Seen seen[2];
     float l[2], d[2], o[K::O8][4] = {};
@@ -224,12 +224,12 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
         l[r] = in ? lse[bh * s.queries + row + r * 8] * LOG2E : 0.f;
         d[r] = in ? delta[bh * s.queries + row + r * 8] : 0.f;
     }
-    K::load(qs, q + b * s.q_b + h * s.q_h, s.q_t, i0, ROWS, T_, dim);
-    K::load(gs, grad + b * s.g_b + h * s.g_h, s.g_t, i0, ROWS, T_, dim);
+    K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, ROWS, T_, dim);
+    K::load(gs, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, ROWS, T_, dim);
     auto fetch = [&](int j, int stage) {
         if (j < end) {
-            K::load(kv + stage * 2 * KEYS * DP, k, s.k_t, j, KEYS, S, dim);
-            K::load(kv + (stage * 2 + 1) * KEYS * DP, v, s.v_t, j, KEYS, S, dim);
+            K::load(kv + stage * 2 * KEYS * DP, k, s.k[1], j, KEYS, S, dim);
+            K::load(kv + (stage * 2 + 1) * KEYS * DP, v, s.v[1], j, KEYS, S, dim);
         }
         cp_async_commit();
     };
@@ -252,7 +252,7 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
         K::mix(o, dp, ks);
     }
     cp_async_wait<0>();
-    K::store(dq + b * s.dq_b + h * s.dq_h, s.dq_t, i0 + warp * 16, T_, dim, o, 1.f, 1.f);
+    K::store(dq + b * s.dq[0] + h * s.dq[2], s.dq[1], i0 + warp * 16, T_, dim, o, 1.f, 1.f);
 }
 
 // KEYS of K is here the number of queries of a tile; a warp owns 16 keys.
@@ -271,14 +271,14 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     int from = first_past<true>(s, docs, j0) / KEYS * KEYS, end = first_past<false>(s, docs, (int)min64(j0 + ROWS, S) - 1);
     int tiles = end > from ? (int)cdiv(end - from, KEYS) : 0;
     float sk[K::O8][4] = {}, sv[K::O8][4] = {};
-    K::load(ks, k + b * s.k_b + hk * s.k_h, s.k_t, j0, ROWS, S, dim);
-    K::load(vs, v + b * s.v_b + hk * s.v_h, s.v_t, j0, ROWS, S, dim);
+    K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, ROWS, S, dim);
+    K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, ROWS, S, dim);
     auto fetch = [&](i64 n, int stage) {
         if (n < group * tiles) {
             i64 h = hk * group + n / tiles;
             int i0 = from + (int)(n % tiles) * KEYS, c = threadIdx.x;
-            K::load(qg + stage * 2 * KEYS * DP, q + b * s.q_b + h * s.q_h, s.q_t, i0, KEYS, T_, dim);
-            K::load(qg + (stage * 2 + 1) * KEYS * DP, grad + b * s.g_b + h * s.g_h, s.g_t, i0, KEYS, T_, dim);
+            K::load(qg + stage * 2 * KEYS * DP, q + b * s.q[0] + h * s.q[2], s.q[1], i0, KEYS, T_, dim);
+            K::load(qg + (stage * 2 + 1) * KEYS * DP, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, KEYS, T_, dim);
             if (c < KEYS) {
                 bool in = i0 + c < T_;
                 i64 r = (b * s.heads + h) * s.queries + i0 + c;
@@ -313,8 +313,8 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
         K::mix(sk, dp, qs);
     }
     cp_async_wait<0>();
-    K::store(dk + b * s.dk_b + hk * s.dk_h, s.dk_t, j0 + warp * 16, S, dim, sk, 1.f, 1.f);
-    K::store(dv + b * s.dv_b + hk * s.dv_h, s.dv_t, j0 + warp * 16, S, dim, sv, 1.f, 1.f);
+    K::store(dk + b * s.dk[0] + hk * s.dk[2], s.dk[1], j0 + warp * 16, S, dim, sk, 1.f, 1.f);
+    K::store(dv + b * s.dv[0] + hk * s.dv[2], s.dv[1], j0 + warp * 16, S, dim, sv, 1.f, 1.f);
 }
 
 #define FWD_ARGS(T) const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, T *__restrict__ out, \

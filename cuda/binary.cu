@@ -81,6 +81,7 @@ DEV u32 to_acc(u32 v) { return v; }
 DEV i64 to_acc(i64 v) { return v; }
 DEV u32 to_acc(u8 v) { return v; }
 
+enum { COMPARE_EQ, COMPARE_NE, COMPARE_LT, COMPARE_LE, COMPARE_GT, COMPARE_GE };
 template <class T> DEV void compare_body(const T* a, const T* b, u8* y, i64 n, const Strided2& s, int op) {
     i64 i;
     int count = quad_of(n, i);
@@ -96,7 +97,12 @@ template <class T> DEV void compare_body(const T* a, const T* b, u8* y, i64 n, c
         if (k < count) {
             auto p = to_acc(v[k]);
             auto q = to_acc(w[k]);
-            r[k] = op == 0 ? p == q : op == 1 ? p != q : op == 2 ? p < q : op == 3 ? p <= q : op == 4 ? p > q : p >= q;
+            r[k] = op == COMPARE_EQ   ? p == q
+                   : op == COMPARE_NE ? p != q
+                   : op == COMPARE_LT ? p < q
+                   : op == COMPARE_LE ? p <= q
+                   : op == COMPARE_GT ? p > q
+                                      : p >= q;
         }
     store4(y, i, count, r);
 }

@@ -108,18 +108,20 @@ DEV void sum_cols_body(const S* x, D* y, i64 n, i64 inner, i64 o, i64 tile, i64 
 FOR_FLOATS(SUMS)
 
 // ---------------------------------------------------------------- extremes
+// Largest and smallest: NaN wins. Argmax: NaN counts only where it comes first.
+enum { EXTREME_LARGEST, EXTREME_SMALLEST, EXTREME_ARGMAX };
 // A value and where it stands; -1 is nothing yet.
 template <class A> struct Best {
     A v;
     i32 at;
 };
-// Whether (v, at) stands before b: by value, then by position. With mode 2 a NaN loses to everything but a later one.
+// Whether (v, at) stands before b: by value, then by position. With EXTREME_ARGMAX a NaN loses to everything but a later one.
 template <class A> DEV bool before(int mode, A v, i32 at, const Best<A>& b) {
     if (at < 0) return false;
     if (b.at < 0) return true;
     bool nv = is_nan(v), nb = is_nan(b.v);
-    if (nv || nb) return nv != nb ? (mode == 2 ? nb : nv) : at < b.at;
-    bool better = mode == 1 ? v < b.v : v > b.v, worse = mode == 1 ? b.v < v : b.v > v;
+    if (nv || nb) return nv != nb ? (mode == EXTREME_ARGMAX ? nb : nv) : at < b.at;
+    bool least = mode == EXTREME_SMALLEST, better = least ? v < b.v : v > b.v, worse = least ? b.v < v : b.v > v;
     return better || (!worse && at < b.at);
 }
 template <class T> DEV void max_rows_body(const T* x, T* y, u32* index, i64 rows, i64 cols, int mode) {

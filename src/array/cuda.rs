@@ -3,7 +3,7 @@
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ pub(crate) fn strided<const N: usize, const W: usize>(
     shape: &[usize],
     steps: [&[usize]; N],
 ) -> Result<[i64; W]> {
-    assert_eq!(W, 1 + RANK + RANK * N, "words of the table");
+    const { assert!(W == 1 + RANK + RANK * N && size_of::<layouts::Strided1>() == 8 * (1 + 2 * RANK), "words of the table") };
     // Adjacent dimensions that run together in every operand are merged.
     let mut dims: SmallVec<[(usize, [usize; N]); RANK]> = SmallVec::new();
     for d in 0..shape.len() {

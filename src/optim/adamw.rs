@@ -5,6 +5,7 @@ use crate::base::{Float, Result};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
+use crate::device::cuda::layouts;
 use crate::with_float;
 
 /// Adam with decoupled weight decay.
@@ -58,7 +59,16 @@ impl Optimizer for AdamW {
         let [scale, root] = self.corrections(u.step, u.lr);
         let keep = 1.0 - u.lr * self.weight_decay;
         if let Some(gpu) = &gpu {
-            let numbers = [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2, scale, root, self.eps, keep];
+            let numbers = layouts::AdamW {
+                beta1: self.beta1,
+                gain1: 1.0 - self.beta1,
+                beta2: self.beta2,
+                gain2: 1.0 - self.beta2,
+                scale,
+                root,
+                eps: self.eps,
+                keep,
+            };
             let buffers = [Some(&*u.params), Some(u.grads), u.state.first(), u.state.get(1)];
             return u.launch(gpu, "adamw", &buffers, |l| l.val(numbers));
         }

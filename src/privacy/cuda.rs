@@ -3,21 +3,9 @@
 use crate::array::cuda::suffix;
 use crate::array::{Arguments, Array};
 use crate::base::{DType, Result};
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::privacy::ClipFn;
-use bytemuck::NoUninit;
 use std::sync::Arc;
-
-/// `ClipShape` of `cuda/factored.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
-struct ClipShape {
-    count: i64,
-    threshold: f64,
-    gamma: f64,
-    kind: i32,
-    reserved: i32,
-}
 
 /// Clip factors of squared norms `sq [B]` (f64) in `dtype`; `stats` (i64, three) counts samples, clipped ones, and ones
 /// whose norm is not finite.
@@ -30,13 +18,13 @@ pub(crate) fn clip_weights(
 ) -> Result<Array> {
     let w = Array::uninit_on(gpu, sq.shape(), dtype)?;
     let (kind, gamma) = match clip {
-        ClipFn::Abadi => (0, 0.0),
-        ClipFn::Reparameterised => (1, 0.0),
-        ClipFn::AutoV => (2, 0.0),
-        ClipFn::AutoS { gamma } => (3, gamma),
-        ClipFn::Global => (4, 0.0),
+        ClipFn::Abadi => (layouts::CLIP_ABADI, 0.0),
+        ClipFn::Reparameterised => (layouts::CLIP_REPARAMETERISED, 0.0),
+        ClipFn::AutoV => (layouts::CLIP_AUTO_V, 0.0),
+        ClipFn::AutoS { gamma } => (layouts::CLIP_AUTO_S, gamma),
+        ClipFn::Global => (layouts::CLIP_GLOBAL, 0.0),
     };
-    let shape = ClipShape { count: sq.numel() as i64, threshold, gamma, kind, reserved: 0 };
+    let shape = layouts::ClipShape { count: sq.numel() as i64, threshold, gamma, kind, reserved: 0 };
     let l = Launch::new(gpu, "factored", &format!("clip_weights_{}", suffix(dtype)))?;
     l.array(sq).array(&w).optional(stats).val(shape).run()?;
     Ok(w)

@@ -3,13 +3,14 @@
 use super::cuda;
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
-use crate::device::cuda::Gpu;
+use crate::device::cuda::{Gpu, layouts};
+use std::mem::offset_of;
 use std::sync::{Arc, OnceLock};
 
-/// Words of `Ledger` in `cuda/step.cu`: loss, stop, sample, value, pairs, clipped, broken, one in reserve.
-const WORDS: usize = 8;
-const STOP: usize = 1;
-const TALLY: usize = 4;
+/// Words of the ledger, and where some of them are.
+const WORDS: usize = size_of::<layouts::Ledger>() / 8;
+const STOP: usize = offset_of!(layouts::Ledger, stop) / 8;
+const TALLY: usize = offset_of!(layouts::Ledger, pairs) / 8;
 
 /// Clipped (sample, group) pairs.
 #[derive(Clone, Copy, Default, Debug)]

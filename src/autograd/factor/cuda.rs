@@ -6,46 +6,14 @@ use crate::array::{Arguments, Array};
 use crate::autograd::{Factor, Groups, Owners, Samples};
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
-use crate::device::cuda::{Gpu, Launch, MAX_GRID_YZ};
+use crate::device::cuda::{Gpu, Launch, MAX_GRID_YZ, layouts};
 use crate::kernels::elementwise::cuda as elementwise;
 use crate::kernels::gemm::cuda as gemm;
 use crate::kernels::rows::{cuda as index, cuda as rows};
 use crate::kernels::sums::cuda as sums;
-use bytemuck::NoUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// `GramShape` of `cuda/factored.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
-struct GramShape {
-    width: [i64; 2],
-    /// l1, r1, l2, r2.
-    row_steps: [i64; 4],
-    count: [i64; 2],
-    each: [i64; 2],
-    kind: i32,
-    same: i32,
-    all_pairs: i32,
-    reserved: i32,
-}
-
-/// `GroupedWeight` of `cuda/gemm_grouped.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
-struct GroupedWeight {
-    groups: i64,
-    width: [i64; 2],
-    row_steps: [i64; 2],
-    out_steps: [i64; 2],
-    each: i64,
-    accumulate: i32,
-    reserved: i32,
-}
-
-const PRODUCT: i32 = 0;
-const ONE: i32 = 1;
-const GATHER: i32 = 2;
 /// Blocks along x of a norm kernel: more tiles than these are walked with a stride.
 const MOST_BLOCKS: usize = 1024;
 /// Elements of the per-sample gradients that are formed at a time where nothing shorter exists.
@@ -116,7 +84,14 @@ fn row_sum(
         .optional(weights)
         .optional(owner)
         .array(&part)
-        .val([n as i64, p as i64, chunk as i64, p as i64, p as i64, each as i64])
+        .val(layouts::RowSumShape {
+            rows: n as i64,
+            width: p as i64,
+            chunk: chunk as i64,
+            g_rs: p as i64,
+            s_rs: p as i64,
+            each: each as i64,
+        })
         .run()?;
     Launch::new(gpu, "factored", &format!("factor_rowsum_add_{}", suffix(out.dtype())))?
         .grid_stride(p, 256)
@@ -150,11 +125,14 @@ fn grouped(
         _ => w,
     };
     let tile = gemm::tile(left.dtype());
-    let shape = GroupedWeight {
+    let shape = layouts::GroupedWeight {
         groups: groups as i64,
-        width: [rd as i64, cd as i64],
-        row_steps: [rd as i64, cd as i64],
-        out_steps: [(rd * cd) as i64, cd as i64],
+        rd: rd as i64,
+        cd: cd as i64,
+        l_rs: rd as i64,
+        r_rs: cd as i64,
+        o_s: (rd * cd) as i64,
+        o_rs: cd as i64,
         each: 1,
         accumulate: 1,
         reserved: 0,
@@ -187,16 +165,16 @@ fn pairing(a: &Factor, b: &Factor) -> Option<(i32, bool)> {
     let width = |x: &Array| x.shape()[1];
     match (a, b) {
         (Factor::Outer { left: x, .. }, Factor::Outer { left: y, .. }) if width(x) == width(y) => {
-            Some((PRODUCT, false))
+            Some((layouts::PAIR_PRODUCT, false))
         }
-        (Factor::GroupedOuter { .. }, Factor::GroupedOuter { .. }) => Some((PRODUCT, false)),
-        (Factor::Lookup { .. }, Factor::Lookup { .. }) => Some((ONE, false)),
+        (Factor::GroupedOuter { .. }, Factor::GroupedOuter { .. }) => Some((layouts::PAIR_PRODUCT, false)),
+        (Factor::Lookup { .. }, Factor::Lookup { .. }) => Some((layouts::PAIR_ONE, false)),
         // An embedding tied to the output head: left holds the logits' gradients, right the head's input.
         (Factor::Lookup { grad, .. }, Factor::Outer { right, .. }) if width(grad) == width(right) => {
-            Some((GATHER, false))
+            Some((layouts::PAIR_GATHER, false))
         }
         (Factor::Outer { right, .. }, Factor::Lookup { grad, .. }) if width(grad) == width(right) => {
-            Some((GATHER, true))
+            Some((layouts::PAIR_GATHER, true))
         }
         _ => None,
     }
@@ -205,7 +183,7 @@ fn pairing(a: &Factor, b: &Factor) -> Option<(i32, bool)> {
 /// The operands of a factor in a Gram kernel of this kind; `second` is its place.
 fn side<'a>(gpu: &Arc<Gpu>, f: &'a Factor, kind: i32, second: bool) -> Result<Side<'a>> {
     Ok(match f {
-        Factor::Outer { left, right, samples } if kind == GATHER && second => {
+        Factor::Outer { left, right, samples } if kind == layouts::PAIR_GATHER && second => {
             Side { left: right, right: Some(left), ids: None, samples }
         }
         Factor::Outer { left, right, samples } => Side { left, right: Some(right), ids: None, samples },
@@ -234,11 +212,17 @@ fn gram_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, same: bool, pairs: bool) -
     let count = if pairs { ox.count * oy.count } else { ox.count };
     let part = Array::uninit_on(gpu, &[count, width], DType::F64)?;
     let w = |x: Option<&Array>| x.map_or(0, |x| x.shape()[1] as i64);
-    let shape = GramShape {
-        width: [w(Some(x.left)), if kind == PRODUCT { w(x.right) } else { 0 }],
-        row_steps: [w(Some(x.left)), w(x.right), w(Some(y.left)), w(y.right)],
-        count: [ox.count as i64, oy.count as i64],
-        each: [ox.each as i64, oy.each as i64],
+    let shape = layouts::GramShape {
+        rd: w(Some(x.left)),
+        cd: if kind == layouts::PAIR_PRODUCT { w(x.right) } else { 0 },
+        l1_rs: w(Some(x.left)),
+        r1_rs: w(x.right),
+        l2_rs: w(Some(y.left)),
+        r2_rs: w(y.right),
+        count1: ox.count as i64,
+        count2: oy.count as i64,
+        each1: ox.each as i64,
+        each2: oy.each as i64,
         kind,
         same: same as i32,
         all_pairs: pairs as i32,
@@ -297,7 +281,14 @@ fn direct_parts(
         .optional(o.offsets.as_ref())
         .optional(o.order.as_ref())
         .array(&part)
-        .val([rd as i64, cd as i64, rd as i64, cd as i64, o.count as i64, o.each as i64])
+        .val(layouts::DirectShape {
+            rd: rd as i64,
+            cd: cd as i64,
+            l_rs: rd as i64,
+            r_rs: cd as i64,
+            count: o.count as i64,
+            each: o.each as i64,
+        })
         .run()?;
     Ok((part, width))
 }
@@ -314,7 +305,13 @@ fn row_parts(gpu: &Arc<Gpu>, grad: &Array, scale: Option<&Array>, o: &Owners) ->
         .optional(o.offsets.as_ref())
         .optional(o.order.as_ref())
         .array(&part)
-        .val([p as i64, p as i64, p as i64, o.count as i64, o.each as i64])
+        .val(layouts::RowsShape {
+            width: p as i64,
+            g_rs: p as i64,
+            s_rs: p as i64,
+            count: o.count as i64,
+            each: o.each as i64,
+        })
         .run()?;
     Ok((part, width))
 }

@@ -87,9 +87,11 @@ const OPTIONS: [&str; 3] = ["--std=c++17", "-default-device", "-lineinfo"];
 
 /// The text of a kernel file.
 fn source(file: &str) -> Result<(&'static str, &'static str)> {
-    SOURCES.iter().find(|(name, _)| *name == file).copied().ok_or_else(|| {
-        Error::device("find a kernel", format!("there is no cuda/{file}.cu in src/device/cuda/sources.rs"))
-    })
+    SOURCES
+        .iter()
+        .find(|(name, _)| *name == file)
+        .copied()
+        .ok_or_else(|| Error::device("find a kernel", format!("there is no cuda/{file}.cu in this build")))
 }
 
 /// Compiles one kernel file for a target such as `sm_90a`, with further options for NVRTC. Needs no GPU.

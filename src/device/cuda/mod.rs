@@ -11,6 +11,7 @@
 //! | `transfer` | uploads, downloads, copies, fills |
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
 //! | `launch` | [`Launch`]: one kernel launch |
+//! | `layouts` | structs and codes that kernels and launches share |
 //! | `graph` | [`Graph`]: a recorded step |
 //! | `faults` | ids out of range, found by kernels, told later |
 //! | `library` | where NVIDIA's libraries may lie |
@@ -31,6 +32,7 @@ pub(crate) mod faults;
 mod graph;
 pub mod kernels;
 mod launch;
+pub mod layouts;
 pub(crate) mod library;
 mod memory;
 pub mod nvrtc;

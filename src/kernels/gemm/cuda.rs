@@ -3,29 +3,10 @@
 use crate::array::cuda::{on, suffix};
 use crate::array::{Arguments, Array};
 use crate::base::{DType, Result};
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::kernels::Activation;
 use crate::kernels::gemm::blas;
-use bytemuck::NoUninit;
 use std::sync::Arc;
-
-/// `GemmShape` of `cuda/gemm.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
-struct Shape {
-    sizes: [i64; 3],
-    /// a_rs, a_cs, b_rs, b_cs, c_rs.
-    steps: [i64; 5],
-    batch: [i64; 2],
-    /// a_s0, a_s1, b_s0, b_s1, c_s0, c_s1.
-    batch_steps: [i64; 6],
-    each: i64,
-    alpha: f64,
-    act: i32,
-    accumulate: i32,
-    splits: i32,
-    reserved: i32,
-}
 
 /// What happens to a product on its way to memory.
 #[derive(Default)]
@@ -38,15 +19,15 @@ pub(crate) struct Epilogue<'a> {
     pub pre: bool,
 }
 
-/// Code of an activation in `cuda/prelude.cuh`.
+/// Code of an activation.
 fn code(act: Activation) -> i32 {
     match act {
-        Activation::None => 0,
-        Activation::Relu => 1,
-        Activation::Gelu => 2,
-        Activation::GeluTanh => 3,
-        Activation::Silu => 4,
-        Activation::Tanh => 5,
+        Activation::None => layouts::ACT_NONE,
+        Activation::Relu => layouts::ACT_RELU,
+        Activation::Gelu => layouts::ACT_GELU,
+        Activation::GeluTanh => layouts::ACT_GELU_TANH,
+        Activation::Silu => layouts::ACT_SILU,
+        Activation::Tanh => layouts::ACT_TANH,
     }
 }
 
@@ -163,11 +144,23 @@ fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Res
     let tiles = m.div_ceil(tile) * n.div_ceil(tile) * matrices;
     // Few tiles with a long contraction are split along it, so that every multiprocessor has one.
     let splits = (gpu.multiprocessors() as usize / tiles).min(k / 512).clamp(1, 64);
-    let shape = Shape {
-        sizes: [m as i64, n as i64, k as i64],
-        steps: [s(a, r), s(a, r + 1), s(b, r), s(b, r + 1), n as i64],
-        batch: [batch[0] as i64, batch[1] as i64],
-        batch_steps: [at(a, d0), at(a, d1), at(b, d0), at(b, d1), at(out, d0), at(out, d1)],
+    let shape = layouts::GemmShape {
+        m: m as i64,
+        n: n as i64,
+        k: k as i64,
+        a_rs: s(a, r),
+        a_cs: s(a, r + 1),
+        b_rs: s(b, r),
+        b_cs: s(b, r + 1),
+        c_rs: n as i64,
+        batch0: batch[0] as i64,
+        batch1: batch[1] as i64,
+        a_s0: at(a, d0),
+        a_s1: at(a, d1),
+        b_s0: at(b, d0),
+        b_s1: at(b, d1),
+        c_s0: at(out, d0),
+        c_s1: at(out, d1),
         each: call.weights.as_ref().map_or(1, |w| w.each as i64),
         alpha: 1.0,
         act: code(call.act),

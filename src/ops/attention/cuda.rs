@@ -1,50 +1,24 @@
-//! Launches of `cuda/attention.cu`, f32 and f64.
+//! Launches of `cuda/attention.cu` (f32 and f64) and `cuda/attention_mma.cu` (16 bits, on the tensor cores).
 
 use crate::array::Array;
 use crate::array::cuda::{on, suffix};
 use crate::base::{DType, Error, Result};
+use crate::device::cuda::layouts::{self, AttentionShape};
 use crate::device::cuda::{Gpu, Launch};
 use crate::ops::attention::Span;
 use crate::ops::attention::cpu::Problem;
-use bytemuck::NoUninit;
 use std::sync::Arc;
 
-/// `AttentionShape` of `cuda/attention.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, NoUninit)]
-struct Shape {
-    batch: i64,
-    queries: i64,
-    keys: i64,
-    heads: i64,
-    kv_heads: i64,
-    dim: i64,
-    width: i64,
-    seed: u64,
-    scale: f64,
-    drop: f64,
-    span: i32,
-    documents: i32,
-    q: [i64; 3],
-    k: [i64; 3],
-    v: [i64; 3],
-    out: [i64; 3],
-    grad: [i64; 3],
-    dq: [i64; 3],
-    dk: [i64; 3],
-    dv: [i64; 3],
-}
-
-fn shape(p: &Problem) -> Shape {
+/// The problem, without the steps of the arrays.
+fn shape(p: &Problem) -> AttentionShape {
     let (span, width) = match p.span {
-        Span::Full => (0, 0),
-        Span::Causal => (1, 0),
-        Span::Window(w) => (2, w),
-        Span::Block(b) => (3, b),
+        Span::Full => (layouts::SPAN_FULL, 0),
+        Span::Causal => (layouts::SPAN_CAUSAL, 0),
+        Span::Window(w) => (layouts::SPAN_WINDOW, w),
+        Span::Block(b) => (layouts::SPAN_BLOCK, b),
     };
     let (drop, seed) = p.dropout.unwrap_or((0.0, 0));
-    let none = [0; 3];
-    Shape {
+    AttentionShape {
         batch: p.batch as i64,
         queries: p.queries as i64,
         keys: p.keys as i64,
@@ -57,14 +31,7 @@ fn shape(p: &Problem) -> Shape {
         drop,
         span,
         documents: p.documents.as_ref().map_or(0, |d| d.len() as i32 - 1),
-        q: none,
-        k: none,
-        v: none,
-        out: none,
-        grad: none,
-        dq: none,
-        dk: none,
-        dv: none,
+        ..bytemuck::Zeroable::zeroed()
     }
 }
 
@@ -120,7 +87,7 @@ pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Arr
     }
     let (class, [(rows, shared), _]) = class(p, q.dtype())?;
     let d = documents(gpu, p)?;
-    let s = Shape { q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
+    let s = AttentionShape { q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
     let name = format!("attention_fwd_{class}_{}", suffix(q.dtype()));
     let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
     let mut l = Launch::new(gpu, file(q.dtype()).0, &name)?.grid(grid, 1, 1).block(256).shared(shared);
@@ -148,7 +115,7 @@ pub(crate) fn backward(
     let (class, [_, (rows, shared)]) = class(p, q.dtype())?;
     let d = documents(gpu, p)?;
     let delta = Array::uninit_on(gpu, lse.shape(), lse.dtype())?;
-    let s = Shape {
+    let s = AttentionShape {
         q: steps(q),
         k: steps(k),
         v: steps(v),

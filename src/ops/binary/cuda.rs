@@ -4,7 +4,7 @@ use super::Comparison;
 use crate::array::Array;
 use crate::array::cuda::{launch_elementwise, on, strided, suffix, width};
 use crate::base::{DType, Result};
-use crate::device::cuda::Gpu;
+use crate::device::cuda::{Gpu, layouts};
 use crate::kernels::elementwise::cuda::pair;
 use std::sync::Arc;
 
@@ -14,9 +14,17 @@ pub(crate) fn compare(gpu: &Arc<Gpu>, which: Comparison, a: &Array, b: &Array) -
     let out = Array::uninit_on(gpu, &shape, DType::U8)?;
     let s: [i64; 19] = strided("compare", &shape, [a.strides(), b.strides()])?;
     let (x, y, dst) = (a.block("compare")?, b.block("compare")?, out.block("compare")?);
+    let code = match which {
+        Comparison::Eq => layouts::COMPARE_EQ,
+        Comparison::Ne => layouts::COMPARE_NE,
+        Comparison::Lt => layouts::COMPARE_LT,
+        Comparison::Le => layouts::COMPARE_LE,
+        Comparison::Gt => layouts::COMPARE_GT,
+        Comparison::Ge => layouts::COMPARE_GE,
+    };
     let kernel = format!("compare_{}", suffix(a.dtype()));
     launch_elementwise(gpu, "binary", &kernel, out.numel(), |l| {
-        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(which as i32)
+        l.buf(x.0, x.1).buf(y.0, y.1).buf(dst.0, dst.1).val(out.numel() as i64).val(s).val(code)
     })?;
     Ok(out)
 }

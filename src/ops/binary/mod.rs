@@ -337,15 +337,15 @@ static WHERE: OpInfo = OpInfo {
     }],
 };
 
-/// Which comparison; the numbers are the codes of `compare` in `cuda/binary.cu`.
+/// Which comparison.
 #[derive(Clone, Copy)]
 pub(crate) enum Comparison {
-    Eq = 0,
-    Ne = 1,
-    Lt = 2,
-    Le = 3,
-    Gt = 4,
-    Ge = 5,
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
 }
 
 fn compare(which: Comparison, a: &Tensor, b: &Tensor) -> Result<Tensor> {

@@ -3,12 +3,14 @@
 use crate::array::cuda::{suffix, width};
 use crate::array::{Arguments, Array};
 use crate::base::Result;
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::ops::conv::cpu::Window;
 use std::sync::Arc;
 
-fn window(w: &Window) -> [[i64; 2]; 6] {
-    [w.size, w.out, w.kernel, w.stride, w.padding, w.dilation].map(|[h, w]| [h as i64, w as i64])
+fn window(w: &Window) -> layouts::Window {
+    let [size, out, kernel, stride, padding, dilation] =
+        [w.size, w.out, w.kernel, w.stride, w.padding, w.dilation].map(|[h, w]| [h as i64, w as i64]);
+    layouts::Window { size, out, kernel, stride, padding, dilation }
 }
 
 /// Windows as rows: `[n, channels, H, W]` to `[n, places, channels·kh·kw]`.

@@ -3,7 +3,7 @@
 use crate::array::cuda::suffix;
 use crate::array::{Arguments, Array};
 use crate::base::{DType, Result};
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
 /// Size, places, kernel, stride, padding, by height and width; stride 0 where windows are adaptive.
@@ -19,7 +19,8 @@ fn pool(
 ) -> Result<()> {
     let l = Launch::new(gpu, "conv", &format!("{name}_{}", suffix(dtype)))?.grid(elements.div_ceil(256), 1, 1);
     let l = arrays.iter().fold(l, |l, a| l.array(a));
-    l.val(planes as i64).val(p.map(|[h, w]| [h as i64, w as i64])).run()
+    let [size, out, kernel, stride, padding] = p.map(|[h, w]| [h as i64, w as i64]);
+    l.val(planes as i64).val(layouts::Pool { size, out, kernel, stride, padding }).run()
 }
 
 /// Mean of each window: `[B, C, H, W]` to `shape`.

@@ -3,7 +3,7 @@
 use crate::array::cuda::{strided, suffix, width};
 use crate::array::{Arguments, Array};
 use crate::base::{DType, Result};
-use crate::device::cuda::{Gpu, Launch};
+use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
 
@@ -11,11 +11,11 @@ use std::sync::Arc;
 #[derive(Clone, Copy)]
 pub(crate) enum Extreme {
     /// The largest; NaN wins.
-    Largest = 0,
+    Largest,
     /// The smallest; NaN wins.
-    Smallest = 1,
+    Smallest,
     /// The largest; NaN counts only where it comes first.
-    ArgMax = 2,
+    ArgMax,
 }
 
 /// The extreme of each row of `x [rows, cols]` and its position (u32), both of `shape`. The first of equals.
@@ -28,8 +28,13 @@ pub(crate) fn extreme(
 ) -> Result<(Array, Array)> {
     let out = Array::uninit_on(gpu, shape, x.dtype())?;
     let index = Array::uninit_on(gpu, shape, DType::U32)?;
+    let code = match which {
+        Extreme::Largest => layouts::EXTREME_LARGEST,
+        Extreme::Smallest => layouts::EXTREME_SMALLEST,
+        Extreme::ArgMax => layouts::EXTREME_ARGMAX,
+    };
     let l = Launch::new(gpu, "reduce", &format!("max_rows_{}", suffix(x.dtype())))?.grid(blocks(rows, cols), 1, 1);
-    l.array(x).array(&out).array(&index).val(rows as i64).val(cols as i64).val(which as i32).run()?;
+    l.array(x).array(&out).array(&index).val(rows as i64).val(cols as i64).val(code).run()?;
     Ok((out, index))
 }
 
