@@ -1,5 +1,10 @@
 //! Wrong input gives an error that names the thing, never a panic.
 
+mod common {
+    pub mod scratch;
+}
+
+use common::scratch::Scratch;
 use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
@@ -11,7 +16,6 @@ use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::step::TrainStep;
 use prismgrad::{Array, DType, Param, Result, Tensor};
 use std::fs;
-use std::path::PathBuf;
 
 fn says<T>(r: Result<T>, words: &[&str]) {
     let e = r.err().expect("should be refused").to_string();
@@ -70,19 +74,14 @@ fn empty_tensors() {
     says(zeros(&[2, 0]).max(&[1], false), &["nothing to reduce"]);
 }
 
-fn folder(name: &str) -> PathBuf {
-    let p = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let _ = fs::remove_dir_all(&p);
-    p
-}
-
 fn model() -> Gpt {
     Gpt::new(GptConfig::small(40, 12, 2, 8, 2), 5).unwrap()
 }
 
 #[test]
 fn models_on_disk() {
-    let dir = folder("model");
+    let scratch = Scratch::new("bad-input");
+    let dir = scratch.join("model");
     says(Gpt::load(&dir), &["config.json"]);
     let m = model();
     m.save(&dir).unwrap();
@@ -111,7 +110,7 @@ fn models_on_disk() {
     says(Gpt::load(&dir), &["mish", "gelu_new"]);
     edit("{", "[");
     says(Gpt::load(&dir), &["config.json"]);
-    let taken = folder("taken");
+    let taken = scratch.join("taken");
     fs::write(&taken, "a file").unwrap();
     says(m.save(&taken), &["taken"]);
 }

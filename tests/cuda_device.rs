@@ -3,6 +3,11 @@
 //! Tests share one process and device, and counters and pools are the device's, so each holds the lock.
 #![cfg(feature = "emulator")]
 
+mod common {
+    pub mod skip;
+}
+
+use common::skip::skip;
 use prismgrad::device::Device;
 use prismgrad::device::cuda::{Block, Gpu, Launch, PoolMode, Stream, Tag, TagScope};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -144,7 +149,7 @@ fn wrong_launches_are_sentences() {
 fn freed_blocks_are_reused_on_their_own_stream() {
     let (gpu, _held) = gpu();
     if gpu.pool_mode() != PoolMode::Cached {
-        return;
+        return skip("this pool keeps nothing");
     }
     gpu.empty_cache().unwrap();
     let first = gpu.alloc(70_000).unwrap();
@@ -163,7 +168,7 @@ fn freed_blocks_are_reused_on_their_own_stream() {
 fn a_foreign_use_is_waited_for_before_reuse() {
     let (gpu, _held) = gpu();
     if gpu.pool_mode() == PoolMode::Guard {
-        return;
+        return skip("a guarded pool keeps nothing");
     }
     gpu.empty_cache().unwrap();
     let n = 20_000;
@@ -248,7 +253,7 @@ fn threads_share_the_device() {
 fn a_repeated_step_asks_the_driver_for_nothing_and_waits_for_nothing() {
     let (gpu, _held) = gpu();
     if gpu.pool_mode() == PoolMode::Guard {
-        return;
+        return skip("a guarded pool keeps nothing");
     }
     let n = 5000;
     let x = gpu.upload(&vec![1f32; n]).unwrap();
@@ -302,7 +307,7 @@ fn graphs(gpu: &Arc<Gpu>) -> bool {
 fn a_recorded_step_runs_as_often_as_launched() {
     let (gpu, _held) = gpu();
     if !graphs(&gpu) {
-        return;
+        return skip("there are no graphs here");
     }
     let n = 3000;
     let (x, y) = (gpu.upload(&vec![1f32; n]).unwrap(), gpu.zeros(4 * n).unwrap());
@@ -336,7 +341,7 @@ fn a_recorded_step_runs_as_often_as_launched() {
 fn captures_refuse_what_a_graph_cannot_repeat() {
     let (gpu, _held) = gpu();
     if !graphs(&gpu) {
-        return;
+        return skip("there are no graphs here");
     }
     gpu.empty_cache().unwrap();
     let x = gpu.zeros(400).unwrap();

@@ -2,9 +2,17 @@
 //! parameters, under several schedules with all checks on.
 #![cfg(feature = "emulator")]
 
+mod common {
+    pub mod close;
+    pub mod gpt;
+    pub mod tokens;
+}
+
+use common::close::{close, differs};
+use common::gpt::gpt;
+use common::tokens::tokens;
 use prismgrad::check::{self, Gen};
 use prismgrad::device::emulator::{config, lock, stat};
-use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::{Array, DType, Device, Gradients, Result, Tensor};
@@ -67,21 +75,6 @@ fn run(
     Ok(out)
 }
 
-/// What differs, if anything does.
-fn differs(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
-    if got.len() != want.len() {
-        return Some(format!("{what}: {} values for {}", got.len(), want.len()));
-    }
-    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-    let off = |(g, w): (&f64, &f64)| (g - w).abs() > tolerance * scale || g.is_nan() != w.is_nan();
-    let i = got.iter().zip(want).position(off)?;
-    Some(format!("{what}[{i}]: {} on the device, {} on the CPU", got[i], want[i]))
-}
-
-fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
-    assert_eq!(differs(what, got, want, tolerance), None);
-}
-
 #[test]
 fn every_op_agrees_with_the_cpu() {
     let _one = lock();
@@ -130,10 +123,9 @@ fn a_gpt_agrees_with_the_cpu() {
     config("seed", 3);
     let device = Device::cuda(0).unwrap();
     let make = |device: &Device| {
-        let model = Gpt::with_dtype(GptConfig::small(17, 6, 2, 8, 2), 3, DType::F64).unwrap();
-        model.params().to(device).unwrap();
-        let ids = |k: usize| Array::generate(&[3, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
-        let losses = model.losses(&ids(1), &ids(6), &Ctx::eval()).unwrap();
+        let model = gpt(2, true, DType::F64, device);
+        let (x, y) = tokens(3, 1);
+        let losses = model.losses(&x, &y, &Ctx::eval()).unwrap();
         assert_eq!(losses.device(), *device);
         let grads = losses.backward().unwrap();
         let all = model.params().all();

@@ -1,8 +1,21 @@
 //! Training on the emulated CUDA device beside the CPU: steps, noise, clipping, waits, stops, resuming.
 #![cfg(feature = "emulator")]
 
+mod common {
+    pub mod close;
+    pub mod gpt;
+    pub mod scratch;
+    pub mod tokens;
+    pub mod values;
+}
+
+use common::close::close;
+use common::gpt::gpt;
+use common::scratch::Scratch;
+use common::tokens::tokens;
+use common::values::values;
 use prismgrad::device::emulator::{config, lock, stat};
-use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
@@ -18,19 +31,6 @@ fn gpu() -> Device {
     Device::cuda(0).unwrap()
 }
 
-fn gpt(tied: bool, dtype: DType, device: &Device) -> Gpt {
-    let mut c = GptConfig::small(17, 6, 1, 8, 2);
-    c.tie_word_embeddings = tied;
-    let model = Gpt::with_dtype(c, 3, dtype).unwrap();
-    model.params().to(device).unwrap();
-    model
-}
-
-fn tokens(b: usize, seed: usize) -> (Array, Array) {
-    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
-    (f(seed), f(seed + 5))
-}
-
 fn step_of(params: &[Param], style: Option<&ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
     let schedule = Schedule::cosine(1e-2, 2, 50);
     let Some(style) = style else { return TrainStep::plain(params, optimizer, schedule).unwrap() };
@@ -38,18 +38,6 @@ fn step_of(params: &[Param], style: Option<&ClipStyle>, optimizer: impl Optimize
     (c.style, c.noise_multiplier) = (style.clone(), Some(1.0));
     let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
     TrainStep::private(params, p, optimizer, schedule).unwrap()
-}
-
-fn values(params: &[Param]) -> Vec<f64> {
-    params.iter().flat_map(|p| p.value().to_f64()).collect()
-}
-
-fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= tolerance * scale, "{what}[{i}]: {g} on the device, {w} on the CPU");
-    }
 }
 
 /// Two steps of two microbatches each; the last report, the gradient of the last step and the parameters.
@@ -75,7 +63,7 @@ fn steps_agree_with_the_cpu() {
                 k += 1;
                 let what = format!("{dtype} tied {tied} {style:?}");
                 let run = |device: &Device| {
-                    let model = gpt(tied, dtype, device);
+                    let model = gpt(1, tied, dtype, device);
                     let params = model.params().all();
                     let mut step = match k % 3 {
                         0 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
@@ -101,7 +89,7 @@ fn a_private_step_waits_for_nothing_and_allocates_nothing() {
     let _one = lock();
     let device = gpu();
     for style in [None, Some(&STYLES[0]), Some(&STYLES[1])] {
-        let model = gpt(true, DType::F32, &device);
+        let model = gpt(1, true, DType::F32, &device);
         let mut step = step_of(&model.params().all(), style, AdamW::default());
         let go = |step: &mut TrainStep, t: u64| {
             let (x, y) = tokens(4, t as usize);
@@ -151,13 +139,13 @@ fn repeatable_and_resumable_bitwise() {
     let device = gpu();
     let run = |cut: Option<u64>, seed: i64| {
         config("seed", seed);
-        let mut model = gpt(true, DType::F32, &device);
+        let mut model = gpt(1, true, DType::F32, &device);
         let mut step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
         for t in 0..4 {
             if cut == Some(t) {
                 let (params, steps) = (model.params().all(), step.steps());
                 let state: Vec<(String, Array)> = step.state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
-                let next = gpt(true, DType::F32, &device);
+                let next = gpt(1, true, DType::F32, &device);
                 next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
                 model = next;
                 step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
@@ -278,7 +266,7 @@ fn replayed_steps_are_ordinary_steps() {
     for (k, style) in [None, Some(&STYLES[0]), Some(&STYLES[1])].into_iter().enumerate() {
         config("seed", k as i64);
         let run = |recorded: bool| {
-            let model = gpt(true, DType::F32, &device);
+            let model = gpt(1, true, DType::F32, &device);
             let params = model.params().all();
             let mut step = match k {
                 1 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
@@ -322,13 +310,13 @@ fn replayed_steps_are_ordinary_steps() {
 fn what_cannot_be_recorded_says_so() {
     let _one = lock();
     let device = gpu();
-    let cpu = gpt(true, DType::F32, &Device::Cpu);
+    let cpu = gpt(1, true, DType::F32, &Device::Cpu);
     let mut step = step_of(&cpu.params().all(), None, AdamW::default());
     let (x, y) = tokens(2, 1);
     let e = step.record([()], |_| cpu.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
     assert!(e.contains("on the CPU") && e.contains("use run"), "{e}");
 
-    let model = gpt(true, DType::F32, &device);
+    let model = gpt(1, true, DType::F32, &device);
     let mut step = step_of(&model.params().all(), None, AdamW::default());
     let host = (x.clone(), y.clone());
     let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
@@ -352,7 +340,7 @@ fn what_cannot_be_recorded_says_so() {
 fn ids_out_of_range_on_the_device_are_told() {
     let _one = lock();
     let device = gpu();
-    let model = gpt(true, DType::F32, &device);
+    let model = gpt(1, true, DType::F32, &device);
     let (x, y) = tokens(2, 1);
     let bad = Array::generate(&[2, 6], DType::U32, |i| if i == 7 { 17.0 } else { 3.0 });
     let e = model.losses(&bad, &y, &Ctx::eval()).err().unwrap().to_string();
@@ -369,7 +357,7 @@ fn ids_out_of_range_on_the_device_are_told() {
 fn a_profile_has_the_kernels_of_every_op() {
     let _one = lock();
     let device = gpu();
-    let model = gpt(true, DType::F32, &device);
+    let model = gpt(1, true, DType::F32, &device);
     let mut step = step_of(&model.params().all(), Some(&ClipStyle::AllLayer), AdamW::default());
     let (x, y) = tokens(3, 1);
     let session = profile::start(&device).unwrap();
@@ -392,10 +380,10 @@ fn a_profile_has_the_kernels_of_every_op() {
     // Forward: 2·(rows·in·out) FLOPs of four matrices in the block and the head.
     let flop = 2.0 * 18.0 * (8.0 * 24.0 + 8.0 * 8.0 + 2.0 * 8.0 * 32.0 + 8.0 * 17.0);
     assert!((find(Kind::Forward, "linear").unwrap().gflop * 1e9 - flop).abs() < 1.0);
-    let trace = std::env::temp_dir().join(format!("prismgrad-trace-{}.json", std::process::id()));
+    let folder = Scratch::new("trace");
+    let trace = folder.join("trace.json");
     report.save_trace(&trace).unwrap();
     let text = std::fs::read_to_string(&trace).unwrap();
-    std::fs::remove_file(&trace).unwrap();
     let events = serde_json::from_str::<serde_json::Value>(&text).unwrap()["traceEvents"].as_array().unwrap().clone();
     assert!(events.iter().any(|e| e["name"] == "adamw_f32" && e["cat"] == "kernel" && e["args"]["op"] == "update"));
     // Off again: nothing is recorded any more.

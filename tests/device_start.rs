@@ -2,9 +2,16 @@
 //! cannot be written, damaged cache entries. Each is the right fallback or one clear sentence.
 //!
 //! Every case runs in a process of its own, against a libcuda of thirty lines that is compiled here. Without a C compiler
-//! the cases are not run.
+//! the cases are not run, and say so.
 #![cfg(unix)]
 
+mod common {
+    pub mod scratch;
+    pub mod skip;
+}
+
+use common::scratch::Scratch;
+use common::skip::skip;
 use prismgrad::device::Device;
 use prismgrad::device::cuda::{Gpu, driver, driver_present, nvrtc::Nvrtc};
 use std::path::{Path, PathBuf};
@@ -54,19 +61,12 @@ int cuLaunchKernel(void* f) { return 0; }
 #endif
 "#;
 
-fn scratch(name: &str) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("prismgrad-start-{name}-{}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
-}
-
 /// The folder of a compiled stub.
-fn stub(name: &str, flags: &[&str]) -> Option<PathBuf> {
-    let folder = scratch(name);
+fn stub(name: &str, flags: &[&str]) -> Option<Scratch> {
+    let folder = Scratch::new(&format!("start-{name}"));
     std::fs::write(folder.join("stub.c"), STUB).unwrap();
     let compiled = Command::new("cc")
-        .current_dir(&folder)
+        .current_dir(&*folder)
         .args(["-shared", "-fPIC", "-w", "-o", "libcuda.so", "stub.c"])
         .args(flags)
         .status();
@@ -76,7 +76,7 @@ fn stub(name: &str, flags: &[&str]) -> Option<PathBuf> {
             Some(folder)
         }
         Err(_) => {
-            println!("no C compiler: not tested");
+            skip("there is no C compiler");
             None
         }
     }
@@ -85,11 +85,13 @@ fn stub(name: &str, flags: &[&str]) -> Option<PathBuf> {
 /// Runs [`child`] with this environment. Returns its standard output and standard error.
 fn run(libraries: &Path, environment: &[(&str, &str)]) -> (String, String) {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["child", "--exact", "--nocapture", "--test-threads=1"]);
+    command.args(["child", "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
     for name in ["VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH", "PRISMGRAD_DEVICE", "PRISMGRAD_CUDA_POOL"] {
         command.env_remove(name);
     }
-    command.env("PRISMGRAD_START_CHILD", "1").env("LD_LIBRARY_PATH", libraries).envs(environment.iter().copied());
+    // Built with the feature `emulator`, a process without a driver has the emulated one; asked for a card, it has not.
+    command.env("PRISMGRAD_ON_CARD", "1");
+    command.env("LD_LIBRARY_PATH", libraries).envs(environment.iter().copied());
     let out = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success(), "{stdout}\n{stderr}");
@@ -102,12 +104,10 @@ fn said<'a>(stdout: &'a str, what: &str) -> &'a str {
     line.unwrap_or_else(|| panic!("nothing about {what} in\n{stdout}")).1
 }
 
-/// Not a test of its own: says how this environment looks.
+/// Says how the environment that [`run`] gives it looks.
 #[test]
+#[ignore = "the other tests run it, each in an environment of its own"]
 fn child() {
-    if std::env::var_os("PRISMGRAD_START_CHILD").is_none() {
-        return;
-    }
     let say = |what: &str, r: prismgrad::Result<String>| match r {
         Ok(v) => println!("\n{what}: {v}"),
         Err(e) => println!("\n{what}: error, {}", e.to_string().replace('\n', "⏎")),
@@ -130,9 +130,9 @@ fn child() {
 #[test]
 fn no_driver() {
     if driver_present() {
-        return;
+        return skip("there is a driver");
     }
-    let empty = scratch("nothing");
+    let empty = Scratch::new("start-nothing");
     let (out, err) = run(&empty, &[("PRISMGRAD_DEVICE", "cuda")]);
     assert_eq!(said(&out, "best"), "cpu");
     assert!(!err.contains("prismgrad:"), "nothing to say where there is no GPU: {err}");
@@ -144,7 +144,27 @@ fn no_driver() {
     assert_eq!(said(&out, "environment"), "cpu");
     let (out, _) = run(&empty, &[("PRISMGRAD_DEVICE", "gpu1")]);
     assert!(said(&out, "environment").contains("\"gpu1\" is no device; it is cpu, cuda or cuda:N"), "{out}");
-    std::fs::remove_dir_all(empty).unwrap();
+}
+
+/// Who asks for a GPU by name gets the emulated one where there is no driver; who takes the best device never does.
+#[test]
+#[cfg(feature = "emulator")]
+fn no_driver_but_the_emulator() {
+    if driver_present() {
+        return skip("there is a driver");
+    }
+    let empty = Scratch::new("start-emulator");
+    let (out, err) = run(&empty, &[("PRISMGRAD_ON_CARD", "0"), ("PRISMGRAD_DEVICE", "cuda")]);
+    assert!(
+        said(&out, "driver").contains("libcuda.so.1) cannot be loaded"),
+        "nothing is there until it is asked for: {out}"
+    );
+    assert_eq!([said(&out, "best"), said(&out, "again")], ["cpu"; 2]);
+    assert_eq!([said(&out, "cuda"), said(&out, "environment")], ["cuda:0"; 2]);
+    assert_eq!(said(&out, "kernel"), "0 compiled", "its kernels are built in");
+    assert!(!err.contains("prismgrad:"), "{err}");
+    let (out, _) = run(&empty, &[("PRISMGRAD_ON_CARD", "0")]);
+    assert_eq!(said(&out, "best"), "cpu");
 }
 
 #[test]
@@ -155,7 +175,6 @@ fn a_driver_without_a_gpu() {
     assert!(!err.contains("prismgrad:"), "{err}");
     let sentence = said(&out, "cuda");
     assert!(sentence.contains("no GPU is visible to this process (CUDA_VISIBLE_DEVICES is \"3\")"), "{sentence}");
-    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
@@ -167,7 +186,6 @@ fn an_old_driver() {
     let (out, _) = run(&folder, &[]);
     assert_eq!(said(&out, "best"), "cpu");
     assert!(said(&out, "cuda").contains("it is too old, update the driver"), "{out}");
-    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
@@ -191,14 +209,12 @@ fn a_gpu_without_a_kernel_compiler() {
     let sentence = said(&out, "cuda");
     assert!(sentence == "cuda:0" || sentence.contains("pip install 'nvidia-cuda-nvrtc"), "{sentence}");
     assert!(!sentence.contains('⏎'), "{sentence}");
-    std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]
 fn compiled_kernels_are_kept_and_damage_is_made_good() {
     let Ok(nvrtc) = Nvrtc::find() else {
-        println!("no NVRTC: not tested");
-        return;
+        return skip("there is no NVRTC");
     };
     let Some(folder) = stub("cache", &[]) else { return };
     let cache = folder.join("cache");
@@ -246,5 +262,4 @@ fn compiled_kernels_are_kept_and_damage_is_made_good() {
         assert!(said(&out, "cuda").contains("newer than the driver (CUDA 12.4)"), "{out}");
     }
     assert!(with(&[("STUB_MAJOR", "3")]).contains("compute capability 3.0 is older than"));
-    std::fs::remove_dir_all(folder).unwrap();
 }

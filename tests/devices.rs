@@ -1,10 +1,21 @@
 //! The same bodies on the CPU, on the emulated CUDA device under four schedules (feature `emulator`), and on a card where
 //! there is one: gradient checks, per-sample checks, checkpoints, mixed precision.
 
+mod common {
+    pub mod gpt;
+    pub mod scratch;
+    pub mod tokens;
+    pub mod values;
+}
+
+use common::gpt::gpt;
+use common::scratch::Scratch;
+use common::tokens::tokens;
+use common::values::values;
 use prismgrad::check::{self, Gen};
 use prismgrad::device_tests;
 use prismgrad::io::CheckpointFolder;
-use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
@@ -14,26 +25,11 @@ use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
 use prismgrad::train::state;
 use prismgrad::{Array, DType, Device, Param, Tensor};
 
-fn gpt(dtype: DType, device: &Device) -> Gpt {
-    let model = Gpt::with_dtype(GptConfig::small(17, 6, 1, 8, 2), 3, dtype).unwrap();
-    model.params().to(device).unwrap();
-    model
-}
-
-fn tokens(b: usize, seed: usize) -> (Array, Array) {
-    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
-    (f(seed), f(seed + 5))
-}
-
 fn private(params: &[Param]) -> TrainStep {
     let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 50);
     c.noise_multiplier = Some(1.0);
     let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
     TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2)).unwrap()
-}
-
-fn values(params: &[Param]) -> Vec<f64> {
-    params.iter().flat_map(|p| p.value().to_f64()).collect()
 }
 
 device_tests! {
@@ -104,23 +100,22 @@ device_tests! {
     }
 
     fn every_parameter_of_a_gpt_per_sample(device) {
-        let model = gpt(DType::F64, device);
+        let model = gpt(1, true, DType::F64, device);
         let (x, y) = tokens(3, 1);
         check::per_sample(&|| model.losses(&x, &y, &Ctx::eval()), &model.params().all(), 1, 1e-9).unwrap();
     }
 
     /// A checkpoint in the middle of a private run: what goes on from it ends in the bits of the run that was not cut.
     fn checkpoints_resume_bitwise(device) {
-        let name = format!("prismgrad-devices-{}-{device}", std::process::id());
-        let path = std::env::temp_dir().join(name.replace(':', "-"));
-        let folder = CheckpointFolder::open(&path).unwrap();
+        let scratch = Scratch::new(&format!("devices-{device}").replace(':', "-"));
+        let folder = CheckpointFolder::open(&*scratch).unwrap();
         let run = |from: u64, to: u64, model: &Gpt, step: &mut TrainStep| {
             for t in from..to {
                 let (x, y) = tokens(3, t as usize);
                 step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
             }
         };
-        let model = gpt(DType::F32, device);
+        let model = gpt(1, true, DType::F32, device);
         let mut step = private(&model.params().all());
         run(0, 2, &model, &mut step);
         state::save(&folder, 2, None, model.params(), &step, &7u32).unwrap();
@@ -132,7 +127,6 @@ device_tests! {
         let checkpoint = folder.latest().unwrap().checkpoint.unwrap();
         assert_eq!(state::load::<u32>(&checkpoint, other.params(), &mut step).unwrap(), 7);
         run(2, 4, &other, &mut step);
-        std::fs::remove_dir_all(&path).unwrap();
         assert_eq!(values(&other.params().all()), want);
     }
 
@@ -142,7 +136,7 @@ device_tests! {
         for (dtype, tolerance) in [(DType::BF16, 4e-2), (DType::F16, 5e-3)] {
             for style in [None, Some(ClipStyle::AllLayer), Some(ClipStyle::LayerWise)] {
                 let run = |ctx: &Ctx| {
-                    let model = gpt(DType::F32, device);
+                    let model = gpt(1, true, DType::F32, device);
                     let params = model.params().all();
                     let (x, y) = tokens(4, 1);
                     let losses = model.losses(&x, &y, ctx).unwrap();

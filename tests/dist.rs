@@ -1,17 +1,26 @@
 //! Ranks as threads: collectives, faults, and training that is the same at any number of them.
 
+mod common {
+    pub mod distance;
+    pub mod gpt;
+    pub mod records;
+    pub mod values;
+}
+
+use common::distance::distance;
+use common::gpt::gpt;
+use common::records::losses;
+use common::values::values;
 use prismgrad::dist::{Communicator, Local};
-use prismgrad::models::{Gpt, GptConfig};
-use prismgrad::nn::Ctx;
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle, Thresholds};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
-use prismgrad::{Array, DType, Param, Result, Tensor};
+use prismgrad::{Array, DType, Device, Param};
 use std::time::{Duration, Instant};
 
 fn ones(n: usize, value: f64) -> Array {
-    Array::full_at(&prismgrad::Device::Cpu, &[n], value, DType::F64).unwrap()
+    Array::full_at(&Device::Cpu, &[n], value, DType::F64).unwrap()
 }
 
 #[test]
@@ -78,25 +87,12 @@ fn what_goes_wrong_is_told_to_everybody() {
     assert!(late.barrier().unwrap_err().to_string().contains("rank 0 is gone"));
 }
 
-fn gpt() -> Gpt {
-    Gpt::with_dtype(GptConfig::small(17, 6, 1, 8, 2), 3, DType::F64).unwrap()
-}
-
-fn losses(model: &Gpt, ids: &[usize]) -> Result<Tensor> {
-    let f = |k: usize| {
-        Array::generate(&[ids.len(), 6], DType::U32, |i| {
-            ((ids[i / 6] * 11 + i % 6 * 7 + i % 6 * i % 6 * 3 + k) % 17) as f64
-        })
-    };
-    model.losses(&f(0), &f(5), &Ctx::eval())
-}
-
 /// Parameters, last gradient, and what was reported, after six steps on `n` ranks.
 fn train(n: usize, style: Option<ClipStyle>, thresholds: Thresholds) -> Vec<(Vec<f64>, Vec<f64>, Vec<f64>)> {
     let results = Local::run(n, |rank| {
         let me = rank.rank();
         // Ranks start apart; rank 0's parameters are taken.
-        let model = gpt();
+        let model = gpt(1, true, DType::F64, &Device::Cpu);
         if me > 0 {
             model.params().all().iter().for_each(|p| p.set(Array::zeros(p.shape(), DType::F64)).unwrap());
         }
@@ -124,8 +120,7 @@ fn train(n: usize, style: Option<ClipStyle>, thresholds: Thresholds) -> Vec<(Vec
             let known = if report.samples > 0 { report.loss()? } else { 0.0 };
             reported.extend([report.samples as f64, known, report.clipped()?]);
         }
-        let values = params.iter().flat_map(|p| p.value().to_f64()).collect();
-        Ok((values, step.last_gradient().to_f64(), reported))
+        Ok((values(&params), step.last_gradient().to_f64(), reported))
     });
     results.into_iter().map(|r| r.unwrap()).collect()
 }
@@ -148,8 +143,8 @@ fn training_is_the_same_at_any_number_of_ranks() {
                 for (what, got, want) in
                     [("parameters", values, &alone.0), ("gradient", gradient, &alone.1), ("report", reported, &alone.2)]
                 {
-                    let off = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-                    assert!(got.len() == want.len() && off < 1e-8, "{what} of {n} ranks, {style:?}: off by {off:e}");
+                    let off = distance(got, want);
+                    assert!(off < 1e-8, "{what} of {n} ranks, {style:?}: off by {off:e}");
                 }
             }
             assert_eq!(train(n, style.clone(), thresholds.clone()), ranks, "twice the same bits");

@@ -55,7 +55,8 @@ fn bf(f: f32) -> u16 {
 fn unbf(x: u16) -> f32 {
     f32::from_bits((x as u32) << 16)
 }
-fn close(a: &[f32], b: &[f32], tol: f32) -> std::result::Result<(), String> {
+/// Each pair to within its own size times the tolerance; else how many are not.
+fn agree(a: &[f32], b: &[f32], tol: f32) -> std::result::Result<(), String> {
     assert_eq!(a.len(), b.len());
     let mut bad = 0;
     let mut first = String::new();
@@ -137,7 +138,7 @@ fn vadd() {
         let (a, b) = (r.vec(n), r.vec(n));
         let (da, db, dc) = (Buf::from(&a), Buf::from(&b), Buf::<f32>::new(n));
         launch!("vadd", [4, 1, 1], [256, 1, 1], 0, false; da, db, dc, n as i32).unwrap();
-        close(&dc.get(), &a.iter().zip(&b).map(|(x, y)| x + y).collect::<Vec<_>>(), 0.0).unwrap();
+        agree(&dc.get(), &a.iter().zip(&b).map(|(x, y)| x + y).collect::<Vec<_>>(), 0.0).unwrap();
         let dh = Buf::<u16>::new(n);
         launch!("planted_cast_f32_bf16", [4, 1, 1], [256, 1, 1], 0, false; da, dh, n as i64).unwrap();
         assert_eq!(dh.get(), a.iter().map(|x| bf(*x)).collect::<Vec<_>>());
@@ -159,7 +160,7 @@ fn softmax() {
             let l: f32 = e.iter().sum();
             want.extend(e.iter().map(|v| v / l));
         }
-        close(&dy.get(), &want, 1e-6).unwrap();
+        agree(&dy.get(), &want, 1e-6).unwrap();
     }
 }
 #[test]
@@ -193,9 +194,9 @@ fn layernorm_backward() {
         let (ddy, dx, dg, dm, dr) = (Buf::from(&dy), Buf::from(&x), Buf::from(&g), Buf::from(&mean), Buf::from(&rstd));
         let (ox, og, ob) = (Buf::<f32>::new(rows * cols), Buf::from(&vec![0f32; cols]), Buf::from(&vec![0f32; cols]));
         launch!("layernorm_bwd", [6, 1, 1], [128, 1, 1], (2 * cols * 4) as u32, false; ddy, dx, dg, dm, dr, ox, og, ob, rows as i32, cols as i32).unwrap();
-        close(&ox.get(), &wdx, 1e-4).unwrap();
-        close(&og.get(), &wg, 1e-4).unwrap();
-        close(&ob.get(), &wb, 1e-4).unwrap();
+        agree(&ox.get(), &wdx, 1e-4).unwrap();
+        agree(&og.get(), &wg, 1e-4).unwrap();
+        agree(&ob.get(), &wb, 1e-4).unwrap();
     }
 }
 #[test]
@@ -205,7 +206,7 @@ fn gemm() {
         with(s);
         let (e, got, want) = gemm_run("gemm_bf16", 128, 128, 128);
         e.unwrap();
-        close(&got, &want, 1e-4).unwrap();
+        agree(&got, &want, 1e-4).unwrap();
     }
 }
 #[test]
@@ -215,7 +216,7 @@ fn attention() {
         with(s);
         let (e, got, want) = attn_run(2, 128);
         e.unwrap();
-        close(&got, &want, 2e-2).unwrap();
+        agree(&got, &want, 2e-2).unwrap();
     }
 }
 #[test]
@@ -236,8 +237,8 @@ fn mma_tiles() {
         }
         w
     };
-    close(&c1.get(), &mm(8), 3e-3).unwrap();
-    close(&c2.get(), &mm(16), 3e-3).unwrap();
+    agree(&c1.get(), &mm(8), 3e-3).unwrap();
+    agree(&c2.get(), &mm(16), 3e-3).unwrap();
 }
 #[test]
 fn warp_ops() {
@@ -275,7 +276,7 @@ fn other_good_kernels() {
         let x: Vec<f32> = (0..512).map(|i| i as f32).collect();
         let d = Buf::from(&x);
         launch!("reverse256", [2, 1, 1], [256, 1, 1], 0, false; d).unwrap();
-        close(&d.get(), &(0..512).map(|i| (i / 256 * 256 + 255 - i % 256) as f32).collect::<Vec<_>>(), 0.0).unwrap();
+        agree(&d.get(), &(0..512).map(|i| (i / 256 * 256 + 255 - i % 256) as f32).collect::<Vec<_>>(), 0.0).unwrap();
         let (part, cnt, out) = (Buf::<f32>::new(5), Buf::from(&[0u32]), Buf::<f32>::new(1));
         launch!("sum_last_block", [5, 1, 1], [64, 1, 1], 0, false; d, part, cnt, out, 512i32).unwrap();
         assert_eq!(out.get()[0], 512.0 * 511.0 / 2.0);
@@ -287,7 +288,7 @@ fn other_good_kernels() {
         launch!("ok_syncwarp", [1, 1, 1], [32, 1, 1], 0, false; y).unwrap();
         let (gx, gy) = (Buf::<f32>::new(512), Buf::<f32>::new(512));
         launch!("grid_sync_test", [8, 1, 1], [64, 1, 1], 0, true; gx, gy, 512i32).unwrap();
-        close(&gy.get(), &(0..512).map(|i| (511 - i) as f32).collect::<Vec<_>>(), 0.0).unwrap();
+        agree(&gy.get(), &(0..512).map(|i| (511 - i) as f32).collect::<Vec<_>>(), 0.0).unwrap();
     }
 }
 /// Every planted bug is an error that says what is wrong and where: file and line for those seen at an access or a
@@ -376,7 +377,7 @@ fn planted_bugs_are_reported_with_their_place() {
     // The emulator still works afterwards.
     let (e, got, want) = gemm_run("gemm_bf16", 64, 64, 64);
     e.unwrap();
-    close(&got, &want, 1e-4).unwrap();
+    agree(&got, &want, 1e-4).unwrap();
 }
 
 /// y ← y + a·x on a stream of the driver.

@@ -16,8 +16,9 @@ fn t(v: &[f64], shape: &[usize]) -> Tensor {
 fn ids(v: &[u32]) -> Tensor {
     Tensor::from_slice(v, &[v.len()]).unwrap()
 }
+/// A tensor holds these numbers, each to within its own size times the tolerance.
 #[track_caller]
-fn close(got: &Tensor, want: &[f64], tolerance: f64) {
+fn holds(got: &Tensor, want: &[f64], tolerance: f64) {
     let got = got.array().to_f64();
     assert_eq!(got.len(), want.len());
     for (i, (a, b)) in got.iter().zip(want).enumerate() {
@@ -37,18 +38,18 @@ fn why<T>(r: prismgrad::Result<T>) -> String {
 fn gather_scatter_select() {
     let x = t(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3]);
     let index = Tensor::from_slice(&[2u32, 2, 0, 1], &[2, 2]).unwrap();
-    close(&x.gather(1, &index).unwrap(), &[3.0, 3.0, 4.0, 5.0], 0.0);
-    close(&x.index_select(-1, &ids(&[2, 0])).unwrap(), &[3.0, 1.0, 6.0, 4.0], 0.0);
-    close(&x.index_select(0, &ids(&[1])).unwrap(), &[4.0, 5.0, 6.0], 0.0);
+    holds(&x.gather(1, &index).unwrap(), &[3.0, 3.0, 4.0, 5.0], 0.0);
+    holds(&x.index_select(-1, &ids(&[2, 0])).unwrap(), &[3.0, 1.0, 6.0, 4.0], 0.0);
+    holds(&x.index_select(0, &ids(&[1])).unwrap(), &[4.0, 5.0, 6.0], 0.0);
     let src = t(&[10.0, 20.0, 30.0, 40.0], &[2, 2]);
-    close(&x.scatter_add(1, &index, &src).unwrap(), &[1.0, 2.0, 33.0, 34.0, 45.0, 6.0], 0.0);
-    close(&src.scatter_sum(1, &index, 3).unwrap(), &[0.0, 0.0, 30.0, 30.0, 40.0, 0.0], 0.0);
+    holds(&x.scatter_add(1, &index, &src).unwrap(), &[1.0, 2.0, 33.0, 34.0, 45.0, 6.0], 0.0);
+    holds(&src.scatter_sum(1, &index, 3).unwrap(), &[0.0, 0.0, 30.0, 30.0, 40.0, 0.0], 0.0);
     // Signed indices, integers, and nothing at all.
     let signed = Tensor::from_slice(&[1i64], &[1]).unwrap();
-    close(&x.index_select(0, &signed).unwrap(), &[4.0, 5.0, 6.0], 0.0);
-    close(&ids(&[7, 8]).index_select(0, &ids(&[1, 1])).unwrap(), &[8.0, 8.0], 0.0);
+    holds(&x.index_select(0, &signed).unwrap(), &[4.0, 5.0, 6.0], 0.0);
+    holds(&ids(&[7, 8]).index_select(0, &ids(&[1, 1])).unwrap(), &[8.0, 8.0], 0.0);
     assert_eq!(x.index_select(0, &ids(&[])).unwrap().shape(), [0, 3]);
-    close(&ids(&[1, 0]).one_hot(3, DType::F32).unwrap(), &[0.0, 1.0, 0.0, 1.0, 0.0, 0.0], 0.0);
+    holds(&ids(&[1, 0]).one_hot(3, DType::F32).unwrap(), &[0.0, 1.0, 0.0, 1.0, 0.0, 0.0], 0.0);
     let e = why(x.index_select(0, &ids(&[0, 2])));
     assert!(e.contains("id 2 at position 1") && e.contains("0..2"), "{e}");
     let negative = Tensor::from_slice(&[-1i64], &[1]).unwrap();
@@ -63,10 +64,10 @@ fn embedding_padding_and_halves() {
     let table = Param::new("wte.weight", Array::arange(8, DType::F64).reshape(&[4, 2]).unwrap());
     let i = Tensor::from_slice(&[3u32, 0, 0, 1], &[2, 2]).unwrap();
     let y = embedding(&table, &i, Some(0), None).unwrap();
-    close(&y, &[6.0, 7.0, 0.0, 1.0, 0.0, 1.0, 2.0, 3.0], 0.0);
+    holds(&y, &[6.0, 7.0, 0.0, 1.0, 0.0, 1.0, 2.0, 3.0], 0.0);
     let grads = y.backward().unwrap();
     let g = grads.param(&table).unwrap();
-    close(&g.sum().unwrap().into(), &[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0], 0.0);
+    holds(&g.sum().unwrap().into(), &[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0], 0.0);
     assert_eq!(g.sample_sq_norms().unwrap(), [2.0, 2.0]);
     assert_eq!(g.factors()[0].kind(), "lookup");
     let e = why(embedding(&table, &ids(&[0, 9]), None, None));
@@ -85,12 +86,12 @@ fn embedding_bags() {
     let bags = Segments::new(&[0, 2, 2, 5]).unwrap();
     let i = ids(&[0, 1, 2, 2, 1]);
     let sum = embedding_bag(&table, &i, &bags, BagMode::Sum, None, None).unwrap();
-    close(&sum, &[11.0, 22.0, 0.0, 0.0, 210.0, 420.0], 0.0);
+    holds(&sum, &[11.0, 22.0, 0.0, 0.0, 210.0, 420.0], 0.0);
     let mean = embedding_bag(&table, &i, &bags, BagMode::Mean, None, None).unwrap();
-    close(&mean, &[5.5, 11.0, 0.0, 0.0, 70.0, 140.0], 1e-12);
+    holds(&mean, &[5.5, 11.0, 0.0, 0.0, 70.0, 140.0], 1e-12);
     let scale = t(&[1.0, 0.5, 2.0, 0.0, -1.0], &[5]);
     let scaled = embedding_bag(&table, &i, &bags, BagMode::Sum, Some(&scale), None).unwrap();
-    close(&scaled, &[6.0, 12.0, 0.0, 0.0, 190.0, 380.0], 1e-12);
+    holds(&scaled, &[6.0, 12.0, 0.0, 0.0, 190.0, 380.0], 1e-12);
     let grads = mean.backward().unwrap();
     let norms = grads.param(&table).unwrap().sample_sq_norms().unwrap();
     // Bag 0: rows 0 and 1 get ½ each; bag 1 is empty; bag 2: row 2 twice ⅓, row 1 once.
@@ -100,28 +101,28 @@ fn embedding_bags() {
     let half = Param::new("h", table.value().cast(DType::F16));
     let y = embedding_bag(&half, &i, &bags, BagMode::Sum, None, None).unwrap();
     assert_eq!(y.dtype(), DType::F16);
-    close(&y, &[11.0, 22.0, 0.0, 0.0, 210.0, 420.0], 1e-3);
+    holds(&y, &[11.0, 22.0, 0.0, 0.0, 210.0, 420.0], 1e-3);
 }
 
 #[test]
 fn segments() {
     let s = Segments::new(&[0, 2, 2, 5]).unwrap();
     let x = t(&[1.0, -1.0, 3.0, 3.0, 2.0], &[5]);
-    close(&x.segment_sum(&s).unwrap(), &[0.0, 0.0, 8.0], 0.0);
-    close(&x.segment_mean(&s).unwrap(), &[0.0, 0.0, 8.0 / 3.0], 1e-12);
-    close(&x.segment_max(&s).unwrap(), &[1.0, 0.0, 3.0], 0.0);
+    holds(&x.segment_sum(&s).unwrap(), &[0.0, 0.0, 8.0], 0.0);
+    holds(&x.segment_mean(&s).unwrap(), &[0.0, 0.0, 8.0 / 3.0], 1e-12);
+    holds(&x.segment_max(&s).unwrap(), &[1.0, 0.0, 3.0], 0.0);
     let leaf = Tensor::leaf(x.array().clone());
     let g = leaf.segment_max(&s).unwrap().backward().unwrap();
     assert_eq!(g.of(&leaf).unwrap().to_f64(), [1.0, 0.0, 1.0, 0.0, 0.0], "the first of equal values");
     let p = x.segment_softmax(&s).unwrap();
     let e = std::f64::consts::E;
     let z = 2.0 * e + 1.0;
-    close(&p, &[e * e / (e * e + 1.0), 1.0 / (e * e + 1.0), e / z, e / z, 1.0 / z], 1e-12);
-    close(&p.segment_sum(&s).unwrap(), &[1.0, 0.0, 1.0], 1e-12);
-    close(&t(&[5.0, 6.0, 7.0], &[3]).segment_repeat(&s).unwrap(), &[5.0, 5.0, 7.0, 7.0, 7.0], 0.0);
+    holds(&p, &[e * e / (e * e + 1.0), 1.0 / (e * e + 1.0), e / z, e / z, 1.0 / z], 1e-12);
+    holds(&p.segment_sum(&s).unwrap(), &[1.0, 0.0, 1.0], 1e-12);
+    holds(&t(&[5.0, 6.0, 7.0], &[3]).segment_repeat(&s).unwrap(), &[5.0, 5.0, 7.0, 7.0, 7.0], 0.0);
     // Masked and empty segments stay finite.
     let inf = f64::NEG_INFINITY;
-    close(&t(&[inf, inf, 0.0, inf, 0.0], &[5]).segment_softmax(&s).unwrap(), &[0.0, 0.0, 0.5, 0.0, 0.5], 0.0);
+    holds(&t(&[inf, inf, 0.0, inf, 0.0], &[5]).segment_softmax(&s).unwrap(), &[0.0, 0.0, 0.5, 0.0, 0.5], 0.0);
     let none = Segments::new(&[0]).unwrap();
     assert_eq!(Tensor::zeros(&[0, 3], DType::F32).segment_sum(&none).unwrap().shape(), [0, 3]);
     assert!(why(Segments::new(&[1, 2])).contains("begin with 0"));
@@ -189,7 +190,7 @@ fn convolutions_match_naive_loops() {
             let xd = x.cast(dtype).unwrap();
             let y = conv2d(&xd, &p, Some(&q), c, None).unwrap();
             assert_eq!((y.shape(), y.dtype()), (&shape[..], dtype), "case {case}");
-            close(&y, &want, tolerance);
+            holds(&y, &want, tolerance);
             // Without history nothing is stored, and the values are the same.
             let plain = prismgrad::no_grad(|| conv2d(&xd, &p, Some(&q), c, None)).unwrap();
             assert_eq!(plain.array().to_f64(), y.array().to_f64());
@@ -207,14 +208,14 @@ fn convolution_by_hand_and_errors() {
     let x = t(&[1.0, 2.0, 3.0, 4.0], &[1, 1, 4]);
     let w = Param::new("conv.weight", Array::from_slice(&[1.0, 10.0, 100.0], &[1, 1, 3]).unwrap());
     let c = Conv::default();
-    close(&conv1d(&x, &w, None, c, None).unwrap(), &[321.0, 432.0], 0.0);
-    close(&conv1d(&x, &w, None, c.padding(1).stride(2), None).unwrap(), &[210.0, 432.0], 0.0);
-    close(&conv1d(&x, &w, None, c.padding(2).dilation(2), None).unwrap(), &[310.0, 420.0, 31.0, 42.0], 0.0);
+    holds(&conv1d(&x, &w, None, c, None).unwrap(), &[321.0, 432.0], 0.0);
+    holds(&conv1d(&x, &w, None, c.padding(1).stride(2), None).unwrap(), &[210.0, 432.0], 0.0);
+    holds(&conv1d(&x, &w, None, c.padding(2).dilation(2), None).unwrap(), &[310.0, 420.0, 31.0, 42.0], 0.0);
     assert_eq!(conv1d(&Tensor::zeros(&[0, 1, 4], DType::F64), &w, None, c, None).unwrap().shape(), [0, 1, 2]);
     let image = t(&[1.0, 2.0, 3.0, 4.0], &[1, 1, 2, 2]);
     let rows = image.unfold([2, 1], c).unwrap();
-    close(&rows, &[1.0, 3.0, 2.0, 4.0], 0.0);
-    close(&rows.fold([2, 2], [2, 1], c).unwrap(), &[1.0, 2.0, 3.0, 4.0], 0.0);
+    holds(&rows, &[1.0, 3.0, 2.0, 4.0], 0.0);
+    holds(&rows.fold([2, 2], [2, 1], c).unwrap(), &[1.0, 2.0, 3.0, 4.0], 0.0);
     assert!(why(conv1d(&x.slice(2, 0..2).unwrap(), &w, None, c, None)).contains("pad more"));
     assert!(why(conv1d(&x, &w, None, c.groups(2), None)).contains("groups"));
     assert!(why(conv1d(&x, &w, None, c.stride(0), None)).contains("at least 1"));
@@ -227,19 +228,19 @@ fn pooling() {
     let v: Vec<f64> = (0..16).map(|i| ((i * 7) % 16) as f64).collect();
     let x = t(&v, &[1, 1, 4, 4]);
     // 0 7 14 5 / 12 3 10 1 / 8 15 6 13 / 4 11 2 9
-    close(&x.max_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[12.0, 14.0, 15.0, 13.0], 0.0);
-    close(&x.avg_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[5.5, 7.5, 9.5, 7.5], 0.0);
-    close(&x.max_pool2d([3, 3], [2, 2], [1, 1]).unwrap(), &[12.0, 14.0, 15.0, 15.0], 0.0);
-    close(&x.avg_pool2d([3, 3], [3, 3], [1, 1]).unwrap(), &[22.0 / 9.0, 30.0 / 9.0, 38.0 / 9.0, 30.0 / 9.0], 1e-12);
-    close(&x.adaptive_avg_pool2d([1, 1]).unwrap(), &[7.5], 0.0);
-    close(&x.global_avg_pool().unwrap(), &[7.5], 0.0);
-    close(&x.adaptive_avg_pool2d([1, 3]).unwrap(), &[7.5, 8.5, 7.5], 1e-12);
+    holds(&x.max_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[12.0, 14.0, 15.0, 13.0], 0.0);
+    holds(&x.avg_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[5.5, 7.5, 9.5, 7.5], 0.0);
+    holds(&x.max_pool2d([3, 3], [2, 2], [1, 1]).unwrap(), &[12.0, 14.0, 15.0, 15.0], 0.0);
+    holds(&x.avg_pool2d([3, 3], [3, 3], [1, 1]).unwrap(), &[22.0 / 9.0, 30.0 / 9.0, 38.0 / 9.0, 30.0 / 9.0], 1e-12);
+    holds(&x.adaptive_avg_pool2d([1, 1]).unwrap(), &[7.5], 0.0);
+    holds(&x.global_avg_pool().unwrap(), &[7.5], 0.0);
+    holds(&x.adaptive_avg_pool2d([1, 3]).unwrap(), &[7.5, 8.5, 7.5], 1e-12);
     let s = t(&[1.0, 2.0, 3.0, 4.0, 5.0], &[1, 1, 5]);
-    close(&s.max_pool1d(2, 2, 0).unwrap(), &[2.0, 4.0], 0.0);
-    close(&s.avg_pool1d(2, 1, 1).unwrap(), &[0.5, 1.5, 2.5, 3.5, 4.5, 2.5], 0.0);
-    close(&s.adaptive_avg_pool1d(2).unwrap(), &[2.0, 4.0], 1e-12);
+    holds(&s.max_pool1d(2, 2, 0).unwrap(), &[2.0, 4.0], 0.0);
+    holds(&s.avg_pool1d(2, 1, 1).unwrap(), &[0.5, 1.5, 2.5, 3.5, 4.5, 2.5], 0.0);
+    holds(&s.adaptive_avg_pool1d(2).unwrap(), &[2.0, 4.0], 1e-12);
     // Negative values never lose to padding; ties go to the first.
-    close(&t(&[-3.0, -1.0], &[1, 1, 2]).max_pool1d(2, 1, 1).unwrap(), &[-3.0, -1.0, -1.0], 0.0);
+    holds(&t(&[-3.0, -1.0], &[1, 1, 2]).max_pool1d(2, 1, 1).unwrap(), &[-3.0, -1.0, -1.0], 0.0);
     let leaf = Tensor::leaf(Array::ones(&[1, 1, 2, 2], DType::F64));
     let g = leaf.max_pool2d([2, 2], [1, 1], [0, 0]).unwrap().backward().unwrap();
     assert_eq!(g.of(&leaf).unwrap().to_f64(), [1.0, 0.0, 0.0, 0.0]);
@@ -259,9 +260,9 @@ fn rotary_positions() {
     let half = x.rotary(&table, 3, Pairing::Half).unwrap();
     let turn = |x: f64, y: f64, a: f64| (x * a.cos() - y * a.sin(), y * a.cos() + x * a.sin());
     let ((p, r), (q, s)) = (turn(1.0, 3.0, a), turn(2.0, 4.0, b));
-    close(&half, &[p, q, r, s], 1e-12);
+    holds(&half, &[p, q, r, s], 1e-12);
     let ((p, q), (r, s)) = (turn(1.0, 2.0, a), turn(3.0, 4.0, b));
-    close(&x.rotary(&table, 3, Pairing::Interleaved).unwrap(), &[p, q, r, s], 1e-12);
+    holds(&x.rotary(&table, 3, Pairing::Interleaved).unwrap(), &[p, q, r, s], 1e-12);
     // Decoding one position at a time gives the rows of the whole.
     let mut g = Gen::new(3);
     let all = Tensor::new(g.array(&[2, 5, 3, 4]));
@@ -292,7 +293,7 @@ fn grouped_linear_is_a_linear_per_group() {
     let x = t(&[1.0, 1.0, 1.0, 0.0, 0.0, 1.0], &[3, 2]);
     let samples = Samples::owners(vec![1, 0, 1], 2).unwrap();
     let y = grouped_linear(&x, &w, Layout::InOut, Some(&bias), &groups, &samples).unwrap();
-    close(&y, &[3.5, 99.0, 199.0], 1e-12);
+    holds(&y, &[3.5, 99.0, 199.0], 1e-12);
     let other = Segments::new(&[0, 3]).unwrap();
     assert!(why(grouped_linear(&x, &w, Layout::InOut, None, &other, &samples)).contains("1 groups for the 3"));
     assert!(why(grouped_linear(&x, &w, Layout::OutIn, None, &groups, &samples)).contains("rows must have 1"));

@@ -1,6 +1,11 @@
 //! Whole stories of data, files and run folders, some of them told by a child process that is stopped, killed, or whose
 //! disk is full. The child is this test program itself, started for one test with `PRISMGRAD_CHILD` set.
 
+mod common {
+    pub mod scratch;
+}
+
+use common::scratch::Scratch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,23 +17,6 @@ use prismgrad::data::{Bpe, ByteTokenizer, CrateSources, IGNORE, Tokenizer};
 use prismgrad::io::{CheckpointFolder, ElementType, Entry, SafeTensors, safetensors};
 use prismgrad::train::{Existing, RunFolder, interrupt};
 use serde_json::json;
-
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = env::temp_dir().join(format!("prismgrad-it-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Scratch(path)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A shell line in which `"$0" "$@"` is this program, told to run one test as the child.
 fn child(test: &str, folder: &Path, shell: &str) -> Command {
@@ -96,10 +84,10 @@ fn the_first_signal_asks_and_the_second_kills() {
         thread::sleep(Duration::from_secs(if folder.ends_with("patient") { 60 } else { 0 }));
         return;
     }
-    let scratch = Scratch::new("signal");
+    let scratch = Scratch::new("it-signal");
     let cases = [("quick", "INT", Some(0)), ("patient", "INT", Some(130)), ("patient", "TERM", Some(143))];
     for (name, signal, code) in cases {
-        let folder = scratch.0.join(name);
+        let folder = scratch.join(name);
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir(&folder).unwrap();
         let test = "the_first_signal_asks_and_the_second_kills";
@@ -133,8 +121,8 @@ fn kill_9_loses_nothing() {
             save(&checkpoints, step, 300_000).unwrap();
         }
     }
-    let scratch = Scratch::new("kill");
-    let folder = scratch.0.join("run");
+    let scratch = Scratch::new("it-kill");
+    let folder = scratch.join("run");
     let mut reached = 0;
     for round in 0..6u64 {
         let mut process = child("kill_9_loses_nothing", &folder, "exec \"$0\" \"$@\"").spawn().unwrap();
@@ -174,18 +162,18 @@ fn a_full_disk_leaves_what_was_there() {
         save(&checkpoints, 3, 100).unwrap();
         return;
     }
-    let scratch = Scratch::new("full");
-    let checkpoints = CheckpointFolder::open(scratch.0.join("checkpoints")).unwrap();
+    let scratch = Scratch::new("it-full");
+    let checkpoints = CheckpointFolder::open(scratch.join("checkpoints")).unwrap();
     save(&checkpoints, 1, 1000).unwrap();
-    let path = scratch.0.join("m.safetensors");
+    let path = scratch.join("m.safetensors");
     safetensors::write(&path, &[Entry::new("w", ElementType::U8, [1], vec![7])], &BTreeMap::new()).unwrap();
     // The signal must be ignored for the write to report the error.
     let limited = "trap '' XFSZ; ulimit -f 2048; exec \"$0\" \"$@\"";
-    let status = child("a_full_disk_leaves_what_was_there", &scratch.0, limited).status().unwrap();
+    let status = child("a_full_disk_leaves_what_was_there", &scratch, limited).status().unwrap();
     assert!(status.success(), "{status}");
     assert_eq!(checkpoints.steps().unwrap(), [1, 3]);
     assert_eq!(checkpoints.at(1).unwrap().step(), 1);
     assert_eq!(SafeTensors::open(&path).unwrap().read("w").unwrap(), [7]);
-    assert_eq!(fs::read_dir(scratch.0.join("checkpoints")).unwrap().count(), 2);
-    assert_eq!(fs::read_dir(&scratch.0).unwrap().count(), 2, "no temporary file stays");
+    assert_eq!(fs::read_dir(scratch.join("checkpoints")).unwrap().count(), 2);
+    assert_eq!(fs::read_dir(&*scratch).unwrap().count(), 2, "no temporary file stays");
 }

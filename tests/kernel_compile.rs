@@ -1,6 +1,11 @@
 //! Every kernel file compiles to machine code for every target, without a GPU, and takes the registers, spills and shared
 //! memory that `cuda/resources.txt` says. Needs NVRTC: `pip install 'nvidia-cuda-nvrtc==13.0.*'`.
 
+mod common {
+    pub mod skip;
+}
+
+use common::skip::skip;
 use prismgrad::device::cuda::{kernels::compile_for, nvrtc::Nvrtc, sources::SOURCES};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -72,12 +77,7 @@ fn the_compilers_words_are_understood() {
 fn kernels_compile_and_take_what_the_table_says() {
     let nvrtc = match Nvrtc::find() {
         Ok(nvrtc) => nvrtc,
-        Err(e) => {
-            let required = std::env::var_os("PRISMGRAD_REQUIRE_NVRTC").is_some_and(|v| !v.is_empty() && v != "0");
-            assert!(!required, "{e}");
-            println!("kernels were not compiled: {e}");
-            return;
-        }
+        Err(e) => return skip(&format!("kernels were not compiled: {e}")),
     };
     let jobs: Vec<(&str, &str)> = TARGETS.iter().flat_map(|t| SOURCES.iter().map(|(file, _)| (*t, *file))).collect();
     let compile = |(target, file): &(&str, &str)| -> Result<BTreeMap<String, Resources>, String> {
@@ -117,11 +117,10 @@ fn kernels_compile_and_take_what_the_table_says() {
         return;
     }
     if nvrtc.version() != (13, 0) {
-        println!(
+        return skip(&format!(
             "everything compiles; NVRTC {:?} is not the table's 13.0, so numbers are not compared",
             nvrtc.version()
-        );
-        return;
+        ));
     }
     let kept = std::fs::read_to_string(&path).unwrap_or_default();
     let table: Vec<&str> = kept.lines().filter(|l| !l.starts_with('#')).collect();

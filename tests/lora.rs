@@ -1,28 +1,28 @@
 //! Low-rank adapters and training parts of a model, private or not.
 
+mod common {
+    pub mod distance;
+    pub mod gpt;
+    pub mod scratch;
+    pub mod tokens;
+}
+
+use common::distance::distance;
+use common::gpt::gpt;
+use common::scratch::Scratch;
+use common::tokens::tokens;
 use prismgrad::check;
 use prismgrad::device_tests;
-use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::models::Gpt;
 use prismgrad::nn::{Ctx, LoraConfig};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
 use prismgrad::{Array, DType, Device, Param, no_grad};
 
-fn gpt(dtype: DType, device: &Device) -> Gpt {
-    let model = Gpt::with_dtype(GptConfig::small(17, 6, 2, 8, 2), 3, dtype).unwrap();
-    model.params().to(device).unwrap();
-    model
-}
-
-fn tokens(b: usize) -> (Array, Array) {
-    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
-    (f(1), f(6))
-}
-
 fn train(model: &Gpt, private: bool, steps: u64) {
     let params = model.params().all();
-    let (x, y) = tokens(4);
+    let (x, y) = tokens(4, 1);
     let mut step = if private {
         let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 50);
         c.noise_multiplier = Some(0.5);
@@ -37,7 +37,7 @@ fn train(model: &Gpt, private: bool, steps: u64) {
 }
 
 fn logits(model: &Gpt) -> Vec<f64> {
-    no_grad(|| model.forward(&tokens(2).0, &Ctx::eval())).unwrap().array().to_f64()
+    no_grad(|| model.forward(&tokens(2, 1).0, &Ctx::eval())).unwrap().array().to_f64()
 }
 
 fn base(model: &Gpt) -> Vec<(String, Vec<f64>)> {
@@ -45,17 +45,12 @@ fn base(model: &Gpt) -> Vec<(String, Vec<f64>)> {
     all.map(|p| (p.name().to_string(), p.value().to_f64())).collect()
 }
 
-fn close(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
-}
-
 device_tests! {
     /// Untrained adapters change nothing; training moves them and nothing else; merging keeps the function, and unmerging the
     /// bits of the weights.
     fn adapters_train_merge_and_come_out_again(device) {
         for private in [false, true] {
-            let mut model = gpt(DType::F32, device);
+            let mut model = gpt(2, true, DType::F32, device);
             let (before, weights) = (logits(&model), base(&model));
             assert_eq!(model.add_lora(&LoraConfig::new(2, 8.0, &["c_attn", "c_fc"])).unwrap(), 4);
             assert_eq!(logits(&model), before);
@@ -65,20 +60,20 @@ device_tests! {
             assert_eq!(trained[1].shape(), [24, 2]);
             train(&model, private, 3);
             let after = logits(&model);
-            assert!(close(&after, &before) > 1e-3, "it has learnt something");
+            assert!(distance(&after, &before) > 1e-3, "it has learnt something");
             assert_eq!(base(&model), weights, "the model itself is as it was");
             model.merge_lora().unwrap();
-            assert!(close(&logits(&model), &after) < 1e-4);
+            assert!(distance(&logits(&model), &after) < 1e-4);
             assert_ne!(base(&model), weights);
             model.merge_lora().unwrap();
-            assert!(close(&logits(&model), &after) < 1e-4, "merged once");
+            assert!(distance(&logits(&model), &after) < 1e-4, "merged once");
             model.unmerge_lora().unwrap();
             assert_eq!((base(&model), logits(&model)), (weights, after));
         }
     }
 
     fn per_sample_gradients_of_adapters(device) {
-        let mut model = gpt(DType::F64, device);
+        let mut model = gpt(2, true, DType::F64, device);
         model.add_lora(&LoraConfig::new(3, 3.0, &["c_attn", "c_proj", "c_fc"])).unwrap();
         // B away from zero, so that A has gradients, too.
         for p in model.params().all().iter().filter(|p| p.name().contains("lora_B")) {
@@ -87,7 +82,7 @@ device_tests! {
         }
         let params: Vec<Param> = model.params().all().into_iter().filter(|p| p.trainable()).collect();
         assert_eq!(params.len(), 16);
-        let (x, y) = tokens(3);
+        let (x, y) = tokens(3, 1);
         check::per_sample(&|| model.losses(&x, &y, &Ctx::eval()), &params, 1, 1e-9).unwrap();
     }
 }
@@ -95,12 +90,12 @@ device_tests! {
 /// Files are PEFT's; what was saved is what is loaded, and the base model is saved without adapters.
 #[test]
 fn adapters_are_saved_under_pefts_names() {
-    let dir = std::env::temp_dir().join(format!("prismgrad-lora-{}", std::process::id()));
-    let mut model = gpt(DType::F32, &Device::Cpu);
-    assert!(model.save_lora(&dir).unwrap_err().to_string().contains("add_lora"));
+    let dir = Scratch::new("lora");
+    let mut model = gpt(2, true, DType::F32, &Device::Cpu);
+    assert!(model.save_lora(&*dir).unwrap_err().to_string().contains("add_lora"));
     model.add_lora(&LoraConfig::new(2, 4.0, &["c_attn"])).unwrap();
     train(&model, true, 2);
-    model.save_lora(&dir).unwrap();
+    model.save_lora(&*dir).unwrap();
     let names: Vec<String> =
         prismgrad::io::load_arrays(dir.join("adapter_model.safetensors")).unwrap().into_iter().map(|a| a.0).collect();
     assert!(names.contains(&"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight".to_string()), "{names:?}");
@@ -111,27 +106,27 @@ fn adapters_are_saved_under_pefts_names() {
         (&config["peft_type"], &config["r"], &config["fan_in_fan_out"]),
         (&"LORA".into(), &2.into(), &true.into())
     );
-    let mut other = gpt(DType::F32, &Device::Cpu);
-    other.load_lora(&dir).unwrap();
+    let mut other = gpt(2, true, DType::F32, &Device::Cpu);
+    other.load_lora(&*dir).unwrap();
     assert_eq!(logits(&other), logits(&model));
-    model.save(&dir).unwrap();
+    model.save(&*dir).unwrap();
     let whole = prismgrad::io::load_arrays(dir.join("model.safetensors")).unwrap();
     assert!(whole.iter().all(|(n, _)| !n.contains("lora_")));
-    let plain = Gpt::load(&dir).unwrap();
-    assert_eq!(logits(&plain), logits(&gpt(DType::F32, &Device::Cpu)));
+    let plain = Gpt::load(&*dir).unwrap();
+    assert_eq!(logits(&plain), logits(&gpt(2, true, DType::F32, &Device::Cpu)));
     std::fs::remove_file(dir.join("adapter_model.safetensors")).unwrap();
-    assert!(gpt(DType::F32, &Device::Cpu).load_lora(&dir).is_err());
-    std::fs::remove_dir_all(&dir).unwrap();
-    let e = gpt(DType::F32, &Device::Cpu).add_lora(&LoraConfig::new(2, 4.0, &["q_proj"])).unwrap_err().to_string();
+    assert!(gpt(2, true, DType::F32, &Device::Cpu).load_lora(&*dir).is_err());
+    let e =
+        gpt(2, true, DType::F32, &Device::Cpu).add_lora(&LoraConfig::new(2, 4.0, &["q_proj"])).unwrap_err().to_string();
     assert!(e.contains("q_proj") && e.contains("c_attn"), "{e}");
     assert!(model.add_lora(&LoraConfig::new(2, 4.0, &["c_attn"])).is_err(), "twice");
-    assert!(gpt(DType::F32, &Device::Cpu).add_lora(&LoraConfig::new(0, 4.0, &["c_attn"])).is_err());
+    assert!(gpt(2, true, DType::F32, &Device::Cpu).add_lora(&LoraConfig::new(0, 4.0, &["c_attn"])).is_err());
 }
 
 /// Biases alone: everything else keeps its bits, private or not.
 #[test]
 fn biases_alone() {
-    let model = gpt(DType::F32, &Device::Cpu);
+    let model = gpt(2, true, DType::F32, &Device::Cpu);
     let trained = model.params().train_only(&["*.bias"]).unwrap();
     assert_eq!(trained, 2 * 6 + 1, "six in a block, one in the last norm");
     let before = base(&model);

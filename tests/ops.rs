@@ -49,6 +49,7 @@ fn every_op_is_complete() {
             }
         }
     }
+    assert!(names.len() > 40, "{} ops are registered", names.len());
 }
 
 /// What an op says of its parameters' gradients is what its rule delivers, over many cases.

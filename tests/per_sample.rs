@@ -20,7 +20,8 @@ fn fixture(dtype: DType) -> (Tensor, Vec<Param>) {
     (cross_entropy(&logits, &y, &CrossEntropy::default()).unwrap(), vec![w1, b1, w2, b2])
 }
 
-fn close(what: &str, got: f64, want: f64, tol: f64) {
+/// One number, within an absolute tolerance.
+fn near(what: &str, got: f64, want: f64, tol: f64) {
     assert!((got - want).abs() <= tol, "{what}: got {got:.10}, want {want:.10}");
 }
 
@@ -36,11 +37,11 @@ fn golden_losses_and_norms() {
     for (dtype, tol) in [(DType::F64, 1e-8), (DType::F32, 1e-5)] {
         let (losses, params) = fixture(dtype);
         let want = [1.0222758756, 1.0613045592, 1.1434913198, 1.0926078838];
-        losses.array().to_f64().iter().zip(want).for_each(|(&g, w)| close("loss", g, w, tol));
+        losses.array().to_f64().iter().zip(want).for_each(|(&g, w)| near("loss", g, w, tol));
         let grads = losses.backward().unwrap();
         for (k, p) in params.iter().enumerate() {
             let sq = grads.param(p).unwrap().sample_sq_norms().unwrap();
-            (0..4).for_each(|i| close(p.name(), sq[i].sqrt(), NORMS[i][k], tol));
+            (0..4).for_each(|i| near(p.name(), sq[i].sqrt(), NORMS[i][k], tol));
         }
     }
 }
@@ -65,7 +66,7 @@ fn golden_clipped_sums() {
             let sums = clipped_gradient(&losses, &params, style, *clip, *r).unwrap();
             for ((g, w), p) in sums.iter().zip(want).zip(&params) {
                 let norm = g.to_f64().iter().map(|x| x * x).sum::<f64>().sqrt();
-                close(&format!("{style:?} {clip:?} {r} {}", p.name()), norm, *w, tol);
+                near(&format!("{style:?} {clip:?} {r} {}", p.name()), norm, *w, tol);
             }
         }
     }

@@ -1,8 +1,17 @@
 //! Clipping groups, thresholds, public data in private steps, neighbouring relations: on every device where it can run.
 
+mod common {
+    pub mod distance;
+    pub mod gpt;
+    pub mod records;
+    pub mod scratch;
+}
+
+use common::distance::distance;
+use common::records::losses;
+use common::scratch::Scratch;
 use prismgrad::device_tests;
-use prismgrad::models::{Gpt, GptConfig};
-use prismgrad::nn::Ctx;
+use prismgrad::models::Gpt;
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::coupling::Mixture;
@@ -11,25 +20,9 @@ use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor};
 
+/// Three layers, so that groups of layers differ from layers and from the whole.
 fn gpt(device: &Device) -> Gpt {
-    let model = Gpt::with_dtype(GptConfig::small(17, 6, 3, 8, 2), 3, DType::F64).unwrap();
-    model.params().to(device).unwrap();
-    model
-}
-
-/// Sequence k of a small text.
-fn tokens(ids: &[usize]) -> (Array, Array) {
-    let f = |k: usize| {
-        Array::generate(&[ids.len(), 6], DType::U32, |i| {
-            ((ids[i / 6] * 11 + i % 6 * 7 + i % 6 * i % 6 * 3 + k) % 17) as f64
-        })
-    };
-    (f(0), f(5))
-}
-
-fn losses(model: &Gpt, ids: &[usize]) -> Result<Tensor> {
-    let (x, y) = tokens(ids);
-    model.losses(&x, &y, &Ctx::eval())
+    common::gpt::gpt(3, true, DType::F64, device)
 }
 
 fn flat(grads: &[Array]) -> Vec<f64> {
@@ -117,8 +110,8 @@ device_tests! {
         let mut step = TrainStep::private(&params, privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
         step.run([&ids[..]], |ids| losses(&model, ids)).unwrap();
         let close = |a: &[f64], b: &[f64], what: &str| {
-            let off = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-            assert!(a.len() == b.len() && off < 1e-9, "{what}: {off:e}");
+            let off = distance(a, b);
+            assert!(off < 1e-9, "{what}: {off:e}");
         };
         close(&private, &step.last_gradient().to_f64(), "private");
         let model = gpt(device);
@@ -317,8 +310,8 @@ fn only_private_steps_are_counted() {
 /// would reuse noise over other parameters is refused, one under another key is another release, a damaged log is refused.
 #[test]
 fn the_log_of_steps_outlives_a_kill() {
-    let path = std::env::temp_dir().join(format!("prismgrad-log-{}.jsonl", std::process::id()));
-    let _ = std::fs::remove_file(&path);
+    let folder = Scratch::new("log");
+    let path = folder.join("log.jsonl");
     let start = |from: &[f64]| Param::new("w", Array::from_slice(from, &[3]).unwrap());
     let make_from = |w: &Param, seed: u64, sigma: f64| -> Result<TrainStep> {
         let mut c = config(40);
@@ -375,7 +368,6 @@ fn the_log_of_steps_outlives_a_kill() {
     std::fs::write(&path, "{\"step\": 0}\n").unwrap();
     let e = make(1, 1.0).err().unwrap().to_string();
     assert!(e.contains("line 1") && e.contains("under-report"), "{e}");
-    std::fs::remove_file(&path).unwrap();
     assert!(Privacy::new(config(40), key()).unwrap().log_to("/no/such/folder/log").is_err());
 }
 

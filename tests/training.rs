@@ -1,7 +1,21 @@
 //! Training steps: per-sample gradients of a whole model, clipping bounds, noise, repeatability, resuming, refusals.
 
+mod common {
+    pub mod distance;
+    pub mod gpt;
+    pub mod scratch;
+    pub mod skip;
+    pub mod tokens;
+    pub mod values;
+}
+
+use common::distance::distance;
+use common::scratch::Scratch;
+use common::skip::skip;
+use common::tokens::tokens;
+use common::values::values;
 use prismgrad::check::{self, Gen};
-use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
 use prismgrad::ops::embedding::embedding;
 use prismgrad::ops::linear::{Activation, Layout, linear};
@@ -11,19 +25,12 @@ use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
 use prismgrad::train::{Existing, RunFolder, state};
-use prismgrad::{Array, DType, Error, Param, Result, Samples, Tensor};
+use prismgrad::{Array, DType, Device, Error, Param, Result, Samples, Tensor};
 use proptest::prelude::*;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 fn gpt(tied: bool, dtype: DType) -> Gpt {
-    let mut c = GptConfig::small(17, 6, 2, 8, 2);
-    c.tie_word_embeddings = tied;
-    Gpt::with_dtype(c, 3, dtype).unwrap()
-}
-
-fn tokens(b: usize, seed: usize) -> (Array, Array) {
-    let f = |k: usize| Array::generate(&[b, 6], DType::U32, |i| ((i * 7 + i * i * 3 + k) % 17) as f64);
-    (f(seed), f(seed + 5))
+    common::gpt::gpt(2, tied, dtype, &Device::Cpu)
 }
 
 fn private(params: &[Param], style: &ClipStyle, batch: f64, steps: u64) -> Result<TrainStep> {
@@ -175,7 +182,8 @@ fn clipped_sums_are_those_of_the_instantiated_gradients() {
     }
 }
 
-fn values(params: &[Param]) -> Vec<u8> {
+/// The bytes of all these parameters.
+fn bits(params: &[Param]) -> Vec<u8> {
     params.iter().flat_map(|p| p.value().to_bytes()).collect()
 }
 
@@ -194,7 +202,7 @@ fn same_bits_at_any_number_of_threads() {
                 let (x, y) = tokens(8, t);
                 step.run([()], |_| model.losses(&x, &y, &Ctx::train(t as u64))).unwrap();
             }
-            values(&params)
+            bits(&params)
         })
     };
     for style in [None, Some(&ClipStyle::AllLayer), Some(&ClipStyle::LayerWise)] {
@@ -217,10 +225,10 @@ fn microbatches_make_no_difference() {
             let (x, y) = tokens(4, 1);
             let rows = |a: &Array, r: &[usize]| a.slice(0, r[0]..r[r.len() - 1] + 1).unwrap().contiguous();
             step.run(parts.iter(), |r| model.losses(&rows(&x, r), &rows(&y, r), &Ctx::eval())).unwrap();
-            params.iter().flat_map(|p| p.value().to_f64()).collect::<Vec<f64>>()
+            values(&params)
         };
         let (a, b) = (run(&[&[0, 1, 2, 3]]), run(&[&[0], &[1, 2], &[3]]));
-        let worst = a.iter().zip(&b).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+        let worst = distance(&a, &b);
         assert!(worst < 1e-9, "{style:?}: {worst}");
     }
 }
@@ -296,7 +304,7 @@ fn a_resumed_step_continues_bitwise() {
             let (x, y) = tokens(batch.len().max(1), batch.len());
             step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
         }
-        values(&model.params().all())
+        bits(&model.params().all())
     };
     let whole = run(None);
     assert_eq!(whole, run(Some(1)));
@@ -312,8 +320,10 @@ fn memory_stays_flat() {
     for t in 0..1000 {
         step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
         if t % 250 == 249 {
-            let status = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-            live.push(status.split(' ').nth(1).and_then(|p| p.parse::<f64>().ok()).unwrap_or(0.0) * 4096.0 / 1e6);
+            let Ok(status) = std::fs::read_to_string("/proc/self/statm") else {
+                return skip("only Linux says how much memory is resident");
+            };
+            live.push(status.split(' ').nth(1).unwrap().parse::<f64>().unwrap() * 4096.0 / 1e6);
         }
     }
     // Other tests of this process allocate as well; a leak of one activation per step would be far more.
@@ -367,7 +377,7 @@ fn run_in(folder: &Path) -> Vec<u8> {
         run.log(t + 1, &serde_json::json!({"loss": report.loss().unwrap(), "epsilon": report.epsilon})).unwrap();
         state::save(&checkpoints, t + 1, None, model.params(), &step, &()).unwrap();
     }
-    values(&params)
+    bits(&params)
 }
 
 /// Killed with SIGKILL at random moments and started again, a private run ends with the parameters, the losses and the ε
@@ -378,8 +388,7 @@ fn kill_9_changes_nothing() {
         run_in(Path::new(&folder));
         return;
     }
-    let scratch = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kill-9-training");
-    let _ = std::fs::remove_dir_all(&scratch);
+    let scratch = Scratch::new("kill-9-training");
     let (calm, rough) = (scratch.join("calm"), scratch.join("rough"));
     let want = run_in(&calm);
     let mut g = Gen::new(std::process::id() as u64);

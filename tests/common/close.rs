@@ -1,0 +1,20 @@
+//! What a device computed, beside the CPU.
+
+/// What differs by more than the tolerance times the largest of the wanted values (at least 1), if anything does. NaN
+/// agrees with NaN.
+pub fn differs(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
+    if got.len() != want.len() {
+        return Some(format!("{what}: {} values for {}", got.len(), want.len()));
+    }
+    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+    let off = |(g, w): (&f64, &f64)| (g - w).abs() > tolerance * scale || g.is_nan() != w.is_nan();
+    let i = got.iter().zip(want).position(off)?;
+    Some(format!("{what}[{i}]: {} on the device, {} on the CPU", got[i], want[i]))
+}
+
+/// Nothing [`differs`], and nothing is NaN.
+#[track_caller]
+pub fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert!(!want.iter().any(|x| x.is_nan()), "{what}: NaN on the CPU");
+    assert_eq!(differs(what, got, want, tolerance), None);
+}
