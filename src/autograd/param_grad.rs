@@ -111,11 +111,12 @@ impl ParamGrad {
     }
     fn sum_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>) -> Result<Array> {
         let out = Array::zeros_on(gpu, &[self.numel()], self.dtype())?;
-        self.add_on(gpu, weights, &out)?;
+        self.add_on(weights, &out)?;
         out.reshape(self.param.shape())
     }
     /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to `out [numel]`, on the GPU; `weights [B]` in its dtype.
-    pub(crate) fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()> {
+    pub(crate) fn add_on(&self, weights: Option<&Array>, out: &Array) -> Result<()> {
+        let gpu = out.gpu().ok_or_else(|| Error::autograd("sum", "the gradient is on the CPU"))?;
         self.factors.iter().try_for_each(|f| gpu_factored::add(gpu, f, weights, out))
     }
     /// |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.

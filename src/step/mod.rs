@@ -9,11 +9,16 @@
 //! way to put noise before the clip or the clip after the sum. Gradients land in one flat buffer as soon as they are
 //! delivered, so nothing is copied between backward and the optimizer.
 
+mod contract;
 mod cuda;
 mod flat;
 mod ledger;
+mod noise;
+mod plan;
 mod private;
 mod record;
+mod reduce;
+mod update;
 mod weigh;
 
 pub use flat::Flat;
@@ -27,12 +32,14 @@ use crate::device::cuda::{Tag, TagScope};
 use crate::device::spans;
 use crate::device::spans::Kind;
 use crate::dist::Communicator;
-use crate::kernels::elementwise::cuda::scale_in_place;
-use crate::optim::{GpuUpdate, Optimizer, Schedule, Update};
+use crate::optim::{Optimizer, Schedule};
 use crate::privacy::{ClipFn, ClipStyle, Private, Public, Thresholds, Weight};
 use ledger::{Ledger, Snapshot, Tally, not_finite};
+use plan::Clipping;
 use record::Live;
-use weigh::{Clipping, PublicPart, Weigh};
+use reduce::{Counts, reduce};
+use update::{update, zero};
+use weigh::{PublicPart, Weigh};
 
 /// Name of the adaptive thresholds among a step's buffers.
 const THRESHOLDS: &str = "clipping thresholds";
@@ -300,7 +307,7 @@ impl TrainStep {
         if let Some(ledger) = &self.ledger {
             ledger.begin()?;
         }
-        let (mut loss_sum, mut samples, mut private_samples) = (0.0, 0, 0);
+        let (mut loss, mut samples, mut private) = (0.0, 0, 0);
         let mut weigh = match &self.privacy {
             Some(p) => Weigh::private(&self.flat, &mut self.grads, p.clipping(), self.ledger.as_ref()),
             None => Weigh::plain(&self.flat, &mut self.grads),
@@ -330,56 +337,41 @@ impl TrainStep {
                     {
                         return Err(not_finite(self.steps + 1, samples + i, values[i]));
                     }
-                    loss_sum += values.iter().sum::<f64>();
+                    loss += values.iter().sum::<f64>();
                 }
             }
             samples += losses.numel();
             let _phase = spans::span(Kind::Phase, "backward pass");
-            private_samples += public.map_or(losses.numel(), |p| p.from);
+            private += public.map_or(losses.numel(), |p| p.from);
             weigh.begin(losses.numel(), public);
             losses.backward_into(&mut weigh)?;
             drop(losses);
             weigh.finish()?;
         }
-        let (mut tally, mut below) = (weigh.tally(), weigh.below());
-        if let Some(ranks) = &self.ranks {
-            let _phase = spans::span(Kind::Phase, "reduce");
-            self.grads = ranks.all_reduce("gradients", &self.grads)?;
-            let counts = [samples as f64, private_samples as f64, loss_sum];
-            let tallied = [tally.pairs, tally.clipped, tally.non_finite];
-            let all: Vec<f64> = counts.into_iter().chain(tallied.into_iter().chain(below).map(|c| c as f64)).collect();
-            let all = ranks.all_reduce("counts", &Array::from_slice(&all, &[all.len()])?)?.to_f64();
-            (samples, private_samples, loss_sum) = (all[0] as usize, all[1] as usize, all[2]);
-            tally = Tally { pairs: all[3] as u64, clipped: all[4] as u64, non_finite: all[5] as u64 };
-            below = all[6..].iter().map(|c| *c as u64).collect();
-        }
+        let own = Counts { samples, private, loss, tally: weigh.tally(), below: weigh.below() };
+        let counts = reduce(self.ranks.as_deref(), &mut self.grads, own)?;
         let share = self.coupled.map_or(1.0, Weight::of_private);
         let scale = match &mut self.privacy {
-            Some(_) if share == 0.0 => 1.0 / samples as f64,
+            Some(_) if share == 0.0 => 1.0 / counts.samples as f64,
             Some(p) => {
                 let _phase = spans::span(Kind::Phase, "noise");
                 p.add_noise(self.steps, live.map(|l| &l.before), &mut self.grads)?;
-                p.adapt(self.steps, self.flat.numel() as u64, &below, private_samples);
+                p.adapt(self.steps, self.flat.numel() as u64, &counts.below, counts.private);
                 share / p.expected_batch()
             }
-            None if samples == 0 => {
+            None if counts.samples == 0 => {
                 return Err(Error::invalid("TrainStep::run", "no samples: a plain step needs at least one"));
             }
-            None => 1.0 / samples as f64,
+            None => 1.0 / counts.samples as f64,
         };
-        let _phase = spans::span(Kind::Phase, "update");
-        scale_by(&mut self.grads, scale)?;
-        let stop = self.ledger.as_ref().map(Ledger::stop).transpose()?;
-        for buffer in &mut self.state {
-            buffer.own()?;
-        }
-        let at = (self.steps + 1, self.schedule.at(self.steps));
-        let (optimizer, state, grads) = (&self.optimizer, &mut self.state, &self.grads);
-        self.flat.update(|params, layout| {
-            let gpu = GpuUpdate { live: live.map(|l| &l.optimizer), stop: stop.as_ref() };
-            optimizer.update(Update { gpu, ..Update::new(at, params, grads, state, layout) })
-        })?;
-        Ok((samples, loss_sum, tally))
+        update(
+            (&mut self.flat, &*self.optimizer),
+            (&mut self.grads, scale),
+            &mut self.state,
+            (self.steps + 1, self.schedule.at(self.steps)),
+            (self.ledger.as_ref(), live),
+        )?;
+        Ok((counts.samples, counts.loss, counts.tally))
     }
     /// The step is taken.
     fn report(&mut self, samples: usize, epsilon: Option<f64>, here: Found) -> Result<StepReport> {
@@ -443,7 +435,7 @@ impl TrainStep {
         // Every step was private unless the checkpoint says otherwise.
         let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
         if let Some(p) = &mut self.privacy {
-            p.restore(spent.map_or(steps, |s| s as u64));
+            p.restore(spent.map_or(steps, |s| s as u64))?;
         }
         Ok(())
     }
@@ -480,27 +472,4 @@ impl GradHook for Weigh<'_> {
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
         self.deliver(param, grad)
     }
-}
-
-fn zero(a: &mut Array) -> Result<()> {
-    a.own()?;
-    if let Some(gpu) = a.gpu() {
-        let (block, at) = a.block("TrainStep")?;
-        return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
-    }
-    crate::with_float!("TrainStep", a.dtype(), |T| {
-        crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, |_| <T as crate::Float>::ZERO);
-        Ok(())
-    })
-}
-
-fn scale_by(a: &mut Array, s: f64) -> Result<()> {
-    if let Some(gpu) = a.gpu() {
-        return scale_in_place(gpu, a, s);
-    }
-    crate::with_float!("TrainStep", a.dtype(), |T| {
-        let s = <T as crate::Element>::from_f64(s);
-        crate::kernels::elementwise::for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
-        Ok(())
-    })
 }

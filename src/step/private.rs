@@ -1,12 +1,12 @@
 //! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
 
-use super::weigh::Clipping;
+use super::plan::Clipping;
 use crate::array::Array;
 use crate::autograd::Param;
-use crate::base::{DType, Error, Result};
+use crate::base::{Error, Result};
 use crate::privacy::accountant::Steps;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
-use crate::random::{NoiseKey, add_gaussian};
+use crate::random::NoiseKey;
 use serde::{Deserialize, Serialize};
 
 /// What private training is asked to do. Everything else follows from it.
@@ -92,12 +92,12 @@ impl PrivacyConfig {
 pub struct Privacy {
     config: PrivacyConfig,
     sigma: f64,
-    key: NoiseKey,
+    pub(super) key: NoiseKey,
     sampler: PoissonSampler,
     accountant: Accountant,
     /// ε after some numbers of steps, rising: what is reported in between is the next larger entry.
     ladder: Vec<(u64, f64)>,
-    clipping: Clipping,
+    pub(super) clipping: Clipping,
     log: Option<StepLog>,
 }
 
@@ -191,21 +191,6 @@ impl Privacy {
             _ => self.sigma,
         }
     }
-    /// Moves adaptive thresholds after the step numbered `step`, from the counts of its `samples` private samples. `after` is
-    /// the first noise index that the gradient has not used.
-    pub(super) fn adapt(&mut self, step: u64, after: u64, below: &[u64], samples: usize) {
-        let Thresholds::Adaptive { quantile, rate, noise } = self.config.thresholds else { return };
-        let batch = self.config.batch;
-        let mut drawn = vec![0f32; below.len()];
-        add_gaussian(&self.key, step, after, (noise * batch) as f32, &mut drawn);
-        let mut thresholds = self.clipping.thresholds();
-        for ((r, &b), n) in thresholds.iter_mut().zip(below).zip(&drawn) {
-            // Each sample adds ±½, so that it moves the count by ½ whichever side it is on.
-            let share = (b as f64 - 0.5 * samples as f64 + *n as f64) / batch + 0.5;
-            *r *= (-rate * (share - quantile)).exp();
-        }
-        self.clipping.set_thresholds(&thresholds);
-    }
     pub(super) fn clipping(&self) -> &Clipping {
         &self.clipping
     }
@@ -294,32 +279,18 @@ impl Privacy {
         self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
     }
-    pub(super) fn restore(&mut self, steps: u64) {
+    /// Takes over the number of private steps of a checkpoint. An accountant that cannot record them is an error: ε would
+    /// be too small.
+    pub(super) fn restore(&mut self, steps: u64) -> Result<()> {
         // The log knows of steps after the checkpoint, too.
         if self.log.is_some() && self.steps() >= steps {
-            return;
+            return Ok(());
         }
         self.accountant.reset();
-        if steps > 0 {
-            let _ = self.accountant.record(self.sigma, self.rate(), steps);
+        match steps {
+            0 => Ok(()),
+            steps => self.accountant.record(self.sigma, self.rate(), steps),
         }
-    }
-    /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
-    /// `live` holds the step where a recorded one is replayed.
-    pub(super) fn add_noise(&self, step: u64, live: Option<&Array>, grads: &mut Array) -> Result<()> {
-        let std = self.gradient_noise_multiplier() * self.sensitivity();
-        if let Some(gpu) = grads.gpu() {
-            return crate::random::cuda::add_gaussian(gpu, (&self.key, step, live), std as f32, grads);
-        }
-        match grads.dtype() {
-            DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
-            _ => {
-                let mut noise = vec![0f32; grads.numel()];
-                add_gaussian(&self.key, step, 0, std as f32, &mut noise);
-                grads.as_mut_slice::<f64>()?.iter_mut().zip(&noise).for_each(|(g, &n)| *g += n as f64);
-            }
-        }
-        Ok(())
     }
 }
 

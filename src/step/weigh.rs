@@ -5,67 +5,24 @@
 //! every norm is taken on delivery, while the operands are warm, and contraction follows the whole backward pass; with
 //! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
 
+use super::contract::{Weights, add};
 use super::flat::Flat;
 use super::ledger::{Ledger, Tally};
+use super::plan::Clipping;
 use crate::array::Array;
 use crate::autograd::{Factor, Param, ParamGrad};
 use crate::base::{Error, Result};
 use crate::device::spans;
 use crate::device::spans::Kind;
 use crate::kernels::elementwise::cuda::scale_in_place;
+use crate::privacy::ClipFn;
 use crate::privacy::cuda::clip_weights;
-use crate::privacy::{ClipFn, ClipStyle, Thresholds};
-use crate::with_float;
-
-/// The clipping groups over the parameters of a step: who belongs where, and each group's share of the threshold.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Clipping {
-    clip: ClipFn,
-    /// Threshold and number of members of each group.
-    groups: Vec<(f64, usize)>,
-    group_of: Vec<usize>,
-    /// The most one sample can move the clipped sum.
-    pub sensitivity: f64,
-}
 
 /// The samples of a microbatch that are public: all from the first of them on, each with this weight instead of a clip factor.
 #[derive(Clone, Copy)]
 pub(super) struct PublicPart {
     pub from: usize,
     pub weight: f64,
-}
-
-impl Clipping {
-    /// Groups by `style`; thresholds that compose to R = `threshold`.
-    pub fn new(
-        style: &ClipStyle,
-        clip: ClipFn,
-        threshold: f64,
-        split: &Thresholds,
-        params: &[Param],
-    ) -> Result<Clipping> {
-        let names: Vec<&str> = params.iter().map(Param::name).collect();
-        let group_of = style.groups(&names)?;
-        let mut members = vec![0; group_of.iter().max().map_or(0, |m| m + 1)];
-        group_of.iter().for_each(|&g| members[g] += 1);
-        let groups = split.split(threshold, members.len())?.into_iter().zip(members).collect();
-        let mut clipping = Clipping { clip, groups, group_of, sensitivity: 0.0 };
-        clipping.compose();
-        Ok(clipping)
-    }
-    fn compose(&mut self) {
-        let square = |&(r, _): &(f64, usize)| self.clip.sensitivity(r).powi(2);
-        self.sensitivity = self.groups.iter().map(square).sum::<f64>().sqrt();
-    }
-    /// Each group's threshold.
-    pub fn thresholds(&self) -> Vec<f64> {
-        self.groups.iter().map(|g| g.0).collect()
-    }
-    /// Others; the sensitivity follows.
-    pub fn set_thresholds(&mut self, thresholds: &[f64]) {
-        self.groups.iter_mut().zip(thresholds).for_each(|(g, r)| g.0 = *r);
-        self.compose();
-    }
 }
 
 pub(super) struct Weigh<'a> {
@@ -137,7 +94,6 @@ impl<'a> Weigh<'a> {
         };
         let Some(clipping) = self.clipping else {
             let _op = spans::span(Kind::Backward, "contract");
-            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
         };
         let _op = spans::span(Kind::Backward, "norms");
@@ -204,16 +160,13 @@ impl<'a> Weigh<'a> {
                     }
                 };
                 for grad in normed {
-                    spans::cost(grad.sum_flops(), grad.bytes() as f64);
-                    let out = self.grads.slice(0, self.range(&grad)?)?;
-                    grad.add_on(&gpu, Some(&weights), &out)?;
+                    add(self.grads, &self.range(&grad)?, &grad, Weights::OnGpu(&weights))?;
                 }
                 return Ok(());
             }
         };
         let factor = move |sq: f64| clip.factor(sq, threshold);
         for grad in held {
-            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
         let private = self.public.map_or(sq.len(), |p| p.from);
@@ -223,7 +176,6 @@ impl<'a> Weigh<'a> {
         };
         let weights: Vec<f64> = sq.iter().enumerate().map(weight).collect();
         for grad in normed {
-            spans::cost(grad.sum_flops(), grad.bytes() as f64);
             add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
         }
         for &sq in &sq[..private] {
@@ -254,27 +206,4 @@ impl<'a> Weigh<'a> {
     pub fn tally(&self) -> Tally {
         self.tally
     }
-}
-
-enum Weights<'a> {
-    None,
-    Given(&'a [f64]),
-    Clip(&'a [f64], &'a (dyn Fn(f64) -> f64 + Sync)),
-}
-
-/// Adds a gradient to its stretch of the flat buffer; returns the norms' totals of the fused form.
-fn add(grads: &mut Array, range: &std::ops::Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
-    if let Some(gpu) = grads.gpu() {
-        grad.add_on(gpu, None, &grads.slice(0, range.clone())?)?;
-        return Ok(Vec::new());
-    }
-    with_float!("TrainStep", grads.dtype(), |T| {
-        let out = &mut grads.as_mut_slice::<T>()?[range.clone()];
-        match w {
-            Weights::None => grad.add_sum::<T>(None, out)?,
-            Weights::Given(w) => grad.add_weighted::<T>(w, out)?,
-            Weights::Clip(base, f) => return grad.add_clipped::<T>(base, f, out),
-        }
-        Ok(Vec::new())
-    })
 }

@@ -17,8 +17,9 @@ use crate::ops::unary;
 use crate::{Tensor, with_dtype, with_float};
 use std::marker::PhantomData;
 
-/// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1.
-fn pair(g: &mut Gen, low: f64, high: f64) -> (Array, Array) {
+/// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one lies
+/// within 0.1 of a value of the other, so that no small step exchanges the larger for the smaller.
+fn pair(g: &mut Gen, low: f64, high: f64, apart: bool) -> (Array, Array) {
     let rank = g.size(0, 3);
     let full = g.shape(rank);
     let cut = |g: &mut Gen| -> Vec<usize> {
@@ -26,11 +27,12 @@ fn pair(g: &mut Gen, low: f64, high: f64) -> (Array, Array) {
         full[lead..].iter().map(|&s| if g.chance(0.3) { 1 } else { s }).collect()
     };
     let small = cut(g);
-    if g.chance(0.5) {
-        (g.array_in(&full, low, high), g.array_in(&small, low, high))
-    } else {
-        (g.array_in(&small, low, high), g.array_in(&full, low, high))
+    let (a, b) = if g.chance(0.5) { (&full, &small) } else { (&small, &full) };
+    if !apart {
+        return (g.array_in(a, low, high), g.array_in(b, low, high));
     }
+    let grid = |shift: f64| move |g: &mut Gen| ((low + (high - low) * g.uniform()) * 5.0).round() / 5.0 + shift;
+    (g.array_of(a, grid(0.0)), g.array_of(b, grid(0.1)))
 }
 
 /// An elementwise function of two inputs.
@@ -41,6 +43,8 @@ pub(crate) trait Binary: 'static {
     const SAVES: bool;
     /// Inputs of the cases lie in this range, away from poles.
     const RANGE: [f64; 2] = [-2.0, 2.0];
+    /// Whether the function has a kink where the inputs are equal, from which cases keep away.
+    const KINK: bool = false;
     /// The registry's entry.
     const INFO: &'static OpInfo =
         &OpInfo { name: Self::NAME, differentiable: Differentiable::Yes, factor: NO_PARAMS, cases: &[case::<Self>] };
@@ -53,7 +57,7 @@ pub(crate) trait Binary: 'static {
 }
 
 fn case<B: Binary + ?Sized>(g: &mut Gen) -> Result<Case> {
-    let (a, b) = pair(g, B::RANGE[0], B::RANGE[1]);
+    let (a, b) = pair(g, B::RANGE[0], B::RANGE[1], B::KINK);
     Ok(Case::new(vec![a, b], |t| binary::<B>(&t[0], &t[1])))
 }
 
@@ -232,6 +236,7 @@ pub(crate) struct Maximum;
 impl Binary for Maximum {
     const NAME: &'static str = "maximum";
     const SAVES: bool = true;
+    const KINK: bool = true;
     #[inline(always)]
     fn f<T: Float>(x: T, y: T) -> T {
         x.larger(y)
@@ -252,6 +257,7 @@ pub(crate) struct Minimum;
 impl Binary for Minimum {
     const NAME: &'static str = "minimum";
     const SAVES: bool = true;
+    const KINK: bool = true;
     #[inline(always)]
     fn f<T: Float>(x: T, y: T) -> T {
         -(-x).larger(-y)
@@ -319,7 +325,7 @@ static COMPARE: OpInfo = OpInfo {
     differentiable: Differentiable::No("the result is a mask"),
     factor: NO_PARAMS,
     cases: &[|g| {
-        let (a, b) = pair(g, -2.0, 2.0);
+        let (a, b) = pair(g, -2.0, 2.0, false);
         Ok(Case::new(vec![a, b], |t| t[0].lt(&t[1])?.cast(DType::F64)))
     }],
 };
@@ -329,7 +335,7 @@ static WHERE: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g| {
-        let (a, b) = pair(g, -2.0, 2.0);
+        let (a, b) = pair(g, -2.0, 2.0, false);
         let shape = crate::array::shape::broadcast("where", a.shape(), b.shape())?;
         let mask = g.array(&shape);
         let mask = ew::map::<f64, u8>(&mask.cast(DType::F64), |x| (x > 0.0) as u8)?;

@@ -1,0 +1,40 @@
+//! The reducing slot: sums over the ranks, in their order, so that they have the same bits on each.
+
+use super::ledger::Tally;
+use crate::array::Array;
+use crate::base::Result;
+use crate::device::spans::{self, Kind};
+use crate::dist::Communicator;
+
+/// What a step counts, besides the gradient.
+pub(super) struct Counts {
+    /// Samples, private or public.
+    pub samples: usize,
+    /// Private samples among them.
+    pub private: usize,
+    /// Sum of the losses (0 on a GPU, which keeps its own).
+    pub loss: f64,
+    /// Clipped pairs (none on a GPU, which keeps its own).
+    pub tally: Tally,
+    /// Per clipping group, private samples with a norm of at most the threshold.
+    pub below: Vec<u64>,
+}
+
+/// Gradients and counts of all ranks together.
+pub(super) fn reduce(ranks: Option<&dyn Communicator>, grads: &mut Array, own: Counts) -> Result<Counts> {
+    let Some(ranks) = ranks else { return Ok(own) };
+    let _phase = spans::span(Kind::Phase, "reduce");
+    *grads = ranks.all_reduce("gradients", grads)?;
+    let Tally { pairs, clipped, non_finite } = own.tally;
+    let counted = [own.samples as u64, own.private as u64, pairs, clipped, non_finite];
+    let all: Vec<f64> =
+        std::iter::once(own.loss).chain(counted.into_iter().chain(own.below).map(|c| c as f64)).collect();
+    let all = ranks.all_reduce("counts", &Array::from_slice(&all, &[all.len()])?)?.to_f64();
+    Ok(Counts {
+        loss: all[0],
+        samples: all[1] as usize,
+        private: all[2] as usize,
+        tally: Tally { pairs: all[3] as u64, clipped: all[4] as u64, non_finite: all[5] as u64 },
+        below: all[6..].iter().map(|c| *c as u64).collect(),
+    })
+}

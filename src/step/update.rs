@@ -1,0 +1,58 @@
+//! The updating slot: the gradient is scaled to a mean, and the optimizer changes the parameters.
+
+use super::flat::Flat;
+use super::ledger::Ledger;
+use super::record::Live;
+use crate::array::Array;
+use crate::base::{Float, Result};
+use crate::device::spans::{self, Kind};
+use crate::kernels::elementwise::cuda::scale_in_place;
+use crate::kernels::elementwise::for_each_mut;
+use crate::optim::{GpuUpdate, Optimizer, Update};
+use crate::with_float;
+
+/// One update of the parameters from `scale`·`grads`, as step number `step` (from 1) at learning rate `lr`. Nothing changes
+/// on a GPU whose ledger says that a loss was not finite.
+pub(super) fn update(
+    (flat, optimizer): (&mut Flat, &dyn Optimizer),
+    (grads, scale): (&mut Array, f64),
+    state: &mut [Array],
+    (step, lr): (u64, f64),
+    (ledger, live): (Option<&Ledger>, Option<&Live>),
+) -> Result<()> {
+    let _phase = spans::span(Kind::Phase, "update");
+    scale_by(grads, scale)?;
+    let stop = ledger.map(Ledger::stop).transpose()?;
+    for buffer in state.iter_mut() {
+        buffer.own()?;
+    }
+    flat.update(|params, layout| {
+        let gpu = GpuUpdate { live: live.map(|l| &l.optimizer), stop: stop.as_ref() };
+        optimizer.update(Update { gpu, ..Update::new((step, lr), params, grads, state, layout) })
+    })
+}
+
+/// All zeros, in memory of its own.
+pub(super) fn zero(a: &mut Array) -> Result<()> {
+    a.own()?;
+    if let Some(gpu) = a.gpu() {
+        let (block, at) = a.block("TrainStep")?;
+        return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
+    }
+    with_float!("TrainStep", a.dtype(), |T| {
+        for_each_mut(a.as_mut_slice::<T>()?, |_| <T as Float>::ZERO);
+        Ok(())
+    })
+}
+
+/// a ← s·a.
+fn scale_by(a: &mut Array, s: f64) -> Result<()> {
+    if let Some(gpu) = a.gpu() {
+        return scale_in_place(gpu, a, s);
+    }
+    with_float!("TrainStep", a.dtype(), |T| {
+        let s = <T as crate::Element>::from_f64(s);
+        for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
+        Ok(())
+    })
+}
