@@ -162,3 +162,49 @@ fn a_device_knows_no_array_and_the_cpu_halves_launch_nothing() {
         assert!(names.iter().all(|n| n == "base" || n == "device"), "{path} imports {names:?}");
     }
 }
+
+/// Both lists of `src/ops/mod.rs` are what the folder holds; with `PRISMGRAD_WRITE_LISTS=1` they are written.
+#[test]
+fn every_file_of_ops_is_in_the_registry() {
+    let mut names: Vec<String> = fs::read_dir(root().join("src/ops"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap().trim_end_matches(".rs").to_string())
+        .filter(|n| n != "mod")
+        .collect();
+    names.sort();
+    let text = read("src/ops/mod.rs");
+    let mut lines: Vec<String> = vec![];
+    for line in text.lines() {
+        let is_module = line.starts_with("pub mod ");
+        let is_entry = line.starts_with("    ") && line.ends_with("::OPS,");
+        let write = |name: &String| if is_module { format!("pub mod {name};") } else { format!("    {name}::OPS,") };
+        let last = lines.last().cloned().unwrap_or_default();
+        match (is_module || is_entry, last.starts_with("pub mod ") || last.ends_with("::OPS,")) {
+            (true, false) => lines.extend(names.iter().map(write)),
+            (true, true) => {}
+            (false, _) => lines.push(line.to_string()),
+        }
+    }
+    let wanted = lines.join("\n") + "\n";
+    if std::env::var_os("PRISMGRAD_WRITE_LISTS").is_some() {
+        fs::write(root().join("src/ops/mod.rs"), &wanted).unwrap();
+    }
+    assert_eq!(read("src/ops/mod.rs"), wanted, "run PRISMGRAD_WRITE_LISTS=1 cargo test --test house");
+}
+
+/// Every op that a profile can name is in the registry, and so are its cases: `spans::op("name")` is the name of an entry.
+#[test]
+fn every_op_of_a_profile_is_registered() {
+    let registered: BTreeSet<&str> = prismgrad::ops::registry().map(|op| op.name).collect();
+    let mut missing = vec![];
+    for path in sources("src/ops") {
+        let text = read(&path);
+        for (at, prefix) in text.match_indices("spans::op(\"") {
+            let name = text[at + prefix.len()..].split('"').next().unwrap();
+            if !registered.contains(name) {
+                missing.push(format!("{path}: {name}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "ops without an entry in the registry: {missing:?}");
+}

@@ -1,5 +1,7 @@
-//! The operations, one file per family: shape rule, CPU code, backward rule, factor rule or the reason there is none,
-//! and cases for the checks. [`REGISTRY`] lists them all; a test walks it.
+//! The operations, one file or folder per family: shape rule, backward rule, factor rule or the reason there is none, cases
+//! for the checks, and the loops and launches that only this family has. [`REGISTRY`] lists them all; a test walks it.
+//!
+//! The two lists below are the folder's files. After adding one, `PRISMGRAD_WRITE_LISTS=1 cargo test --test house` writes them.
 
 pub(crate) use crate::autograd::NO_PARAMS;
 pub use crate::autograd::{Differentiable, FactorRule, OpInfo};
@@ -26,25 +28,25 @@ pub mod view;
 
 /// Every operation of the crate.
 pub static REGISTRY: &[&[&OpInfo]] = &[
-    params::OPS,
-    unary::OPS,
-    binary::OPS,
-    reduce::OPS,
-    view::OPS,
-    matmul::OPS,
-    linear::OPS,
     attention::OPS,
-    index::OPS,
-    embedding::OPS,
-    segment::OPS,
-    rotary::OPS,
-    norm::OPS,
-    softmax::OPS,
-    loss::OPS,
-    dropout::OPS,
-    grouped::OPS,
+    binary::OPS,
     conv::OPS,
+    dropout::OPS,
+    embedding::OPS,
+    grouped::OPS,
+    index::OPS,
+    linear::OPS,
+    loss::OPS,
+    matmul::OPS,
+    norm::OPS,
+    params::OPS,
     pool::OPS,
+    reduce::OPS,
+    rotary::OPS,
+    segment::OPS,
+    softmax::OPS,
+    unary::OPS,
+    view::OPS,
 ];
 
 /// All registry entries in a row.
