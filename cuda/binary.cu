@@ -1,8 +1,8 @@
 #include "prelude.cuh"
 // Two broadcast operands: arithmetic, comparison, selection, masks; and in-place sums.
 //
-// Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous results, in all kernels here
-// but scale_rows. Broadcasting is a step of 0: `x + bias` is rank 2, sizes [rows, cols], steps [cols, 1] and [0, 1].
+// Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous results, in all kernels here.
+// Broadcasting is a step of 0: `x + bias` is rank 2, sizes [rows, cols], steps [cols, 1] and [0, 1].
 //
 //   {add,sub,mul,div,maximum,minimum}_{f32,f64,bf16,f16} (const T* a, const T* b, T* y, i64 n, Strided2 sab)
 //   {mul,div,maximum,minimum}_grad_{f32,f64,bf16,f16} (const T* a, const T* b, const T* g, T* d, i64 n, Strided3 sabg, i32 side)
@@ -14,9 +14,6 @@
 //   mask_{b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
 //       b1 … b8: by width, any dtype of that many bytes.
 //   add_assign_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx)               y += x
-//   scale_rows_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each)
-//       grid ceil(rows·cols / 1024). Row r times w[owner[r]], or w[r / each] where owner is null. A weight of exactly 0 gives
-//       zeros whatever the row holds: a sample left out for a NaN stays out.
 
 struct add_op { template <class A> static DEVM A f(A x, A y) { return x + y; } };
 struct sub_op { template <class A> static DEVM A f(A x, A y) { return x - y; } };
@@ -179,32 +176,3 @@ template <class D, class S, class F> DEV void update_body(D* y, const S* x, i64 
         update_body(y, x, n, sx, [](T a, T b) { return from_acc<T>(to_acc(a) + to_acc(b)); });                 \
     }
 FOR_FLOATS(UPDATE)
-
-// ---------------------------------------------------------------- rows
-template <class T>
-DEV void scale_rows_body(const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each) {
-    i64 i;
-    int count = quad_of(rows * cols, i);
-    if (!count) return;
-    T v[4];
-    load4(x, i, count, v);
-    i64 row = i / cols, col = i - row * cols;
-    acc_t<T> f = w[owner ? (i64)owner[row] : row / each];
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        if (k < count) {
-            if (col == cols) {
-                row++;
-                col = 0;
-                f = w[owner ? (i64)owner[row] : row / each];
-            }
-            v[k] = from_acc<T>(f == acc_t<T>(0) ? acc_t<T>(0) : f * to_acc(v[k]));
-            col++;
-        }
-    store4(y, i, count, v);
-}
-#define SCALE(T, S)                                                                                            \
-    KERNEL scale_rows_##S(const T* x, const acc_t<T>* w, const u32* owner, T* y, i64 rows, i64 cols, i64 each) { \
-        scale_rows_body(x, w, owner, y, rows, cols, each);                                                     \
-    }
-FOR_FLOATS(SCALE)

@@ -7,10 +7,10 @@
 //   embedding_bag_{f32,f64,bf16,f16} (const T* w, const u32* ids, const i64* offsets, const acc_t<T>* scale, T* y,
 //                                     i64 bags, i64 p, i32 mean)                            grid ceil(bags·p / 256)
 //       y[s] = Σ f·scale[t]·w[ids[t]] in rising t, f = 1/length with mean, else 1. scale may be null. Empty bags give 0.
-//   bag_rows_{f32,f64,bf16,f16} (const T* g, const u32* owner, const i64* offsets, const acc_t<T>* scale, T* rows, i64 n,
+//   bag_rows_{f32,f64} (const T* g, const u32* owner, const i64* offsets, const acc_t<T>* scale, T* rows, i64 n,
 //                                i64 p, i32 mean)                                           grid ceil(n·p / 1024)
 //       rows[t] = f·scale[t]·g[owner[t]]: the lookup factor of the table's gradient.
-//   bag_dots_{f32,f64,bf16,f16} (const T* g, const T* w, const u32* ids, const u32* owner, const i64* offsets, acc_t<T>* d,
+//   bag_dots_{f32,f64} (const T* g, const T* w, const u32* ids, const u32* owner, const i64* offsets, acc_t<T>* d,
 //                                i64 n, i64 p, i32 mean)                                    row rule with rows n, d p
 //       d[t] = f·⟨g[owner[t]], w[ids[t]]⟩: the gradient of scale.
 
@@ -68,7 +68,9 @@ DEV void bag_dots_body(const T* g, const T* w, const u32* ids, const u32* owner,
     KERNEL embedding_bag_##S(const T* w, const u32* ids, const i64* offsets, const acc_t<T>* scale, T* y,      \
                              i64 bags, i64 p, i32 mean) {                                                      \
         bag_body(w, ids, offsets, scale, y, bags, p, mean);                                                    \
-    }                                                                                                          \
+    }
+FOR_FLOATS(BAGS)
+#define BAG_GRADIENTS(T, S)                                                                                     \
     KERNEL bag_rows_##S(const T* g, const u32* owner, const i64* offsets, const acc_t<T>* scale, T* rows,      \
                         i64 n, i64 p, i32 mean) {                                                              \
         bag_rows_body(g, owner, offsets, scale, rows, n, p, mean);                                             \
@@ -77,4 +79,4 @@ DEV void bag_dots_body(const T* g, const T* w, const u32* ids, const u32* owner,
                         acc_t<T>* d, i64 n, i64 p, i32 mean) {                                                 \
         bag_dots_body(g, w, ids, owner, offsets, d, n, p, mean);                                               \
     }
-FOR_FLOATS(BAGS)
+FOR_FULL(BAG_GRADIENTS)

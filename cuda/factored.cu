@@ -187,19 +187,11 @@ GRAM(factor_gram_f32, SimtTile<float COMMA true COMMA true>, float)
 GRAM(factor_gram_f64, SimtTile<double COMMA true COMMA true>, double)
 DIRECT(factor_direct_f32, SimtTile<float COMMA false COMMA false>, float)
 DIRECT(factor_direct_f64, SimtTile<double COMMA false COMMA false>, double)
-GRAM(factor_gram_bf16, MmaTile<bf16 COMMA true COMMA true COMMA 64>, bf16)
-GRAM(factor_gram_f16, MmaTile<f16 COMMA true COMMA true COMMA 64>, f16)
-GRAM(factor_gram_tf32, MmaTile<float COMMA true COMMA true COMMA 64>, float)
-DIRECT(factor_direct_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16)
-DIRECT(factor_direct_f16, MmaTile<f16 COMMA false COMMA false>, f16)
-DIRECT(factor_direct_tf32, MmaTile<float COMMA false COMMA false>, float)
 #define ROWS(S, T) \
     extern "C" __global__ void __launch_bounds__(256) factor_rows_##S(const T *__restrict__ grad, const T *__restrict__ scale, const i64 *__restrict__ offsets, \
         const u32 *__restrict__ order, double *__restrict__ part, RowsShape s) { rows_body<T>(grad, scale, offsets, order, part, s); }
 ROWS(f32, float)
 ROWS(f64, double)
-ROWS(bf16, bf16)
-ROWS(f16, f16)
 
 extern "C" __global__ void __launch_bounds__(256) norms_sum(const double* __restrict__ part, double* sq, i64 count, i64 width, double factor, i32 accumulate) {
     int lane = threadIdx.x % 32;
@@ -268,8 +260,6 @@ DEV void rowsum_body(const T* grad, const T* scale, const acc_t<T>* w, const u32
         const u32 *__restrict__ owner, acc_t<T> *__restrict__ part, RowSumShape s) { rowsum_body<T>(grad, scale, w, owner, part, s); }
 ROWSUM(f32, float)
 ROWSUM(f64, double)
-ROWSUM(bf16, bf16)
-ROWSUM(f16, f16)
 
 template <class A> DEV void rowsum_add(const A* part, A* out, i64 chunks, i64 width, i32 accumulate) {
     for (i64 c = (i64)blockIdx.x * 256 + threadIdx.x; c < width; c += (i64)gridDim.x * 256) {

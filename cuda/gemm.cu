@@ -110,8 +110,6 @@ SIMT(gemm_tt_f64, double, false, true, 2)
     extern "C" __global__ void __launch_bounds__(256, BLOCKS) gemm_tt_##NAME(GEMM_ARGS(T, O)) { gemm_body<MmaTile<T, false, true>, O>(a, b, c, bias, pre, w, owner, part, s); }
 MMA(bf16, bf16, bf16, 2)
 MMA(f16, f16, f16, 2)
-MMA(bf16_f32, bf16, float, 2)
-MMA(f16_f32, f16, float, 2)
 MMA(tf32, float, float, 1)
 
 // Reads splits + 1 values and writes one for each element of C.

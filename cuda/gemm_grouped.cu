@@ -142,6 +142,3 @@ GROUPED_ROWS(grouped_rows_n_f16, MmaTile<f16 COMMA true COMMA false>, f16, f16, 
 GROUPED_ROWS(grouped_rows_t_f16, MmaTile<f16 COMMA true COMMA true>, f16, f16, 2)
 GROUPED_ROWS(grouped_rows_n_tf32, MmaTile<float COMMA true COMMA false>, float, float, 1)
 GROUPED_ROWS(grouped_rows_t_tf32, MmaTile<float COMMA true COMMA true>, float, float, 2)
-GROUPED_WEIGHT(grouped_weight_bf16, MmaTile<bf16 COMMA false COMMA false>, bf16, float)
-GROUPED_WEIGHT(grouped_weight_f16, MmaTile<f16 COMMA false COMMA false>, f16, float)
-GROUPED_WEIGHT(grouped_weight_tf32, MmaTile<float COMMA false COMMA false>, float, float)

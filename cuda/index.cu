@@ -4,14 +4,14 @@
 //
 //   gather_{b1,b2,b4,b8} (const T* x, const u32* ids, T* y, i64 count, i64 k, i64 n, i64 inner)      grid ceil(count / 1024)
 //       x [outer, n, inner], ids and y [outer, k, inner], count elements: y[o, j, i] = x[o, ids[o, j, i], i].
-//   scatter_add_{f32,f64,bf16,f16} (acc_t<T>* out, const u32* ids, const T* src, i64 outer, i64 k, i64 n, i64 inner)
+//   scatter_add_{f32,f64} (acc_t<T>* out, const u32* ids, const T* src, i64 outer, i64 k, i64 n, i64 inner)
 //       out[o, ids[o, j, i], i] += src[o, j, i] in rising j: grid ceil(outer·inner / 256), a thread per (o, i). Fast where
 //       outer·inner is large; for one long column use radix sort and rows_add with p = 1.
 //   take_{b1,b2,b4,b8} (const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p)      grid ceil(outer·k·p / 1024)
 //       y[o, j, :] = src[o, ids[j], :], rows of p units. Lookup, index_select, repeating rows by segment.
 //   rows_add: out[o, ids[t], :] += w[t]·src[o, t, :] without atomics, from ids sorted with their positions (sort.cu: sorted,
 //   order). Two launches, sums in rising t within pieces of 32 sorted positions, pieces in order:
-//   rows_add_{f32,f64,bf16,f16} (const T* src, const u32* sorted, const u32* order, const acc_t<T>* w, acc_t<T>* out,
+//   rows_add_{f32,f64} (const T* src, const u32* sorted, const u32* order, const acc_t<T>* w, acc_t<T>* out,
 //                                acc_t<T>* part, i64 outer, i64 k, i64 n, i64 p)   grid outer·ceil(k / 32)·ceil(p / 256)
 //   rows_add_last_{f32,f64} (const A* part, const u32* sorted, A* out, i64 outer, i64 k, i64 n, i64 p)            same grid
 //       part [outer, ceil(k / 32), 2, p] of acc_t<T>. w may be null; a row of weight exactly 0 is left out whatever it holds.
@@ -42,7 +42,7 @@ DEV void scatter_add_body(acc_t<T>* out, const u32* ids, const T* src, i64 outer
     KERNEL scatter_add_##S(acc_t<T>* out, const u32* ids, const T* src, i64 outer, i64 k, i64 n, i64 inner) {  \
         scatter_add_body(out, ids, src, outer, k, n, inner);                                                   \
     }
-FOR_FLOATS(SCATTER)
+FOR_FULL(SCATTER)
 
 // Neighbouring threads on neighbouring units; 32-bit division where it suffices.
 template <class T> DEV void take_body(const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p) {
@@ -124,7 +124,7 @@ DEV void rows_add_last_body(const A* part, const u32* sorted, A* out, i64 outer,
                         acc_t<T>* part, i64 outer, i64 k, i64 n, i64 p) {                                      \
         rows_add_body(src, sorted, order, w, out, part, outer, k, n, p);                                       \
     }
-FOR_FLOATS(ROWS_ADD)
+FOR_FULL(ROWS_ADD)
 #define ROWS_LAST(T, S)                                                                                        \
     KERNEL rows_add_last_##S(const T* part, const u32* sorted, T* out, i64 outer, i64 k, i64 n, i64 p) {       \
         rows_add_last_body(part, sorted, out, outer, k, n, p);                                                 \

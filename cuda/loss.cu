@@ -13,10 +13,10 @@
 //                          const acc_t<T>* g, const u32* owner, T* dx, i64 rows, i64 d, i64 each, f64 smoothing, i64 ignore)
 //                                                                              row rule, block 256; dx may be x
 //       dx = weight[r]·g[sample]·(softmax(x) − (1 − s)·onehot − s/d); the sample is owner[r], or r / each where owner is null.
-//   bce_{f32,f64,bf16,f16}      (const T* x, const T* t, T* y, i64 n, Strided2 sxt)                grid ceil(n / 1024), block 256
+//   bce_{f32,f64}      (const T* x, const T* t, T* y, i64 n, Strided2 sxt)                grid ceil(n / 1024), block 256
 //       softplus(x) − x·t
 //   bce_grad_{..}               (const T* x, const T* t, const T* g, T* dx, i64 n, Strided3 sxtg)  (sigmoid(x) − t)·g
-//   xlogx_{..}                  (const T* x, T* y, i64 n, Strided1 sx)                             x > 0 ? x·ln x : 0 (KL)
+//   xlogx_f64                   (const T* x, T* y, i64 n, Strided1 sx)                             x > 0 ? x·ln x : 0 (KL)
 
 template <class T>
 DEV void cross_entropy_body(const T* x, const u32* targets, acc_t<T>* loss, acc_t<T>* lse, i64 rows, i64 d,
@@ -193,6 +193,6 @@ template <class T> DEV void xlogx_body(const T* x, T* y, i64 n, const Strided1& 
     KERNEL bce_##S(const T* x, const T* t, T* y, i64 n, STRIDED(2) sxt) { bce_body(x, t, y, n, sxt); }         \
     KERNEL bce_grad_##S(const T* x, const T* t, const T* g, T* dx, i64 n, STRIDED(3) sxtg) {                   \
         bce_grad_body(x, t, g, dx, n, sxtg);                                                                   \
-    }                                                                                                          \
-    KERNEL xlogx_##S(const T* x, T* y, i64 n, STRIDED(1) sx) { xlogx_body(x, y, n, sx); }
-FOR_FLOATS(TERMS)
+    }
+FOR_FULL(TERMS)
+KERNEL xlogx_f64(const double* x, double* y, i64 n, STRIDED(1) sx) { xlogx_body(x, y, n, sx); }

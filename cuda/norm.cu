@@ -5,10 +5,10 @@
 //                            i64 rows, i64 d, f64 eps, i32 center)
 //       y = (x − mean)·rstd·gain + bias; center 0 leaves the mean out (RMS). gain, bias [d] may be null.
 //       stats [rows, 2]: mean and rstd, kept for backward.
-//   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat,
+//   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, acc_t<T>* wide,
 //                            i64 rows, i64 d, i32 center)
 //       dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; x̂ for the gain's factor (a scaled row sum of dy by x̂; the
-//       bias's is the row sum of dy). gain, dx, xhat may be null; dx may be dy.
+//       bias's is the row sum of dy). wide: dy in acc_t<T>. gain, dx, xhat, wide may be null; dx may be dy.
 //
 // The variance is taken about the mean in a pass of its own, as on the CPU: the row is in the cache by then (d ≤ 1024 in the
 // first level, longer rows in the second), so memory is read once and written once.
@@ -70,7 +70,7 @@ DEV void norm_body(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y,
     }
 }
 template <class T>
-DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, i64 rows,
+DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, acc_t<T>* wide, i64 rows,
                         i64 d, int center) {
     typedef acc_t<T> A;
     SHARED(A, red, [8]);
@@ -101,19 +101,21 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);
         T v[4], w[4];
-        A g[4], h[4];
+        A g[4], h[4], u[4];
         load4(x, i, count, v);
-        if (dx) load4(dy, i, count, w);
+        if (dx || wide) load4(dy, i, count, w);
         if (dx && gain) load4(gain, i, count, g);
 #pragma unroll
         for (int k = 0; k < 4; k++)
             if (k < count) {
                 A c = (to_acc(v[k]) - mean) * rstd;
+                if (wide) u[k] = to_acc(w[k]);
                 if (dx) w[k] = from_acc<T>(rstd * (to_acc(w[k]) * (gain ? g[k] : A(1)) - a - c * b));
                 h[k] = c;
             }
         if (dx) store4(dx + t.row * d, i, count, w);
         if (xhat) store4(xhat + t.row * d, i, count, h);
+        if (wide) store4(wide + t.row * d, i, count, u);
     }
 }
 #define INSTANCES(T, S)                                                                                        \
@@ -121,8 +123,8 @@ DEV void norm_grad_body(const T* x, const acc_t<T>* stats, const T* dy, const ac
                     i64 d, double eps, i32 center) {                                                           \
         norm_body(x, gain, bias, y, stats, rows, d, eps, center);                                              \
     }                                                                                                          \
-    KERNEL norm_grad_##S(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, \
+    KERNEL norm_grad_##S(const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, acc_t<T>* wide, \
                          i64 rows, i64 d, i32 center) {                                                        \
-        norm_grad_body(x, stats, dy, gain, dx, xhat, rows, d, center);                                         \
+        norm_grad_body(x, stats, dy, gain, dx, xhat, wide, rows, d, center);                                         \
     }
 FOR_FLOATS(INSTANCES)

@@ -12,12 +12,10 @@
 //   sum_rows_last_{f32,f64,bf16,f16}, sum_cols_last_{..}: as sum_rows, sum_cols, from acc_t<T>* to T*: the second level.
 // EXTREMES. mode 0: largest, NaN wins; 1: smallest, NaN wins; 2: largest, a NaN only at position 0 (argmax). First of equals.
 //   max_rows_{..} (const T* x, T* y, u32* index, i64 rows, i64 cols, i32 mode)               row rule; y or index may be null
-//   max_cols_{..} (const T* x, T* y, u32* index, i64 outer, i64 n, i64 inner, i32 mode)      grid ceil(outer·inner / 256)
 //   unpick_{b2,b4,b8} (const T* g, const u32* index, T* dx, i64 count, i64 k, i64 n, i64 inner)  grid ceil(count / 1024)
 //       dx[o, index[o, j, i], i] = g[o, j, i], count = outer·k·inner picks, into zeros: backward of max, sort, topk.
 // LOGSUMEXP
 //   logsumexp_rows_{..} (const T* x, T* y, i64 rows, i64 cols)                               row rule
-//   logsumexp_cols_{..} (const T* x, T* y, i64 outer, i64 n, i64 inner)                      grid ceil(outer·inner / 256)
 //   logsumexp_grad_{..} (const T* x, const T* y, const T* g, T* dx, i64 n, Strided3 sxyg)    grid ceil(n / 1024); exp(x − y)·g
 // SCANS
 //   cumsum_rows_{..} (const T* x, T* y, i64 rows, i64 cols, i32 reverse)                     row rule
@@ -157,25 +155,9 @@ template <class T> DEV void max_rows_body(const T* x, T* y, u32* index, i64 rows
         if (index) index[t.row] = (u32)b.at;
     }
 }
-template <class T> DEV void max_cols_body(const T* x, T* y, u32* index, i64 outer, i64 n, i64 inner, int mode) {
-    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= outer * inner) return;
-    const T* p = x + i / inner * n * inner + i % inner;
-    Best<acc_t<T>> b = {to_acc(p[0]), 0};
-    bool stuck = mode == 2 && is_nan(b.v);
-    for (i64 r = 1; r < n && !stuck; r++) {
-        acc_t<T> v = to_acc(p[r * inner]);
-        if (before(mode, v, (i32)r, b)) b = {v, (i32)r};
-    }
-    if (y) y[i] = p[(i64)b.at * inner];
-    if (index) index[i] = (u32)b.at;
-}
 #define EXTREMES(T, S)                                                                                         \
     KERNEL max_rows_##S(const T* x, T* y, u32* index, i64 rows, i64 cols, i32 mode) {                          \
         max_rows_body(x, y, index, rows, cols, mode);                                                          \
-    }                                                                                                          \
-    KERNEL max_cols_##S(const T* x, T* y, u32* index, i64 outer, i64 n, i64 inner, i32 mode) {                 \
-        max_cols_body(x, y, index, outer, n, inner, mode);                                                     \
     }
 FOR_FLOATS(EXTREMES)
 
@@ -206,36 +188,8 @@ template <class T> DEV void lse_rows_body(const T* x, T* y, i64 rows, i64 cols) 
     s = team_sum(t, s, red);
     if (t.rank == 0) y[t.row] = from_acc<T>(finish_lse(m, s));
 }
-template <class T> DEV void lse_cols_body(const T* x, T* y, i64 outer, i64 n, i64 inner) {
-    typedef acc_t<T> A;
-    i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= outer * inner) return;
-    const T* p = x + i / inner * n * inner + i % inner;
-    A m = -inf_of(A(0)), s = 0;
-    for (i64 r = 0; r < n; r++) m = larger(to_acc(p[r * inner]), m);
-    for (i64 r = 0; r < n; r++) s += exp_of(to_acc(p[r * inner]) - m);
-    y[i] = from_acc<T>(finish_lse(m, s));
-}
-template <class T> DEV void lse_grad_body(const T* x, const T* y, const T* g, T* dx, i64 n, const Strided3& s) {
-    i64 i;
-    int count = quad_of(n, i);
-    if (!count) return;
-    Quad<Strided3, 3> at;
-    locate<3>(s, i, count, at);
-    T a[4], b[4], c[4];
-    load4(x, s, at, 0, count, a);
-    load4(y, s, at, 1, count, b);
-    load4(g, s, at, 2, count, c);
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        if (k < count) a[k] = from_acc<T>(exp_of(to_acc(a[k]) - to_acc(b[k])) * to_acc(c[k]));
-    store4(dx, i, count, a);
-}
 #define LSE(T, S)                                                                                              \
     KERNEL logsumexp_rows_##S(const T* x, T* y, i64 rows, i64 cols) { lse_rows_body(x, y, rows, cols); }       \
-    KERNEL logsumexp_cols_##S(const T* x, T* y, i64 outer, i64 n, i64 inner) {                                 \
-        lse_cols_body(x, y, outer, n, inner);                                                                  \
-    }                                                                                                          \
     KERNEL logsumexp_grad_##S(const T* x, const T* y, const T* g, T* dx, i64 n, STRIDED(3) sxyg) {             \
         lse_grad_body(x, y, g, dx, n, sxyg);                                                                   \
     }

@@ -5,17 +5,22 @@
 mod common {
     pub mod close;
     pub mod gpt;
+    pub mod scratch;
     pub mod tokens;
 }
 
 use common::close::{close, differs};
 use common::gpt::gpt;
+use common::scratch::Scratch;
 use common::tokens::tokens;
 use prismgrad::check::{self, Gen};
 use prismgrad::device::emulator::{config, lock, stat};
 use prismgrad::nn::Ctx;
+use prismgrad::ops::grouped::grouped_linear;
+use prismgrad::ops::linear::Layout;
+use prismgrad::ops::segment::Segments;
 use prismgrad::ops::{Differentiable, registry};
-use prismgrad::{Array, DType, Device, Gradients, Result, Tensor};
+use prismgrad::{Array, DType, Device, Gradients, Param, Result, Samples, Tensor};
 use std::collections::BTreeSet;
 
 /// Dtype, tolerance beside the largest value, seed of values and schedule, preemption. 16-bit results may round the other
@@ -141,4 +146,95 @@ fn a_gpt_agrees_with_the_cpu() {
         close(&g.0, &g.1, &w.1, 1e-10);
         close(&g.0, &g.2, &w.2, 1e-10);
     }
+}
+
+/// Every dtype converted to every other, rounded and cut off as on the CPU.
+#[test]
+fn every_cast_agrees_with_the_cpu() {
+    let _one = lock();
+    let device = Device::cuda(0).unwrap();
+    let all = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8];
+    for from in all {
+        let x = Array::generate(&[40], DType::F64, |i| i as f64 * 1.37).cast(from);
+        for to in all {
+            let want = Tensor::new(x.clone()).cast(to).unwrap();
+            let got = Tensor::new(x.to(&device).unwrap()).cast(to).unwrap();
+            assert_eq!(got.dtype(), to);
+            assert_eq!(got.array().to_f64(), want.array().to_f64(), "{from} to {to}");
+        }
+    }
+}
+
+/// Products where TF32 is allowed: rounded to 10 bits of mantissa forwards and for inputs, and not for parameters.
+#[test]
+fn tf32_is_for_products_and_not_for_gradients_of_parameters() {
+    let _one = lock();
+    config("seed", 5);
+    let device = Device::cuda(0).unwrap();
+    let gpu = device.gpu().unwrap();
+    assert!(!gpu.allows_tf32(), "TF32 is off unless it is asked for");
+    gpu.allow_tf32(true);
+    let random = |shape: &[usize], seed: u64, at: &Device| Tensor::randn(shape, DType::F32, seed, at).unwrap();
+    let (mut products, mut exact) = (vec![], vec![]);
+    for at in [&Device::Cpu, &device] {
+        let (a, b) = (random(&[20, 48], 1, at), random(&[48, 24], 2, at));
+        let t = |x: &Tensor| x.transpose(0, 1).unwrap().array().contiguous();
+        let (at_, bt) = (Tensor::new(t(&a)), Tensor::new(t(&b)));
+        let back = |x: &Tensor| x.transpose(0, 1).unwrap();
+        let mut all: Vec<f64> = vec![];
+        for (x, y) in [(&a, &b), (&back(&at_), &b), (&a, &back(&bt)), (&back(&at_), &back(&bt))] {
+            all.extend(x.matmul(y).unwrap().array().to_f64());
+        }
+        // Experts: rows of two groups.
+        let groups = Segments::lengths(&[12, 8]);
+        let samples = Samples::uniform(20, 1);
+        for layout in [Layout::OutIn, Layout::InOut] {
+            let w = Param::new(
+                "w",
+                random(if layout == Layout::OutIn { &[2, 24, 48] } else { &[2, 48, 24] }, 3, at).into_array(),
+            );
+            let y = grouped_linear(&a, &w, layout, None, &groups, &samples).unwrap();
+            all.extend(y.array().to_f64());
+            let grads = y.sum(&[1], false).unwrap().backward().unwrap();
+            exact.push(grads.param(&w).unwrap().sum().unwrap().to_f64());
+        }
+        products.push(all);
+    }
+    gpu.allow_tf32(false);
+    close("products", &products[1], &products[0], 4e-3);
+    assert!(differs("", &products[1], &products[0], 1e-6).is_some(), "nothing was rounded to TF32");
+    for k in [0, 1] {
+        close("gradients", &exact[2 + k], &exact[k], 1e-6);
+    }
+}
+
+/// A GPT in bf16: norms and losses read and write 16 bits, no cast around them. The kernels of each op are in the trace.
+#[test]
+fn a_bf16_gpt_casts_around_no_norm_and_no_loss() {
+    let _one = lock();
+    config("seed", 0);
+    let device = Device::cuda(0).unwrap();
+    let model = gpt(2, true, DType::F32, &device);
+    let (x, y) = tokens(3, 1);
+    let ctx = Ctx::train(0).with_dtype(DType::BF16);
+    let session = prismgrad::profile::start(&device).unwrap();
+    model.losses(&x, &y, &ctx).unwrap().backward().unwrap();
+    let folder = Scratch::new("bf16-trace");
+    let file = folder.join("trace.json");
+    session.finish().unwrap().save_trace(&file).unwrap();
+    let trace: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let mut kernels = BTreeSet::new();
+    for event in trace["traceEvents"].as_array().unwrap() {
+        let op = event["args"]["op"].as_str().unwrap_or_default();
+        if ["layer_norm", "cross_entropy"].contains(&op) {
+            kernels.insert(format!("{op}: {}", event["name"].as_str().unwrap()));
+        }
+    }
+    assert!(
+        kernels.iter().any(|k| k.contains("norm_grad_bf16"))
+            && kernels.iter().any(|k| k.contains("cross_entropy_grad_bf16")),
+        "{kernels:?}"
+    );
+    let casts: Vec<&String> = kernels.iter().filter(|k| k.contains(": cast_")).collect();
+    assert!(casts.is_empty(), "{casts:?}");
 }

@@ -14,18 +14,31 @@ static MATMUL: OpInfo = OpInfo {
     name: "matmul",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g: &mut Gen| {
-        let (m, k, n) = (g.size(1, 4), g.size(0, 4), g.size(1, 4));
-        let lead_rank = g.size(0, 2);
-        let lead = g.shape(lead_rank);
-        let cut = |g: &mut Gen| -> Vec<usize> {
-            lead[g.size(0, lead.len())..].iter().map(|&s| if g.chance(0.3) { 1 } else { s }).collect()
-        };
-        let (mut a, mut b) = (cut(g), cut(g));
-        a.extend([m, k]);
-        b.extend([k, n]);
-        Ok(Case::new(vec![g.array(&a), g.array(&b)], |t| t[0].matmul(&t[1])))
-    }],
+    cases: &[
+        // A contraction so long that it is cut.
+        |g: &mut Gen| {
+            let (m, k, n) = (g.size(1, 2), g.size(1030, 1060), g.size(1, 2));
+            Ok(Case::new(vec![g.array(&[m, k]), g.array(&[k, n])], |t| t[0].matmul(&t[1])?.mul_scalar(0.03)))
+        },
+        // Both transposed.
+        |g: &mut Gen| {
+            let (m, k, n) = (g.size(2, 4), g.size(2, 4), g.size(2, 4));
+            let inputs = vec![g.array(&[k, m]).contiguous(), g.array(&[n, k]).contiguous()];
+            Ok(Case::new(inputs, |t| t[0].transpose(0, 1)?.matmul(&t[1].transpose(0, 1)?)))
+        },
+        |g: &mut Gen| {
+            let (m, k, n) = (g.size(1, 4), g.size(0, 4), g.size(1, 4));
+            let lead_rank = g.size(0, 2);
+            let lead = g.shape(lead_rank);
+            let cut = |g: &mut Gen| -> Vec<usize> {
+                lead[g.size(0, lead.len())..].iter().map(|&s| if g.chance(0.3) { 1 } else { s }).collect()
+            };
+            let (mut a, mut b) = (cut(g), cut(g));
+            a.extend([m, k]);
+            b.extend([k, n]);
+            Ok(Case::new(vec![g.array(&a), g.array(&b)], |t| t[0].matmul(&t[1])))
+        },
+    ],
 };
 
 /// This family's entries.

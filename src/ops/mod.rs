@@ -19,6 +19,7 @@ pub mod matmul;
 pub mod norm;
 pub mod params;
 pub mod pool;
+pub mod random;
 pub mod reduce;
 pub mod rotary;
 pub mod segment;
@@ -41,6 +42,7 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     norm::OPS,
     params::OPS,
     pool::OPS,
+    random::OPS,
     reduce::OPS,
     rotary::OPS,
     segment::OPS,

@@ -165,30 +165,7 @@ fn rows<T: Acc>() {
     let (rows, cols) = (7usize, 3usize);
     let mut v = round::<T>(&Rng(3).vec(rows * cols));
     v[4] = f64::NAN;
-    let w = [0.5, 0., -2., 1.];
-    let owner = [0u32, 1, 2, 0, 3, 1, 2];
-    let (x, y, o) = (up::<T>(&v), Buf::<T>::new(rows * cols), Buf::from(&owner));
-    let dw = up::<T::A>(&w);
-    go!(format!("scale_rows_{}", T::NAME), quads(rows * cols); x.ptr, dw.ptr, o.ptr, y.ptr, rows as i64, cols as i64, 1i64);
-    let want: Vec<f64> = v
-        .iter()
-        .enumerate()
-        .map(|(i, x)| {
-            let w = w[owner[i / cols] as usize];
-            if w == 0. { 0. } else { w * x }
-        })
-        .collect();
-    close("scale_rows", &back(&y.get()), &want, T::TOL);
-    go!(format!("scale_rows_{}", T::NAME), quads(rows * cols); x.ptr, dw.ptr, null::<u32>(), y.ptr, rows as i64, cols as i64, 2i64);
-    let want: Vec<f64> = v
-        .iter()
-        .enumerate()
-        .map(|(i, x)| {
-            let w = w[i / cols / 2];
-            if w == 0. { 0. } else { w * x }
-        })
-        .collect();
-    close("scale_rows", &back(&y.get()), &want, T::TOL);
+    let x = up::<T>(&v);
     let f = Buf::<u8>::new(rows * cols);
     go!(format!("is_finite_{}", T::NAME), quads(rows * cols); x.ptr, f.ptr, (rows * cols) as i64, flat::<1>(rows * cols));
     close(
@@ -199,7 +176,7 @@ fn rows<T: Acc>() {
     );
 }
 #[test]
-fn row_scaling() {
+fn is_finite() {
     let _g = setup();
     floats!(rows);
 }

@@ -58,17 +58,10 @@ fn reductions<T: Acc>() {
             for mode in 0..3 {
                 let want_i: Option<Vec<f64>> = (mode == 2).then(|| x.argmax(1).unwrap().array().to_f64());
                 let gv = round::<T>(&r.vec(o * i));
-                for by_rows in [false, true] {
-                    if by_rows && i > 1 {
-                        continue;
-                    }
+                if i == 1 {
                     let want =
                         (mode < 2).then(|| if mode == 0 { x.max(&[1], false) } else { x.min(&[1], false) }.unwrap());
-                    if by_rows {
-                        go!(format!("max_rows_{s}"), row_grid(o, n); bx.ptr, y.ptr, idx.ptr, oo, nn, mode);
-                    } else {
-                        go!(format!("max_cols_{s}"), [(o * i).div_ceil(256) as u32, 1, 1]; bx.ptr, y.ptr, idx.ptr, oo, nn, ii, mode);
-                    }
+                    go!(format!("max_rows_{s}"), row_grid(o, n); bx.ptr, y.ptr, idx.ptr, oo, nn, mode);
                     if let Some(w) = &want_i {
                         close("argmax", &back(&idx.get()), w, 0.);
                     }
@@ -92,8 +85,6 @@ fn reductions<T: Acc>() {
                     );
                 }
             };
-            go!(format!("logsumexp_cols_{s}"), [(o * i).div_ceil(256) as u32, 1, 1]; bx.ptr, y.ptr, oo, nn, ii);
-            same("lse cols", &back(&y.get()), &w.array().to_f64(), T::TOL * 2.);
             if i == 1 {
                 go!(format!("logsumexp_rows_{s}"), row_grid(o, n); bx.ptr, y.ptr, oo, nn);
                 same("lse rows", &back(&y.get()), &w.array().to_f64(), T::TOL * 2.);

@@ -115,6 +115,7 @@ pub struct Gpu {
     idle_events: Mutex<Vec<RawEvent>>,
     /// Wait after each launch, so that an error is reported by the launch that caused it.
     pub(crate) sync_each: bool,
+    tf32: std::sync::atomic::AtomicBool,
     pub(crate) counters: Counters,
     pub(crate) pool: Pool,
     pub(crate) staging: Staging,
@@ -131,6 +132,16 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
+    /// Lets f32 products of forward passes and of input gradients run on the tensor cores, which round the operands to TF32
+    /// (10 bits of mantissa) and sum in f32. Off at first. Parameters' gradients, and with them norms and clipped sums, are
+    /// computed in f32 all the same.
+    pub fn allow_tf32(&self, on: bool) {
+        self.tf32.store(on, Relaxed);
+    }
+    /// Whether TF32 products are allowed.
+    pub fn allows_tf32(&self) -> bool {
+        self.tf32.load(Relaxed)
+    }
     /// The GPU with this ordinal, opened at the first call. Never closed: the driver does that at process end.
     pub fn open(ordinal: usize) -> Result<Arc<Gpu>> {
         static OPEN: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
@@ -195,6 +206,7 @@ impl Gpu {
             context,
             streams,
             idle_events: Mutex::default(),
+            tf32: Default::default(),
             sync_each: std::env::var("PRISMGRAD_CUDA_SYNC").is_ok_and(|v| !v.is_empty() && v != "0"),
             counters: Counters::default(),
             pool: Pool::from_env()?,

@@ -47,8 +47,13 @@ fn name(act: Activation) -> &'static str {
 pub(crate) const SHARED: usize = 33_792;
 
 /// Dynamic shared memory of a product: more on the tensor cores, whose stages overlap.
-pub(crate) fn shared(dtype: DType) -> usize {
-    if dtype.is_half() { 65_536 } else { SHARED }
+pub(crate) fn shared(kind: &str) -> usize {
+    if matches!(kind, "f32" | "f64") { SHARED } else { 65_536 }
+}
+
+/// The arithmetic of a product, as it stands in the names of kernels: the dtype, or TF32 where f32 may be rounded to it.
+pub(crate) fn kind(gpu: &Gpu, dtype: DType) -> &'static str {
+    if dtype == DType::F32 && gpu.allows_tf32() { "tf32" } else { suffix(dtype) }
 }
 
 /// Rows and columns of the tile of one block.
@@ -138,7 +143,9 @@ fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Res
     let (d0, d1) = if inner.len() > 1 { (r - 2, r - 1) } else { (r, r.wrapping_sub(1)) };
     let d1 = if inner.is_empty() { r } else { d1 };
     let way = |x: &Array| if x.strides()[r + 1] == 1 || x.strides()[r] != 1 { 'n' } else { 't' };
-    let name = format!("gemm_{}{}_{}", way(a), way(b), suffix(a.dtype()));
+    // What is added to something is a gradient of a parameter: it is never rounded to TF32.
+    let kind = if call.accumulate { suffix(a.dtype()) } else { kind(gpu, a.dtype()) };
+    let name = format!("gemm_{}{}_{kind}", way(a), way(b));
     let s = |x: &Array, d: usize| x.strides()[d] as i64;
     let matrices = batch[0] * batch[1];
     let tiles = m.div_ceil(tile) * n.div_ceil(tile) * matrices;
@@ -184,7 +191,7 @@ fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Res
         };
         let (x, y, z) = (a.block("matmul")?, b.block("matmul")?, out.block("matmul")?);
         let pre = call.pre.map(|p| p.block("matmul")).transpose()?;
-        let mut l = Launch::new(gpu, "gemm", &name)?.grid(tiles * splits, 1, 1).shared(shared(a.dtype()));
+        let mut l = Launch::new(gpu, "gemm", &name)?.grid(tiles * splits, 1, 1).shared(shared(kind));
         l = l.buf(x.0, x.1 + oa).buf(y.0, y.1 + ob).buf(z.0, z.1 + oc).optional(call.bias);
         l = match pre {
             Some((p, at)) => l.buf(p, at + oc),

@@ -67,6 +67,12 @@ static ATTENTION: OpInfo = OpInfo {
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
         },
+        // Heads of more than 64 elements, for which there are other kernels.
+        |g: &mut Gen| {
+            let (t, d, o) = (g.size(1, 3), g.size(65, 72), AttentionOptions::new(Span::Causal));
+            let inputs = (0..3).map(|_| g.array(&[1, t, 1, d])).collect();
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
+        },
         // A fused projection.
         |g: &mut Gen| {
             let (b, t, h, d) = (g.size(1, 2), g.size(1, 6), g.size(1, 2), g.size(1, 4));

@@ -32,6 +32,14 @@ static EMBEDDING: OpInfo = OpInfo {
             let params = vec![w.clone()];
             Ok(Case::new(vec![], move |_| embedding(&w, &ids, padding, None)).params(params).samples(b))
         },
+        // A padding id, whose row receives no gradient; no id of this case is it.
+        |g: &mut Gen| {
+            let (b, t, v, p) = (g.size(1, 3), g.size(1, 5), g.size(2, 4), g.size(1, 4));
+            let w = Param::new("weight", g.array(&[v, p]));
+            let ids = Tensor::new(g.ids(&[b, t], v - 1));
+            let (padding, params) = (Some(v as u32 - 1), vec![w.clone()]);
+            Ok(Case::new(vec![], move |_| embedding(&w, &ids, padding, None)).params(params).samples(b))
+        },
         // Rows of any owner, in any order, some samples without a row.
         |g| {
             let (n, b, v, p) = (g.size(0, 6), g.size(1, 4), g.size(1, 3), g.size(1, 4));

@@ -1,6 +1,5 @@
 //! Launches of the grouped products of `cuda/gemm_grouped.cu`: rows sorted by group, a matrix for each.
 
-use crate::array::cuda::suffix;
 use crate::array::{Arguments, Array};
 use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch, layouts};
@@ -30,9 +29,10 @@ pub(crate) fn rows(gpu: &Arc<Gpu>, x: &Array, w: &Array, bias: Option<&Array>, o
         act: layouts::ACT_NONE,
         accumulate: 0,
     };
-    Launch::new(gpu, "gemm_grouped", &format!("grouped_rows_{way}_{}", suffix(x.dtype())))?
+    let kind = gemm::kind(gpu, x.dtype());
+    Launch::new(gpu, "gemm_grouped", &format!("grouped_rows_{way}_{kind}"))?
         .grid((rows.div_ceil(tile) + groups) * n.div_ceil(tile), 1, 1)
-        .shared(gemm::shared(x.dtype()))
+        .shared(gemm::shared(kind))
         .array(x)
         .array(w)
         .array(&y)

@@ -67,8 +67,19 @@ static BCE: OpInfo = OpInfo {
     }],
 };
 
+static KL: OpInfo = OpInfo {
+    name: "kl_divergence",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g: &mut Gen| {
+        let s = [g.size(1, 3), g.size(2, 4)];
+        let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
+        Ok(Case::new(vec![g.array(&s)], move |x| kl_divergence(&x[0].log_softmax(-1)?, &t, Reduce::Mean)))
+    }],
+};
+
 /// This family's entries.
-pub static OPS: &[&OpInfo] = &[&CROSS_ENTROPY, &BCE];
+pub static OPS: &[&OpInfo] = &[&CROSS_ENTROPY, &BCE, &KL];
 
 /// What the backward needs of the rows.
 enum Rows {
@@ -273,6 +284,7 @@ pub fn mse_loss(x: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> 
 
 /// Σ t·(ln t − log_probs) over the last dimension, terms with t = 0 being 0; rows reduced per sample.
 pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
+    let _op = spans::op("kl_divergence");
     if log_probs.shape() != targets.shape() {
         let message = format!("{:?} and targets {:?} differ", log_probs.shape(), targets.shape());
         return Err(Error::shape("kl_divergence", message));

@@ -30,27 +30,28 @@ pub(crate) fn norm(
     Ok((out, stats))
 }
 
-/// The gradient of the input, and x̂, each if asked for.
+/// The gradient of the input, x̂ and dy in the compute dtype, each if asked for.
 pub(crate) fn norm_grad(
     gpu: &Arc<Gpu>,
     (x, stats, dy): (&Array, &Array, &Array),
     gain: Option<&Array>,
     center: bool,
-    (dx, xhat): (bool, bool),
-) -> Result<(Option<Array>, Option<Array>)> {
+    (dx, xhat, wide): (bool, bool, bool),
+) -> Result<(Option<Array>, Option<Array>, Option<Array>)> {
     let op = "norm";
     let gain = gain.map(|a| on(gpu, a)).transpose()?;
     let d = *x.shape().last().unwrap_or(&1);
     let rows = x.numel().checked_div(d).unwrap_or(0);
     let dx = if dx { Some(Array::uninit_on(gpu, x.shape(), x.dtype())?) } else { None };
-    let xhat = if xhat { Some(Array::uninit_on(gpu, &[rows, d], x.dtype().compute())?) } else { None };
+    let kept = |on: bool| on.then(|| Array::uninit_on(gpu, &[rows, d], x.dtype().compute())).transpose();
+    let (xhat, wide) = (kept(xhat)?, kept(wide)?);
     if rows > 0 {
         let (a, st, g) = (x.block(op)?, stats.block(op)?, dy.block(op)?);
         let name = format!("norm_grad_{}", suffix(x.dtype()));
         let l = Launch::new(gpu, "norm", &name)?.grid(blocks(rows, d), 1, 1).block(256);
         let l = l.buf(a.0, a.1).buf(st.0, st.1).buf(g.0, g.1).optional(gain.as_ref());
-        let l = l.optional(dx.as_ref()).optional(xhat.as_ref());
+        let l = l.optional(dx.as_ref()).optional(xhat.as_ref()).optional(wide.as_ref());
         l.val(rows as i64).val(d as i64).val(center as i32).run()?;
     }
-    Ok((dx, xhat))
+    Ok((dx, xhat, wide))
 }

@@ -69,11 +69,12 @@ impl Rule for Back {
         let dy = grad.contiguous().reshape(&flat)?;
         let needs_xhat = self.gain.as_ref().is_some_and(|g| g.trainable());
         let wanted = (flow.wants(0), needs_xhat);
+        let factors = [&self.gain, &self.bias].into_iter().flatten().any(|p| p.trainable());
         let gain = self.gain.as_ref().map(|g| g.value().cast(self.stats.dtype()));
         let (name, center) = (self.info.name, self.center);
-        // x̂ is a factor of the gain's gradient: it stays in f32.
-        let (dx, Exact(xhat)) = dispatch(
-            [self.x.clone(), self.stats.clone(), dy.clone()],
+        // x̂ and dy are factors of the gradients of gain and bias: they are kept in f32.
+        let (dx, Exact((xhat, dy))) = dispatch(
+            [self.x.clone(), self.stats.clone(), dy],
             Half::Native,
             |[x, stats, dy]| {
                 let dtype = dy.dtype();
@@ -87,15 +88,16 @@ impl Rule for Back {
                         dx.as_mut().map(|a| a.fresh_mut()),
                         xhat.as_mut().map(|a| a.fresh_mut()),
                     );
-                    Ok((dx, Exact(xhat)))
+                    Ok((dx, Exact((xhat, dy))))
                 })
             },
             |gpu, [x, stats, dy]| {
-                let (dx, xhat) = cuda::norm_grad(gpu, (&x, &stats, &dy), gain.as_ref(), center, wanted)?;
-                Ok((dx, Exact(xhat)))
+                let wide = dy.dtype().is_half() && factors;
+                let wanted = (wanted.0, wanted.1, wide);
+                let (dx, xhat, wide) = cuda::norm_grad(gpu, (&x, &stats, &dy), gain.as_ref(), center, wanted)?;
+                Ok((dx, Exact((xhat, wide.unwrap_or(dy)))))
             },
         )?;
-        let dy = dy.cast(dy.dtype().compute());
         if let Some(dx) = dx {
             flow.input(0, dx);
         }

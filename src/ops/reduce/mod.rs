@@ -83,7 +83,17 @@ static SUM: OpInfo = OpInfo {
     name: "sum",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g| case(g, Tensor::sum), |g| case(g, Tensor::mean), |g| case(g, Tensor::var)],
+    cases: &[
+        |g| case(g, Tensor::sum),
+        |g| case(g, Tensor::mean),
+        |g| case(g, Tensor::var),
+        // Rows and columns so long that they are summed in parts.
+        |g| {
+            let (n, d) = if g.chance(0.5) { (g.size(2, 3), 1) } else { (g.size(1, 3), 0) };
+            let shape = if d == 1 { [n, g.size(16_400, 16_500)] } else { [g.size(300, 700), n] };
+            Ok(Case::new(vec![g.array(&shape)], move |t| t[0].sum(&[d], false)?.mul_scalar(0.01)))
+        },
+    ],
 };
 static MAX: OpInfo = OpInfo {
     name: "max",
@@ -122,6 +132,15 @@ static SORT: OpInfo = OpInfo {
             let shape = g.shape(2);
             let k = g.size(1, shape[1]);
             Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].topk(k, -1)?.0)))
+        },
+        // A row so long that sorted parts of it are merged.
+        |g| {
+            let (n, mut k) = (g.size(2060, 2100), g.size(0, 1000));
+            let x = g.array_of(&[1, n], |_| {
+                k += 1;
+                (k * 7919 % 10_007) as f64 * 0.25
+            });
+            Ok(Case::new(vec![x], |t| Ok(t[0].sort(-1, true)?.0)))
         },
     ],
 };

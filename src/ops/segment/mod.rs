@@ -29,7 +29,23 @@ macro_rules! info {
             OpInfo { name: $name, differentiable: Differentiable::Yes, factor: NO_PARAMS, cases: &[$($case),*] };
     };
 }
-info!(SEGMENT_SUM, "segment_sum", |g| case(g, Tensor::segment_sum), |g| case(g, Tensor::segment_mean));
+info!(
+    SEGMENT_SUM,
+    "segment_sum",
+    |g| case(g, Tensor::segment_sum),
+    |g| case(g, Tensor::segment_mean),
+    // Segments that are made on the device from the segment of each row.
+    |g: &mut Gen| {
+        let lengths: Vec<usize> = (0..g.size(1, 5)).map(|_| g.size(0, 4)).collect();
+        let (count, ids) = (lengths.len(), Segments::lengths(&lengths).ids().clone());
+        let shape = [ids.len(), g.size(1, 3)];
+        let x = g.array(&shape);
+        Ok(Case::new(vec![x], move |t| {
+            let ids = Array::from_slice(&ids, &[ids.len()])?.to(&t[0].device())?;
+            t[0].segment_sum(&Segments::of_sorted_ids(&ids, count)?)
+        }))
+    }
+);
 info!(SEGMENT_MAX, "segment_max", |g| case(g, Tensor::segment_max));
 info!(SEGMENT_SOFTMAX, "segment_softmax", |g| case(g, Tensor::segment_softmax));
 info!(SEGMENT_REPEAT, "segment_repeat", |g: &mut Gen| {
