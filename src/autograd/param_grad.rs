@@ -51,13 +51,7 @@ impl ParamGrad {
     }
     /// FLOPs of a (weighted) sum.
     pub(crate) fn sum_flops(&self) -> f64 {
-        let each = self.factors.iter().map(|f| match f {
-            Factor::Outer { left, right, .. } | Factor::GroupedOuter { left, right, .. } => {
-                2.0 * (left.numel() * right.shape()[1]) as f64
-            }
-            _ => 0.0,
-        });
-        each.sum()
+        self.factors.iter().map(Factor::flops).sum()
     }
     /// Number of samples of the batch: the length of the losses.
     pub fn samples(&self) -> usize {
@@ -117,7 +111,7 @@ impl ParamGrad {
     /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to `out [numel]`, on the GPU; `weights [B]` in its dtype.
     pub(crate) fn add_on(&self, weights: Option<&Array>, out: &Array) -> Result<()> {
         let gpu = out.gpu().ok_or_else(|| Error::autograd("sum", "the gradient is on the CPU"))?;
-        self.factors.iter().try_for_each(|f| gpu_factored::add(gpu, f, weights, out))
+        self.factors.iter().try_for_each(|f| f.add_on(gpu, weights, out))
     }
     /// |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.
     pub(crate) fn sq_norms_on(&self, gpu: &Arc<Gpu>, base: Option<Array>) -> Result<Array> {
@@ -197,8 +191,8 @@ impl ParamGrad {
         out: &mut [T],
     ) -> Result<Vec<f64>> {
         self.expect_base(base)?;
-        if let [Factor::Outer { left, right, samples }] = &self.factors[..]
-            && let Some(totals) = cpu::outer_clipped_add::<T>(left, right, samples, base, clip, out)?
+        if let [one] = &self.factors[..]
+            && let Some(totals) = one.clipped_add::<T>(base, clip, out)?
         {
             return Ok(totals);
         }
@@ -220,25 +214,17 @@ impl ParamGrad {
     /// need them anyway, and the weighted sum is then one pass over them instead of a second product.
     pub(crate) fn kept(self) -> Result<(ParamGrad, Vec<f64>)> {
         let formed = self.samples * self.numel() * self.dtype().size();
-        let form = match &self.factors[..] {
-            [Factor::Outer { left, right, samples }]
-                if samples.is_sorted() && samples.rows() >= 16 * samples.count() && formed <= self.bytes() =>
-            {
-                self.expect_samples()?;
-                let shape: Vec<usize> =
-                    std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
-                let mut grads = Array::uninit(&shape, self.dtype());
-                let norms = with_float!("sample_sq_norms", self.dtype(), |T| {
-                    cpu::outer_per_sample::<T>(left, right, samples, grads.fresh_mut::<T>())
-                })?;
-                let factors = smallvec::smallvec![Factor::PerSample { grads }];
-                return Ok((ParamGrad { factors, ..self }, norms));
-            }
-            factors => {
-                let rows = |f: &Factor| matches!(f, Factor::RowSum { .. } | Factor::ScaledRowSum { .. });
-                factors.iter().all(rows) && 2 * formed <= self.bytes()
-            }
-        };
+        if let [one] = &self.factors[..]
+            && one.forms_for_norms()
+            && formed <= self.bytes()
+        {
+            self.expect_samples()?;
+            let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
+            let mut grads = Array::uninit(&shape, self.dtype());
+            let norms = with_float!("sample_sq_norms", self.dtype(), |T| one.form::<T>(grads.fresh_mut::<T>()))?;
+            return Ok((ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self }, norms));
+        }
+        let form = self.factors.iter().all(Factor::forms_as_it_sums) && 2 * formed <= self.bytes();
         let kept = match form {
             true => {
                 let grads = self.per_sample()?;

@@ -16,6 +16,14 @@ pub fn rows<'a, T>(x: &'a [T], width: usize, r: &Range<usize>) -> &'a [T] {
     &x[r.start * width..r.end * width]
 }
 
+/// Weights of samples spread over their rows, if there are any.
+pub fn row_weights<T: Kernels>(weights: Option<&[f64]>, samples: &Samples) -> Option<Vec<T>> {
+    weights.map(|w| match samples {
+        Samples::Uniform { each, .. } => w.iter().flat_map(|&w| std::iter::repeat_n(T::from_f64(w), *each)).collect(),
+        Samples::Ragged(_) => (0..samples.rows()).map(|r| T::from_f64(w[samples.owner(r)])).collect(),
+    })
+}
+
 /// Maximal runs of equal ids within `range`.
 pub fn runs(ids: &[u32], range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let mut at = range.start;

@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::device::cuda::{Gpu, Launch, MAX_GRID_YZ, layouts};
 use crate::kernels::elementwise::cuda as elementwise;
 use crate::kernels::gemm::cuda as gemm;
-use crate::kernels::rows::{cuda as index, cuda as rows};
+use crate::kernels::rows::cuda as rows;
 use crate::kernels::sums::cuda as sums;
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,42 +28,40 @@ fn row_weights(gpu: &Arc<Gpu>, w: &Array, samples: &Samples) -> Result<Array> {
     }
 }
 
-/// out += Σᵢ wᵢ·(gradient of sample i), or the plain sum; `weights [B]` and `out [numel]` contiguous and of the
-/// factor's dtype. A sample of weight zero is left out whatever it holds.
-pub(crate) fn add(gpu: &Arc<Gpu>, factor: &Factor, weights: Option<&Array>, out: &Array) -> Result<()> {
-    match factor {
-        Factor::Outer { left, right, samples } => {
-            let o = samples.on_gpu(gpu)?;
-            let w = weights.map(|w| gemm::RowWeights { weights: w, owner: o.owner.as_ref(), each: o.each.max(1) });
-            let shape = [left.shape()[1], right.shape()[1]];
-            gemm::add_product(gpu, &left.transpose(0, 1)?, right, w, &out.reshape(&shape)?)
-        }
-        Factor::RowSum { grad, samples } => row_sum(gpu, grad, None, weights, Some(samples), out),
-        Factor::ScaledRowSum { grad, scale, samples } => row_sum(gpu, grad, Some(scale), weights, Some(samples), out),
-        Factor::Lookup { ids, grad, samples } => {
-            let w = weights.map(|w| row_weights(gpu, w, samples)).transpose()?;
-            let p = grad.shape()[1];
-            let n = out.numel().checked_div(p).unwrap_or(0);
-            index::add_rows(gpu, (grad, &on(gpu, ids)?), w.as_ref(), (1, n, p), out)
-        }
-        Factor::GroupedOuter { left, right, group, samples } => {
-            grouped(gpu, (left, right), group, samples, weights, out)
-        }
-        Factor::PerSample { grads } => {
-            let flat = grads.reshape(&[grads.shape()[0], out.numel()])?;
-            row_sum(gpu, &flat, None, weights, None, out)
-        }
-        Factor::Dense { grad } => row_sum(gpu, &grad.reshape(&[1, out.numel()])?, None, None, None, out),
-    }
+/// out += Σₙ wₙ·leftₙ ⊗ rightₙ; `weights [B]` as in [`super::Kind::add_on`].
+pub(super) fn outer_add(
+    gpu: &Arc<Gpu>,
+    (left, right): (&Array, &Array),
+    samples: &Samples,
+    weights: Option<&Array>,
+    out: &Array,
+) -> Result<()> {
+    let o = samples.on_gpu(gpu)?;
+    let w = weights.map(|w| gemm::RowWeights { weights: w, owner: o.owner.as_ref(), each: o.each.max(1) });
+    let shape = [left.shape()[1], right.shape()[1]];
+    gemm::add_product(gpu, &left.transpose(0, 1)?, right, w, &out.reshape(&shape)?)
+}
+
+/// `out[idₙ]` += wₙ·gradₙ.
+pub(super) fn lookup_add(
+    gpu: &Arc<Gpu>,
+    (ids, grad): (&Array, &Array),
+    samples: &Samples,
+    weights: Option<&Array>,
+    out: &Array,
+) -> Result<()> {
+    let w = weights.map(|w| row_weights(gpu, w, samples)).transpose()?;
+    let p = grad.shape()[1];
+    let n = out.numel().checked_div(p).unwrap_or(0);
+    rows::add_rows(gpu, (grad, &on(gpu, ids)?), w.as_ref(), (1, n, p), out)
 }
 
 /// out += Σₙ wₙ·gradₙ (⊙ scaleₙ) over the rows of `grad [N, p]`; without samples a row is a sample.
-fn row_sum(
+pub(super) fn row_sum_add(
     gpu: &Arc<Gpu>,
-    grad: &Array,
-    scale: Option<&Array>,
-    weights: Option<&Array>,
+    (grad, scale): (&Array, Option<&Array>),
     samples: Option<&Samples>,
+    weights: Option<&Array>,
     out: &Array,
 ) -> Result<()> {
     let (n, p) = (grad.shape()[0], out.numel());
@@ -104,7 +102,7 @@ fn row_sum(
 }
 
 /// Block e of `out` += Σ over the rows of group e of w·leftₙ ⊗ rightₙ.
-fn grouped(
+pub(super) fn grouped_outer_add(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
     group: &Groups,
@@ -152,58 +150,53 @@ fn grouped(
         .run()
 }
 
+/// Partial sums in f64, `[count, width]`, and their width: a squared norm or an inner product is the sum of a row.
+pub(crate) type Parts = (Array, usize);
+
 /// The operands of one side of a Gram kernel.
-struct Side<'a> {
-    left: &'a Array,
-    right: Option<&'a Array>,
-    ids: Option<Array>,
-    samples: &'a Samples,
+pub(crate) struct Side<'a> {
+    /// `[N, …]`.
+    pub left: &'a Array,
+    /// `[N, …]`, where each row is a product of two.
+    pub right: Option<&'a Array>,
+    /// An index for each row: only rows of equal index meet. In a gather, the column that is gathered.
+    pub ids: Option<Array>,
+    /// Whose rows.
+    pub samples: &'a Samples,
 }
 
-/// How two factors' inner product is taken without forming a gradient: the kind, and whether they change places.
+/// How two factors' inner product is taken without forming a gradient: the pairing, and whether they change places.
 fn pairing(a: &Factor, b: &Factor) -> Option<(i32, bool)> {
-    let width = |x: &Array| x.shape()[1];
-    match (a, b) {
-        (Factor::Outer { left: x, .. }, Factor::Outer { left: y, .. }) if width(x) == width(y) => {
-            Some((layouts::PAIR_PRODUCT, false))
-        }
-        (Factor::GroupedOuter { .. }, Factor::GroupedOuter { .. }) => Some((layouts::PAIR_PRODUCT, false)),
-        (Factor::Lookup { .. }, Factor::Lookup { .. }) => Some((layouts::PAIR_ONE, false)),
-        // An embedding tied to the output head: left holds the logits' gradients, right the head's input.
-        (Factor::Lookup { grad, .. }, Factor::Outer { right, .. }) if width(grad) == width(right) => {
-            Some((layouts::PAIR_GATHER, false))
-        }
-        (Factor::Outer { right, .. }, Factor::Lookup { grad, .. }) if width(grad) == width(right) => {
-            Some((layouts::PAIR_GATHER, true))
-        }
-        _ => None,
+    match a.pairing(b) {
+        Some(kind) => Some((kind, false)),
+        None => b.pairing(a).map(|kind| (kind, true)),
     }
 }
 
-/// The operands of a factor in a Gram kernel of this kind; `second` is its place.
-fn side<'a>(gpu: &Arc<Gpu>, f: &'a Factor, kind: i32, second: bool) -> Result<Side<'a>> {
-    Ok(match f {
-        Factor::Outer { left, right, samples } if kind == layouts::PAIR_GATHER && second => {
-            Side { left: right, right: Some(left), ids: None, samples }
-        }
-        Factor::Outer { left, right, samples } => Side { left, right: Some(right), ids: None, samples },
-        Factor::GroupedOuter { left, right, group, samples } => {
-            let (ids, ..) = group.on_gpu(gpu)?;
-            Side { left, right: Some(right), ids: Some(ids), samples }
-        }
-        Factor::Lookup { ids, grad, samples } => Side { left: grad, right: None, ids: Some(on(gpu, ids)?), samples },
-        _ => return Err(Error::invalid("gram", format!("a {} factor has no such form", f.kind()))),
-    })
-}
-
-/// part[pair, …] for the inner products of `a` and `b`; returns the parts and their number per pair. With `pairs` all of
-/// count₁·count₂, else sample i with sample i.
-fn gram_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, same: bool, pairs: bool) -> Result<(Array, usize)> {
+/// The parts of the inner products of `a` and `b`. With `pairs` all of count₁·count₂, else sample i with sample i.
+fn pair_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, pairs: bool) -> Result<Parts> {
     let Some((kind, swap)) = pairing(a, b) else {
         return Err(Error::invalid("gram", format!("{} against {}", a.kind(), b.kind())));
     };
     let (a, b) = if swap { (b, a) } else { (a, b) };
-    let (x, y) = (side(gpu, a, kind, false)?, side(gpu, b, kind, true)?);
+    gram_parts(gpu, kind, (&a.side(gpu, kind, false)?, &b.side(gpu, kind, true)?), false, pairs)
+}
+
+/// The parts of every sample's inner product with itself, which is its squared norm.
+pub(super) fn own_gram_parts(gpu: &Arc<Gpu>, kind: i32, side: &Side) -> Result<Parts> {
+    gram_parts(gpu, kind, (side, side), true, false)
+}
+
+/// Whether a squared norm of outer products takes fewer multiply-adds by [`own_gram_parts`] than by [`direct_parts`]:
+/// T²·(r + c) halved by symmetry, against T·r·c, T the rows of a sample.
+pub(super) fn gram_is_shorter(o: &Owners, left: &Array, right: &Array) -> bool {
+    let (rd, cd) = (left.shape()[1], right.shape()[1]);
+    o.longest * (rd + cd) <= 2 * rd * cd
+}
+
+/// part[pair, …] for the inner products of two sides. With `pairs` all of count₁·count₂, else sample i with sample i;
+/// `same` where both sides are one.
+fn gram_parts(gpu: &Arc<Gpu>, kind: i32, (x, y): (&Side, &Side), same: bool, pairs: bool) -> Result<Parts> {
     let (ox, oy) = (x.samples.on_gpu(gpu)?, y.samples.on_gpu(gpu)?);
     let tile = gemm::tile(x.left.dtype());
     let (n1, n2) = (ox.longest.div_ceil(tile), oy.longest.div_ceil(tile));
@@ -248,14 +241,14 @@ fn gram_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, same: bool, pairs: bool) -
 }
 
 /// sq[i] (+)= factor·Σ part[i, …].
-fn sum_parts(gpu: &Arc<Gpu>, (part, width): (&Array, usize), sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
+fn sum_parts(gpu: &Arc<Gpu>, (part, width): &Parts, sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
     let n = sq.numel();
     Launch::new(gpu, "factored", "norms_sum")?
         .grid_stride(n, 8)
         .array(part)
         .array(sq)
         .val(n as i64)
-        .val(width as i64)
+        .val(*width as i64)
         .val(factor)
         .val(accumulate as i32)
         .run()
@@ -263,12 +256,12 @@ fn sum_parts(gpu: &Arc<Gpu>, (part, width): (&Array, usize), sq: &Array, factor:
 
 /// The parts of |Σₜ leftₜ ⊗ rightₜ|² by tiles of the gradient; `group` as in [`Factor::GroupedOuter`], a sample's rows of
 /// one group neighbours.
-fn direct_parts(
+pub(super) fn direct_parts(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
     group: Option<&Array>,
     o: &Owners,
-) -> Result<(Array, usize)> {
+) -> Result<Parts> {
     let (rd, cd, tile) = (left.shape()[1], right.shape()[1], gemm::tile(left.dtype()));
     let width = (rd.div_ceil(tile) * cd.div_ceil(tile)).clamp(1, MOST_BLOCKS);
     let part = Array::uninit_on(gpu, &[o.count, width], DType::F64)?;
@@ -294,7 +287,7 @@ fn direct_parts(
 }
 
 /// The parts of |Σₜ gradₜ (⊙ scaleₜ)|² for `grad [N, p]`.
-fn row_parts(gpu: &Arc<Gpu>, grad: &Array, scale: Option<&Array>, o: &Owners) -> Result<(Array, usize)> {
+pub(super) fn row_parts(gpu: &Arc<Gpu>, (grad, scale): (&Array, Option<&Array>), o: &Owners) -> Result<Parts> {
     let p = grad.shape()[1];
     let width = p.div_ceil(256).clamp(1, MOST_BLOCKS);
     let part = Array::uninit_on(gpu, &[o.count, width], DType::F64)?;
@@ -316,41 +309,23 @@ fn row_parts(gpu: &Arc<Gpu>, grad: &Array, scale: Option<&Array>, o: &Owners) ->
     Ok((part, width))
 }
 
-/// Each row a sample.
-fn single(count: usize) -> Owners {
-    Owners { each: 1, count, longest: 1, owner: None, offsets: None, order: None }
+/// The parts of |gradₙ|² for `grad [N, p]`: each row is a sample.
+pub(super) fn each_row_parts(gpu: &Arc<Gpu>, grad: &Array) -> Result<Parts> {
+    let o = Owners { each: 1, count: grad.shape()[0], longest: 1, owner: None, offsets: None, order: None };
+    row_parts(gpu, (grad, None), &o)
 }
 
-/// The parts of the squared norms of one factor by itself.
-fn norm_parts(gpu: &Arc<Gpu>, f: &Factor) -> Result<(Array, usize)> {
-    // Multiply-adds: T²·(r + c) halved by symmetry, against T·r·c, T the rows of a sample.
-    let shorter =
-        |o: &Owners, l: &Array, r: &Array| o.longest * (l.shape()[1] + r.shape()[1]) <= 2 * l.shape()[1] * r.shape()[1];
-    match f {
-        Factor::Outer { left, right, samples } => {
-            let o = samples.on_gpu(gpu)?;
-            if shorter(&o, left, right) {
-                return gram_parts(gpu, f, f, true, false);
-            }
-            direct_parts(gpu, (left, right), None, &o)
-        }
-        Factor::GroupedOuter { left, right, group, samples } => {
-            let o = samples.on_gpu(gpu)?;
-            if shorter(&o, left, right) || !f.groups_are_neighbours() {
-                return gram_parts(gpu, f, f, true, false);
-            }
-            let (group, ..) = group.on_gpu(gpu)?;
-            direct_parts(gpu, (left, right), Some(&group), &o)
-        }
-        Factor::Lookup { .. } => gram_parts(gpu, f, f, true, false),
-        Factor::RowSum { grad, samples } => row_parts(gpu, grad, None, &samples.on_gpu(gpu)?),
-        Factor::ScaledRowSum { grad, scale, samples } => row_parts(gpu, grad, Some(scale), &samples.on_gpu(gpu)?),
-        Factor::PerSample { grads } => {
-            let b = grads.shape()[0];
-            row_parts(gpu, &grads.reshape(&[b, grads.numel().checked_div(b).unwrap_or(0)])?, None, &single(b))
-        }
-        Factor::Dense { .. } => Err(Error::autograd("sample_sq_norms", "a dense gradient has no per-sample meaning")),
+/// Adds to `sq` the squared norms of the samples' gradients, which are formed, some at a time; `accumulate` as in
+/// [`sum_parts`].
+fn add_formed(gpu: &Arc<Gpu>, factors: &[Factor], numel: usize, sq: &Array, accumulate: bool) -> Result<()> {
+    let count = sq.numel();
+    let each = (FORMED / numel.max(1)).clamp(1, count);
+    for from in (0..count).step_by(each) {
+        let range = from..(from + each).min(count);
+        let grads = per_sample(gpu, factors, range.clone(), numel)?;
+        sum_parts(gpu, &each_row_parts(gpu, &grads)?, &sq.slice(0, range)?, 1.0, accumulate)?;
     }
+    Ok(())
 }
 
 /// |gᵢ|² of every sample: `[count]` f64, added to `base` if there is one. Parameters used several times include their
@@ -372,26 +347,50 @@ pub(crate) fn sq_norms(
     }
     let pairs = || factors.iter().enumerate().flat_map(|(k, f)| factors[k + 1..].iter().map(move |g| (f, g)));
     if pairs().any(|(f, g)| pairing(f, g).is_none()) {
-        // No short form: the samples' gradients are formed, some at a time.
-        let each = (FORMED / numel.max(1)).clamp(1, count);
-        for from in (0..count).step_by(each) {
-            let range = from..(from + each).min(count);
-            let grads = per_sample(gpu, factors, range.clone(), numel)?;
-            let (part, width) = row_parts(gpu, &grads, None, &single(range.len()))?;
-            sum_parts(gpu, (&part, width), &sq.slice(0, range)?, 1.0, accumulate)?;
-        }
+        add_formed(gpu, factors, numel, &sq, accumulate)?;
         return Ok(sq);
     }
     for f in factors {
-        let (part, width) = norm_parts(gpu, f)?;
-        sum_parts(gpu, (&part, width), &sq, 1.0, accumulate)?;
+        match f.norm_parts(gpu)? {
+            Some(parts) => sum_parts(gpu, &parts, &sq, 1.0, accumulate)?,
+            None => add_formed(gpu, std::slice::from_ref(f), numel, &sq, accumulate)?,
+        }
         accumulate = true;
     }
     for (f, g) in pairs() {
-        let (part, width) = gram_parts(gpu, f, g, false, false)?;
-        sum_parts(gpu, (&part, width), &sq, 2.0, true)?;
+        sum_parts(gpu, &pair_parts(gpu, f, g, false)?, &sq, 2.0, true)?;
     }
     Ok(sq)
+}
+
+/// `out [len, p]` += Σₜ gradₜ (⊙ scaleₜ) over the rows of each sample in `range`, of which each has `each`.
+pub(super) fn row_sum_form(
+    gpu: &Arc<Gpu>,
+    (grad, scale): (&Array, Option<&Array>),
+    each: usize,
+    range: Range<usize>,
+    out: &mut Array,
+) -> Result<()> {
+    let at = range.start * each..range.end * each;
+    let mut terms = grad.slice(0, at.clone())?;
+    if let Some(scale) = scale {
+        terms = elementwise::binary(gpu, "mul", &terms, &scale.slice(0, at)?)?;
+    }
+    out.add_in_place(&sums::sum_middle(gpu, &terms, (range.len(), each, out.shape()[1]))?)
+}
+
+/// `out [len, r·c]` += Σₜ leftₜ ⊗ rightₜ over the rows of each sample in `range`, of which each has `each`: a batch of products.
+pub(super) fn outer_form(
+    gpu: &Arc<Gpu>,
+    (left, right): (&Array, &Array),
+    each: usize,
+    range: Range<usize>,
+    out: &Array,
+) -> Result<()> {
+    let (at, b) = (range.start * each..range.end * each, range.len());
+    let cut = |x: &Array| x.slice(0, at.clone())?.reshape(&[b, each, x.shape()[1]]);
+    let to = out.reshape(&[b, left.shape()[1], right.shape()[1]])?;
+    gemm::add_product(gpu, &cut(left)?.transpose(1, 2)?, &cut(right)?, None, &to)
 }
 
 /// The gradients of the samples in `range`: `[len, numel]`.
@@ -399,34 +398,13 @@ pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>
     let dtype = factors.first().map_or(DType::F32, Factor::dtype);
     let mut out = Array::zeros_on(gpu, &[range.len(), numel], dtype)?;
     for f in factors {
-        let whole = match f {
-            Factor::PerSample { grads } => Some(grads.reshape(&[grads.shape()[0], numel])?.slice(0, range.clone())?),
-            Factor::RowSum { grad, samples: Samples::Uniform { each, .. } } => {
-                let rows = grad.slice(0, range.start * each..range.end * each)?;
-                Some(sums::sum_middle(gpu, &rows, (range.len(), *each, numel))?)
-            }
-            Factor::ScaledRowSum { grad, scale, samples: Samples::Uniform { each, .. } } => {
-                let rows = range.start * each..range.end * each;
-                let product = elementwise::binary(gpu, "mul", &grad.slice(0, rows.clone())?, &scale.slice(0, rows)?)?;
-                Some(sums::sum_middle(gpu, &product, (range.len(), *each, numel))?)
-            }
-            _ => None,
-        };
-        if let Some(whole) = whole {
-            out.add_in_place(&whole)?;
-            continue;
-        }
-        if let Factor::Outer { left, right, samples: Samples::Uniform { each, .. } } = f {
-            let (rows, b) = (range.start * each..range.end * each, range.len());
-            let cut = |x: &Array| x.slice(0, rows.clone())?.reshape(&[b, *each, x.shape()[1]]);
-            let to = out.reshape(&[b, left.shape()[1], right.shape()[1]])?;
-            gemm::add_product(gpu, &cut(left)?.transpose(1, 2)?, &cut(right)?, None, &to)?;
+        if f.form_on(gpu, range.clone(), &mut out)? {
             continue;
         }
         let sorted = f.sorted()?;
         for i in range.clone() {
             let row = out.slice(0, i - range.start..i - range.start + 1)?.reshape(&[numel])?;
-            add(gpu, &sorted.only(i)?, None, &row)?;
+            sorted.only(i)?.add_on(gpu, None, &row)?;
         }
     }
     Ok(out)
@@ -449,8 +427,7 @@ pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, u
     }
     let flat = out.reshape(&[n * m])?;
     for (f, g) in pairs() {
-        let (part, width) = gram_parts(gpu, f, g, false, true)?;
-        sum_parts(gpu, (&part, width), &flat, 1.0, true)?;
+        sum_parts(gpu, &pair_parts(gpu, f, g, true)?, &flat, 1.0, true)?;
     }
     Ok(out)
 }

@@ -11,17 +11,31 @@
 //! | dense | grad | anything else: no per-sample meaning |
 //!
 //! n runs over rows; [`Samples`] says whose they are.
+//!
+//! Each kind has a file here, in which a view of its operands answers what `Kind` asks. A new kind is a variant of
+//! [`Factor`], a line of `with_kind!` and such a file.
 
+mod change;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod dense;
+mod grouped_outer;
+mod lookup;
+mod outer;
+mod per_sample;
+mod row_sum;
+mod scaled_row_sum;
 
 use crate::array::Array;
 use crate::autograd::{Groups, Samples};
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
+use crate::device::cuda::Gpu;
 use crate::kernels::gemm::kernel::Kernels;
-use crate::kernels::rows;
-use crate::with_float;
+use change::Change;
+use cuda::{Parts, Side};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// The operands of one use's gradient of one parameter. Arrays are contiguous, f32 or f64.
 #[derive(Clone, Debug)]
@@ -84,85 +98,186 @@ pub enum Factor {
     },
 }
 
+/// Runs the body with `$k` bound to the view of a factor's operands, which is a [`Kind`]. This is the only place that
+/// names every kind.
+macro_rules! with_kind {
+    ($factor:expr, |$k:ident| $body:expr) => {
+        match $factor {
+            Factor::Outer { left, right, samples } => {
+                let $k = outer::Outer { left, right, samples };
+                $body
+            }
+            Factor::RowSum { grad, samples } => {
+                let $k = row_sum::RowSum { grad, samples };
+                $body
+            }
+            Factor::ScaledRowSum { grad, scale, samples } => {
+                let $k = scaled_row_sum::ScaledRowSum { grad, scale, samples };
+                $body
+            }
+            Factor::Lookup { ids, grad, samples } => {
+                let $k = lookup::Lookup { ids, grad, samples };
+                $body
+            }
+            Factor::GroupedOuter { left, right, group, samples } => {
+                let $k = grouped_outer::GroupedOuter { left, right, group, samples };
+                $body
+            }
+            Factor::PerSample { grads } => {
+                let $k = per_sample::PerSample { grads };
+                $body
+            }
+            Factor::Dense { grad } => {
+                let $k = dense::Dense { grad };
+                $body
+            }
+        }
+    };
+}
+
+/// What the engine asks of a kind of factor, through a view of its operands that lives for `'a`.
+///
+/// The first half has to be answered. The second half has answers that are right for any kind; a kind gives its own where
+/// it has a shorter way. Whatever is asked about a single sample is asked of a factor whose rows are sorted by sample.
+pub(crate) trait Kind<'a>: Copy {
+    /// Its name, as in the registry.
+    fn name(&self) -> &'static str;
+    /// The arrays that hold its values: one, and a second where there is one. Indices are not among them.
+    fn values(&self) -> (&'a Array, Option<&'a Array>);
+    /// Whose rows its operands have; `None` for a kind without rows.
+    fn owners(&self) -> Option<&'a Samples>;
+    /// Whether the operands fit each other and a parameter of this shape.
+    fn fits(&self, shape: &[usize]) -> bool;
+    /// A factor of the same kind after the same change to each operand.
+    fn changed(&self, change: &Change) -> Result<Factor>;
+    /// Adds Σᵢ wᵢ·(gradient of sample i) to `out`; all weights are 1 if none are given.
+    fn add<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()>;
+    /// The same on a GPU; `weights [B]` and `out [numel]` are contiguous and of the factor's dtype. A sample of weight
+    /// zero is left out whatever it holds.
+    fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()>;
+
+    /// Number of samples that it tells apart; `None` if it cannot.
+    fn count(&self) -> Option<usize> {
+        self.owners().map(Samples::count)
+    }
+    /// The rows of sample `i`; a kind without rows has one entry for each sample.
+    fn range(&self, i: usize) -> Range<usize> {
+        self.owners().map_or(i..i + 1, |s| s.range(i))
+    }
+    /// FLOPs of a sum, where they are worth counting.
+    fn flops(&self) -> f64 {
+        0.0
+    }
+    /// Adds the gradient of sample `i` to `out`.
+    fn sample_add<T: Kernels>(&self, i: usize, out: &mut [T]) -> Result<()> {
+        self.changed(&Change::Only(self.range(i)))?.add_to::<T>(None, out)
+    }
+    /// |gradient of sample i|², for a parameter of `numel` elements.
+    fn sq_norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<f64> {
+        let mut x = vec![T::ZERO; numel];
+        self.sample_add(i, &mut x)?;
+        Ok(x.iter().map(|x| x.to_f64() * x.to_f64()).sum())
+    }
+    /// ⟨gradient of sample i, gradient of sample j by `other`⟩ where it can be taken without forming either. It is enough
+    /// that one of two kinds knows the other.
+    fn inner<T: Kernels>(&self, _i: usize, _other: &Factor, _j: usize) -> Result<Option<f64>> {
+        Ok(None)
+    }
+    /// Norms and clipped sum in one pass, as in [`ParamGrad::clipped_sum`](crate::ParamGrad::clipped_sum): adds to `out`
+    /// and returns the totals. `None`, with `out` untouched, where the kind has no such pass or the pass does not pay.
+    fn clipped_add<T: Kernels>(
+        &self,
+        _base: &[f64],
+        _clip: &(dyn Fn(f64) -> f64 + Sync),
+        _out: &mut [T],
+    ) -> Result<Option<Vec<f64>>> {
+        Ok(None)
+    }
+    /// Whether forming every sample's gradient is one pass over the operands that costs no more than a sum.
+    fn forms_as_it_sums(&self) -> bool {
+        false
+    }
+    /// Whether [`Kind::form`] has a shorter way than the general one, which norms have to go anyway.
+    fn forms_for_norms(&self) -> bool {
+        false
+    }
+    /// Writes every sample's gradient into `out [B, numel]`, whatever that held, and returns |gᵢ|² of each.
+    fn form<T: Kernels>(&self, out: &mut [T]) -> Result<Vec<f64>> {
+        let count = self.count().unwrap_or(0);
+        let numel = out.len().checked_div(count).unwrap_or(0);
+        let one = |i: usize, x: &mut [T]| {
+            x.fill(T::ZERO);
+            self.sample_add(i, x)?;
+            Ok(x.iter().map(|x| x.to_f64() * x.to_f64()).sum())
+        };
+        (0..count).map(|i| one(i, &mut out[i * numel..(i + 1) * numel])).collect()
+    }
+    /// The parts of |gᵢ|² of every sample on a GPU; `None` where the samples' gradients have to be formed.
+    fn norm_parts(&self, _gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
+        Ok(None)
+    }
+    /// How the Gram kernel takes inner products with `other`, this factor first (`PAIR_…` of the kernels' layouts); `None`
+    /// where it cannot. It is enough that one of two kinds knows the other.
+    fn pairing(&self, _other: &Factor) -> Option<i32> {
+        None
+    }
+    /// The operands as the Gram kernel takes them for a pairing; `second` is the factor's place.
+    fn side(&self, _gpu: &Arc<Gpu>, _pairing: i32, _second: bool) -> Result<Side<'a>> {
+        Err(Error::invalid("gram", format!("a {} factor has no such form", self.name())))
+    }
+    /// Adds the gradients of the samples in `range` to `out [len, numel]` on a GPU, all at once. `false`, with `out`
+    /// untouched, where they have to be added one by one. The rows may be in any order here.
+    fn form_on(&self, _gpu: &Arc<Gpu>, _range: Range<usize>, _out: &mut Array) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+/// Number of columns.
+fn width(a: &Array) -> usize {
+    a.shape().last().copied().unwrap_or(1)
+}
+
+/// Whether an array is a matrix with a row for each row of `samples`.
+fn is_rows(a: &Array, samples: &Samples) -> bool {
+    a.rank() == 2 && a.shape()[0] == samples.rows()
+}
+
 impl Factor {
     /// Name of the kind, as in the registry.
     pub fn kind(&self) -> &'static str {
-        match self {
-            Factor::Outer { .. } => "outer",
-            Factor::RowSum { .. } => "row sum",
-            Factor::ScaledRowSum { .. } => "scaled row sum",
-            Factor::Lookup { .. } => "lookup",
-            Factor::GroupedOuter { .. } => "grouped outer",
-            Factor::PerSample { .. } => "per-sample",
-            Factor::Dense { .. } => "dense",
-        }
+        with_kind!(self, |k| k.name())
     }
     /// Number of samples it tells apart; `None` if it cannot.
     pub fn samples(&self) -> Option<usize> {
-        match self {
-            Factor::Outer { samples, .. }
-            | Factor::RowSum { samples, .. }
-            | Factor::ScaledRowSum { samples, .. }
-            | Factor::Lookup { samples, .. }
-            | Factor::GroupedOuter { samples, .. } => Some(samples.count()),
-            Factor::PerSample { grads } => grads.shape().first().copied(),
-            Factor::Dense { .. } => None,
+        with_kind!(self, |k| k.count())
+    }
+    /// Fails if it cannot tell samples apart.
+    fn expect_samples(&self, query: &'static str) -> Result<()> {
+        match self.samples() {
+            Some(_) => Ok(()),
+            None => Err(Error::autograd(query, format!("a {} gradient has no per-sample meaning", self.kind()))),
         }
     }
     /// Bytes held by the operands.
     pub fn bytes(&self) -> usize {
-        let b = |a: &Array| a.numel() * a.dtype().size();
-        match self {
-            Factor::Outer { left, right, .. } | Factor::GroupedOuter { left, right, .. } => b(left) + b(right),
-            Factor::RowSum { grad, .. } | Factor::Lookup { grad, .. } | Factor::Dense { grad } => b(grad),
-            Factor::ScaledRowSum { grad, scale, .. } => b(grad) + b(scale),
-            Factor::PerSample { grads } => b(grads),
-        }
+        let (first, second) = with_kind!(self, |k| k.values());
+        let bytes = |a: &Array| a.numel() * a.dtype().size();
+        bytes(first) + second.map_or(0, bytes)
     }
+    /// The dtype of its values, and so of the gradient.
     pub(crate) fn dtype(&self) -> DType {
-        match self {
-            Factor::Outer { left, .. } | Factor::GroupedOuter { left, .. } => left.dtype(),
-            Factor::RowSum { grad, .. }
-            | Factor::Lookup { grad, .. }
-            | Factor::ScaledRowSum { grad, .. }
-            | Factor::Dense { grad } => grad.dtype(),
-            Factor::PerSample { grads } => grads.dtype(),
-        }
+        with_kind!(self, |k| k.values().0.dtype())
+    }
+    /// FLOPs of a sum, where they are worth counting.
+    pub(crate) fn flops(&self) -> f64 {
+        with_kind!(self, |k| k.flops())
     }
 
     /// Checks the operands against each other and the parameter, and makes them contiguous.
     pub(crate) fn checked(self, name: &str, shape: &[usize], dtype: DType) -> Result<Factor> {
-        let numel: usize = shape.iter().product();
-        let bad = |m: String| Err(Error::shape("factor", format!("{name} {shape:?}: {m}")));
-        let width = |a: &Array| a.shape().last().copied().unwrap_or(1);
-        let two = |a: &Array, s: &Samples| a.rank() == 2 && a.shape()[0] == s.rows();
-        let ok = match &self {
-            Factor::Outer { left, right, samples } => {
-                two(left, samples) && two(right, samples) && width(left) * width(right) == numel
-            }
-            Factor::RowSum { grad, samples } => two(grad, samples) && width(grad) == numel,
-            Factor::ScaledRowSum { grad, scale, samples } => {
-                two(grad, samples) && two(scale, samples) && width(grad) == numel && width(scale) == numel
-            }
-            Factor::Lookup { ids, grad, samples } => {
-                two(grad, samples)
-                    && ids.numel() == samples.rows()
-                    && ids.dtype() == DType::U32
-                    && shape[0] * width(grad) == numel
-            }
-            Factor::GroupedOuter { left, right, group, samples } => {
-                let blocks = numel.checked_div(width(left) * width(right)).unwrap_or(0);
-                two(left, samples)
-                    && two(right, samples)
-                    && group.rows() == samples.rows()
-                    && blocks * width(left) * width(right) == numel
-                    && (group.count() == blocks || numel == 0)
-            }
-            Factor::PerSample { grads } => grads.rank() == shape.len() + 1 && &grads.shape()[1..] == shape,
-            Factor::Dense { grad } => grad.shape() == shape,
-        };
-        if !ok {
-            return bad(format!("a {} factor whose operands do not fit it: {self:?}", self.kind()));
+        if !with_kind!(&self, |k| k.fits(shape)) {
+            let message = format!("a {} factor whose operands do not fit it: {self:?}", self.kind());
+            return Err(Error::shape("factor", format!("{name} {shape:?}: {message}")));
         }
         if self.dtype() != dtype {
             return Err(Error::dtype(
@@ -174,330 +289,101 @@ impl Factor {
                 ),
             ));
         }
-        let c = |a: Array| a.contiguous();
-        Ok(match self {
-            Factor::Outer { left, right, samples } => Factor::Outer { left: c(left), right: c(right), samples },
-            Factor::RowSum { grad, samples } => Factor::RowSum { grad: c(grad), samples },
-            Factor::ScaledRowSum { grad, scale, samples } => {
-                Factor::ScaledRowSum { grad: c(grad), scale: c(scale), samples }
-            }
-            Factor::Lookup { ids, grad, samples } => Factor::Lookup { ids: c(ids), grad: c(grad), samples },
-            Factor::GroupedOuter { left, right, group, samples } => {
-                Factor::GroupedOuter { left: c(left), right: c(right), group, samples }
-            }
-            Factor::PerSample { grads } => Factor::PerSample { grads: c(grads) },
-            Factor::Dense { grad } => Factor::Dense { grad: c(grad) },
-        })
+        self.changed(&Change::Contiguous)
+    }
+    /// The same factor after the same change to each operand.
+    fn changed(&self, change: &Change) -> Result<Factor> {
+        with_kind!(self, |k| k.changed(change))
+    }
+    /// The same operands on a device.
+    pub(crate) fn to(self, device: &Device) -> Result<Factor> {
+        self.changed(&Change::To(device))
+    }
+    /// The same factor with each sample's rows together, in order.
+    pub(crate) fn sorted(&self) -> Result<Factor> {
+        match with_kind!(self, |k| k.owners()).and_then(Samples::order) {
+            Some(order) => self.changed(&Change::Order(order)),
+            None => Ok(self.clone()),
+        }
+    }
+    /// Sample `i`'s rows alone, as views. The factor must be sorted.
+    fn only(&self, i: usize) -> Result<Factor> {
+        self.expect_samples("per_sample")?;
+        with_kind!(self, |k| k.changed(&Change::Only(k.range(i))))
     }
 
     /// Adds Σᵢ wᵢ·(gradient of sample i) to `out`; all weights 1 if none are given.
     pub(crate) fn add_to<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
-        let per_row = |s: &Samples| -> Option<Vec<T>> {
-            weights.map(|w| match s {
-                Samples::Uniform { each, .. } => {
-                    w.iter().flat_map(|&w| std::iter::repeat_n(T::from_f64(w), *each)).collect()
-                }
-                Samples::Ragged(_) => (0..s.rows()).map(|r| T::from_f64(w[s.owner(r)])).collect(),
-            })
-        };
-        match self {
-            Factor::Outer { left, right, samples } => {
-                let w = per_row(samples);
-                cpu::outer_add::<T>(left.as_slice()?, right.as_slice()?, samples.rows(), w.as_deref(), out);
-            }
-            Factor::RowSum { grad, samples } => {
-                cpu::row_sum_add::<T>(grad.as_slice()?, None, samples.rows(), per_row(samples).as_deref(), out)
-            }
-            Factor::ScaledRowSum { grad, scale, samples } => cpu::row_sum_add::<T>(
-                grad.as_slice()?,
-                Some(scale.as_slice()?),
-                samples.rows(),
-                per_row(samples).as_deref(),
-                out,
-            ),
-            Factor::Lookup { ids, grad, samples } => {
-                cpu::lookup_add::<T>(ids.as_slice()?, grad.as_slice()?, per_row(samples).as_deref(), out)
-            }
-            Factor::GroupedOuter { left, right, group, samples } => {
-                let (w, l, r) = (per_row(samples), left.as_slice::<T>()?, right.as_slice::<T>()?);
-                let (rd, cd, group) = (left.shape()[1], right.shape()[1], group.ids());
-                for run in cpu::runs(group, 0..group.len()) {
-                    let block = group[run.start] as usize * rd * cd;
-                    let w = w.as_ref().map(|w| &w[run.clone()]);
-                    cpu::outer_add(
-                        &l[run.start * rd..run.end * rd],
-                        &r[run.start * cd..run.end * cd],
-                        run.len(),
-                        w,
-                        &mut out[block..block + rd * cd],
-                    );
-                }
-            }
-            Factor::PerSample { grads } => {
-                let b = grads.shape()[0];
-                let ones;
-                let w = match weights {
-                    Some(w) => {
-                        ones = w.iter().map(|&w| T::from_f64(w)).collect::<Vec<T>>();
-                        Some(&ones[..])
-                    }
-                    None => None,
-                };
-                cpu::row_sum_add::<T>(grads.as_slice()?, None, b, w, out)
-            }
-            Factor::Dense { grad } => cpu::row_sum_add::<T>(grad.as_slice()?, None, 1, None, out),
-        }
-        Ok(())
+        with_kind!(self, |k| k.add(weights, out))
     }
-
-    /// Whether the rows of one sample and one group lie together, for every sample and group.
-    pub(crate) fn groups_are_neighbours(&self) -> bool {
-        let Factor::GroupedOuter { group, samples, .. } = self else { return true };
-        // Groups that are only on a GPU are not read back for this: the general form is right for any.
-        if !group.is_on_host() {
-            return false;
-        }
-        let group = group.ids();
-        let order = samples.order();
-        let mut seen: Vec<u32> = Vec::new();
-        (0..samples.count()).all(|i| {
-            seen.clear();
-            let rows = samples.range(i).map(|at| group[order.map_or(at, |o| o[at] as usize)]);
-            rows.for_each(|e| {
-                if seen.last() != Some(&e) {
-                    seen.push(e);
-                }
-            });
-            seen.sort_unstable();
-            seen.windows(2).all(|w| w[0] != w[1])
-        })
-    }
-    /// The same operands on a device.
-    pub(crate) fn to(self, device: &Device) -> Result<Factor> {
-        let t = |a: Array| a.to(device);
-        Ok(match self {
-            Factor::Outer { left, right, samples } => Factor::Outer { left: t(left)?, right: t(right)?, samples },
-            Factor::RowSum { grad, samples } => Factor::RowSum { grad: t(grad)?, samples },
-            Factor::ScaledRowSum { grad, scale, samples } => {
-                Factor::ScaledRowSum { grad: t(grad)?, scale: t(scale)?, samples }
-            }
-            Factor::Lookup { ids, grad, samples } => Factor::Lookup { ids: t(ids)?, grad: t(grad)?, samples },
-            Factor::GroupedOuter { left, right, group, samples } => {
-                Factor::GroupedOuter { left: t(left)?, right: t(right)?, group, samples }
-            }
-            Factor::PerSample { grads } => Factor::PerSample { grads: t(grads)? },
-            Factor::Dense { grad } => Factor::Dense { grad: t(grad)? },
-        })
-    }
-
-    /// The same factor with each sample's rows together, in order.
-    pub(crate) fn sorted(&self) -> Result<Factor> {
-        let order = match self {
-            Factor::Outer { samples, .. }
-            | Factor::RowSum { samples, .. }
-            | Factor::ScaledRowSum { samples, .. }
-            | Factor::Lookup { samples, .. }
-            | Factor::GroupedOuter { samples, .. } => samples.order(),
-            _ => None,
-        };
-        let Some(order) = order else { return Ok(self.clone()) };
-        let take = |a: &Array| -> Result<Array> {
-            if let Some(gpu) = a.gpu() {
-                let order = Array::from_slice(order, &[order.len()])?;
-                return rows::cuda::take(gpu, a, &order, 1, order.numel(), a.shape()[1], a.shape());
-            }
-            with_float!("factor", a.dtype(), |T| {
-                let w = a.shape()[1];
-                let mut out = Array::uninit(a.shape(), a.dtype());
-                let (src, dst) = (a.as_slice::<T>()?, out.fresh_mut::<T>());
-                for (d, &r) in dst.chunks_exact_mut(w.max(1)).zip(order) {
-                    d.copy_from_slice(&src[r as usize * w..(r as usize + 1) * w]);
-                }
-                Ok(out)
-            })
-        };
-        let map = |s: &Samples| s.select(order);
-        Ok(match self {
-            Factor::Outer { left, right, samples } => {
-                Factor::Outer { left: take(left)?, right: take(right)?, samples: map(samples)? }
-            }
-            Factor::RowSum { grad, samples } => Factor::RowSum { grad: take(grad)?, samples: map(samples)? },
-            Factor::ScaledRowSum { grad, scale, samples } => {
-                Factor::ScaledRowSum { grad: take(grad)?, scale: take(scale)?, samples: map(samples)? }
-            }
-            Factor::Lookup { ids, grad, samples } => {
-                let ids = match ids.gpu() {
-                    Some(_) => take(&ids.reshape(&[order.len(), 1])?)?.reshape(&[order.len()])?,
-                    None => {
-                        let old = ids.as_slice::<u32>()?;
-                        let ids: Vec<u32> = order.iter().map(|&r| old[r as usize]).collect();
-                        Array::from_slice(&ids, &[ids.len()])?
-                    }
-                };
-                Factor::Lookup { ids, grad: take(grad)?, samples: map(samples)? }
-            }
-            Factor::GroupedOuter { left, right, group, samples } => Factor::GroupedOuter {
-                left: take(left)?,
-                right: take(right)?,
-                group: group.select(order)?,
-                samples: map(samples)?,
-            },
-            other => other.clone(),
-        })
-    }
-
     /// Adds sample `i`'s gradient to `out`. The factor must be sorted.
     pub(crate) fn sample_add<T: Kernels>(&self, i: usize, out: &mut [T]) -> Result<()> {
-        match self {
-            Factor::PerSample { grads } => {
-                let g = &grads.as_slice::<T>()?[i * out.len()..(i + 1) * out.len()];
-                out.iter_mut().zip(g).for_each(|(o, &g)| *o += g);
-                Ok(())
-            }
-            Factor::Dense { .. } => Err(Error::autograd("per_sample", "a dense gradient has no per-sample meaning")),
-            _ => self.only(i)?.add_to::<T>(None, out),
-        }
+        self.expect_samples("per_sample")?;
+        with_kind!(self, |k| k.sample_add(i, out))
     }
-    /// Sample `i`'s rows alone, as views. The factor must be sorted.
-    pub(crate) fn only(&self, i: usize) -> Result<Factor> {
-        let cut = |a: &Array, s: &Samples| a.slice(0, s.range(i));
-        let one = |s: &Samples| Samples::uniform(1, s.range(i).len());
-        Ok(match self {
-            Factor::Outer { left, right, samples } => {
-                Factor::Outer { left: cut(left, samples)?, right: cut(right, samples)?, samples: one(samples) }
-            }
-            Factor::RowSum { grad, samples } => Factor::RowSum { grad: cut(grad, samples)?, samples: one(samples) },
-            Factor::ScaledRowSum { grad, scale, samples } => {
-                Factor::ScaledRowSum { grad: cut(grad, samples)?, scale: cut(scale, samples)?, samples: one(samples) }
-            }
-            Factor::Lookup { ids, grad, samples } => Factor::Lookup {
-                ids: ids.reshape(&[samples.rows()])?.slice(0, samples.range(i))?,
-                grad: cut(grad, samples)?,
-                samples: one(samples),
-            },
-            Factor::GroupedOuter { left, right, group, samples } => Factor::GroupedOuter {
-                left: cut(left, samples)?,
-                right: cut(right, samples)?,
-                group: Groups::of_ids(group.ids()[samples.range(i)].to_vec(), group.count())?,
-                samples: one(samples),
-            },
-            Factor::PerSample { grads } => Factor::PerSample { grads: grads.slice(0, i..i + 1)? },
-            Factor::Dense { .. } => {
-                return Err(Error::autograd("per_sample", "a dense gradient has no per-sample meaning"));
-            }
-        })
-    }
-
     /// ⟨gradient of sample i by this factor, gradient of sample j by `other`⟩, without forming either where the kinds
     /// allow it. Both must be sorted. `numel` is the size of the parameter.
     pub(crate) fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize, numel: usize) -> Result<f64> {
-        match (self, other) {
-            (
-                Factor::Outer { left: l1, right: r1, samples: s1 },
-                Factor::Outer { left: l2, right: r2, samples: s2 },
-            ) if l1.shape()[1] == l2.shape()[1] => {
-                let (a, b) = (s1.range(i), s2.range(j));
-                Ok(cpu::outer_inner::<T>(
-                    cpu::rows(l1.as_slice()?, l1.shape()[1], &a),
-                    cpu::rows(r1.as_slice()?, r1.shape()[1], &a),
-                    cpu::rows(l2.as_slice()?, l2.shape()[1], &b),
-                    cpu::rows(r2.as_slice()?, r2.shape()[1], &b),
-                    (a.len(), b.len()),
-                ))
-            }
-            (
-                Factor::GroupedOuter { left: l1, right: r1, group: g1, samples: s1 },
-                Factor::GroupedOuter { left: l2, right: r2, group: g2, samples: s2 },
-            ) => {
-                let (rd, cd) = (l1.shape()[1], r1.shape()[1]);
-                let (l1, r1, l2, r2) = (l1.as_slice::<T>()?, r1.as_slice()?, l2.as_slice::<T>()?, r2.as_slice()?);
-                let (g1, g2, mut sum) = (g1.ids(), g2.ids(), 0.0);
-                for a in cpu::runs(g1, s1.range(i)) {
-                    for b in cpu::runs(g2, s2.range(j)) {
-                        if g1[a.start] == g2[b.start] {
-                            sum += cpu::outer_inner::<T>(
-                                cpu::rows(l1, rd, &a),
-                                cpu::rows(r1, cd, &a),
-                                cpu::rows(l2, rd, &b),
-                                cpu::rows(r2, cd, &b),
-                                (a.len(), b.len()),
-                            );
-                        }
-                    }
-                }
-                Ok(sum)
-            }
-            (Factor::Lookup { ids: i1, grad: g1, samples: s1 }, Factor::Lookup { ids: i2, grad: g2, samples: s2 }) => {
-                let (a, b, w) = (s1.range(i), s2.range(j), g1.shape()[1]);
-                Ok(cpu::lookup_inner::<T>(
-                    &i1.as_slice::<u32>()?[a.clone()],
-                    cpu::rows(g1.as_slice()?, w, &a),
-                    &i2.as_slice::<u32>()?[b.clone()],
-                    cpu::rows(g2.as_slice()?, w, &b),
-                    w,
-                ))
-            }
-            // An embedding tied to the output head: left holds the logits' gradients, right the head's input.
-            (Factor::Lookup { ids, grad, samples: s1 }, Factor::Outer { left, right, samples: s2 })
-                if right.shape()[1] == grad.shape()[1] =>
-            {
-                let (a, b) = (s1.range(i), s2.range(j));
-                Ok(cpu::lookup_outer_inner::<T>(
-                    &ids.as_slice::<u32>()?[a.clone()],
-                    cpu::rows(grad.as_slice()?, grad.shape()[1], &a),
-                    cpu::rows(left.as_slice()?, left.shape()[1], &b),
-                    cpu::rows(right.as_slice()?, right.shape()[1], &b),
-                    (left.shape()[1], right.shape()[1]),
-                ))
-            }
-            (Factor::Outer { .. }, Factor::Lookup { .. }) => other.inner::<T>(j, self, i, numel),
-            // Vectors, or kinds without a shortcut: form both.
-            _ => {
-                let (mut x, mut y) = (vec![T::ZERO; numel], vec![T::ZERO; numel]);
-                self.sample_add(i, &mut x)?;
-                other.sample_add(j, &mut y)?;
-                Ok(x.iter().zip(&y).map(|(&x, &y)| x.to_f64() * y.to_f64()).sum())
-            }
+        if let Some(inner) = with_kind!(self, |k| k.inner::<T>(i, other, j))? {
+            return Ok(inner);
         }
+        if let Some(inner) = with_kind!(other, |k| k.inner::<T>(j, self, i))? {
+            return Ok(inner);
+        }
+        // Vectors, or kinds without a shortcut: form both.
+        let (mut x, mut y) = (vec![T::ZERO; numel], vec![T::ZERO; numel]);
+        self.sample_add(i, &mut x)?;
+        other.sample_add(j, &mut y)?;
+        Ok(x.iter().zip(&y).map(|(&x, &y)| x.to_f64() * y.to_f64()).sum())
     }
-
     /// |gradient of sample i by this factor|². The factor must be sorted.
     pub(crate) fn sq_norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<f64> {
-        match self {
-            Factor::Outer { left, right, samples } => {
-                let r = samples.range(i);
-                Ok(cpu::outer_sq_norm::<T>(
-                    cpu::rows(left.as_slice()?, left.shape()[1], &r),
-                    cpu::rows(right.as_slice()?, right.shape()[1], &r),
-                    r.len(),
-                ))
-            }
-            Factor::GroupedOuter { left, right, group, samples } => {
-                let (rd, cd) = (left.shape()[1], right.shape()[1]);
-                let mut sum = 0.0;
-                let range = samples.range(i);
-                let group = group.ids();
-                let mut runs: Vec<_> = cpu::runs(group, range.clone()).collect();
-                runs.sort_by_key(|r| group[r.start]);
-                if runs.windows(2).any(|w| group[w[0].start] == group[w[1].start]) {
-                    // Rows of one group apart from each other: the general form.
-                    return self.inner::<T>(i, self, i, numel);
-                }
-                for r in runs {
-                    let (l, g) = (cpu::rows(left.as_slice::<T>()?, rd, &r), cpu::rows(right.as_slice()?, cd, &r));
-                    sum += cpu::outer_sq_norm::<T>(l, g, r.len());
-                }
-                Ok(sum)
-            }
-            Factor::RowSum { .. } | Factor::ScaledRowSum { .. } | Factor::PerSample { .. } => {
-                let mut x = vec![T::ZERO; numel];
-                self.sample_add(i, &mut x)?;
-                Ok(x.iter().map(|x| x.to_f64() * x.to_f64()).sum())
-            }
-            Factor::Lookup { .. } => self.inner::<T>(i, self, i, numel),
-            Factor::Dense { .. } => {
-                Err(Error::autograd("sample_sq_norms", "a dense gradient has no per-sample meaning"))
-            }
-        }
+        self.expect_samples("sample_sq_norms")?;
+        with_kind!(self, |k| k.sq_norm::<T>(i, numel))
+    }
+    /// Norms and clipped sum in one pass, where the kind has such a pass and it pays ([`Kind::clipped_add`]).
+    pub(crate) fn clipped_add<T: Kernels>(
+        &self,
+        base: &[f64],
+        clip: &(dyn Fn(f64) -> f64 + Sync),
+        out: &mut [T],
+    ) -> Result<Option<Vec<f64>>> {
+        with_kind!(self, |k| k.clipped_add(base, clip, out))
+    }
+    /// Whether forming every sample's gradient is one pass over the operands that costs no more than a sum.
+    pub(crate) fn forms_as_it_sums(&self) -> bool {
+        with_kind!(self, |k| k.forms_as_it_sums())
+    }
+    /// Whether [`Factor::form`] has a shorter way than the general one, which norms have to go anyway.
+    pub(crate) fn forms_for_norms(&self) -> bool {
+        with_kind!(self, |k| k.forms_for_norms())
+    }
+    /// Writes every sample's gradient into `out [B, numel]`, whatever that held, and returns |gᵢ|² of each. The factor must
+    /// be sorted.
+    pub(crate) fn form<T: Kernels>(&self, out: &mut [T]) -> Result<Vec<f64>> {
+        self.expect_samples("per_sample")?;
+        with_kind!(self, |k| k.form(out))
+    }
+
+    /// The weighted sum on a GPU ([`Kind::add_on`]).
+    pub(crate) fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()> {
+        with_kind!(self, |k| k.add_on(gpu, weights, out))
+    }
+    /// The parts of the squared norms on a GPU, where nothing has to be formed for them.
+    fn norm_parts(&self, gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
+        self.expect_samples("sample_sq_norms")?;
+        with_kind!(self, |k| k.norm_parts(gpu))
+    }
+    /// How the Gram kernel takes inner products of this factor and `other`, in this order.
+    fn pairing(&self, other: &Factor) -> Option<i32> {
+        with_kind!(self, |k| k.pairing(other))
+    }
+    /// The operands as the Gram kernel takes them for a pairing; `second` is the factor's place.
+    fn side(&self, gpu: &Arc<Gpu>, pairing: i32, second: bool) -> Result<Side<'_>> {
+        with_kind!(self, |k| k.side(gpu, pairing, second))
+    }
+    /// Adds the gradients of the samples in `range` to `out [len, numel]` on a GPU, if that can be done all at once.
+    fn form_on(&self, gpu: &Arc<Gpu>, range: Range<usize>, out: &mut Array) -> Result<bool> {
+        with_kind!(self, |k| k.form_on(gpu, range, out))
     }
 }

@@ -1,0 +1,160 @@
+//! Block `group[n]` of the parameter receives leftₙ ⊗ rightₙ: the factor of experts and of grouped convolutions.
+
+use super::change::Change;
+use super::cuda::{self, Parts, Side};
+use super::{Factor, Kind, cpu, is_rows, width};
+use crate::array::Array;
+use crate::autograd::{Groups, Samples};
+use crate::base::Result;
+use crate::device::cuda::{Gpu, layouts};
+use crate::kernels::gemm::kernel::Kernels;
+use std::sync::Arc;
+
+/// The operands of a [`Factor::GroupedOuter`].
+#[derive(Clone, Copy)]
+pub(super) struct GroupedOuter<'a> {
+    pub left: &'a Array,
+    pub right: &'a Array,
+    pub group: &'a Groups,
+    pub samples: &'a Samples,
+}
+
+impl GroupedOuter<'_> {
+    /// ⟨gradient of sample i, gradient of sample j of another grouped product⟩: runs of one group against each other.
+    fn inner_with<T: Kernels>(&self, i: usize, other: &GroupedOuter, j: usize) -> Result<f64> {
+        let (rd, cd) = (width(self.left), width(self.right));
+        let (l1, r1) = (self.left.as_slice::<T>()?, self.right.as_slice()?);
+        let (l2, r2) = (other.left.as_slice::<T>()?, other.right.as_slice()?);
+        let (g1, g2, mut sum) = (self.group.ids(), other.group.ids(), 0.0);
+        for a in cpu::runs(g1, self.samples.range(i)) {
+            for b in cpu::runs(g2, other.samples.range(j)) {
+                if g1[a.start] == g2[b.start] {
+                    sum += cpu::outer_inner::<T>(
+                        cpu::rows(l1, rd, &a),
+                        cpu::rows(r1, cd, &a),
+                        cpu::rows(l2, rd, &b),
+                        cpu::rows(r2, cd, &b),
+                        (a.len(), b.len()),
+                    );
+                }
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Whether the rows of one sample and one group lie together, for every sample and group.
+    fn groups_are_neighbours(&self) -> bool {
+        // Groups that are only on a GPU are not read back for this: the general form is right for any.
+        if !self.group.is_on_host() {
+            return false;
+        }
+        let group = self.group.ids();
+        let order = self.samples.order();
+        let mut seen: Vec<u32> = Vec::new();
+        (0..self.samples.count()).all(|i| {
+            seen.clear();
+            let rows = self.samples.range(i).map(|at| group[order.map_or(at, |o| o[at] as usize)]);
+            rows.for_each(|e| {
+                if seen.last() != Some(&e) {
+                    seen.push(e);
+                }
+            });
+            seen.sort_unstable();
+            seen.windows(2).all(|w| w[0] != w[1])
+        })
+    }
+}
+
+impl<'a> Kind<'a> for GroupedOuter<'a> {
+    fn name(&self) -> &'static str {
+        "grouped outer"
+    }
+    fn values(&self) -> (&'a Array, Option<&'a Array>) {
+        (self.left, Some(self.right))
+    }
+    fn owners(&self) -> Option<&'a Samples> {
+        Some(self.samples)
+    }
+    fn fits(&self, shape: &[usize]) -> bool {
+        let (numel, block) = (shape.iter().product::<usize>(), width(self.left) * width(self.right));
+        let blocks = numel.checked_div(block).unwrap_or(0);
+        is_rows(self.left, self.samples)
+            && is_rows(self.right, self.samples)
+            && self.group.rows() == self.samples.rows()
+            && blocks * block == numel
+            && (self.group.count() == blocks || numel == 0)
+    }
+    fn changed(&self, change: &Change) -> Result<Factor> {
+        Ok(Factor::GroupedOuter {
+            left: change.array(self.left)?,
+            right: change.array(self.right)?,
+            group: change.groups(self.group)?,
+            samples: change.samples(self.samples)?,
+        })
+    }
+    fn flops(&self) -> f64 {
+        2.0 * (self.left.numel() * width(self.right)) as f64
+    }
+
+    fn add<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
+        let w = cpu::row_weights(weights, self.samples);
+        let (left, right) = (self.left.as_slice::<T>()?, self.right.as_slice::<T>()?);
+        let (rd, cd, group) = (width(self.left), width(self.right), self.group.ids());
+        for run in cpu::runs(group, 0..group.len()) {
+            let block = group[run.start] as usize * rd * cd;
+            cpu::outer_add(
+                cpu::rows(left, rd, &run),
+                cpu::rows(right, cd, &run),
+                run.len(),
+                w.as_ref().map(|w| &w[run.clone()]),
+                &mut out[block..block + rd * cd],
+            );
+        }
+        Ok(())
+    }
+    fn sq_norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<f64> {
+        let (rd, cd) = (width(self.left), width(self.right));
+        let (left, right, group) = (self.left.as_slice::<T>()?, self.right.as_slice::<T>()?, self.group.ids());
+        let mut runs: Vec<_> = cpu::runs(group, self.samples.range(i)).collect();
+        runs.sort_by_key(|r| group[r.start]);
+        if runs.windows(2).any(|w| group[w[0].start] == group[w[1].start]) {
+            // Rows of one group apart from each other: the general form.
+            return self.inner_with::<T>(i, self, i);
+        }
+        let mut sum = 0.0;
+        for r in runs {
+            sum += cpu::outer_sq_norm::<T>(cpu::rows(left, rd, &r), cpu::rows(right, cd, &r), r.len());
+        }
+        Ok(sum)
+    }
+    /// With another grouped product.
+    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<f64>> {
+        match other {
+            Factor::GroupedOuter { left, right, group, samples } => {
+                self.inner_with::<T>(i, &GroupedOuter { left, right, group, samples }, j).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()> {
+        cuda::grouped_outer_add(gpu, (self.left, self.right), self.group, self.samples, weights, out)
+    }
+    fn norm_parts(&self, gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
+        let o = self.samples.on_gpu(gpu)?;
+        if cuda::gram_is_shorter(&o, self.left, self.right) || !self.groups_are_neighbours() {
+            let side = self.side(gpu, layouts::PAIR_PRODUCT, false)?;
+            return cuda::own_gram_parts(gpu, layouts::PAIR_PRODUCT, &side).map(Some);
+        }
+        let (group, ..) = self.group.on_gpu(gpu)?;
+        cuda::direct_parts(gpu, (self.left, self.right), Some(&group), &o).map(Some)
+    }
+    /// With another grouped product.
+    fn pairing(&self, other: &Factor) -> Option<i32> {
+        matches!(other, Factor::GroupedOuter { .. }).then_some(layouts::PAIR_PRODUCT)
+    }
+    fn side(&self, gpu: &Arc<Gpu>, _pairing: i32, _second: bool) -> Result<Side<'a>> {
+        let (ids, ..) = self.group.on_gpu(gpu)?;
+        Ok(Side { left: self.left, right: Some(self.right), ids: Some(ids), samples: self.samples })
+    }
+}
