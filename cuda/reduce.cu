@@ -150,7 +150,7 @@ template <class T> DEV void max_rows_body(const T* x, T* y, u32* index, i64 rows
             if (before(mode, values[w], places[w], b)) b = {values[w], places[w]};
     }
     if (t.rank == 0) {
-        if (mode == 2 && is_nan(to_acc(x[0]))) b.at = 0;
+        if (mode == EXTREME_ARGMAX && is_nan(to_acc(x[0]))) b.at = 0;
         if (y) y[t.row] = x[b.at];
         if (index) index[t.row] = (u32)b.at;
     }
@@ -187,6 +187,21 @@ template <class T> DEV void lse_rows_body(const T* x, T* y, i64 rows, i64 cols) 
     for (i64 i = t.rank; i < cols; i += t.size) s += exp_of(to_acc(x[i]) - m);
     s = team_sum(t, s, red);
     if (t.rank == 0) y[t.row] = from_acc<T>(finish_lse(m, s));
+}
+template <class T> DEV void lse_grad_body(const T* x, const T* y, const T* g, T* dx, i64 n, const Strided3& s) {
+    i64 i;
+    int count = quad_of(n, i);
+    if (!count) return;
+    Quad<Strided3, 3> at;
+    locate<3>(s, i, count, at);
+    T a[4], b[4], c[4];
+    load4(x, s, at, 0, count, a);
+    load4(y, s, at, 1, count, b);
+    load4(g, s, at, 2, count, c);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        if (k < count) a[k] = from_acc<T>(exp_of(to_acc(a[k]) - to_acc(b[k])) * to_acc(c[k]));
+    store4(dx, i, count, a);
 }
 #define LSE(T, S)                                                                                              \
     KERNEL logsumexp_rows_##S(const T* x, T* y, i64 rows, i64 cols) { lse_rows_body(x, y, rows, cols); }       \
