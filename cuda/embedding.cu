@@ -2,7 +2,7 @@
 // Embedding: masks for padding, and bags of ids. Lookup is take (index.cu); the table's gradient is rows_add over sorted ids
 // (sort.cu, index.cu). Block 256; sizes > 0. Bag s is ids offsets[s] .. offsets[s + 1] (i64); owner[t] is the bag of id t.
 //
-//   zero_rows_{b2,b4,b8} (const T* g, const u32* ids, T* y, i64 rows, i64 p, u32 padding)   grid ceil(rows·p / 1024)
+//   zero_rows_{b4,b8} (const T* g, const u32* ids, T* y, i64 rows, i64 p, u32 padding)   grid ceil(rows·p / 1024)
 //       y = g but for the rows whose id is `padding`, which become 0. y may be g.
 //   embedding_bag_{f32,f64,bf16,f16} (const T* w, const u32* ids, const i64* offsets, const acc_t<T>* scale, T* y,
 //                                     i64 bags, i64 p, i32 mean)                            grid ceil(bags·p / 256)
@@ -19,7 +19,6 @@
         i64 i = (i64)blockIdx.x * 1024 + threadIdx.x;                                                          \
         for (int q = 0; q < 4 && i < rows * p; q++, i += 256) y[i] = ids[i / p] == padding ? (T)0 : g[i];      \
     }
-ZERO_ROWS(u16, b2)
 ZERO_ROWS(u32, b4)
 ZERO_ROWS(u64, b8)
 

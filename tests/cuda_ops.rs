@@ -17,9 +17,11 @@ use prismgrad::check::{self, Gen};
 use prismgrad::device::emulator::{config, lock, stat};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::grouped::grouped_linear;
-use prismgrad::ops::linear::Layout;
+use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::segment::Segments;
 use prismgrad::ops::{Differentiable, registry};
+use prismgrad::optim::{Schedule, Sgd};
+use prismgrad::step::TrainStep;
 use prismgrad::{Array, DType, Device, Gradients, Param, Result, Samples, Tensor};
 use std::collections::BTreeSet;
 
@@ -237,4 +239,58 @@ fn a_bf16_gpt_casts_around_no_norm_and_no_loss() {
     );
     let casts: Vec<&String> = kernels.iter().filter(|k| k.contains(": cast_")).collect();
     assert!(casts.is_empty(), "{casts:?}");
+}
+
+/// What only moves or compares elements, in every dtype.
+#[test]
+fn moves_and_comparisons_of_every_dtype_agree_with_the_cpu() {
+    let _one = lock();
+    config("seed", 4);
+    let device = Device::cuda(0).unwrap();
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8] {
+        let run = |at: &Device| -> Vec<Vec<f64>> {
+            let array = |shape: &[usize], k: usize| {
+                Array::generate(shape, DType::F64, |i| (i * k % 23) as f64).cast(dtype).to(at).unwrap()
+            };
+            let (a, b) = (Tensor::new(array(&[20, 24], 7)), Tensor::new(array(&[20, 24], 5)));
+            let ids = |n: usize, dtype| {
+                Tensor::new(Array::generate(&[n], DType::F64, |i| (i * 3 % 20) as f64).cast(dtype).to(at).unwrap())
+            };
+            let mask = a.lt(&b).unwrap();
+            let picks = Tensor::new(Array::generate(&[20, 3], DType::U32, |i| (i % 24) as f64).to(at).unwrap());
+            let mut all = vec![
+                a.array().transpose(0, 1).unwrap().contiguous(),
+                a.array().step(1, 2).unwrap().contiguous(),
+                a.index_select(0, &ids(9, DType::U32)).unwrap().into_array(),
+                a.index_select(0, &ids(9, DType::I64)).unwrap().into_array(),
+                a.gather(1, &picks).unwrap().into_array(),
+                Tensor::concat(&[&a, &b], 0).unwrap().into_array(),
+                ids(5, DType::U32).one_hot(20, dtype).unwrap().into_array(),
+                Tensor::select(&mask, &a, &b).unwrap().into_array(),
+                Array::full_at(at, &[7], 3.0, dtype).unwrap(),
+                Array::arange_at(at, 11, dtype).unwrap(),
+            ];
+            for compare in [Tensor::eq, Tensor::ne, Tensor::lt, Tensor::le, Tensor::gt, Tensor::ge] {
+                all.push(compare(&a, &b).unwrap().into_array());
+            }
+            all.iter().map(|a| a.to_f64()).collect()
+        };
+        assert_eq!(run(&device), run(&Device::Cpu), "{dtype}");
+    }
+}
+
+/// A step whose losses are 16 bits wide.
+#[test]
+fn losses_of_16_bits_are_added_up() {
+    let _one = lock();
+    let device = Device::cuda(0).unwrap();
+    for dtype in [DType::BF16, DType::F16] {
+        let w = Param::new("w", Array::ones(&[1, 4], DType::F32).to(&device).unwrap());
+        let mut step = TrainStep::plain(std::slice::from_ref(&w), Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let x = Tensor::randn(&[8, 4], DType::F32, 1, &device).unwrap().cast(dtype).unwrap();
+        let report = step
+            .run([()], |_| linear(&x, &w, Layout::OutIn, None, Activation::None, None)?.square()?.sum(&[1], false))
+            .unwrap();
+        assert!(report.loss().unwrap() > 0.0);
+    }
 }

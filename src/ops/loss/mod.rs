@@ -74,7 +74,9 @@ static KL: OpInfo = OpInfo {
     cases: &[|g: &mut Gen| {
         let s = [g.size(1, 3), g.size(2, 4)];
         let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
-        Ok(Case::new(vec![g.array(&s)], move |x| kl_divergence(&x[0].log_softmax(-1)?, &t, Reduce::Mean)))
+        Ok(Case::new(vec![g.array(&s)], move |x| {
+            kl_divergence(&x[0].log_softmax(-1)?, &t.to(&x[0].device())?, Reduce::Mean)
+        }))
     }],
 };
 
