@@ -24,6 +24,7 @@ pub mod reduce;
 pub mod rotary;
 pub mod segment;
 pub mod softmax;
+pub mod softmin;
 pub mod unary;
 pub mod view;
 
@@ -47,6 +48,7 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     rotary::OPS,
     segment::OPS,
     softmax::OPS,
+    softmin::OPS,
     unary::OPS,
     view::OPS,
 ];
