@@ -10,7 +10,7 @@
 //       A tie of maximum or minimum sends the gradient to a. add and sub: the gradient itself, and neg of it.
 //   compare_{f32,f64,bf16,f16,u32,i64,u8} (const T* a, const T* b, u8* y, i64 n, Strided2 sab, i32 op)
 //       op 0 a = b, 1 a ≠ b, 2 a < b, 3 a ≤ b, 4 a > b, 5 a ≥ b
-//   where_{b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
+//   where_{b1,b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
 //   mask_{b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
 //       b1 … b8: by width, any dtype of that many bytes.
 //   add_assign_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx)               y += x
@@ -144,16 +144,21 @@ template <class T> DEV void mask_body(const T* g, const u8* mask, T* y, i64 n, c
         if (k < count && (m[k] != 0) != (keep != 0)) v[k] = T(0);
     store4(y, i, count, v);
 }
-#define SELECT(T, S)                                                                                           \
+#define WHERE(T, S)                                                                                            \
     KERNEL where_##S(const u8* mask, const T* a, const T* b, T* y, i64 n, STRIDED(3) smab) {               \
         where_body(mask, a, b, y, n, smab);                                                                    \
-    }                                                                                                          \
+    }
+WHERE(u8, b1)
+WHERE(u16, b2)
+WHERE(u32, b4)
+WHERE(u64, b8)
+#define MASK(T, S)                                                                                            \
     KERNEL mask_##S(const T* g, const u8* mask, T* y, i64 n, STRIDED(2) sgm, i32 keep) {                   \
         mask_body(g, mask, y, n, sgm, keep);                                                                   \
     }
-SELECT(u16, b2)
-SELECT(u32, b4)
-SELECT(u64, b8)
+MASK(u16, b2)
+MASK(u32, b4)
+MASK(u64, b8)
 
 // ---------------------------------------------------------------- sums in place
 template <class D, class S, class F> DEV void update_body(D* y, const S* x, i64 n, const Strided1& s, F f) {
