@@ -208,3 +208,41 @@ fn every_op_of_a_profile_is_registered() {
     }
     assert!(missing.is_empty(), "ops without an entry in the registry: {missing:?}");
 }
+
+/// Every file and folder below `folder`, by path from the root of the repository.
+fn everything(folder: &str) -> Vec<String> {
+    let mut found = vec![];
+    for entry in fs::read_dir(root().join(folder)).unwrap() {
+        let path = format!("{folder}/{}", entry.unwrap().file_name().into_string().unwrap());
+        if root().join(&path).is_dir() {
+            found.extend(everything(&path));
+        }
+        found.push(path);
+    }
+    found
+}
+
+/// Each file and folder that ARCHITECTURE.md names is there: `ops/softmax/cpu.rs` is the end of some path, `cuda/softmin.cu` too,
+/// and `{a,b}.rs` names several.
+#[test]
+fn the_page_names_what_is_there() {
+    let all: Vec<String> = ["src", "cuda", "tests"].into_iter().flat_map(everything).collect();
+    let there = |name: &str| {
+        let name = name.trim_end_matches('/');
+        root().join(name).exists() || all.iter().any(|path| path.ends_with(&format!("/{name}")))
+    };
+    let page = read("ARCHITECTURE.md");
+    let names = page.split('`').skip(1).step_by(2).filter(|n| !n.contains(char::is_whitespace) && !n.contains('*'));
+    let named = |n: &&str| n.ends_with('/') || [".rs", ".cu", ".cuh", ".cpp", ".txt"].iter().any(|e| n.ends_with(e));
+    let mut missing = vec![];
+    for name in names.filter(named) {
+        let whole = match (name.find('{'), name.find('}')) {
+            (Some(a), Some(b)) => {
+                name[a + 1..b].split(',').map(|m| format!("{}{m}{}", &name[..a], &name[b + 1..])).collect()
+            }
+            _ => vec![name.to_string()],
+        };
+        missing.extend(whole.into_iter().filter(|name| !there(name)));
+    }
+    assert!(missing.is_empty(), "ARCHITECTURE.md names what is not there: {missing:?}");
+}

@@ -533,7 +533,7 @@ mod linked {
             )
         };
         check(op, code as c_int)?;
-        super::super::context::count(&gpu.counters.library_products);
+        crate::device::cuda::count(&gpu.counters.library_products);
         Ok(true)
     }
 }
