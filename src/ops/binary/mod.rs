@@ -1,6 +1,6 @@
 //! Two broadcast inputs: arithmetic, comparison, selection.
 //!
-//! A function is a type that implements [`Binary`]: its formula, its derivatives, and a kernel of its name in
+//! A function is a type that implements `Binary`: its formula, its derivatives, and a kernel of its name in
 //! `cuda/binary.cu`.
 
 pub(crate) mod cuda;

@@ -1,6 +1,6 @@
 //! One input, one output, element by element: activations and elementary functions.
 //!
-//! A function is a type that implements [`Unary`]: its formula, its derivative, and a kernel of its name in `cuda/unary.cu`.
+//! A function is a type that implements `Unary`: its formula, its derivative, and a kernel of its name in `cuda/unary.cu`.
 
 pub(crate) mod cuda;
 
