@@ -136,7 +136,10 @@ fn bags<T: Acc>() {
                 close("bag dots", &back(&dots.get()), &grads.of(&st).unwrap().to_f64(), <T::A as El>::TOL * 4.);
             }
         }
-        // padding
+        // padding: gradients of tables are f32 or f64
+        if size_of::<T>() == 2 {
+            continue;
+        }
         let table = Param::new("w", arr(&wv, &[v, p]));
         let out = embedding(&table, &Tensor::new(Array::from_slice(&ids, &[n]).unwrap()), Some(ids[0]), None).unwrap();
         let gv = round::<T>(&r.vec(n * p));

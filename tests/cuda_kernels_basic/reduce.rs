@@ -93,6 +93,7 @@ fn reductions<T: Acc>() {
                 let gv = round::<T>(&r.vec(o * i));
                 let g = w.mul(&t64(&gv, &[o, i])).unwrap().backward().unwrap();
                 let (dg, dx) = (up::<T>(&gv), Buf::<T>::new(count));
+                let y = up::<T>(&w.array().to_f64());
                 let (full, thin) = (row_major(&[o, n, i]), [i, 0, 1]);
                 go!(format!("logsumexp_grad_{s}"), quads(count); bx.ptr, y.ptr, dg.ptr, dx.ptr, count as i64, strided(&[o, n, i], [&full, &thin, &thin]));
                 close("lse grad", &back(&dx.get()), &g.of(&x).unwrap().to_f64(), T::TOL * 4.);
