@@ -141,7 +141,7 @@ static SORT: OpInfo = OpInfo {
             let (n, mut k) = (g.size(2060, 2100), g.size(0, 1000));
             let x = g.array_of(&[1, n], |_| {
                 k += 1;
-                (k * 7919 % 10_007) as f64 * 1e-3
+                (k * 7919 % 10_007) as f64 * 0.01
             });
             Ok(Case::new(vec![x], |t| Ok(t[0].sort(-1, true)?.0)))
         },
