@@ -2,7 +2,7 @@
 
 use super::Samples;
 use crate::array::Array;
-use crate::array::cuda::on;
+use crate::array::cuda::{ids_below, on};
 use crate::base::{DType, Error, Result};
 use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
@@ -84,14 +84,15 @@ impl Segments {
         Segments::from_host(std::iter::once(0).chain(ends).collect())
     }
     /// From the segment of each row, `ids [N]` (u32) in rising order and below `count`. Ids on a GPU stay there: the offsets
-    /// are found by a kernel, and nothing waits for it. They are not checked then.
+    /// are found by a kernel, and nothing waits for it. One that is not below `count` is read as 0, and is an error when the host
+    /// next reads something; their order is not checked there.
     pub fn of_sorted_ids(ids: &Array, count: usize) -> Result<Segments> {
         if ids.rank() != 1 || ids.dtype() != DType::U32 {
             let message = format!("the segment of each row must be [N] u32, got {:?} {}", ids.shape(), ids.dtype());
             return Err(Error::shape("segments", message));
         }
         if let Some(gpu) = ids.gpu() {
-            let owner = ids.contiguous();
+            let owner = ids_below(gpu, ids, count, &format!("segments: {count} segments"))?;
             let offsets = rows::cuda::run_starts(gpu, &owner, count)?;
             let on_gpu = Mutex::new(Some(SegmentsOnGpu { offsets, owner }));
             return Ok(Segments(Arc::new(Inner { count, rows: ids.numel(), host: OnceLock::new(), on_gpu })));
