@@ -1,22 +1,22 @@
 #include "prelude.cuh"
-// The ledger of a training step: what the host would otherwise have to wait for. One block of 256; the ledger stays on the
-// device and is copied to the host when somebody asks.
+// The counters of a training step: what the host would otherwise have to wait for. One block of 256. The counters stay on the
+// device and are copied to the host when a report is asked for its loss.
 //
-//   step_losses_{f32,f64,bf16,f16} (const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard,
+//   step_losses_{f32,f64,bf16,f16} (const T* losses, i64 n, i64 before, StepCounters* counters, u64 step, i32 guard,
 //                                        const u64* live)
-//       ledger.loss += Σ losses, in f64 and a fixed order. With guard, a loss that is not finite stops training: stop = step
+//       counters.loss += Σ losses, in f64 and a fixed order. With guard, a loss that is not finite stops training: stop = step
 //       (counted from 1; live, if not null, holds it, so that a captured graph can be replayed), sample = before + its
 //       position, value = it; the first one stays. Optimizers do nothing once stop is set, so that the parameters stay as
 //       the last good step left them, however late the host looks.
 
-struct Ledger {
+struct StepCounters {
     double loss;
     u64 stop, sample;
     double value;
     u64 pairs, clipped, broken; // as clip_weights (factored.cu) counts them
     u64 reserved;
 };
-template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard, const u64* live) {
+template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, StepCounters* counters, u64 step, i32 guard, const u64* live) {
     SHARED(double, red, [8]);
     SHARED(i64, first, [256]);
     double sum = 0;
@@ -30,16 +30,16 @@ template <class T> DEV void losses_body(const T* losses, i64 n, i64 before, Ledg
     int any = __syncthreads_or(bad < n);
     sum = block_sum_256(sum, red);
     if (threadIdx.x != 0) return;
-    ledger->loss += sum;
-    if (!guard || !any || ledger->stop) return;
+    counters->loss += sum;
+    if (!guard || !any || counters->stop) return;
     for (int t = 1; t < 256; t++) bad = min64(bad, first[t]);
-    ledger->stop = live ? *live : step;
-    ledger->sample = (u64)(before + bad);
-    ledger->value = (double)to_acc(losses[bad]);
+    counters->stop = live ? *live : step;
+    counters->sample = (u64)(before + bad);
+    counters->value = (double)to_acc(losses[bad]);
 }
 #define LOSSES(T, S)                                                                                           \
-    KERNEL step_losses_##S(const T* losses, i64 n, i64 before, Ledger* ledger, u64 step, i32 guard,            \
+    KERNEL step_losses_##S(const T* losses, i64 n, i64 before, StepCounters* counters, u64 step, i32 guard,            \
                            const u64* live) {                                                                  \
-        losses_body(losses, n, before, ledger, step, guard, live);                                             \
+        losses_body(losses, n, before, counters, step, guard, live);                                             \
     }
 FOR_FLOATS(LOSSES)

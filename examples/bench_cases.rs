@@ -18,9 +18,9 @@ use prismgrad::ops::linear::{Activation, Layout};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::norm::layer_norm;
 use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::privacy::{ClipFn, ClipStyle};
+use prismgrad::privacy::ClipFn;
 use prismgrad::random::{NoiseKey, philox};
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor, profile};
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -42,6 +42,8 @@ enum Work {
     None,
 }
 
+/// One loss per sample.
+type Losses = Box<dyn Fn() -> Result<Tensor>>;
 type Step = Box<dyn FnMut() -> Result<()>>;
 type Make = fn(&str) -> Result<(Step, Work, usize)>;
 
@@ -162,7 +164,7 @@ fn dtype(name: &str) -> DType {
 fn gpt(name: &str) -> Result<(Step, Work, usize)> {
     let (model, x, y) = gpt_model(name)?;
     let params = model.params().count();
-    let mut step = TrainStep::plain(&model.params().all(), AdamW::default(), Schedule::constant(1e-3))?;
+    let mut step = PlainStep::new(&model.params().all(), AdamW::default(), Schedule::constant(1e-3))?;
     // Products only, three times the forward pass, attention halved for causality.
     let gflop = match &name[4..] {
         "S" => 43.5,
@@ -194,7 +196,7 @@ fn mlp(_: &str) -> Result<(Step, Work, usize)> {
     let model = Mlp::new(&params)?;
     params.to(device())?;
     let (x, y) = (Tensor::new(random(&[256, 784], 1)?), ids(&[256], 10, 2)?);
-    let mut step = TrainStep::plain(&params.all(), AdamW::default(), Schedule::constant(1e-3))?;
+    let mut step = PlainStep::new(&params.all(), AdamW::default(), Schedule::constant(1e-3))?;
     let gflop = 6.0 * 256.0 * (784.0 * 512.0 + 512.0 * 512.0 + 5120.0) / 1e9;
     Ok((Box::new(move || step.run([()], |_| model.losses(&x, &y)).map(|_| ())), Work::Gflop(gflop), params.count()))
 }
@@ -270,33 +272,31 @@ fn attn(name: &str) -> Result<(Step, Work, usize)> {
 
 fn dp(name: &str) -> Result<(Step, Work, usize)> {
     let (model, style) = name[3..].split_once('/').unwrap_or_default();
-    let make = |params: &[Param], batch: usize| -> Result<TrainStep> {
+    // Every record is in every batch (rate 1), so that each step is the same work.
+    let make = |params: &[Param], batch: usize, losses: Losses| -> Result<Step> {
         let (optimizer, schedule) = (AdamW::default(), Schedule::constant(1e-3));
         if style == "nonprivate" {
-            return TrainStep::plain(params, optimizer, schedule);
+            let mut step = PlainStep::new(params, optimizer, schedule)?;
+            return Ok(Box::new(move || step.run_one(&losses).map(drop)));
         }
-        let mut c = PrivacyConfig::new(1e6, 1e-6, 100_000, batch as f64, 1_000_000);
-        c.style = style.parse::<ClipStyle>()?;
-        c.clip = ClipFn::Abadi;
-        c.noise_multiplier = Some(1.0);
-        TrainStep::private(params, Privacy::new(c, NoiseKey::from_seed_for_tests(1))?, optimizer, schedule)
+        let config = PrivacyConfig::target(1e3, 1e-6).records(batch).expected_batch(batch as f64).steps(100_000);
+        let config = config.style(style.parse()?).clip(ClipFn::Abadi).noise_multiplier(100.0);
+        let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(1))?;
+        let mut step = PrivateStep::new(params, privacy, optimizer, schedule)?;
+        Ok(Box::new(move || step.run(batch, |_| losses()).map(drop)))
     };
     if model == "mlp" {
         let params = Params::new(1, DType::F32);
         let m = Mlp::new(&params)?;
         params.to(device())?;
         let (x, y) = (Tensor::new(random(&[256, 784], 1)?), ids(&[256], 10, 2)?);
-        let mut step = make(&params.all(), 256)?;
-        return Ok((Box::new(move || step.run([()], |_| m.losses(&x, &y)).map(|_| ())), Work::None, params.count()));
+        let step = make(&params.all(), 256, Box::new(move || m.losses(&x, &y)))?;
+        return Ok((step, Work::None, params.count()));
     }
     let (m, x, y) = gpt_model(&model.replace("gpt", "gpt/"))?;
-    let params = m.params().count();
-    let mut step = make(&m.params().all(), 8)?;
-    Ok((
-        Box::new(move || step.run([()], |_| m.losses(&x, &y, &Ctx::train(0))).map(|_| ())),
-        Work::Tokens(2048.0, 0.0),
-        params,
-    ))
+    let params = m.params().clone();
+    let step = make(&params.all(), 8, Box::new(move || m.losses(&x, &y, &Ctx::train(0))))?;
+    Ok((step, Work::Tokens(2048.0, 0.0), params.count()))
 }
 
 /// A field of /proc/self/status, in MB.

@@ -18,7 +18,7 @@ use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::ClipStyle;
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
@@ -64,6 +64,21 @@ fn convnet(params: &Params) -> Result<Model> {
     }))
 }
 
+/// Plain or private training, as asked for.
+enum Step {
+    Plain(PlainStep),
+    Private(PrivateStep),
+}
+
+impl Step {
+    fn as_step(&self) -> &dyn TrainStep {
+        match self {
+            Step::Plain(step) => step,
+            Step::Private(step) => step,
+        }
+    }
+}
+
 /// The logits of some images, and one loss per image.
 fn losses(model: &Model, images: &Images, indices: &[usize]) -> Result<(Tensor, Tensor)> {
     let (pixels, labels) = images.batch(indices)?;
@@ -103,9 +118,9 @@ fn run() -> Result<()> {
     let total = steps_at(epochs);
     // With momentum 0.9 a step of 0.1 moves as far in the end as one of 1 without.
     let lr = if private { 0.1 } else { 4e-3 };
+    let schedule = if private { Schedule::constant(lr) } else { Schedule::cosine(lr, 20, total) };
     let mut step = if private {
-        let config =
-            PrivacyConfig { style: style.clone(), ..PrivacyConfig::new(epsilon, DELTA, train.len(), batch, total) };
+        let config = PrivacyConfig::target(epsilon, DELTA).records(train.len()).expected_batch(batch).steps(total);
         let key = if args.has("seed") {
             eprintln!("With --seed, sampling and noise are repeatable: this run is NOT private.");
             NoiseKey::from_seed_for_tests(seed)
@@ -113,18 +128,19 @@ fn run() -> Result<()> {
             NoiseKey::from_os()?
         };
         let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
-        TrainStep::private(&params.all(), Privacy::new(config, key)?, sgd, Schedule::constant(lr))?
+        let privacy = Privacy::new(config.style(style.clone()), key)?;
+        Step::Private(PrivateStep::new(&params.all(), privacy, sgd, schedule)?)
     } else {
-        TrainStep::plain(&params.all(), AdamW::default(), Schedule::cosine(lr, 20, total))?
+        Step::Plain(PlainStep::new(&params.all(), AdamW::default(), schedule)?)
     };
     let config = json!({
         "model": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": args.has("seed").then_some(seed),
-        "privacy": step.privacy().map(|p| p.config()),
+        "privacy": step.as_step().accounting().map(|p| p.config()),
     });
     let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
     let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
     println!("{name}: {} parameters, {} training and {} test images", params.count(), train.len(), test.len());
-    if let Some(p) = step.privacy() {
+    if let Some(p) = step.as_step().accounting() {
         println!(
             "{style:?} clipping, noise multiplier {:.3}, {total} steps at rate {:.4}",
             p.noise_multiplier(),
@@ -135,27 +151,33 @@ fn run() -> Result<()> {
     let start = Instant::now();
     let (mut accuracy, mut loss) = (0.0, 0.0);
     for epoch in 1..=epochs {
-        let mut report = None;
-        if private {
-            while step.steps() < steps_at(epoch) {
-                // A Poisson batch varies in size; an empty one has no chunk, and its step is noise only.
-                let batch = step.next_batch()?;
-                report = Some(step.run(batch.chunks(512), |part| Ok(losses(&model, &train, part)?.1))?);
+        let losses = |part: &[usize]| Ok(losses(&model, &train, part)?.1);
+        let mut spent = None;
+        match &mut step {
+            // The step draws a Poisson batch, whose size varies; an empty one is a step of noise alone.
+            Step::Private(step) => {
+                while step.steps() < steps_at(epoch) {
+                    spent = Some(step.run(512, losses)?.epsilon);
+                }
             }
-        } else {
-            for batch in shuffled(train.len(), seed.wrapping_mul(1_000_003).wrapping_add(epoch)).chunks(BATCH) {
-                report = Some(step.run([batch], |part| Ok(losses(&model, &train, part)?.1))?);
+            Step::Plain(step) => {
+                for batch in shuffled(train.len(), seed.wrapping_mul(1_000_003).wrapping_add(epoch)).chunks(BATCH) {
+                    step.run_one(|| losses(batch))?;
+                }
             }
         }
         // Measured on the test images: the training loss would tell about the records that a private run protects.
         (accuracy, loss) = evaluate(&model, &test)?;
-        let spent = report.and_then(|r| r.epsilon);
-        folder.log(step.steps(), &json!({"epoch": epoch, "accuracy": accuracy, "loss": loss, "epsilon": spent}))?;
+        folder.log(
+            step.as_step().steps(),
+            &json!({"epoch": epoch, "accuracy": accuracy, "loss": loss, "epsilon": spent}),
+        )?;
         let spent = spent.map_or(String::new(), |e| format!("  ε {e:.3}"));
         println!("epoch {epoch:>3}  test accuracy {accuracy:.4}  test loss {loss:.4}{spent}");
     }
     let seconds = start.elapsed().as_secs_f64();
-    let spent = step.privacy().map(|p| p.epsilon(step.steps())).transpose()?;
+    let steps = step.as_step().steps();
+    let spent = step.as_step().accounting().map(|p| p.epsilon(steps)).transpose()?;
     for (field, title) in [("accuracy", "Test accuracy"), ("loss", "Test loss"), ("epsilon", "Privacy spent, ε")] {
         let points = folder.series(field)?;
         if !points.is_empty() {
@@ -164,7 +186,7 @@ fn run() -> Result<()> {
         }
     }
     folder.finish(&json!({
-        "accuracy": accuracy, "loss": loss, "steps": step.steps(), "seconds": seconds, "epsilon": spent,
+        "accuracy": accuracy, "loss": loss, "steps": steps, "seconds": seconds, "epsilon": spent,
         "delta": spent.map(|_| DELTA), "repeatable": !private || args.has("seed"),
     }))?;
     println!("accuracy {accuracy:.4} after {seconds:.1} s; run, plots and summary in {}", folder.path().display());

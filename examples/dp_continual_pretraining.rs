@@ -15,7 +15,7 @@ mod study;
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::privacy::continual::{Probes, Switch, curvature};
 use prismgrad::privacy::{ClipFn, ClipStyle, Public};
-use prismgrad::step::TrainStep;
+use prismgrad::step::{PlainStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Result, no_grad};
@@ -85,13 +85,13 @@ fn run() -> Result<()> {
     let (held, train) = data.public.split(0.25);
     let sigma = data.sigma(1.0, private_steps)?;
     let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
-    let mut step = TrainStep::plain(&model.params.all(), sgd, Schedule::constant(0.05))?;
+    let mut step = PlainStep::new(&model.params.all(), sgd, Schedule::constant(0.05))?;
     let all: Vec<usize> = (0..train.len()).collect();
     let (mut switch, mut when) = (Switch::new(3), None);
     let (mut slow, mut band, mut telemetry) = (Vec::new(), Vec::new(), Vec::new());
     for at in [0u64, 5, 10, 20, 40, 80, 160, 320] {
         while step.steps() < at {
-            step.run([()], |_| model.losses_of(&train, &all))?;
+            step.run_one(|| model.losses_of(&train, &all))?;
             if step.steps() % 10 == 0 && when.is_none() {
                 let losses = no_grad(|| model.losses(&held.pixels, &held.labels))?.mean(&[0], false)?.item()?;
                 when = switch.observe(Public(losses)).then_some(step.steps());

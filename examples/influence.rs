@@ -16,7 +16,7 @@ use prismgrad::nn::{Ctx, Init, Linear, Params};
 use prismgrad::ops::linear::{Activation, Layout};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::step::TrainStep;
+use prismgrad::step::{PlainStep, TrainStep};
 use prismgrad::train::plot::ImageGrid;
 use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
@@ -60,7 +60,7 @@ fn run() -> Result<()> {
     let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
     let mut folder = RunFolder::create(args.text("out"), &json!({"epochs": epochs}), existing, &[])?;
 
-    let mut step = TrainStep::plain(&params.all(), AdamW::default(), Schedule::constant(4e-3))?;
+    let mut step = PlainStep::new(&params.all(), AdamW::default(), Schedule::constant(4e-3))?;
     for epoch in 0..epochs {
         let mut total = 0.0;
         for batch in shuffled(train.len(), epoch).chunks(64) {

@@ -17,7 +17,7 @@ use prismgrad::nn::Init;
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle, audit};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Param, Result, Tensor};
@@ -49,15 +49,16 @@ impl Audited {
         let canary = mlp.params.at("canary").param("weight", &[canaries], Init::Zeros)?;
         Ok(Audited { mlp, canary, digits: data.private.len() })
     }
-    /// One loss per record; records past the digits are canaries, with a gradient far above the threshold.
-    fn losses(&self, data: &Data, records: &[usize]) -> Result<Tensor> {
+    /// One loss per record; records past the digits are canaries, with a gradient far above the threshold. A canary whose coin
+    /// said no is not in the data: its loss is constant.
+    fn losses(&self, data: &Data, coins: &[bool], records: &[usize]) -> Result<Tensor> {
         let (n, m) = (records.len(), self.canary.numel());
         let is_digit = |r: usize| r < self.digits;
         let shown: Vec<usize> = records.iter().map(|&r| if is_digit(r) { r } else { 0 }).collect();
         let mask: Vec<f32> = records.iter().map(|&r| is_digit(r) as u8 as f32).collect();
         let hot = Array::generate(&[n, m], DType::F32, |k| {
             let r = records[k / m];
-            if !is_digit(r) && r - self.digits == k % m { 100.0 } else { 0.0 }
+            if !is_digit(r) && coins[r - self.digits] && r - self.digits == k % m { 100.0 } else { 0.0 }
         });
         let digits = self.mlp.losses_of(&data.private, &shown)?.mul(&Tensor::from_slice(&mask, &[n])?)?;
         digits.add(&Tensor::new(hot).mul(&self.canary.per_sample(n)?)?.sum(&[1], false)?)
@@ -79,32 +80,28 @@ fn run() -> Result<()> {
     let coins = audit::coins(&NoiseKey::from_seed_for_tests(seed ^ 0xc01), m);
     let model = Audited::new(&data, m)?;
     let records = model.digits + m;
-    let mut c = PrivacyConfig::new(epsilon, DELTA, records, records as f64 / 4.0, steps);
-    (c.style, c.clip) = (ClipStyle::AllLayer, ClipFn::Abadi);
-    let privacy = Privacy::new(c, key)?;
+    let config =
+        PrivacyConfig::target(epsilon, DELTA).records(records).expected_batch(records as f64 / 4.0).steps(steps);
+    let privacy = Privacy::new(config.style(ClipStyle::AllLayer).clip(ClipFn::Abadi), key)?;
     let params = model.mlp.params.all();
     let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
-    let mut step = TrainStep::private(&params, privacy, sgd, Schedule::constant(0.2))?;
+    let mut step = PrivateStep::new(&params, privacy, sgd, Schedule::constant(0.2))?;
     let range = step.flat().range(&model.canary).unwrap_or_default();
     let (mut released, mut silent) = (vec![0.0; m], vec![0.0; m]);
     for t in 1..=steps {
-        // A canary whose coin said no is not in the data.
-        let batch: Vec<usize> =
-            step.next_batch()?.iter().copied().filter(|&r| r < model.digits || coins[r - model.digits]).collect();
-        let parts: Vec<&[usize]> = batch.chunks(512).collect();
-        // The same sum before noise: what a step that forgot it would release.
-        for part in &parts {
-            let sums =
-                clipped_gradient(&model.losses(&data, part)?, &params, &ClipStyle::AllLayer, ClipFn::Abadi, 1.0)?;
+        let report = step.run(512, |part| {
+            // The same sum before noise: what a step that forgot it would release.
+            let losses = model.losses(&data, &coins, part)?;
+            let sums = clipped_gradient(&losses, &params, &ClipStyle::AllLayer, ClipFn::Abadi, 1.0)?;
             let at = params.iter().position(|p| *p == model.canary).unwrap_or_default();
             silent.iter_mut().zip(sums[at].to_f64()).for_each(|(s, g)| *s += g);
-        }
-        let report = step.run(parts, |part| model.losses(&data, part))?;
+            model.losses(&data, &coins, part)
+        })?;
         let seen = step.last_gradient().slice(0, range.clone())?.to_f64();
         released.iter_mut().zip(seen).for_each(|(s, g)| *s += g);
         folder.log(t, &json!({"epsilon": report.epsilon}))?;
     }
-    let promised = step.privacy().map(|p| p.epsilon(steps)).transpose()?.unwrap_or_default();
+    let promised = step.privacy().epsilon(steps)?;
     let guesses = 2 * m / 5;
     let judge = |scores: &[f64]| audit::one_run(scores, &coins, guesses, DELTA, CONFIDENCE);
     let (found, broken) = (judge(&released)?, judge(&silent)?);

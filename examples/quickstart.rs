@@ -20,7 +20,7 @@ use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::{Existing, Progress, RunFolder, interrupt, interrupted, state};
 use prismgrad::{Array, Device, Error, Result, profile};
@@ -156,12 +156,24 @@ fn run(args: &Args) -> Result<()> {
             // The private phase starts from the public model.
             copy(&Gpt::load(folder.path().join("model-0"))?, &model)?;
         }
-        let mut step = make_step(&config, phase, &model, &key, folder.path())?;
-        if let Some(c) = from.take() {
-            state::load::<Position>(&c, model.params(), &mut step)?;
-            println!("resumed {name} at step {}", step.steps());
-        }
-        if let Some(p) = step.privacy() {
+        let run = Run { config: &config, phase, profiled: args.has("profile"), model: &model, data: &data };
+        if phase == 0 {
+            let mut step = public_step(&config, &model)?;
+            resume(from.take(), &model, &mut step, name)?;
+            let per_epoch = (data.public.len() / 32).max(1) as u64;
+            run.train(&mut step, &mut folder, &checkpoints, |step, t, ctx| {
+                let order = shuffled(data.public.len(), config.seed ^ (t / per_epoch));
+                let at = (t % per_epoch) as usize * 32;
+                let batch = &order[at..(at + 32).min(order.len())];
+                let report = step.run_one(|| losses(&model, &data.public, batch, ctx))?;
+                // On a GPU reading the loss waits for the step, so it is not read every time.
+                let loss = if t % 8 == 0 { Some(report.loss()?) } else { None };
+                Ok(Taken { loss, epsilon: None, clipped: None })
+            })?;
+        } else {
+            let mut step = private_step(&config, phase, &model, &key, folder.path())?;
+            resume(from.take(), &model, &mut step, name)?;
+            let p = step.privacy();
             epsilon = p.epsilon(config.private_steps)?;
             println!(
                 "{name}: noise multiplier {:.4}, sensitivity {:.3}, rate {:.4}, {} steps give ε = {epsilon:.3} at δ = {:.1e}",
@@ -171,8 +183,15 @@ fn run(args: &Args) -> Result<()> {
                 config.private_steps,
                 config.delta
             );
+            run.train(&mut step, &mut folder, &checkpoints, |step, t, ctx| {
+                // The step draws a Poisson batch and hands out at most 64 of its records at a time.
+                let report = step.run(64, |records| losses(&model, &data.private, records, ctx))?;
+                let read = t % 8 == 0;
+                let loss = if read { Some(report.loss()?) } else { None };
+                let clipped = if read { Some(report.clipped()?) } else { None };
+                Ok(Taken { loss, epsilon: Some(report.epsilon), clipped })
+            })?;
         }
-        train(&config, (phase, args.has("profile")), &model, &mut step, &data, &mut folder, &checkpoints)?;
         model.save(folder.path().join(format!("model-{phase}")))?;
     }
     finish(&config, &data, &mut folder, epsilon)
@@ -200,22 +219,21 @@ fn model_config(c: &Config) -> GptConfig {
 
 fn privacy_config(c: &Config) -> Result<PrivacyConfig> {
     let batch = c.batch.min(c.records as f64);
-    let mut p = PrivacyConfig::new(c.epsilon, c.delta, c.records, batch, c.private_steps);
-    p.style = c.style.parse()?;
-    Ok(p)
+    let target = PrivacyConfig::target(c.epsilon, c.delta).style(c.style.parse()?);
+    Ok(target.records(c.records).expected_batch(batch).steps(c.private_steps))
 }
 
-fn make_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2], folder: &Path) -> Result<TrainStep> {
-    let params = model.params().all();
-    if phase == 0 {
-        return TrainStep::plain(&params, AdamW::default(), Schedule::cosine(c.lr, 20, c.public_steps));
-    }
+fn public_step(c: &Config, model: &Gpt) -> Result<PlainStep> {
+    PlainStep::new(&model.params().all(), AdamW::default(), Schedule::cosine(c.lr, 20, c.public_steps))
+}
+
+fn private_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2], folder: &Path) -> Result<PrivateStep> {
     // Each private run has a key of its own: the same noise in two runs would cancel in their difference.
     let privacy = Privacy::new(privacy_config(c)?, key[phase - 1].clone())?;
     // On disk before it is taken: a kill cannot make ε look smaller than it is.
     let privacy = privacy.log_to(folder.join(format!("privacy-{phase}.jsonl")))?;
     let lr = if phase == 1 { 0.5 * c.lr } else { c.lr };
-    TrainStep::private(&params, privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
+    PrivateStep::new(&model.params().all(), privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
 }
 
 /// Two secret keys kept beside the run until it is finished, so that a resumed run repeats its noise exactly.
@@ -260,102 +278,105 @@ fn evaluate(model: &Gpt, w: &Windows) -> Result<f64> {
     Ok(sum / records.len() as f64)
 }
 
-fn train(
-    c: &Config,
-    (phase, profiled): (usize, bool),
-    model: &Gpt,
-    step: &mut TrainStep,
-    data: &Data,
-    folder: &mut RunFolder,
-    checkpoints: &prismgrad::io::CheckpointFolder,
-) -> Result<()> {
-    let total = if phase == 0 { c.public_steps } else { c.private_steps };
-    let before = [0, c.public_steps, c.public_steps + c.private_steps][phase];
-    let every = (total / 12).max(1);
-    let mut progress = Progress::new(PHASES[phase], Some(total), step.steps());
-    if step.steps() == 0 {
-        log(folder, phase, before, 0, evaluate(model, &data.held_out)?, None)?;
-    }
-    let (mut loss, mut session) = (f64::NAN, None);
-    while step.steps() < total {
-        let t = step.steps();
-        // The second to the fourth step, or what there is of them.
-        if profiled && t == 1 {
-            session = Some(profile::start(&step.flat().device())?);
-        }
-        let ctx = Ctx::train(t);
-        let report = if phase == 0 {
-            let per_epoch = (data.public.len() / 32).max(1) as u64;
-            let order = shuffled(data.public.len(), c.seed ^ (t / per_epoch));
-            let at = (t % per_epoch) as usize * 32;
-            let batch = order[at..(at + 32).min(order.len())].to_vec();
-            step.run([batch], |b| losses(model, &data.public, &b, &ctx))?
-        } else {
-            // A Poisson batch, in microbatches of bounded size; an empty one is a step as well.
-            let batch = step.next_batch()?;
-            step.run(batch.chunks(64), |b| losses(model, &data.private, b, &ctx))?
-        };
-        if report.step == 4
-            && let Some(session) = session.take()
-        {
-            let report = session.finish()?;
-            println!("{}, 3 steps:\n{}", PHASES[phase], report.table());
-            report.save_trace(folder.path().join(format!("trace-{phase}.json")))?;
-        }
-        if report.step % 8 == 1 {
-            // On a GPU this waits for the step, so not every time.
-            loss = report.loss()?;
-        }
-        let mut shown = vec![("loss", loss)];
-        shown.extend(report.epsilon.map(|e| ("ε", e)));
-        progress.set(report.step, &shown);
-        let stop = interrupted();
-        if report.step % every == 0 || report.step == total || stop {
-            let held_out = evaluate(model, &data.held_out)?;
-            log(folder, phase, before, report.step, held_out, Some(&report))?;
-            state::save(checkpoints, before + report.step, None, model.params(), step, &Position { phase })?;
-        }
-        if stop {
-            return Err(Error::Interrupted {
-                message: format!(
-                    "saved; go on with the same options and --resume (run folder {})",
-                    folder.path().display()
-                ),
-            });
-        }
-    }
-    progress.finish();
+/// Goes on from a checkpoint, if there is one.
+fn resume(from: Option<prismgrad::io::Checkpoint>, model: &Gpt, step: &mut impl TrainStep, name: &str) -> Result<()> {
+    let Some(checkpoint) = from else { return Ok(()) };
+    state::load::<Position>(&checkpoint, model.params(), step)?;
+    println!("resumed {name} at step {}", step.steps());
     Ok(())
 }
 
-fn log(
-    folder: &mut RunFolder,
+/// What is shown of a step, and logged where the data are public.
+struct Taken {
+    loss: Option<f64>,
+    epsilon: Option<f64>,
+    clipped: Option<f64>,
+}
+
+/// One phase of the run.
+struct Run<'a> {
+    config: &'a Config,
     phase: usize,
-    before: u64,
-    step: u64,
-    held_out: f64,
-    r: Option<&StepReport>,
-) -> Result<()> {
-    #[derive(Serialize)]
-    struct Line<'a> {
-        phase: &'a str,
-        phase_step: u64,
-        held_out_loss: f64,
-        train_loss: Option<f64>,
-        epsilon: Option<f64>,
-        clipped: Option<f64>,
-        samples: Option<usize>,
+    profiled: bool,
+    model: &'a Gpt,
+    data: &'a Data,
+}
+
+impl Run<'_> {
+    /// Takes the phase's steps, each by `advance(step, steps taken before, context)`.
+    fn train<S: TrainStep>(
+        &self,
+        step: &mut S,
+        folder: &mut RunFolder,
+        checkpoints: &prismgrad::io::CheckpointFolder,
+        mut advance: impl FnMut(&mut S, u64, &Ctx) -> Result<Taken>,
+    ) -> Result<()> {
+        let (c, phase) = (self.config, self.phase);
+        let total = if phase == 0 { c.public_steps } else { c.private_steps };
+        let before = [0, c.public_steps, c.public_steps + c.private_steps][phase];
+        let every = (total / 12).max(1);
+        let mut progress = Progress::new(PHASES[phase], Some(total), step.steps());
+        if step.steps() == 0 {
+            self.log(folder, before, 0, None)?;
+        }
+        let (mut loss, mut session) = (f64::NAN, None);
+        while step.steps() < total {
+            let t = step.steps();
+            // The second to the fourth step, or what there is of them.
+            if self.profiled && t == 1 {
+                session = Some(profile::start(&step.flat().device())?);
+            }
+            let taken = advance(step, t, &Ctx::train(t))?;
+            let done = step.steps();
+            if done == 4
+                && let Some(session) = session.take()
+            {
+                let report = session.finish()?;
+                println!("{}, 3 steps:\n{}", PHASES[phase], report.table());
+                report.save_trace(folder.path().join(format!("trace-{phase}.json")))?;
+            }
+            loss = taken.loss.unwrap_or(loss);
+            let mut shown = vec![("loss", loss)];
+            shown.extend(taken.clipped.map(|c| ("clipped", c)));
+            shown.extend(taken.epsilon.map(|e| ("ε", e)));
+            progress.set(done, &shown);
+            let stop = interrupted();
+            if done % every == 0 || done == total || stop {
+                self.log(folder, before, done, Some(&taken))?;
+                state::save(checkpoints, before + done, None, self.model.params(), step, &Position { phase })?;
+            }
+            if stop {
+                return Err(Error::Interrupted {
+                    message: format!(
+                        "saved; go on with the same options and --resume (run folder {})",
+                        folder.path().display()
+                    ),
+                });
+            }
+        }
+        progress.finish();
+        Ok(())
     }
-    let line = Line {
-        phase: PHASES[phase],
-        phase_step: step,
-        held_out_loss: held_out,
-        train_loss: r.map(StepReport::loss).transpose()?.filter(|l| l.is_finite()),
-        epsilon: r.and_then(|r| r.epsilon),
-        clipped: r.filter(|_| phase > 0).map(StepReport::clipped).transpose()?,
-        samples: r.map(|r| r.samples),
-    };
-    folder.log(before + step, &line)
+    /// One line of metrics. Training losses and clipped shares of a private phase look at the records that it protects: they
+    /// are shown while it runs and not written down. The held-out loss is, for this demonstration.
+    fn log(&self, folder: &mut RunFolder, before: u64, step: u64, taken: Option<&Taken>) -> Result<()> {
+        #[derive(Serialize)]
+        struct Line<'a> {
+            phase: &'a str,
+            phase_step: u64,
+            held_out_loss: f64,
+            train_loss: Option<f64>,
+            epsilon: Option<f64>,
+        }
+        let line = Line {
+            phase: PHASES[self.phase],
+            phase_step: step,
+            held_out_loss: evaluate(self.model, &self.data.held_out)?,
+            train_loss: taken.filter(|_| self.phase == 0).and_then(|t| t.loss),
+            epsilon: taken.and_then(|t| t.epsilon),
+        };
+        folder.log(before + step, &line)
+    }
 }
 
 fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Result<()> {

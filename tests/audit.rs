@@ -4,7 +4,7 @@
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::privacy::{Accountant, ClipFn, ClipStyle, PoissonSampler, audit};
 use prismgrad::random::{NoiseKey, add_gaussian};
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Param, Result, Tensor};
 
 const CANARIES: usize = 1000;
@@ -13,10 +13,10 @@ const BATCH: f64 = 500.0;
 const SIGMA: f64 = 3.5;
 const DELTA: f64 = 1e-6;
 
-/// Sample i's loss is size·wᵢ.
-fn losses(w: &Param, ids: &[usize], size: f64) -> Result<Tensor> {
+/// Sample i's loss is its size times wᵢ.
+fn losses(w: &Param, ids: &[usize], sizes: &[f64]) -> Result<Tensor> {
     let x = Array::generate(&[ids.len(), CANARIES], DType::F64, |k| {
-        (ids[k / CANARIES] == k % CANARIES) as u8 as f64 * size
+        (ids[k / CANARIES] == k % CANARIES) as u8 as f64 * sizes[k / CANARIES]
     });
     Tensor::new(x).mul(&w.per_sample(ids.len())?)?.sum(&[1], false)
 }
@@ -42,16 +42,16 @@ fn right(seed: u64) -> f64 {
     let key = NoiseKey::from_seed_for_tests(seed);
     let coins = audit::coins(&NoiseKey::from_seed_for_tests(1000 + seed), CANARIES);
     let w = fresh();
-    let mut c = PrivacyConfig::new(1e3, DELTA, CANARIES, BATCH, STEPS);
-    (c.noise_multiplier, c.clip, c.style) = (Some(SIGMA), ClipFn::Abadi, ClipStyle::AllLayer);
-    let privacy = Privacy::new(c, key).unwrap();
+    let config = PrivacyConfig::target(1e3, DELTA).records(CANARIES).expected_batch(BATCH).steps(STEPS);
+    let config = config.noise_multiplier(SIGMA).clip(ClipFn::Abadi).style(ClipStyle::AllLayer);
+    let privacy = Privacy::new(config, key).unwrap();
     let mut step =
-        TrainStep::private(std::slice::from_ref(&w), privacy, Sgd::default(), Schedule::constant(1e-3)).unwrap();
+        PrivateStep::new(std::slice::from_ref(&w), privacy, Sgd::default(), Schedule::constant(1e-3)).unwrap();
     let mut scores = vec![0.0; CANARIES];
     for _ in 0..STEPS {
-        let batch: Vec<usize> = step.next_batch().unwrap().iter().copied().filter(|&i| coins[i]).collect();
-        let parts: Vec<&[usize]> = if batch.is_empty() { vec![] } else { vec![&batch] };
-        step.run(parts, |ids| losses(&w, ids, 50.0)).unwrap();
+        // A canary whose coin said no has no gradient.
+        let size = |i: &usize| if coins[*i] { 50.0 } else { 0.0 };
+        step.run(CANARIES, |ids| losses(&w, ids, &ids.iter().map(size).collect::<Vec<f64>>())).unwrap();
         // Descent moves a canary that is in downwards; what is released is the gradient.
         scores.iter_mut().zip(step.last_gradient().to_f64()).for_each(|(s, g)| *s += g);
     }
@@ -71,7 +71,7 @@ fn broken(seed: u64, noise: f64, size: f64, threshold: f64) -> f64 {
         add_gaussian(&key, t, 0, (noise * SIGMA) as f32, &mut out);
         scores.iter_mut().zip(&out).for_each(|(s, n)| *s += *n as f64);
         if !batch.is_empty() {
-            let l = losses(&w, &batch, size).unwrap();
+            let l = losses(&w, &batch, &vec![size; batch.len()]).unwrap();
             let params = std::slice::from_ref(&w);
             let sum = clipped_gradient(&l, params, &ClipStyle::AllLayer, ClipFn::Abadi, threshold).unwrap();
             scores.iter_mut().zip(sum[0].to_f64()).for_each(|(s, g)| *s += g);

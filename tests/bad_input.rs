@@ -13,7 +13,7 @@ use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::norm::layer_norm;
 use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::step::TrainStep;
+use prismgrad::step::PlainStep;
 use prismgrad::{Array, DType, Param, Result, Tensor};
 use std::fs;
 
@@ -152,7 +152,7 @@ fn the_cache_changes_nothing() {
 #[test]
 fn not_a_number_in_the_data() {
     let w = Param::new("w", Array::generate(&[2, 3], DType::F32, |i| i as f64 * 0.1));
-    let mut step = TrainStep::plain(std::slice::from_ref(&w), AdamW::default(), Schedule::constant(0.1)).unwrap();
+    let mut step = PlainStep::new(std::slice::from_ref(&w), AdamW::default(), Schedule::constant(0.1)).unwrap();
     let mut x = vec![0.5f32; 12];
     let mut run = |x: &[f32]| {
         let y = linear(&Tensor::from_slice(x, &[4, 3])?, &w, Layout::OutIn, None, Activation::None, None)?;

@@ -9,7 +9,7 @@ use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::continual::{Curvature, Probes, Switch, curvature};
 use prismgrad::privacy::{ClipFn, Public};
-use prismgrad::step::TrainStep;
+use prismgrad::step::{PlainStep, TrainStep};
 use prismgrad::{Array, DType, Param, Result, Tensor};
 
 /// Softmax regression without bias on the first rows of the file, features over 16.
@@ -38,7 +38,7 @@ fn curvature_of_softmax_regression_on_digits() {
     let w = Param::new("w", Array::zeros(&[10, 64], DType::F64));
     let (public, all) = (Regression::new(140, &w), Regression::new(1400, &w));
     assert!(all.x.to_f64().iter().fold(0f64, |m, x| m.max(*x)) <= 1.0, "features in [0, 1]");
-    let mut step = TrainStep::plain(std::slice::from_ref(&w), Sgd::default(), Schedule::constant(0.5)).unwrap();
+    let mut step = PlainStep::new(std::slice::from_ref(&w), Sgd::default(), Schedule::constant(0.5)).unwrap();
     // Steps, loss, |G|², GᵀHG, tr(H), tr(HΣ), c, E|g|, B*, D(64), slowdown at 64.
     let rows = [
         (0, [2.3025851, 0.2024454, 0.011463126, 13.504309, 9.9570429, 0.27450544, 3.664258, 125.04, 2.8002, 1.2619]),
@@ -173,7 +173,7 @@ fn the_switch_listens_to_public_losses() {
 fn only_the_first_moment_is_reset() {
     let w = Param::new("w", Array::zeros(&[10, 64], DType::F64));
     let data = Regression::new(50, &w);
-    let mut step = TrainStep::plain(std::slice::from_ref(&w), AdamW::default(), Schedule::constant(1e-3)).unwrap();
+    let mut step = PlainStep::new(std::slice::from_ref(&w), AdamW::default(), Schedule::constant(1e-3)).unwrap();
     step.run([()], |_| data.losses()).unwrap();
     let slots = AdamW::default().slots();
     let second = step.state()[1].1.to_f64();
@@ -184,6 +184,6 @@ fn only_the_first_moment_is_reset() {
     assert_eq!((state[1].1.to_f64(), step.steps()), (second, 1));
     let params = Params::new(0, DType::F32);
     let p = params.at("p").param("w", &[2], Init::Ones).unwrap();
-    let mut plain = TrainStep::plain(&[p], Sgd::default(), Schedule::constant(0.1)).unwrap();
+    let mut plain = PlainStep::new(&[p], Sgd::default(), Schedule::constant(0.1)).unwrap();
     plain.reset_first_moment().unwrap();
 }

@@ -21,7 +21,7 @@ use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::segment::Segments;
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::optim::{Schedule, Sgd};
-use prismgrad::step::TrainStep;
+use prismgrad::step::PlainStep;
 use prismgrad::{Array, DType, Device, Gradients, Param, Result, Samples, Tensor};
 use std::collections::BTreeSet;
 
@@ -286,7 +286,7 @@ fn losses_of_16_bits_are_added_up() {
     let device = Device::cuda(0).unwrap();
     for dtype in [DType::BF16, DType::F16] {
         let w = Param::new("w", Array::ones(&[1, 4], DType::F32).to(&device).unwrap());
-        let mut step = TrainStep::plain(std::slice::from_ref(&w), Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let mut step = PlainStep::new(std::slice::from_ref(&w), Sgd::default(), Schedule::constant(0.1)).unwrap();
         let x = Tensor::randn(&[8, 4], DType::F32, 1, &device).unwrap().cast(dtype).unwrap();
         let report = step
             .run([()], |_| linear(&x, &w, Layout::OutIn, None, Activation::None, None)?.square()?.sum(&[1], false))

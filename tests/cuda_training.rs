@@ -4,6 +4,7 @@
 mod common {
     pub mod close;
     pub mod gpt;
+    pub mod privacy;
     pub mod scratch;
     pub mod tokens;
     pub mod values;
@@ -11,6 +12,7 @@ mod common {
 
 use common::close::close;
 use common::gpt::gpt;
+use common::privacy::{empty, keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use common::values::values;
@@ -21,8 +23,9 @@ use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::profile::{self, Kind};
-use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, StepReport, TrainStep, clipped_gradient};
+use prismgrad::step::{
+    PlainStep, PrivateReport, PrivateStep, RecordedPrivateStep, RecordedStep, TrainStep, clipped_gradient,
+};
 use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
 
 static STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
@@ -31,24 +34,68 @@ fn gpu() -> Device {
     Device::cuda(0).unwrap()
 }
 
-fn step_of(params: &[Param], style: Option<&ClipStyle>, optimizer: impl Optimizer + 'static) -> TrainStep {
-    let schedule = Schedule::cosine(1e-2, 2, 50);
-    let Some(style) = style else { return TrainStep::plain(params, optimizer, schedule).unwrap() };
-    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 10);
-    (c.style, c.noise_multiplier) = (style.clone(), Some(1.0));
-    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
-    TrainStep::private(params, p, optimizer, schedule).unwrap()
+/// A plain step, or a private one with every record in every batch.
+enum Step {
+    Plain(PlainStep),
+    Private(PrivateStep),
+}
+
+/// What a step reports: its number, samples, learning rate, loss, clipped share, samples that were not finite, ε.
+type Reported = (u64, usize, f64, f64, f64, usize, f64);
+
+impl Step {
+    fn new(params: &[Param], style: Option<&ClipStyle>, records: usize, optimizer: impl Optimizer + 'static) -> Step {
+        let schedule = Schedule::cosine(1e-2, 2, 50);
+        match style {
+            None => Step::Plain(PlainStep::new(params, optimizer, schedule).unwrap()),
+            Some(style) => {
+                let p = keyed(whole(records).style(style.clone()), 9);
+                Step::Private(PrivateStep::new(params, p, optimizer, schedule).unwrap())
+            }
+        }
+    }
+    /// Takes a step over so many records, at most `physical` at a time; `forward` gets their numbers.
+    fn run(
+        &mut self,
+        records: usize,
+        physical: usize,
+        mut forward: impl FnMut(&[usize]) -> Result<Tensor>,
+    ) -> Box<dyn Fn() -> Reported> {
+        match self {
+            Step::Plain(step) => {
+                let all: Vec<usize> = (0..records).collect();
+                let r = step.run(all.chunks(physical), forward).unwrap();
+                Box::new(move || (r.step, r.samples, r.lr, r.loss().unwrap(), 0.0, 0, 0.0))
+            }
+            Step::Private(step) => {
+                let r = step.run(physical, &mut forward).unwrap();
+                Box::new(move || reported(&r))
+            }
+        }
+    }
+    fn any(&mut self) -> &mut dyn TrainStep {
+        match self {
+            Step::Plain(step) => step,
+            Step::Private(step) => step,
+        }
+    }
+}
+
+fn reported(r: &PrivateReport) -> Reported {
+    (r.step, r.samples, r.lr, r.loss().unwrap(), r.clipped().unwrap(), r.non_finite().unwrap(), r.epsilon)
 }
 
 /// Two steps of two microbatches each; the last report, the gradient of the last step and the parameters.
-fn train(model: &Gpt, step: &mut TrainStep) -> (StepReport, Vec<f64>, Vec<f64>) {
+fn train(model: &Gpt, step: &mut Step) -> (Reported, Vec<f64>, Vec<f64>) {
     let mut last = None;
     for t in 0..2 {
-        let batches = [tokens(3, 1 + t), tokens(2, 4 + t)];
         let ctx = Ctx::train(t as u64);
-        last = Some(step.run(batches, |(x, y)| model.losses(&x, &y, &ctx)).unwrap());
+        last = Some(step.run(5, 3, |records| {
+            let (x, y) = tokens(records.len(), if records.len() == 3 { 1 } else { 4 } + t);
+            model.losses(&x, &y, &ctx)
+        }));
     }
-    (last.unwrap(), step.last_gradient().to_f64(), values(&model.params().all()))
+    (last.unwrap()(), step.any().last_gradient().to_f64(), values(&model.params().all()))
 }
 
 #[test]
@@ -66,12 +113,11 @@ fn steps_agree_with_the_cpu() {
                     let model = gpt(1, tied, dtype, device);
                     let params = model.params().all();
                     let mut step = match k % 3 {
-                        0 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
-                        _ => step_of(&params, style, AdamW::default()),
+                        0 => Step::new(&params, style, 5, Sgd { momentum: 0.9, weight_decay: 0.1 }),
+                        _ => Step::new(&params, style, 5, AdamW::default()),
                     };
-                    let (report, gradient, params) = train(&model, &mut step);
-                    let found = [report.loss().unwrap(), report.clipped().unwrap(), report.lr, report.samples as f64];
-                    (found, report.non_finite().unwrap(), gradient, params)
+                    let ((_, samples, lr, loss, clipped, non_finite, _), gradient, params) = train(&model, &mut step);
+                    ([loss, clipped, lr, samples as f64], non_finite, gradient, params)
                 };
                 let (want, got) = (run(&Device::Cpu), run(&gpu()));
                 close(&format!("{what} report"), &got.0, &want.0, tolerance);
@@ -90,10 +136,10 @@ fn a_private_step_waits_for_nothing_and_allocates_nothing() {
     let device = gpu();
     for style in [None, Some(&STYLES[0]), Some(&STYLES[1])] {
         let model = gpt(1, true, DType::F32, &device);
-        let mut step = step_of(&model.params().all(), style, AdamW::default());
-        let go = |step: &mut TrainStep, t: u64| {
+        let mut step = Step::new(&model.params().all(), style, 4, AdamW::default());
+        let go = |step: &mut Step, t: u64| {
             let (x, y) = tokens(4, t as usize);
-            step.run([(x, y)], |(x, y)| model.losses(&x, &y, &Ctx::train(t))).unwrap()
+            step.run(4, 4, |_| model.losses(&x, &y, &Ctx::train(t)))
         };
         let mut report = None;
         (0..3).for_each(|t| report = Some(go(&mut step, t)));
@@ -106,7 +152,7 @@ fn a_private_step_waits_for_nothing_and_allocates_nothing() {
         let before = counts();
         (3..6).for_each(|t| report = Some(go(&mut step, t)));
         assert_eq!(counts(), before, "{style:?}: waits, downloads, allocations, frees, compilations");
-        assert!(report.unwrap().loss().unwrap().is_finite());
+        assert!(report.unwrap()().3.is_finite());
         assert!(counts().1[1] > before.1[1], "asking for a loss is a download");
     }
 }
@@ -119,9 +165,10 @@ fn noise_is_the_same_bits_as_on_the_cpu() {
     let run = |device: &Device, dtype: DType| {
         let idle = Param::new("idle", Array::zeros(&[1003], dtype));
         idle.to(device).unwrap();
-        let mut step = step_of(std::slice::from_ref(&idle), Some(&STYLES[0]), Sgd::default());
-        let none: [(); 0] = [];
-        let report = step.run(none, |_| unreachable!()).unwrap();
+        let mut step =
+            PrivateStep::new(std::slice::from_ref(&idle), keyed(empty(4), 9), Sgd::default(), Schedule::constant(0.1))
+                .unwrap();
+        let report = step.run(4, |_| unreachable!()).unwrap();
         assert!(report.loss().unwrap().is_nan());
         let noise = step.last_gradient().to_f64();
         assert!(noise.iter().all(|&x| x != 0.0));
@@ -140,19 +187,21 @@ fn repeatable_and_resumable_bitwise() {
     let run = |cut: Option<u64>, seed: i64| {
         config("seed", seed);
         let mut model = gpt(1, true, DType::F32, &device);
-        let mut step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
+        let new = |model: &Gpt| Step::new(&model.params().all(), Some(&ClipStyle::LayerWise), 3, AdamW::default());
+        let mut step = new(&model);
         for t in 0..4 {
             if cut == Some(t) {
-                let (params, steps) = (model.params().all(), step.steps());
-                let state: Vec<(String, Array)> = step.state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
+                let (params, steps) = (model.params().all(), step.any().steps());
+                let state: Vec<(String, Array)> =
+                    step.any().state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
                 let next = gpt(1, true, DType::F32, &device);
                 next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
                 model = next;
-                step = step_of(&model.params().all(), Some(&ClipStyle::LayerWise), AdamW::default());
-                step.restore(steps, &state).unwrap();
+                step = new(&model);
+                step.any().restore(steps, &state).unwrap();
             }
             let (x, y) = tokens(3, t as usize);
-            step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+            drop(step.run(3, 3, |_| model.losses(&x, &y, &Ctx::train(t))));
         }
         values(&model.params().all())
     };
@@ -181,7 +230,7 @@ fn a_loss_that_is_not_finite_stops_updates_until_somebody_asks() {
     let device = gpu();
     let (w, good) = probe(&[[0.1, 0.2, 0.3], [0.5, 0.1, 0.2]], &device).unwrap();
     let (_, bad) = probe(&[[0.1, 0.2, 0.3], [0.5, 0.1, 0.2], [1.0, f64::NAN, 0.0]], &device).unwrap();
-    let mut step = step_of(std::slice::from_ref(&w), None, AdamW::default());
+    let mut step = PlainStep::new(std::slice::from_ref(&w), AdamW::default(), Schedule::cosine(1e-2, 2, 50)).unwrap();
     let first = step.run([&good], |x| forward(&w, x)).unwrap();
     let after_one = w.value().to_f64();
     let second = step.run([&good, &bad], |x| forward(&w, x)).unwrap();
@@ -198,20 +247,17 @@ fn a_loss_that_is_not_finite_stops_updates_until_somebody_asks() {
 fn a_private_sample_that_is_not_finite_is_left_out_and_counted() {
     let _one = lock();
     let device = gpu();
-    let good = [[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]];
-    let run = |rows: &[[f64; 3]]| {
-        let (w, x) = probe(rows, &device).unwrap();
-        let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 10.0, 10);
-        c.clip = ClipFn::Abadi;
-        c.noise_multiplier = Some(2.0);
-        let p = Privacy::new(c, NoiseKey::from_seed_for_tests(4)).unwrap();
+    // The record without a gradient in one run has one that is not finite in the other.
+    let run = |middle: [f64; 3]| {
+        let (w, x) = probe(&[[0.1, 0.2, 0.0], middle, [0.0, 0.3, 0.1]], &device).unwrap();
+        let p = keyed(whole(3).clip(ClipFn::Abadi).noise_multiplier(2.0), 4);
         let params = std::slice::from_ref(&w);
-        let mut step = TrainStep::private(params, p, Sgd::default(), Schedule::constant(1.0)).unwrap();
-        let report = step.run([x], |x| forward(&w, &x)).unwrap();
+        let mut step = PrivateStep::new(params, p, Sgd::default(), Schedule::constant(1.0)).unwrap();
+        let report = step.run(3, |_| forward(&w, &x)).unwrap();
         (report.non_finite().unwrap(), w.value().to_f64())
     };
-    let (none, want) = run(&good);
-    let (one, got) = run(&[good[0], [f64::NAN, 1.0, 0.0], good[1]]);
+    let (none, want) = run([0.0; 3]);
+    let (one, got) = run([f64::NAN, 1.0, 0.0]);
     assert_eq!((none, one), (0, 1));
     assert_eq!(want, got);
 }
@@ -254,8 +300,61 @@ fn a_model_on_two_devices_is_refused_by_name() {
     let _one = lock();
     let (a, b) = (Param::new("a", Array::zeros(&[3], DType::F32)), Param::new("b", Array::zeros(&[3], DType::F32)));
     b.to(&gpu()).unwrap();
-    let e = TrainStep::plain(&[a, b], AdamW::default(), Schedule::constant(0.1)).err().unwrap().to_string();
+    let e = PlainStep::new(&[a, b], AdamW::default(), Schedule::constant(0.1)).err().unwrap().to_string();
     assert!(e.contains("b is on cuda:0") && e.contains("a on cpu"), "{e}");
+}
+
+enum Graph {
+    Plain(RecordedStep),
+    Private(RecordedPrivateStep),
+}
+
+/// A recorded private step takes Poisson batches of any size up to its capacity: what is in the places that are left over does
+/// not matter, not even NaN, and a larger batch is refused before it costs anything.
+#[test]
+fn a_replayed_private_step_masks_its_padding() {
+    let _one = lock();
+    let device = gpu();
+    let rows = |records: &[usize]| -> Vec<f64> {
+        records.iter().flat_map(|&r| [0.1 * r as f64, 0.2, 0.3 - 0.05 * r as f64]).collect()
+    };
+    let run = |capacity: usize, recorded: bool, junk: f64| -> Result<_> {
+        let (w, x) = probe(&vec![[junk; 3]; capacity], &device)?;
+        let c = whole(4).records(12).expected_batch(4.0).clip(ClipFn::Abadi);
+        let mut step =
+            PrivateStep::new(std::slice::from_ref(&w), keyed(c, 3), Sgd::default(), Schedule::constant(0.1))?;
+        let ordinary = |records: &[usize]| {
+            let x = Array::from_slice(&rows(records), &[records.len(), 3])?.to(&device)?;
+            forward(&w, &x)
+        };
+        step.run(12, ordinary)?;
+        let mut graph = step.record(capacity, || forward(&w, &x))?;
+        let mut found = Vec::new();
+        for _ in 0..5 {
+            let report = if recorded {
+                step.replay(&mut graph, |records| {
+                    let mut all = rows(records);
+                    all.resize(3 * capacity, junk);
+                    x.refill(&Array::from_slice(&all, &[capacity, 3])?)
+                })?
+            } else {
+                step.run(12, ordinary)?
+            };
+            found.push((report.samples, report.clipped()?, report.epsilon));
+        }
+        Ok((found, step.last_gradient().to_f64(), w.value().to_f64(), step.privacy().steps()))
+    };
+    let want = run(12, false, 0.0).unwrap();
+    let sizes: Vec<usize> = want.0.iter().map(|f| f.0).collect();
+    assert!(sizes.iter().any(|s| *s != sizes[0]), "batches of different sizes: {sizes:?}");
+    for junk in [0.0, 7.0, f64::NAN] {
+        let got = run(12, true, junk).unwrap();
+        assert_eq!(got.0, want.0);
+        close("gradient", &got.1, &want.1, 1e-12);
+        close("parameters", &got.2, &want.2, 1e-12);
+    }
+    let e = run(1, true, 0.0).err().unwrap().to_string();
+    assert!(e.contains("more than the 1 records"), "{e}");
 }
 
 /// Recorded steps do what ordinary ones do, bit for bit, with new data, noise and learning rates each time.
@@ -269,40 +368,52 @@ fn replayed_steps_are_ordinary_steps() {
             let model = gpt(1, true, DType::F32, &device);
             let params = model.params().all();
             let mut step = match k {
-                1 => step_of(&params, style, Sgd { momentum: 0.9, weight_decay: 0.1 }),
-                _ => step_of(&params, style, AdamW::default()),
+                1 => Step::new(&params, style, 4, Sgd { momentum: 0.9, weight_decay: 0.1 }),
+                _ => Step::new(&params, style, 4, AdamW::default()),
             };
             let put = |t: usize| tokens(4, t);
             let (x, y) = put(0);
             let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
-            let mut losses = vec![];
-            step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap();
-            let mut graph = recorded.then(|| step.record([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap());
+            let mut found = vec![];
+            let losses = || model.losses(&x, &y, &Ctx::train(0));
+            drop(step.run(4, 4, |_| losses()));
+            let mut graph = recorded.then(|| match &mut step {
+                Step::Plain(step) => Graph::Plain(step.record([()], |_| losses()).unwrap()),
+                Step::Private(step) => Graph::Private(step.record(4, losses).unwrap()),
+            });
             for t in 1..5 {
                 let (a, b) = put(t);
-                x.refill(&a).unwrap();
-                y.refill(&b).unwrap();
-                let before = (stat("synchronisations"), stat("allocations"));
-                let report = match &mut graph {
+                let fill = || x.refill(&a).and_then(|()| y.refill(&b));
+                fill().unwrap();
+                let waits = || stat("synchronisations");
+                let before = waits();
+                found.push(match (&mut graph, &mut step) {
                     // One ordinary step among the replayed ones.
-                    Some(g) if t != 3 => {
-                        let report = step.replay(g).unwrap();
-                        assert_eq!((stat("synchronisations"), stat("allocations")).0, before.0, "a replay waits");
-                        report
+                    (Some(Graph::Plain(g)), Step::Plain(step)) if t != 3 => {
+                        let r = step.replay(g).unwrap();
+                        assert_eq!(waits(), before, "a replay waits");
+                        (r.step, r.samples, r.lr, r.loss().unwrap(), 0.0, 0, 0.0)
                     }
-                    _ => step.run([()], |_| model.losses(&x, &y, &Ctx::train(0))).unwrap(),
-                };
-                assert_eq!((report.step, report.samples), (t as u64 + 1, 4));
-                losses.push((report.loss().unwrap(), report.clipped().unwrap(), report.lr, report.epsilon));
+                    (Some(Graph::Private(g)), Step::Private(step)) if t != 3 => {
+                        let r =
+                            step.replay(g, |records| if records.len() == 4 { fill() } else { unreachable!() }).unwrap();
+                        assert_eq!(waits(), before, "a replay waits");
+                        reported(&r)
+                    }
+                    _ => step.run(4, 4, |_| losses())(),
+                });
+                assert_eq!((found[t - 1].0, found[t - 1].1), (t as u64 + 1, 4));
             }
-            if let Some(g) = graph {
-                assert!(g.kernels() > 50 && g.samples() == 4);
+            match graph {
+                Some(Graph::Plain(g)) => assert!(g.kernels() > 50 && g.samples() == 4),
+                Some(Graph::Private(g)) => assert!(g.kernels() > 50 && g.capacity() == 4),
+                None => {}
             }
-            (losses, step.last_gradient().to_f64(), values(&params))
+            (found, step.any().last_gradient().to_f64(), values(&params))
         };
         let (want, got) = (run(false), run(true));
         assert_eq!(want, got, "{style:?}");
-        assert!(want.0.windows(2).all(|w| w[0].0 != w[1].0), "the data changed: {:?}", want.0);
+        assert!(want.0.windows(2).all(|w| w[0].3 != w[1].3), "the data changed: {:?}", want.0);
     }
 }
 
@@ -311,13 +422,13 @@ fn what_cannot_be_recorded_says_so() {
     let _one = lock();
     let device = gpu();
     let cpu = gpt(1, true, DType::F32, &Device::Cpu);
-    let mut step = step_of(&cpu.params().all(), None, AdamW::default());
+    let mut step = PlainStep::new(&cpu.params().all(), AdamW::default(), Schedule::constant(0.1)).unwrap();
     let (x, y) = tokens(2, 1);
     let e = step.record([()], |_| cpu.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
     assert!(e.contains("on the CPU") && e.contains("use run"), "{e}");
 
     let model = gpt(1, true, DType::F32, &device);
-    let mut step = step_of(&model.params().all(), None, AdamW::default());
+    let mut step = PlainStep::new(&model.params().all(), AdamW::default(), Schedule::constant(0.1)).unwrap();
     let host = (x.clone(), y.clone());
     let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
     step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
@@ -358,11 +469,11 @@ fn a_profile_has_the_kernels_of_every_op() {
     let _one = lock();
     let device = gpu();
     let model = gpt(1, true, DType::F32, &device);
-    let mut step = step_of(&model.params().all(), Some(&ClipStyle::AllLayer), AdamW::default());
+    let mut step = Step::new(&model.params().all(), Some(&ClipStyle::AllLayer), 3, AdamW::default());
     let (x, y) = tokens(3, 1);
     let session = profile::start(&device).unwrap();
     assert!(profile::start(&device).is_err(), "one at a time");
-    step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    drop(step.run(3, 3, |_| model.losses(&x, &y, &Ctx::eval())));
     let report = session.finish().unwrap();
     let find = |kind: Kind, name: &str| report.lines().iter().find(|l| l.kind == kind && l.name == name);
     for (kind, name) in [
@@ -387,6 +498,6 @@ fn a_profile_has_the_kernels_of_every_op() {
     let events = serde_json::from_str::<serde_json::Value>(&text).unwrap()["traceEvents"].as_array().unwrap().clone();
     assert!(events.iter().any(|e| e["name"] == "adamw_f32" && e["cat"] == "kernel" && e["args"]["op"] == "update"));
     // Off again: nothing is recorded any more.
-    step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    drop(step.run(3, 3, |_| model.losses(&x, &y, &Ctx::eval())));
     assert!(!profile::is_on());
 }

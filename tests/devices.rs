@@ -3,12 +3,14 @@
 
 mod common {
     pub mod gpt;
+    pub mod privacy;
     pub mod scratch;
     pub mod tokens;
     pub mod values;
 }
 
 use common::gpt::gpt;
+use common::privacy::{keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use common::values::values;
@@ -20,16 +22,12 @@ use prismgrad::nn::Ctx;
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
-use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::step::{PlainStep, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::state;
 use prismgrad::{Array, DType, Device, Param, Tensor};
 
-fn private(params: &[Param]) -> TrainStep {
-    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 50);
-    c.noise_multiplier = Some(1.0);
-    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
-    TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2)).unwrap()
+fn private(params: &[Param]) -> PrivateStep {
+    PrivateStep::new(params, keyed(whole(3), 9), AdamW::default(), Schedule::constant(1e-2)).unwrap()
 }
 
 device_tests! {
@@ -109,10 +107,10 @@ device_tests! {
     fn checkpoints_resume_bitwise(device) {
         let scratch = Scratch::new(&format!("devices-{device}").replace(':', "-"));
         let folder = CheckpointFolder::open(&*scratch).unwrap();
-        let run = |from: u64, to: u64, model: &Gpt, step: &mut TrainStep| {
+        let run = |from: u64, to: u64, model: &Gpt, step: &mut PrivateStep| {
             for t in from..to {
                 let (x, y) = tokens(3, t as usize);
-                step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+                step.run(3, |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
             }
         };
         let model = gpt(1, true, DType::F32, device);
@@ -146,7 +144,7 @@ device_tests! {
                         let sums = clipped_gradient(&losses, &params, style, ClipFn::Abadi, 0.5).unwrap();
                         return (loss, sums.iter().flat_map(Array::to_f64).collect::<Vec<f64>>());
                     }
-                    let mut step = TrainStep::plain(&params, Sgd::default(), Schedule::constant(0.1)).unwrap();
+                    let mut step = PlainStep::new(&params, Sgd::default(), Schedule::constant(0.1)).unwrap();
                     let report = step.run([()], |_| model.losses(&x, &y, ctx)).unwrap();
                     let gradient = step.last_gradient().to_f64();
                     // Losses may be of 16 bits, too.

@@ -15,7 +15,7 @@ use prismgrad::dist::{Communicator, Local};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle, Thresholds};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::{Array, DType, Device, Param};
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,10 @@ fn what_goes_wrong_is_told_to_everybody() {
     assert!(late.barrier().unwrap_err().to_string().contains("rank 0 is gone"));
 }
 
+fn config(records: usize, batch: f64) -> PrivacyConfig {
+    PrivacyConfig::target(1e3, 1e-4).records(records).expected_batch(batch).steps(50).noise_multiplier(1.0)
+}
+
 /// Parameters, last gradient, and what was reported, after six steps on `n` ranks.
 fn train(n: usize, style: Option<ClipStyle>, thresholds: Thresholds) -> Vec<(Vec<f64>, Vec<f64>, Vec<f64>)> {
     let results = Local::run(n, |rank| {
@@ -98,29 +102,31 @@ fn train(n: usize, style: Option<ClipStyle>, thresholds: Thresholds) -> Vec<(Vec
         }
         let params: Vec<Param> = model.params().all();
         let schedule = Schedule::constant(1e-2);
-        let step = match &style {
-            None => TrainStep::plain(&params, AdamW::default(), schedule)?,
+        let mut reported = Vec::new();
+        let gradient = match &style {
+            None => {
+                let mut step = PlainStep::new(&params, AdamW::default(), schedule)?.with_ranks(Box::new(rank))?;
+                for t in 0..6 {
+                    let mine: Vec<usize> = (0..7).map(|i| i + 7 * t).filter(|i| i % n == me).collect();
+                    let report = step.run(mine.chunks(3), |ids| losses(&model, ids))?;
+                    reported.extend([report.samples as f64, report.loss()?]);
+                }
+                step.last_gradient().to_f64()
+            }
             Some(style) => {
-                let mut c = PrivacyConfig::new(1e3, 1e-4, 30, 6.0, 50);
-                (c.style, c.noise_multiplier, c.thresholds) = (style.clone(), Some(1.0), thresholds.clone());
-                c.clip = ClipFn::Abadi;
+                let c = config(30, 6.0).style(style.clone()).thresholds(thresholds.clone()).clip(ClipFn::Abadi);
                 let p = Privacy::new(c, NoiseKey::from_seed_for_tests(5))?;
-                TrainStep::private(&params, p, AdamW::default(), schedule)?
+                let step = PrivateStep::new(&params, p, AdamW::default(), schedule)?;
+                let mut step = step.with_ranks(Box::new(rank))?;
+                for _ in 0..6 {
+                    let report = step.run(3, |ids| losses(&model, ids))?;
+                    let known = if report.samples > 0 { report.loss()? } else { 0.0 };
+                    reported.extend([report.samples as f64, known, report.clipped()?]);
+                }
+                step.last_gradient().to_f64()
             }
         };
-        let mut step = step.with_ranks(Box::new(rank))?;
-        let mut reported = Vec::new();
-        for t in 0..6 {
-            let mine: Vec<usize> = match style {
-                None => (0..7).map(|i| i + 7 * t).filter(|i| i % n == me).collect(),
-                Some(_) => step.next_batch()?.to_vec(),
-            };
-            let parts: Vec<&[usize]> = mine.chunks(3).collect();
-            let report = step.run(parts, |ids| losses(&model, ids))?;
-            let known = if report.samples > 0 { report.loss()? } else { 0.0 };
-            reported.extend([report.samples as f64, known, report.clipped()?]);
-        }
-        Ok((values(&params), step.last_gradient().to_f64(), reported))
+        Ok((values(&params), gradient, reported))
     });
     results.into_iter().map(|r| r.unwrap()).collect()
 }
@@ -158,13 +164,10 @@ fn noise_does_not_depend_on_the_number_of_ranks() {
     let noise = |n: usize| {
         let results = Local::run(n, |rank| {
             let w = Param::new("idle", Array::zeros(&[1003], DType::F32));
-            let mut c = PrivacyConfig::new(1e3, 1e-4, 30, 6.0, 50);
-            c.noise_multiplier = Some(1.0);
-            let p = Privacy::new(c, NoiseKey::from_seed_for_tests(5))?;
-            let step = TrainStep::private(&[w], p, Sgd::default(), Schedule::constant(1.0))?;
+            let p = Privacy::new(config(30, 1e-6), NoiseKey::from_seed_for_tests(5))?;
+            let step = PrivateStep::new(&[w], p, Sgd::default(), Schedule::constant(1.0))?;
             let mut step = step.with_ranks(Box::new(rank))?;
-            let none: [(); 0] = [];
-            step.run(none, |_| unreachable!())?;
+            step.run(1, |_| unreachable!())?;
             step.last_gradient().to_vec::<f32>()
         });
         results.into_iter().map(|r| r.unwrap()).collect::<Vec<_>>()
@@ -180,11 +183,14 @@ fn ranks_share_one_poisson_batch() {
     let batches = |n: usize| {
         let results = Local::run(n, |rank| {
             let w = Param::new("w", Array::zeros(&[1], DType::F32));
-            let mut c = PrivacyConfig::new(1e3, 1e-4, 1000, 100.0, 50);
-            c.noise_multiplier = Some(1.0);
-            let p = Privacy::new(c, NoiseKey::from_seed_for_tests(5))?;
-            let step = TrainStep::private(&[w], p, Sgd::default(), Schedule::constant(1.0))?;
-            Ok(step.with_ranks(Box::new(rank))?.next_batch()?.to_vec())
+            let p = Privacy::new(config(1000, 100.0), NoiseKey::from_seed_for_tests(5))?;
+            let step = PrivateStep::new(std::slice::from_ref(&w), p, Sgd::default(), Schedule::constant(1.0))?;
+            let mut mine = Vec::new();
+            step.with_ranks(Box::new(rank))?.run(1000, |records| {
+                mine.extend_from_slice(records);
+                w.per_sample(records.len())?.reshape(&[records.len()])
+            })?;
+            Ok(mine)
         });
         let mut all: Vec<usize> = results.into_iter().flat_map(|r| r.unwrap()).collect();
         all.sort();

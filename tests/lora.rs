@@ -3,12 +3,14 @@
 mod common {
     pub mod distance;
     pub mod gpt;
+    pub mod privacy;
     pub mod scratch;
     pub mod tokens;
 }
 
 use common::distance::distance;
 use common::gpt::gpt;
+use common::privacy::{keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use prismgrad::check;
@@ -16,23 +18,20 @@ use prismgrad::device_tests;
 use prismgrad::models::Gpt;
 use prismgrad::nn::{Ctx, LoraConfig};
 use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::step::{PlainStep, PrivateStep};
 use prismgrad::{Array, DType, Device, Param, no_grad};
 
 fn train(model: &Gpt, private: bool, steps: u64) {
     let params = model.params().all();
     let (x, y) = tokens(4, 1);
-    let mut step = if private {
-        let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 4.0, 50);
-        c.noise_multiplier = Some(0.5);
-        let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9)).unwrap();
-        TrainStep::private(&params, p, AdamW::default(), Schedule::constant(1e-2)).unwrap()
+    let schedule = Schedule::constant(1e-2);
+    if private {
+        let p = keyed(whole(4).noise_multiplier(0.5), 9);
+        let mut step = PrivateStep::new(&params, p, AdamW::default(), schedule).unwrap();
+        (0..steps).for_each(|t| drop(step.run(4, |_| model.losses(&x, &y, &Ctx::train(t))).unwrap()));
     } else {
-        TrainStep::plain(&params, AdamW::default(), Schedule::constant(1e-2)).unwrap()
-    };
-    for t in 0..steps {
-        step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        let mut step = PlainStep::new(&params, AdamW::default(), schedule).unwrap();
+        (0..steps).for_each(|t| drop(step.run_one(|| model.losses(&x, &y, &Ctx::train(t))).unwrap()));
     }
 }
 

@@ -13,11 +13,11 @@ use common::scratch::Scratch;
 use prismgrad::device_tests;
 use prismgrad::models::Gpt;
 use prismgrad::ops::linear::{Activation, Layout, linear};
-use prismgrad::optim::{AdamW, Schedule, Sgd};
+use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::coupling::Mixture;
 use prismgrad::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, Public, Thresholds, Weight};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor};
 
 /// Three layers, so that groups of layers differ from layers and from the whole.
@@ -34,9 +34,11 @@ fn norm(x: &[f64]) -> f64 {
 }
 
 fn config(records: usize) -> PrivacyConfig {
-    let mut c = PrivacyConfig::new(1e3, 1e-4, records, 4.0, 100);
-    c.noise_multiplier = Some(1.0);
-    c
+    PrivacyConfig::target(1e3, 1e-4).records(records).expected_batch(4.0).steps(100).noise_multiplier(1.0)
+}
+
+fn private(params: &[Param], config: PrivacyConfig, optimizer: impl Optimizer + 'static) -> PrivateStep {
+    PrivateStep::new(params, Privacy::new(config, key()).unwrap(), optimizer, Schedule::constant(0.1)).unwrap()
 }
 
 fn key() -> NoiseKey {
@@ -87,40 +89,40 @@ device_tests! {
         let public = [7usize, 8, 9];
         let gradient = |alpha: f64, microbatch: usize| {
             let model = gpt(device);
-            let privacy = Privacy::new(config(40), key()).unwrap();
-            let mut step =
-                TrainStep::private(&model.params().all(), privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
-            let batch = step.next_batch().unwrap();
-            let ids = batch.to_vec();
+            let mut step = private(&model.params().all(), config(40), Sgd::default());
+            let mut ids = Vec::new();
             let report = step
-                .run_coupled(batch, Public(public.to_vec()), Weight::private(alpha).unwrap(), microbatch, |p, q| {
+                .run_coupled(microbatch, Public(public.to_vec()), Weight::private(alpha).unwrap(), |p, q| {
+                    ids.extend_from_slice(p);
                     losses(&model, &[p, q].concat())
                 })
                 .unwrap();
-            (step.last_gradient().to_f64(), ids, report, step.privacy().unwrap().steps())
+            (step.last_gradient().to_f64(), ids, report, step.privacy().steps())
         };
-        let (private, ids, ..) = gradient(1.0, 100);
+        let (clipped, ids, ..) = gradient(1.0, 100);
         let (alone, _, free, spent) = gradient(0.0, 100);
-        assert_eq!((spent, free.epsilon), (0, Some(0.0)), "a step without private data costs nothing");
+        assert_eq!((spent, free.epsilon), (0, 0.0), "a step without private data costs nothing");
         assert!(!ids.is_empty() && ids.len() != 4, "a batch whose size is not the expected one: {ids:?}");
         // The private half is that of an ordinary private step; the public one that of a plain step.
         let model = gpt(device);
-        let params = model.params().all();
-        let privacy = Privacy::new(config(40), key()).unwrap();
-        let mut step = TrainStep::private(&params, privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
-        step.run([&ids[..]], |ids| losses(&model, ids)).unwrap();
+        let mut step = private(&model.params().all(), config(40), Sgd::default());
+        step.run(100, |drawn| {
+            assert_eq!(drawn, ids);
+            losses(&model, drawn)
+        })
+        .unwrap();
         let close = |a: &[f64], b: &[f64], what: &str| {
             let off = distance(a, b);
             assert!(off < 1e-9, "{what}: {off:e}");
         };
-        close(&private, &step.last_gradient().to_f64(), "private");
+        close(&clipped, &step.last_gradient().to_f64(), "private");
         let model = gpt(device);
-        let mut step = TrainStep::plain(&model.params().all(), Sgd::default(), Schedule::constant(0.1)).unwrap();
-        step.run([&public[..]], |ids| losses(&model, ids)).unwrap();
+        let mut step = PlainStep::new(&model.params().all(), Sgd::default(), Schedule::constant(0.1)).unwrap();
+        step.run_one(|| losses(&model, &public)).unwrap();
         close(&alone, &step.last_gradient().to_f64(), "public");
         for (alpha, microbatch) in [(0.25, 100), (0.25, 3), (0.8, 1)] {
             let (mixed, _, report, spent) = gradient(alpha, microbatch);
-            let want: Vec<f64> = private.iter().zip(&alone).map(|(a, b)| alpha * a + (1.0 - alpha) * b).collect();
+            let want: Vec<f64> = clipped.iter().zip(&alone).map(|(a, b)| alpha * a + (1.0 - alpha) * b).collect();
             close(&mixed, &want, &format!("α = {alpha}"));
             assert_eq!((spent, report.samples), (1, ids.len() + 3));
             assert!(report.loss().unwrap().is_finite());
@@ -132,21 +134,14 @@ device_tests! {
 fn what_cannot_be_coupled_says_so() {
     let model = gpt(&Device::Cpu);
     let params = model.params().all();
-    let make = || {
-        let privacy = Privacy::new(config(40), key()).unwrap();
-        TrainStep::private(&params, privacy, Sgd::default(), Schedule::constant(0.1)).unwrap()
-    };
-    let half = || Weight::private(0.5).unwrap();
-    let go = |step: &mut TrainStep, public: Vec<usize>, cut: usize, micro: usize| {
-        let batch = make().next_batch().unwrap();
+    let go = |public: Vec<usize>, cut: usize, micro: usize| {
+        let mut step = private(&params, config(40), Sgd::default());
         let run = |p: &[usize], q: &[usize]| losses(&model, &[p, q].concat()[cut..]);
-        step.run_coupled(batch, Public(public), half(), micro, run).err().unwrap().to_string()
+        step.run_coupled(micro, Public(public), Weight::private(0.5).unwrap(), run).err().unwrap().to_string()
     };
-    let mut plain = TrainStep::plain(&params, Sgd::default(), Schedule::constant(0.1)).unwrap();
-    assert!(go(&mut plain, vec![1], 0, 4).contains("TrainStep::private"));
-    assert!(go(&mut make(), vec![], 0, 4).contains("no public samples"));
-    assert!(go(&mut make(), vec![1], 0, 0).contains("microbatches of 0"));
-    assert!(go(&mut make(), vec![1, 2], 1, 100).contains("losses for"));
+    assert!(go(vec![], 0, 4).contains("no public samples"));
+    assert!(go(vec![1], 0, 0).contains("physical batch of 0"));
+    assert!(go(vec![1, 2], 1, 100).contains("one loss for each"));
     assert!(Weight::private(1.5).is_err() && Weight::public(f64::NAN).is_err());
 }
 
@@ -154,12 +149,9 @@ fn what_cannot_be_coupled_says_so() {
 #[test]
 fn a_public_sample_that_is_not_finite_is_left_out() {
     let w = Param::new("w", Array::zeros(&[1, 3], DType::F64));
-    let privacy = Privacy::new(config(40), key()).unwrap();
-    let mut step =
-        TrainStep::private(std::slice::from_ref(&w), privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
-    let batch = step.next_batch().unwrap();
+    let mut step = private(std::slice::from_ref(&w), config(40), Sgd::default());
     let weight = Weight::private(0.5).unwrap();
-    step.run_coupled(batch, Public(vec![f64::NAN, 1.0]), weight, 64, |p, q| {
+    step.run_coupled(64, Public(vec![f64::NAN, 1.0]), weight, |p, q| {
         let rows: Vec<f64> = p.iter().map(|&k| k as f64).chain(q.iter().copied()).flat_map(|x| [x, 1.0, 0.5]).collect();
         let x = Tensor::new(Array::from_slice(&rows, &[p.len() + q.len(), 3])?);
         linear(&x, &w, Layout::OutIn, None, Activation::None, None)?.sum(&[1], false)
@@ -194,18 +186,14 @@ fn the_best_weight() {
 #[test]
 fn weighted_thresholds() {
     let model = gpt(&Device::Cpu);
-    let mut c = config(40);
-    c.style = ClipStyle::Uniform(2);
-    c.thresholds = Thresholds::Weighted(vec![3.0, 4.0]);
-    c.threshold = 10.0;
-    let privacy = Privacy::new(c.clone(), key()).unwrap();
-    let step = TrainStep::private(&model.params().all(), privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
-    let p = step.privacy().unwrap();
+    let c = config(40).style(ClipStyle::Uniform(2)).max_grad_norm(10.0);
+    let step =
+        private(&model.params().all(), c.clone().thresholds(Thresholds::Weighted(vec![3.0, 4.0])), Sgd::default());
+    let p = step.privacy();
     assert!(p.thresholds().iter().zip([6.0, 8.0]).all(|(a, b)| (a - b).abs() < 1e-12), "{:?}", p.thresholds());
     assert!((p.sensitivity() - 10.0).abs() < 1e-12);
-    c.thresholds = Thresholds::Weighted(vec![1.0]);
-    let privacy = Privacy::new(c, key()).unwrap();
-    let e = TrainStep::private(&model.params().all(), privacy, Sgd::default(), Schedule::constant(0.1));
+    let privacy = Privacy::new(c.thresholds(Thresholds::Weighted(vec![1.0])), key()).unwrap();
+    let e = PrivateStep::new(&model.params().all(), privacy, Sgd::default(), Schedule::constant(0.1));
     assert!(e.err().unwrap().to_string().contains("2 clipping groups"));
 }
 
@@ -213,19 +201,17 @@ fn weighted_thresholds() {
 #[test]
 fn adaptive_thresholds_find_the_quantile() {
     // One parameter; sample k has a gradient of norm k + 1, k below 100.
+    let base = PrivacyConfig::target(1e3, 1e-4).records(100).expected_batch(50.0).steps(400).clip(ClipFn::Abadi);
     let make = |w: &Param| {
-        let mut c = PrivacyConfig::new(1e3, 1e-4, 100, 50.0, 400);
-        c.noise_multiplier = Some(0.5);
-        (c.style, c.clip) = (ClipStyle::AllLayer, ClipFn::Abadi);
-        c.thresholds = Thresholds::Adaptive { quantile: 0.6, rate: 0.2, noise: 0.05 };
+        let c = base.clone().noise_multiplier(0.5).style(ClipStyle::AllLayer);
+        let c = c.thresholds(Thresholds::Adaptive { quantile: 0.6, rate: 0.2, noise: 0.05 });
         let p = Privacy::new(c, key()).unwrap();
-        TrainStep::private(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(1e-9)).unwrap()
+        PrivateStep::new(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(1e-9)).unwrap()
     };
     let new = || Param::new("w", Array::zeros(&[1], DType::F64));
-    let run = |step: &mut TrainStep, w: &Param, steps: u64| {
+    let run = |step: &mut PrivateStep, w: &Param, steps: u64| {
         for _ in 0..steps {
-            let batch = step.next_batch().unwrap();
-            step.run([&batch[..]], |ids| {
+            step.run(100, |ids| {
                 let x: Vec<f64> = ids.iter().map(|&k| k as f64 + 1.0).collect();
                 let x = Tensor::new(Array::from_slice(&x, &[x.len()])?);
                 x.mul(&w.per_sample(ids.len())?.reshape(&[ids.len()])?)
@@ -235,40 +221,35 @@ fn adaptive_thresholds_find_the_quantile() {
     };
     let w = new();
     let mut step = make(&w);
-    let p = step.privacy().unwrap();
+    let p = step.privacy();
     // z⁻² = σ⁻² − M/(2·noise·B)².
     let z = (0.5f64.powi(-2) - 1.0 / (2.0 * 0.05 * 50.0f64).powi(2)).powf(-0.5);
     assert!((p.gradient_noise_multiplier() - z).abs() < 1e-12 && z > 0.5);
     run(&mut step, &w, 100);
-    let r = step.privacy().unwrap().thresholds()[0];
+    let r = step.privacy().thresholds()[0];
     assert!((50.0..70.0).contains(&r), "the 0.6 quantile of 1..100 is 60, found {r}");
-    assert!((step.privacy().unwrap().sensitivity() - r).abs() < 1e-12, "sensitivity follows");
+    assert!((step.privacy().sensitivity() - r).abs() < 1e-12, "sensitivity follows");
     let state: Vec<(String, Array)> = step.state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
     run(&mut step, &w, 5);
     let other = new();
     let mut resumed = make(&other);
     resumed.restore(100, &state).unwrap();
     run(&mut resumed, &other, 5);
-    assert_eq!(resumed.privacy().unwrap().thresholds(), step.privacy().unwrap().thresholds());
+    assert_eq!(resumed.privacy().thresholds(), step.privacy().thresholds());
     // Too little noise for the counts is refused: they alone would cost more than the whole.
-    let mut c = PrivacyConfig::new(1e3, 1e-4, 100, 50.0, 400);
-    c.noise_multiplier = Some(10.0);
-    c.clip = ClipFn::Abadi;
-    c.thresholds = Thresholds::Adaptive { quantile: 0.5, rate: 0.2, noise: 0.05 };
+    let c = base.noise_multiplier(10.0).thresholds(Thresholds::Adaptive { quantile: 0.5, rate: 0.2, noise: 0.05 });
     let p = Privacy::new(c.clone(), key()).unwrap();
-    let e = TrainStep::private(&[new()], p, Sgd::default(), Schedule::constant(0.1)).err().unwrap().to_string();
+    let e = PrivateStep::new(&[new()], p, Sgd::default(), Schedule::constant(0.1)).err().unwrap().to_string();
     assert!(e.contains("counts"), "{e}");
-    c.clip = ClipFn::Reparameterised;
-    assert!(Privacy::new(c, key()).err().unwrap().to_string().contains("Abadi"));
+    assert!(Privacy::new(c.clip(ClipFn::Reparameterised), key()).err().unwrap().to_string().contains("Abadi"));
 }
 
 /// Replacing a record costs more than adding one; setting it to zero the same.
 #[test]
 fn neighbouring_relations_reach_the_noise() {
     let sigma = |n: Neighbouring| {
-        let mut c = PrivacyConfig::new(3.0, 1e-5, 10_000, 100.0, 200);
-        c.neighbouring = n;
-        let p = Privacy::new(c, key()).unwrap();
+        let c = PrivacyConfig::target(3.0, 1e-5).records(10_000).expected_batch(100.0).steps(200);
+        let p = Privacy::new(c.neighbouring(n), key()).unwrap();
         let e = p.epsilon(200).unwrap();
         assert!(e <= 3.0 && e > 2.99, "{n:?}: {e}");
         p.noise_multiplier()
@@ -287,23 +268,19 @@ fn neighbouring_relations_reach_the_noise() {
 fn only_private_steps_are_counted() {
     let model = gpt(&Device::Cpu);
     let params = model.params().all();
-    let make = || {
-        let privacy = Privacy::new(config(40), key()).unwrap();
-        TrainStep::private(&params, privacy, AdamW::default(), Schedule::constant(1e-3)).unwrap()
-    };
+    let make = || private(&params, config(40), AdamW::default());
     let mut step = make();
-    let go = |step: &mut TrainStep, alpha: f64| {
-        let batch = step.next_batch().unwrap();
+    let go = |step: &mut PrivateStep, alpha: f64| {
         let weight = Weight::private(alpha).unwrap();
-        step.run_coupled(batch, Public(vec![5, 6]), weight, 8, |p, q| losses(&model, &[p, q].concat())).unwrap()
+        step.run_coupled(8, Public(vec![5, 6]), weight, |p, q| losses(&model, &[p, q].concat())).unwrap()
     };
-    let spent: Vec<f64> = [0.0, 0.0, 0.5, 0.0, 1.0].iter().map(|&a| go(&mut step, a).epsilon.unwrap()).collect();
+    let spent: Vec<f64> = [0.0, 0.0, 0.5, 0.0, 1.0].iter().map(|&a| go(&mut step, a).epsilon).collect();
     assert!(spent[1] == 0.0 && spent[2] > 0.0 && spent[3] == spent[2] && spent[4] >= spent[2], "{spent:?}");
-    assert_eq!((step.steps(), step.privacy().unwrap().steps()), (5, 2));
+    assert_eq!((step.steps(), step.privacy().steps()), (5, 2));
     let state: Vec<(String, Array)> = step.state().into_iter().map(|(n, a)| (n.to_string(), a)).collect();
     let mut resumed = make();
     resumed.restore(5, &state).unwrap();
-    assert_eq!(resumed.privacy().unwrap().steps(), 2);
+    assert_eq!(resumed.privacy().steps(), 2);
 }
 
 /// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, one that
@@ -313,21 +290,23 @@ fn the_log_of_steps_outlives_a_kill() {
     let folder = Scratch::new("log");
     let path = folder.join("log.jsonl");
     let start = |from: &[f64]| Param::new("w", Array::from_slice(from, &[3]).unwrap());
-    let make_from = |w: &Param, seed: u64, sigma: f64| -> Result<TrainStep> {
-        let mut c = config(40);
-        c.noise_multiplier = Some(sigma);
+    let make_from = |w: &Param, seed: u64, sigma: f64| -> Result<PrivateStep> {
+        let c = config(40).noise_multiplier(sigma);
         let p = Privacy::new(c, NoiseKey::from_seed_for_tests(seed))?.log_to(&path)?;
-        TrainStep::private(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1))
+        PrivateStep::new(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1))
     };
     let make = |seed: u64, sigma: f64| make_from(&start(&[0.0; 3]), seed, sigma);
-    let none: [(); 0] = [];
-    let go = |step: &mut TrainStep| step.run(none, |_| unreachable!()).unwrap().epsilon.unwrap();
+    // Records without a gradient: only the noise moves the parameters.
+    let try_go = |step: &mut PrivateStep, w: &Param| {
+        step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(0.0)?.sum(&[1], false)).map(|r| r.epsilon)
+    };
+    let go = |step: &mut PrivateStep, w: &Param| try_go(step, w).unwrap();
     let w = start(&[0.0; 3]);
     let mut first = make_from(&w, 1, 1.0).unwrap();
     let (mut spent, mut saved) = (Vec::new(), Vec::new());
     for _ in 0..5 {
         saved.push(w.value().to_f64());
-        spent.push(go(&mut first));
+        spent.push(go(&mut first, &w));
     }
     drop(first);
     // A new process from a checkpoint after two steps: five are spent all the same, and stay spent as they are repeated.
@@ -336,16 +315,17 @@ fn the_log_of_steps_outlives_a_kill() {
     // As loading a checkpoint does: after the step was made.
     w.set(Array::from_slice(&saved[2], &[3]).unwrap()).unwrap();
     again.restore(2, &[]).unwrap();
-    let p = again.privacy().unwrap();
+    let p = again.privacy();
     assert_eq!((again.steps(), p.steps(), p.spent().unwrap()), (2, 5, spent[4]));
     for _ in 0..3 {
-        assert_eq!(go(&mut again), spent[4], "the same steps again");
+        assert_eq!(go(&mut again, &w), spent[4], "the same steps again");
     }
-    assert!(go(&mut again) >= spent[4] && again.privacy().unwrap().steps() == 6);
+    assert!(go(&mut again, &w) >= spent[4] && again.privacy().steps() == 6);
     // The same noise over other parameters would cancel in the difference.
-    let mut elsewhere = make_from(&start(&[7.0; 3]), 1, 1.0).unwrap();
+    let far = start(&[7.0; 3]);
+    let mut elsewhere = make_from(&far, 1, 1.0).unwrap();
     elsewhere.restore(2, &[]).unwrap();
-    let e = elsewhere.run(none, |_| unreachable!()).err().unwrap().to_string();
+    let e = try_go(&mut elsewhere, &far).err().unwrap().to_string();
     assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
     drop(elsewhere);
     drop(again);
@@ -354,12 +334,13 @@ fn the_log_of_steps_outlives_a_kill() {
     assert_eq!(text.lines().count(), 6);
     std::fs::write(&path, &text[..text.len() - 9]).unwrap();
     let torn = make(1, 1.0).unwrap();
-    assert_eq!(torn.privacy().unwrap().steps(), 5);
+    assert_eq!(torn.privacy().steps(), 5);
     drop(torn);
-    let mut other = make(2, 2.0).unwrap();
-    let before = other.privacy().unwrap().spent().unwrap();
+    let fresh = start(&[0.0; 3]);
+    let mut other = make_from(&fresh, 2, 2.0).unwrap();
+    let before = other.privacy().spent().unwrap();
     assert!((before - spent[4]).abs() < 1e-3 * before, "{before} {}", spent[4]);
-    let after = go(&mut other);
+    let after = go(&mut other, &fresh);
     let mut truth = Accountant::new();
     truth.record(1.0, 0.1, 5).unwrap();
     truth.record(2.0, 0.1, 1).unwrap();
@@ -375,19 +356,16 @@ fn the_log_of_steps_outlives_a_kill() {
 /// standard deviation that the sensitivity asks for (Kolmogorov and Smirnov), and the sum is divided by what was expected.
 #[test]
 fn the_released_gradient_is_sum_plus_noise_over_the_expected_batch() {
-    let make = |w: &Param| {
-        let mut c = PrivacyConfig::new(1e3, 1e-4, 400, 8.0, 100);
-        (c.noise_multiplier, c.threshold, c.clip) = (Some(1.5), 0.6, ClipFn::Abadi);
-        c.style = ClipStyle::AllLayer;
-        let p = Privacy::new(c, key()).unwrap();
-        TrainStep::private(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1)).unwrap()
+    let make = |w: &Param, records: usize, expected: f64| {
+        let c = PrivacyConfig::target(1e3, 1e-4).records(records).expected_batch(expected).steps(100);
+        let c = c.noise_multiplier(1.5).max_grad_norm(0.6).clip(ClipFn::Abadi).style(ClipStyle::AllLayer);
+        private(std::slice::from_ref(w), c, Sgd::default())
     };
     const N: usize = 20_000;
     let w = Param::new("w", Array::zeros(&[N], DType::F64));
-    let none: [(); 0] = [];
-    let mut idle = make(&w);
-    idle.run(none, |_| unreachable!()).unwrap();
-    let noise: Vec<f64> = idle.last_gradient().to_f64().iter().map(|g| g * 8.0).collect();
+    let mut idle = make(&w, 400, 1e-6);
+    idle.run(1, |_| unreachable!()).unwrap();
+    let noise: Vec<f64> = idle.last_gradient().to_f64().iter().map(|g| g * 1e-6).collect();
     let std = 1.5 * 0.6;
     let mut sorted: Vec<f64> = noise.iter().map(|x| x / std).collect();
     sorted.sort_by(f64::total_cmp);
@@ -395,16 +373,43 @@ fn the_released_gradient_is_sum_plus_noise_over_the_expected_batch() {
     let d = sorted.iter().enumerate().map(|(i, x)| (cdf(*x) - (i as f64 + 0.5) / N as f64).abs()).fold(0.0, f64::max);
     // The 99.9 % point of the Kolmogorov distribution; noise a tenth too small would be at 0.023.
     assert!(d < 1.95 / (N as f64).sqrt(), "{d}");
-    for size in [1, 3, 25] {
+    for records in [40, 400] {
         let w = Param::new("w", Array::zeros(&[N], DType::F64));
-        let rows = Array::generate(&[size, N], DType::F64, |i| if i % 7 == 0 { (i as f64).sin() } else { 0.0 });
-        let forward = || Tensor::new(rows.clone()).mul(&w.per_sample(size)?)?.sum(&[1], false);
+        let rows = |ids: &[usize]| {
+            Array::generate(&[ids.len(), N], DType::F64, |i| {
+                let (r, k) = (ids[i / N], i % N);
+                if (r + k) % 7 == 0 { ((r * N + k) as f64).sin() } else { 0.0 }
+            })
+        };
+        let forward = |ids: &[usize]| Tensor::new(rows(ids)).mul(&w.per_sample(ids.len())?)?.sum(&[1], false);
         let params = std::slice::from_ref(&w);
-        let sum = clipped_gradient(&forward().unwrap(), params, &ClipStyle::AllLayer, ClipFn::Abadi, 0.6).unwrap();
-        let mut step = make(&w);
-        step.run([()], |_| forward()).unwrap();
+        let (mut step, mut sum, mut size) = (make(&w, records, 8.0), vec![0.0; N], 0);
+        step.run(records, |ids| {
+            size = ids.len();
+            let one = clipped_gradient(&forward(ids)?, params, &ClipStyle::AllLayer, ClipFn::Abadi, 0.6)?;
+            sum = one[0].to_f64();
+            forward(ids)
+        })
+        .unwrap();
+        assert!(size > 0 && size != 8, "a batch whose size is not the expected one: {size}");
         let got = step.last_gradient().to_f64();
-        let off = got.iter().zip(&noise).zip(sum[0].to_f64()).map(|((g, n), s)| (g - (s + n) / 8.0).abs());
+        let off = got.iter().zip(&noise).zip(sum).map(|((g, n), s)| (g - (s + n) / 8.0).abs());
         assert!(off.fold(0.0, f64::max) < 1e-12, "a batch of {size}");
     }
+}
+
+/// One loss per record: with more, one record would move the sum several times. A step that fails leaves no sum without noise.
+#[test]
+fn a_record_has_one_loss_and_a_failed_step_leaves_nothing() {
+    let w = Param::new("w", Array::zeros(&[3], DType::F64));
+    let mut step = private(std::slice::from_ref(&w), config(40).expected_batch(40.0), Sgd::default());
+    let many = |ids: &[usize]| w.per_sample(2 * ids.len())?.sum(&[1], false);
+    let e = step.run(40, many).err().unwrap().to_string();
+    assert!(e.contains("[80]") && e.contains("40 records") && e.contains("one loss for each"), "{e}");
+    let mut first = true;
+    let e = step.run(20, |ids| {
+        if std::mem::take(&mut first) { w.per_sample(ids.len())?.add_scalar(1.0)?.sum(&[1], false) } else { many(ids) }
+    });
+    assert!(e.is_err() && step.last_gradient().to_f64() == [0.0; 3]);
+    assert_eq!((step.steps(), w.value().to_f64()), (0, vec![0.0; 3]));
 }

@@ -3,6 +3,7 @@
 mod common {
     pub mod distance;
     pub mod gpt;
+    pub mod privacy;
     pub mod scratch;
     pub mod skip;
     pub mod tokens;
@@ -10,6 +11,7 @@ mod common {
 }
 
 use common::distance::distance;
+use common::privacy::{empty, keyed, whole};
 use common::scratch::Scratch;
 use common::skip::skip;
 use common::tokens::tokens;
@@ -23,9 +25,9 @@ use prismgrad::ops::norm::layer_norm;
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep, clipped_gradient};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::{Existing, RunFolder, state};
-use prismgrad::{Array, DType, Device, Error, Param, Result, Samples, Tensor};
+use prismgrad::{Array, DType, Device, Error, Param, Samples, Tensor};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -33,11 +35,20 @@ fn gpt(tied: bool, dtype: DType) -> Gpt {
     common::gpt::gpt(2, tied, dtype, &Device::Cpu)
 }
 
-fn private(params: &[Param], style: &ClipStyle, batch: f64, steps: u64) -> Result<TrainStep> {
-    let mut c = PrivacyConfig::new(4.0, 1e-3, 100, batch, steps);
-    c.style = style.clone();
-    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(9))?;
-    TrainStep::private(params, p, AdamW::default(), Schedule::constant(1e-2))
+/// Poisson batches of ten records expected.
+fn private(params: &[Param], style: &ClipStyle, steps: u64) -> PrivateStep {
+    let c = PrivacyConfig::target(4.0, 1e-3).records(100).expected_batch(10.0).steps(steps).style(style.clone());
+    PrivateStep::new(params, keyed(c, 9), AdamW::default(), Schedule::constant(1e-2)).unwrap()
+}
+
+/// `n` records in every batch.
+fn private_whole(params: &[Param], style: &ClipStyle, n: usize) -> PrivateStep {
+    let p = keyed(whole(n).steps(1000).style(style.clone()), 9);
+    PrivateStep::new(params, p, AdamW::default(), Schedule::constant(1e-2)).unwrap()
+}
+
+fn plain(params: &[Param]) -> PlainStep {
+    PlainStep::new(params, AdamW::default(), Schedule::constant(1e-2)).unwrap()
 }
 
 static STYLES: [ClipStyle; 3] = [ClipStyle::AllLayer, ClipStyle::LayerWise, ClipStyle::ParameterWise];
@@ -194,13 +205,19 @@ fn same_bits_at_any_number_of_threads() {
         pool.install(|| {
             let model = gpt(true, DType::F32);
             let params = model.params().all();
-            let mut step = match style {
-                Some(s) => private(&params, s, 10.0, 5).unwrap(),
-                None => TrainStep::plain(&params, AdamW::default(), Schedule::constant(1e-2)).unwrap(),
-            };
-            for t in 0..3 {
+            let losses = |t: usize| {
                 let (x, y) = tokens(8, t);
-                step.run([()], |_| model.losses(&x, &y, &Ctx::train(t as u64))).unwrap();
+                model.losses(&x, &y, &Ctx::train(t as u64))
+            };
+            match style {
+                Some(style) => {
+                    let mut step = private_whole(&params, style, 8);
+                    (0..3).for_each(|t| drop(step.run(8, |_| losses(t)).unwrap()));
+                }
+                None => {
+                    let mut step = plain(&params);
+                    (0..3).for_each(|t| drop(step.run_one(|| losses(t)).unwrap()));
+                }
             }
             bits(&params)
         })
@@ -215,21 +232,26 @@ fn same_bits_at_any_number_of_threads() {
 #[test]
 fn microbatches_make_no_difference() {
     for style in [None, Some(&ClipStyle::AllLayer), Some(&ClipStyle::LayerWise)] {
-        let run = |parts: &[&[usize]]| {
+        let run = |physical: usize| {
             let model = gpt(false, DType::F64);
             let params = model.params().all();
-            let mut step = match style {
-                Some(s) => private(&params, s, 10.0, 5).unwrap(),
-                None => TrainStep::plain(&params, Sgd::default(), Schedule::constant(1e-1)).unwrap(),
-            };
             let (x, y) = tokens(4, 1);
             let rows = |a: &Array, r: &[usize]| a.slice(0, r[0]..r[r.len() - 1] + 1).unwrap().contiguous();
-            step.run(parts.iter(), |r| model.losses(&rows(&x, r), &rows(&y, r), &Ctx::eval())).unwrap();
+            let losses = |r: &[usize]| model.losses(&rows(&x, r), &rows(&y, r), &Ctx::eval());
+            match style {
+                Some(style) => drop(private_whole(&params, style, 4).run(physical, losses).unwrap()),
+                None => {
+                    let mut step = PlainStep::new(&params, Sgd::default(), Schedule::constant(1e-1)).unwrap();
+                    step.run([0usize, 1, 2, 3].chunks(physical), losses).unwrap();
+                }
+            }
             values(&params)
         };
-        let (a, b) = (run(&[&[0, 1, 2, 3]]), run(&[&[0], &[1, 2], &[3]]));
-        let worst = distance(&a, &b);
-        assert!(worst < 1e-9, "{style:?}: {worst}");
+        let whole = run(4);
+        for physical in [1, 3] {
+            let worst = distance(&whole, &run(physical));
+            assert!(worst < 1e-9, "{style:?} in microbatches of {physical}: {worst}");
+        }
     }
 }
 
@@ -243,44 +265,35 @@ fn probe(rows: &[[f64; 3]]) -> (Param, Param, Tensor) {
     (w, idle, y)
 }
 
-fn sgd(params: &[Param]) -> TrainStep {
-    let mut c = PrivacyConfig::new(1e3, 1e-3, 100, 10.0, 10);
-    c.clip = ClipFn::Abadi;
-    c.noise_multiplier = Some(2.0);
-    TrainStep::private(
-        params,
-        Privacy::new(c, NoiseKey::from_seed_for_tests(4)).unwrap(),
-        Sgd::default(),
-        Schedule::constant(1.0),
-    )
-    .unwrap()
+fn sgd(params: &[Param], config: PrivacyConfig) -> PrivateStep {
+    let p = keyed(config.clip(ClipFn::Abadi).noise_multiplier(2.0), 4);
+    PrivateStep::new(params, p, Sgd::default(), Schedule::constant(1.0)).unwrap()
 }
 
 #[test]
 fn every_trainable_element_gets_noise_even_in_an_empty_batch() {
     let (w, idle, _) = probe(&[[0.0; 3]]);
-    let mut step = sgd(&[w.clone(), idle.clone()]);
-    let none: [(); 0] = [];
-    let report = step.run(none, |_| unreachable!()).unwrap();
+    let mut step = sgd(&[w.clone(), idle.clone()], empty(10));
+    let report = step.run(4, |_| unreachable!()).unwrap();
     assert_eq!(report.samples, 0);
     assert!(report.loss().unwrap().is_nan());
     assert!(w.value().to_f64().iter().all(|&x| x != 0.0));
-    // σ·R/B = 2·1/10; standard error of the variance over 20,000 elements is 1 %.
+    // σ·R/B = 2·1/10⁻⁶; standard error of the variance over 20,000 elements is 1 %.
     let var = idle.value().to_f64().iter().map(|x| x * x).sum::<f64>() / 20_000.0;
-    assert!((var / 0.04 - 1.0).abs() < 0.05, "{var}");
+    assert!((var / 4e12 - 1.0).abs() < 0.05, "{var}");
 }
 
 #[test]
 fn a_sample_that_is_not_finite_is_left_out_and_counted() {
-    let good = [[0.1, 0.2, 0.0], [0.0, 0.3, 0.1]];
-    let run = |rows: &[[f64; 3]]| {
-        let (w, idle, losses) = probe(rows);
-        let mut step = sgd(&[w.clone(), idle]);
-        let report = step.run([losses], Ok).unwrap();
+    // The record without a gradient in one run has one that is not finite in the other.
+    let run = |middle: [f64; 3]| {
+        let (w, idle, losses) = probe(&[[0.1, 0.2, 0.0], middle, [0.0, 0.3, 0.1]]);
+        let mut step = sgd(&[w.clone(), idle], whole(3));
+        let report = step.run(3, |_| Ok(losses.clone())).unwrap();
         (report.non_finite().unwrap(), w.value().to_f64())
     };
-    let (none, want) = run(&good);
-    let (one, got) = run(&[good[0], [f64::NAN, 1.0, 0.0], good[1]]);
+    let (none, want) = run([0.0; 3]);
+    let (one, got) = run([f64::NAN, 1.0, 0.0]);
     assert_eq!((none, one), (0, 1));
     assert_eq!(want, got);
 }
@@ -289,20 +302,22 @@ fn a_sample_that_is_not_finite_is_left_out_and_counted() {
 fn a_resumed_step_continues_bitwise() {
     let run = |cut: Option<u64>| {
         let mut model = gpt(true, DType::F32);
-        let mut step = private(&model.params().all(), &ClipStyle::LayerWise, 10.0, 6).unwrap();
+        let mut step = private(&model.params().all(), &ClipStyle::LayerWise, 6);
         for t in 0..6 {
             if cut == Some(t) {
                 let (params, state, steps) = (model.params().all(), step.state(), step.steps());
                 let next = gpt(true, DType::F32);
                 next.params().all().iter().zip(&params).for_each(|(n, p)| n.set(p.value()).unwrap());
                 model = next;
-                step = private(&model.params().all(), &ClipStyle::LayerWise, 10.0, 6).unwrap();
+                step = private(&model.params().all(), &ClipStyle::LayerWise, 6);
                 let state: Vec<(String, Array)> = state.into_iter().map(|(n, a)| (n.to_string(), a)).collect();
                 step.restore(steps, &state).unwrap();
             }
-            let batch = step.next_batch().unwrap();
-            let (x, y) = tokens(batch.len().max(1), batch.len());
-            step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+            step.run(100, |records| {
+                let (x, y) = tokens(records.len(), records.len());
+                model.losses(&x, &y, &Ctx::train(t))
+            })
+            .unwrap();
         }
         bits(&model.params().all())
     };
@@ -314,11 +329,11 @@ fn a_resumed_step_continues_bitwise() {
 #[test]
 fn memory_stays_flat() {
     let model = gpt(true, DType::F32);
-    let mut step = private(&model.params().all(), &ClipStyle::AllLayer, 10.0, 100_000).unwrap();
+    let mut step = private_whole(&model.params().all(), &ClipStyle::AllLayer, 8);
     let (x, y) = tokens(8, 1);
     let mut live = Vec::new();
     for t in 0..1000 {
-        step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
+        step.run(8, |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
         if t % 250 == 249 {
             let Ok(status) = std::fs::read_to_string("/proc/self/statm") else {
                 return skip("only Linux says how much memory is resident");
@@ -332,16 +347,16 @@ fn memory_stays_flat() {
 
 #[test]
 fn the_budget_is_a_hard_stop_and_nonsense_is_refused() {
-    let (w, idle, _) = probe(&[[0.0; 3]]);
-    let mut step = private(&[w, idle], &ClipStyle::LayerWise, 10.0, 2).unwrap();
-    let none = || -> [(); 0] { [] };
+    let w = Param::new("w", Array::zeros(&[3], DType::F64));
+    let mut step = private(std::slice::from_ref(&w), &ClipStyle::LayerWise, 2);
+    let mut run = || step.run(100, |records| w.per_sample(records.len())?.sum(&[1], false));
     for _ in 0..2 {
-        assert!(step.run(none(), |_| unreachable!()).unwrap().epsilon.unwrap() <= 4.0);
+        assert!(run().unwrap().epsilon <= 4.0);
     }
-    let e = step.run(none(), |_| unreachable!()).unwrap_err();
+    let e = run().unwrap_err();
     assert!(matches!(e, Error::BudgetSpent { .. }) && e.to_string().contains("budget"), "{e}");
     let refuse = |f: &dyn Fn(&mut PrivacyConfig), word: &str| {
-        let mut c = PrivacyConfig::new(4.0, 1e-3, 100, 10.0, 2);
+        let mut c = PrivacyConfig::target(4.0, 1e-3).records(100).expected_batch(10.0).steps(2);
         f(&mut c);
         let e = Privacy::new(c, NoiseKey::from_seed_for_tests(1)).err().unwrap().to_string();
         assert!(e.contains(word), "{e}");
@@ -349,9 +364,9 @@ fn the_budget_is_a_hard_stop_and_nonsense_is_refused() {
     refuse(&|c| c.epsilon = 0.0, "ε = 0");
     refuse(&|c| c.epsilon = f64::NAN, "ε = NaN");
     refuse(&|c| c.delta = 0.5, "1/records");
-    refuse(&|c| c.batch = 101.0, "101");
+    refuse(&|c| c.expected_batch = 101.0, "101");
     refuse(&|c| c.records = 0, "no records");
-    refuse(&|c| c.threshold = 0.0, "threshold");
+    refuse(&|c| c.max_grad_norm = 0.0, "threshold");
     refuse(&|c| c.noise_multiplier = Some(0.0), "no privacy");
     refuse(&|c| c.clip = ClipFn::AutoS { gamma: -0.5 }, "γ");
     refuse(&|c| c.steps = 0, "steps");
@@ -362,7 +377,7 @@ fn run_in(folder: &Path) -> Vec<u8> {
     const STEPS: u64 = 40;
     let model = gpt(true, DType::F32);
     let params = model.params().all();
-    let mut step = private(&params, &ClipStyle::LayerWise, 10.0, STEPS).unwrap();
+    let mut step = private(&params, &ClipStyle::LayerWise, STEPS);
     let mut run = RunFolder::create(folder, &serde_json::json!({}), Existing::Resume, &[]).unwrap();
     let checkpoints = run.checkpoints().unwrap().keep_last(2);
     if let Some(c) = checkpoints.latest().unwrap().checkpoint {
@@ -370,11 +385,14 @@ fn run_in(folder: &Path) -> Vec<u8> {
     }
     run.rewind(step.steps()).unwrap();
     while step.steps() < STEPS {
-        let batch = step.next_batch().unwrap();
-        let (x, y) = tokens(batch.len().max(1), batch.iter().sum());
         let t = step.steps();
-        let report = step.run([()], |_| model.losses(&x, &y, &Ctx::train(t))).unwrap();
-        run.log(t + 1, &serde_json::json!({"loss": report.loss().unwrap(), "epsilon": report.epsilon})).unwrap();
+        let losses = |records: &[usize]| {
+            let (x, y) = tokens(records.len(), records.iter().sum());
+            model.losses(&x, &y, &Ctx::train(t))
+        };
+        let report = step.run(100, losses).unwrap();
+        let loss = Some(report.loss().unwrap()).filter(|l| l.is_finite());
+        run.log(t + 1, &serde_json::json!({"loss": loss, "epsilon": report.epsilon})).unwrap();
         state::save(&checkpoints, t + 1, None, model.params(), &step, &()).unwrap();
     }
     bits(&params)

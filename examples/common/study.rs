@@ -12,9 +12,9 @@ use prismgrad::nn::{Ctx, Init, Linear, Params};
 use prismgrad::ops::linear::{Activation, Layout};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{Schedule, Sgd};
-use prismgrad::privacy::{Accountant, ClipFn, ClipStyle, Public, Weight};
+use prismgrad::privacy::{Accountant, ClipStyle, Public, Weight};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{Privacy, PrivacyConfig, TrainStep};
+use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
 use std::time::Instant;
 
@@ -120,11 +120,10 @@ impl Run {
     pub fn go(&self, data: &Data) -> Result<Outcome> {
         let start = Instant::now();
         let model = Mlp::new(&self.widths, self.seed)?;
-        let mut config = PrivacyConfig::new(1e6, DELTA, data.private.len(), BATCH, self.steps);
-        config.style = self.style.clone();
-        config.clip = ClipFn::AutoS { gamma: 0.01 };
+        let config = PrivacyConfig::target(1e6, DELTA).records(data.private.len()).expected_batch(BATCH);
         // What the noise costs was settled when it was calibrated; here the budget only has to be out of the way.
-        config.noise_multiplier = Some(self.sigma.unwrap_or(1e3));
+        let sigma = self.sigma.unwrap_or(1e3);
+        let config = config.steps(self.steps).style(self.style.clone()).noise_multiplier(sigma);
         let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(self.seed))?;
         let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
         let schedule = match self.mix {
@@ -133,7 +132,7 @@ impl Run {
                 Schedule::Switch { lr: PUBLIC_LR, then: self.lr, at: (part * self.steps as f64).ceil() as u64 }
             }
         };
-        let mut step = TrainStep::private(&model.params.all(), privacy, sgd, schedule)?;
+        let mut step = PrivateStep::new(&model.params.all(), privacy, sgd, schedule)?;
         let mut clipped = 0.0;
         for t in 0..self.steps {
             let share = match self.mix {
@@ -149,8 +148,7 @@ impl Run {
             let n = PUBLIC_BATCH.min(data.public.len());
             let order = shuffled(data.public.len(), self.seed.wrapping_mul(1_000_003).wrapping_add(t));
             let public = if share > 0.0 { order[..n].to_vec() } else { Vec::new() };
-            let batch = step.next_batch()?;
-            let report = step.run_coupled(batch, Public(public), Weight::public(share)?, 1024, |p, q| {
+            let report = step.run_coupled(1024, Public(public), Weight::public(share)?, |p, q| {
                 let (mut pixels, mut labels) = data.private.batch(p)?;
                 let (more, names) = data.public.batch(q)?;
                 pixels.extend(more);

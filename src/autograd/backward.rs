@@ -21,6 +21,8 @@ pub trait GradHook {
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()>;
     /// The gradient of a leaf tensor, by its id.
     fn leaf(&mut self, _id: u64, _grad: Array) {}
+    /// Called after each operation of the backward pass: the place to watch memory or time from.
+    fn visited(&mut self) {}
 }
 
 impl<F: FnMut(&Param, ParamGrad) -> Result<()>> GradHook for F {
@@ -188,6 +190,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
                 hook.param(param, grad)?;
             }
         }
+        hook.visited();
     }
     Ok(())
 }

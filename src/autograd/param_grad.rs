@@ -49,6 +49,10 @@ impl ParamGrad {
     pub fn factors(&self) -> &[Factor] {
         &self.factors
     }
+    /// Whether norms and clipped sum can be one pass over its only factor.
+    pub(crate) fn fuses(&self) -> bool {
+        matches!(&self.factors[..], [one] if one.fuses())
+    }
     /// FLOPs of a (weighted) sum.
     pub(crate) fn sum_flops(&self) -> f64 {
         self.factors.iter().map(Factor::flops).sum()

@@ -96,6 +96,11 @@ impl Device {
         }
     }
 
+    /// Bytes of its memory in use now, and the most that were in use since this was last called.
+    pub(crate) fn watermark(&self) -> (usize, usize) {
+        self.gpu().map_or_else(cpu::pool::watermark, |gpu| gpu.watermark())
+    }
+
     /// Waits until everything queued has run; nothing to wait for on the CPU.
     pub fn synchronize(&self) -> Result<()> {
         self.gpu().map_or(Ok(()), |gpu| gpu.synchronize())

@@ -47,7 +47,7 @@ impl Optimizer for AdamW {
     fn slots(&self) -> &'static [&'static str] {
         &["exp_avg", "exp_avg_sq"]
     }
-    fn live(&self, step: u64, lr: f64) -> Option<Vec<f64>> {
+    fn step_scalars(&self, step: u64, lr: f64) -> Option<Vec<f64>> {
         let [scale, root] = self.corrections(step, lr);
         Some(vec![scale, root, 1.0 - lr * self.weight_decay])
     }

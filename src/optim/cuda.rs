@@ -23,6 +23,6 @@ impl Update<'_> {
         let l = Launch::new(gpu, "optim", &kernel)?.grid(n.div_ceil(1024), 1, 1);
         let l = buffers.iter().fold(l, |l, b| l.optional(*b));
         let l = l.val(n as i64).array(ends).array(decays).val(self.layout.pieces.len() as i32);
-        more(l).optional(self.gpu.live).optional(self.gpu.stop).run()
+        more(l).optional(self.gpu.scalars).optional(self.gpu.stop).run()
     }
 }

@@ -85,8 +85,8 @@ pub struct Update<'a> {
 /// What concerns an update on a GPU only.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct GpuUpdate<'a> {
-    /// What [`Optimizer::live`] gives for this step, in the GPU's memory, so that a recorded step can be replayed.
-    pub live: Option<&'a Array>,
+    /// What [`Optimizer::step_scalars`] gives for this step, in the GPU's memory, so that a recorded step can be replayed.
+    pub scalars: Option<&'a Array>,
     /// Nothing is updated where this is not 0.
     pub stop: Option<&'a Array>,
 }
@@ -134,7 +134,7 @@ pub trait Optimizer: Send {
     fn update(&self, u: Update) -> Result<()>;
     /// The numbers that change from step to step, as the optimizer's kernel reads them from memory when a recorded step
     /// is replayed; an optimizer without such a kernel cannot be recorded and gives none.
-    fn live(&self, _step: u64, _lr: f64) -> Option<Vec<f64>> {
+    fn step_scalars(&self, _step: u64, _lr: f64) -> Option<Vec<f64>> {
         None
     }
 }

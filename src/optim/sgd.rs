@@ -23,7 +23,7 @@ impl Optimizer for Sgd {
     fn slots(&self) -> &'static [&'static str] {
         if self.momentum == 0.0 { &[] } else { &["momentum_buffer"] }
     }
-    fn live(&self, _step: u64, lr: f64) -> Option<Vec<f64>> {
+    fn step_scalars(&self, _step: u64, lr: f64) -> Option<Vec<f64>> {
         Some(vec![lr, 1.0 - lr * self.weight_decay])
     }
     fn update(&self, u: Update) -> Result<()> {

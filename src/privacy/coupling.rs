@@ -1,15 +1,14 @@
 //! Public and private data in one step.
 //!
-//! [`Private`] and [`Public`] are different types: a step's own sampler hands out private batches, and what is public is said
-//! to be so by whoever wraps it. [`TrainStep::run_coupled`](crate::step::TrainStep::run_coupled) takes one of each, in that
-//! order; exchanging them does not compile:
+//! A private step draws its own records; public data are handed to
+//! [`PrivateStep::run_coupled`](crate::step::PrivateStep::run_coupled) in a [`Public`], by which the caller asserts that anybody
+//! may see them. Data that are not asserted to be public do not compile:
 //!
 //! ```compile_fail
-//! # use prismgrad::{privacy::{Public, Weight}, step::TrainStep, Result, Tensor};
+//! # use prismgrad::{privacy::Weight, step::PrivateStep, Result, Tensor};
 //! # fn losses(p: &[usize], q: &[usize]) -> Result<Tensor> { unimplemented!() }
-//! fn wrong(step: &mut TrainStep, public: Public<Vec<usize>>) -> Result<()> {
-//!     let batch = step.next_batch()?;
-//!     step.run_coupled(public, batch, Weight::private(0.5)?, 32, losses)?; // the private batch taken for public data
+//! fn wrong(step: &mut PrivateStep, data: Vec<usize>) -> Result<()> {
+//!     step.run_coupled(32, data, Weight::private(0.5)?, losses)?; // not Public
 //!     Ok(())
 //! }
 //! ```
@@ -17,18 +16,7 @@
 use crate::base::{Error, Result};
 use std::ops::Deref;
 
-/// Something that only clipped and noised gradients may depend on. Read it to build inputs; [`step`](crate::step) makes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Private<T>(pub(crate) T);
-
-impl<T> Deref for Private<T> {
-    type Target = T;
-    fn deref(&self) -> &T {
-        &self.0
-    }
-}
-
-/// Something that anybody may see, by the word of whoever wraps it.
+/// Data that the caller asserts to be public.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Public<T>(pub T);
 

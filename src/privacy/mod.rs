@@ -12,6 +12,6 @@ pub mod sampling;
 
 pub use accountant::{Accountant, Neighbouring};
 pub use clip::{ClipFn, ClipStyle, Thresholds};
-pub use coupling::{Private, Public, Weight};
+pub use coupling::{Public, Weight};
 pub use log::StepLog;
 pub use sampling::PoissonSampler;

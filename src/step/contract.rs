@@ -27,7 +27,7 @@ pub(super) fn add(grads: &mut Array, range: &Range<usize>, grad: &ParamGrad, w: 
         grad.add_on(w, &grads.slice(0, range.clone())?)?;
         return Ok(Vec::new());
     }
-    with_float!("TrainStep", grads.dtype(), |T| {
+    with_float!("step", grads.dtype(), |T| {
         let out = &mut grads.as_mut_slice::<T>()?[range.clone()];
         match w {
             Weights::None | Weights::OnGpu(_) => grad.add_sum::<T>(None, out)?,

@@ -6,17 +6,17 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// Adds up `losses` (contiguous; the first is of sample `before`) in the words of `ledger`; with `guard`, one that is not
-/// finite stops training. The number of the step is `step`, or is read from `live`.
+/// Adds up `losses` (contiguous; the first is of sample `before`) in `counters`; with `guard`, one that is not
+/// finite stops training. The number of the step is `step`, or is read from `number`.
 pub(crate) fn losses(
     gpu: &Arc<Gpu>,
     losses: &Array,
     before: usize,
-    ledger: &Array,
-    (step, live): (u64, Option<&Array>),
+    counters: &Array,
+    (step, number): (u64, Option<&Array>),
     guard: bool,
 ) -> Result<()> {
     let l = Launch::new(gpu, "step", &format!("step_losses_{}", suffix(losses.dtype())))?;
-    let l = l.array(losses).val(losses.numel() as i64).val(before as i64).array(ledger);
-    l.val(step).val(guard as i32).optional(live).run()
+    let l = l.array(losses).val(losses.numel() as i64).val(before as i64).array(counters);
+    l.val(step).val(guard as i32).optional(number).run()
 }

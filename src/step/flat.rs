@@ -23,19 +23,19 @@ impl Flat {
     pub fn new(params: &[Param]) -> Result<Flat> {
         let params: Vec<Param> = params.iter().filter(|p| p.trainable()).cloned().collect();
         let Some(first) = params.first() else {
-            return Err(Error::invalid("TrainStep", "no trainable parameters"));
+            return Err(Error::invalid("step", "no trainable parameters"));
         };
         let dtype = first.dtype();
         if let Some(p) = params.iter().find(|p| p.dtype() != dtype || dtype.is_half() || !dtype.is_float()) {
             return Err(Error::dtype(
-                "TrainStep",
+                "step",
                 format!("{} is {}: trained parameters are all f32 or all f64", p.name(), p.dtype()),
             ));
         }
         let device = first.device();
         if let Some(p) = params.iter().find(|p| p.device() != device) {
             return Err(Error::device(
-                "TrainStep",
+                "step",
                 format!(
                     "{} is on {}, {} on {device}: move the whole model with .to()",
                     p.name(),
@@ -47,7 +47,7 @@ impl Flat {
         let (mut segments, mut at, mut n) = (Vec::new(), HashMap::new(), 0);
         for (i, p) in params.iter().enumerate() {
             if at.insert(p.id(), i).is_some() {
-                return Err(Error::invalid("TrainStep", format!("{} is listed twice", p.name())));
+                return Err(Error::invalid("step", format!("{} is listed twice", p.name())));
             }
             segments.push(Segment { range: n..n + p.numel(), decay: p.shape().len() > 1 });
             n += p.numel();

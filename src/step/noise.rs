@@ -1,6 +1,6 @@
 //! The noise slot: once per step, on the summed gradient, the same bits on every device and at any number of ranks.
 
-use super::private::Privacy;
+use super::privacy::Privacy;
 use crate::array::Array;
 use crate::base::{DType, Result};
 use crate::privacy::Thresholds;
@@ -8,11 +8,11 @@ use crate::random::{self, add_gaussian};
 
 impl Privacy {
     /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
-    /// `live` holds the step where a recorded one is replayed.
-    pub(super) fn add_noise(&self, step: u64, live: Option<&Array>, grads: &mut Array) -> Result<()> {
+    /// `before` holds the step's number, from 0, where a recorded one is replayed.
+    pub(super) fn add_noise(&self, step: u64, before: Option<&Array>, grads: &mut Array) -> Result<()> {
         let std = self.gradient_noise_multiplier() * self.sensitivity();
         if let Some(gpu) = grads.gpu() {
-            return random::cuda::add_gaussian(gpu, (&self.key, step, live), std as f32, grads);
+            return random::cuda::add_gaussian(gpu, (&self.key, step, before), std as f32, grads);
         }
         match grads.dtype() {
             DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
@@ -28,7 +28,7 @@ impl Privacy {
     /// the first noise index that the gradient has not used.
     pub(super) fn adapt(&mut self, step: u64, after: u64, below: &[u64], samples: usize) {
         let Thresholds::Adaptive { quantile, rate, noise } = self.config().thresholds else { return };
-        let batch = self.config().batch;
+        let batch = self.config().expected_batch;
         let mut drawn = vec![0f32; below.len()];
         add_gaussian(&self.key, step, after, (noise * batch) as f32, &mut drawn);
         let mut thresholds = self.clipping.thresholds();

@@ -1,309 +1,358 @@
-//! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
+//! The private training step.
 
-use super::plan::Clipping;
+use super::core::{Core, Found, Microbatch, PublicPart};
+use super::plan::Plan;
+use super::record::{RecordedPrivateStep, Recording};
+use super::update::zero;
+use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
-use crate::autograd::Param;
-use crate::base::{Error, Result};
-use crate::privacy::accountant::Steps;
-use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
-use crate::random::NoiseKey;
-use serde::{Deserialize, Serialize};
+use crate::autograd::{Param, Tensor};
+use crate::base::{DType, Error, Result};
+use crate::dist::Communicator;
+use crate::optim::{Optimizer, Schedule};
+use crate::privacy::{Public, Thresholds, Weight};
+use std::ops::Range;
 
-/// What private training is asked to do. Everything else follows from it.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
-pub struct PrivacyConfig {
-    /// Target ε. The run stops before it is exceeded.
+/// Name of the adaptive thresholds among a step's buffers.
+const THRESHOLDS: &str = "clipping thresholds";
+/// Name of the number of private steps among them.
+const PRIVATE_STEPS: &str = "private steps";
+
+/// Per-sample gradients of a Poisson batch, clipped, summed, noised once and divided by the expected batch size; then one update
+/// (Abadi et al. 2016, algorithm 1).
+///
+/// The step draws its own batch, so that sampling is what the accountant assumes. There is no way to hand it another one:
+///
+/// ```compile_fail
+/// # use prismgrad::{step::PrivateStep, Result, Tensor};
+/// # fn losses(records: &[usize]) -> Result<Tensor> { unimplemented!() }
+/// # fn f(step: &mut PrivateStep) -> Result<()> {
+/// step.run([vec![3, 5, 7]], |records| losses(&records))?; // the first argument is the size of a microbatch
+/// # Ok(()) }
+/// ```
+pub struct PrivateStep {
+    core: Core,
+    privacy: Privacy,
+}
+
+/// What a private step did.
+///
+/// Only ε, the step's number and the learning rate may be published: whatever else is read from a report looks at the data.
+/// On a GPU the step is only queued when [`PrivateStep::run`] returns; the other figures are read from the device on demand,
+/// which waits for the step.
+#[derive(Clone, Debug)]
+pub struct PrivateReport {
+    /// Steps taken so far, this one included.
+    pub step: u64,
+    /// Samples of this step, private and public.
+    pub samples: usize,
+    /// Learning rate used.
+    pub lr: f64,
+    /// ε spent so far at the configured δ, rounded up; [`Privacy::epsilon`] is exact.
     pub epsilon: f64,
-    /// δ; below 1/records.
-    pub delta: f64,
-    /// Number of records, the units protected (add or remove one).
-    pub records: usize,
-    /// Expected size of a Poisson batch; the sampling rate is `batch / records`.
-    pub batch: f64,
-    /// Planned number of steps.
-    pub steps: u64,
-    /// Clipping groups.
-    pub style: ClipStyle,
-    /// Clip function.
-    pub clip: ClipFn,
-    /// Total clipping threshold R; group thresholds compose to it: √(Σ R_m²) = R.
-    pub threshold: f64,
-    /// How it is split over the groups.
-    #[serde(default)]
-    pub thresholds: Thresholds,
-    /// Which data sets must be hard to tell apart.
-    #[serde(default)]
-    pub neighbouring: Neighbouring,
-    /// Noise multiplier; calibrated to ε, δ and the plan if not given.
-    pub noise_multiplier: Option<f64>,
+    found: Found,
+    /// (Sample, group) pairs that a replayed step counted although their samples were padding.
+    padding: u64,
 }
 
-impl PrivacyConfig {
-    /// A target with the defaults that work without tuning: layer-wise groups, AUTO-S (Bu et al. 2023), threshold 1.
-    pub fn new(epsilon: f64, delta: f64, records: usize, batch: f64, steps: u64) -> PrivacyConfig {
-        PrivacyConfig {
-            epsilon,
-            delta,
-            records,
-            batch,
-            steps,
-            style: ClipStyle::LayerWise,
-            clip: ClipFn::AutoS { gamma: 0.01 },
-            threshold: 1.0,
-            thresholds: Thresholds::Equal,
-            neighbouring: Neighbouring::AddRemove,
-            noise_multiplier: None,
-        }
+impl PrivateReport {
+    /// Mean loss over the samples of this step; NaN if there were none. It looks at the data and is not private.
+    pub fn loss(&self) -> Result<f64> {
+        Ok(self.found.read()?.0 / self.samples as f64)
     }
-    /// Refuses what makes no sense, naming it; done again wherever the configuration is used.
-    pub fn check(&self) -> Result<()> {
-        let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
-        need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
-        need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {}; it must lie between 0 and 1", self.delta))?;
-        need(self.records > 0, "no records to protect".into())?;
-        need(
-            self.delta < 1.0 / self.records as f64,
-            format!(
-                "δ = {} with {} records: choose it below 1/records, such as {:.1e}",
-                self.delta,
-                self.records,
-                0.1 / self.records as f64
-            ),
-        )?;
-        need(
-            self.batch > 0.0 && self.batch <= self.records as f64,
-            format!("an expected batch of {} from {} records", self.batch, self.records),
-        )?;
-        need(self.steps > 0, "0 planned steps".into())?;
-        need(
-            self.threshold.is_finite() && self.threshold > 0.0,
-            format!("a clipping threshold of {}; it must be positive", self.threshold),
-        )?;
-        self.clip.validate()?;
-        self.thresholds.validate(self.clip)?;
-        if let Some(s) = self.noise_multiplier {
-            need(s.is_finite() && s > 0.0, format!("a noise multiplier of {s}: without noise there is no privacy"))?;
-        }
-        Ok(())
+    /// Samples whose gradient was not finite and that were left out.
+    pub fn non_finite(&self) -> Result<usize> {
+        Ok(self.found.read()?.1.non_finite as usize)
+    }
+    /// Share of (sample, group) pairs whose norm exceeded the threshold.
+    pub fn clipped(&self) -> Result<f64> {
+        let mut tally = self.found.read()?.1;
+        tally.pairs = tally.pairs.saturating_sub(self.padding);
+        Ok(tally.share())
     }
 }
 
-/// The private half of a [`TrainStep`](super::TrainStep): Poisson sampler, clipper, noise and accountant.
-pub struct Privacy {
-    config: PrivacyConfig,
-    sigma: f64,
-    pub(super) key: NoiseKey,
-    sampler: PoissonSampler,
-    accountant: Accountant,
-    /// ε after some numbers of steps, rising: what is reported in between is the next larger entry.
-    ladder: Vec<(u64, f64)>,
-    pub(super) clipping: Clipping,
-    log: Option<StepLog>,
-}
-
-impl Privacy {
-    /// Validates the target and calibrates the noise. `key` must be secret and fresh for every run
-    /// ([`NoiseKey::from_os`]); sampling and noise are derived from it.
-    pub fn new(config: PrivacyConfig, key: NoiseKey) -> Result<Privacy> {
-        config.check()?;
-        let q = config.batch / config.records as f64;
-        let sigma = match config.noise_multiplier {
-            Some(s) => s,
-            None => Accountant::under(config.neighbouring).calibrate(config.epsilon, config.delta, q, config.steps)?,
-        };
-        let sampler = PoissonSampler::new(config.records, q, key.clone())?;
-        let rungs = config.steps.min(24);
-        let counts: Vec<u64> = (1..=rungs).map(|i| (config.steps * i).div_ceil(rungs)).collect();
-        let coarse = Accountant::under(config.neighbouring).epsilons((sigma, q), &counts, config.delta, 1e-3)?;
-        let mut ladder: Vec<(u64, f64)> = counts.into_iter().zip(coarse).collect();
-        let mut whole = Accountant::under(config.neighbouring);
-        whole.record(sigma, q, config.steps)?;
-        if let Some(last) = ladder.last_mut() {
-            last.1 = whole.epsilon(config.delta)?;
-            let top = last.1;
-            ladder.iter_mut().for_each(|(_, e)| *e = e.min(top));
-        }
-        Ok(Privacy {
-            sigma,
-            sampler,
-            accountant: Accountant::under(config.neighbouring),
-            ladder,
-            clipping: Clipping::default(),
-            log: None,
-            key,
-            config,
-        })
+impl PrivateStep {
+    /// A step over the trainable ones of `params`, which share a dtype (f32 or f64) and a device.
+    pub fn new(
+        params: &[Param],
+        mut privacy: Privacy,
+        optimizer: impl Optimizer + 'static,
+        schedule: Schedule,
+    ) -> Result<PrivateStep> {
+        let core = Core::new(params, Box::new(optimizer), schedule, |flat, slots| {
+            privacy.plan(flat.params())?;
+            Ok(Plan::new(flat, Some(privacy.clipping()), slots))
+        })?;
+        Ok(PrivateStep { core, privacy })
     }
-    /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
-    /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
-    pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
-        // Not the key: a number that follows from it and from which it does not follow.
-        let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
-        let log = StepLog::open(path, format!("{key:016x}"))?;
-        for &(sigma, rate) in log.history() {
-            self.accountant.record(sigma, rate, 1)?;
-        }
-        self.log = Some(log);
+    /// Makes this one of several ranks that take every step together, each on its own records of the one Poisson batch (data
+    /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,
+    /// and noise is added once to the sum, the same bits at any number of ranks. Losses and counts in reports are over all
+    /// ranks. All must be given the same key, model and settings. On the CPU.
+    pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
+        self.core.with_ranks(ranks)?;
         Ok(self)
     }
-    /// Forms the clipping groups over the parameters of a step.
-    pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
-        let c = &self.config;
-        self.clipping = Clipping::new(&c.style, c.clip, c.threshold, &c.thresholds, params)?;
-        if let Thresholds::Adaptive { noise, .. } = c.thresholds {
-            if params.iter().any(|p| p.device().is_cuda()) {
-                return Err(Error::privacy(
-                    "adaptive thresholds read counts back at every step, which a step on a GPU does not do; train on the CPU, or \
-                     use AUTO-S, which needs no threshold",
-                ));
+    /// Sampler, clipper, noise and accountant.
+    pub fn privacy(&self) -> &Privacy {
+        &self.privacy
+    }
+    /// Draws the next Poisson batch, runs `forward` on at most `physical_batch` of its records at a time, and updates the
+    /// parameters once. `forward` gets the numbers of the records, from 0 to the configured number of records, and returns one
+    /// loss for each, in their order. It is not called for an empty batch, which is a step all the same.
+    ///
+    /// The step is recorded with the accountant before the parameters are touched, and refused where the budget would be
+    /// exceeded. A sample whose gradient is not finite gets weight zero and is counted.
+    pub fn run(
+        &mut self,
+        physical_batch: usize,
+        mut forward: impl FnMut(&[usize]) -> Result<Tensor>,
+    ) -> Result<PrivateReport> {
+        let none = Public(Vec::<()>::new());
+        self.run_coupled(physical_batch, none, Weight::private(1.0)?, |records, _| forward(records))
+    }
+    /// One step on private and public data together. The update follows
+    ///
+    /// g = α·(Σ clip(gᵢ) + noise)/B₁ + (1 − α)·(mean of the public gradients),
+    ///
+    /// B₁ being the expected private batch. Both kinds go through one forward and one backward pass: `forward` gets private
+    /// records and public samples, and returns their losses in that order, `[private + public]`; at most `physical_batch` of both
+    /// at a time. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0
+    /// no private record is drawn and no budget is spent; with α = 1 the public data are left out. The loss in the report is
+    /// over both.
+    pub fn run_coupled<Q>(
+        &mut self,
+        physical_batch: usize,
+        public: Public<Vec<Q>>,
+        weight: Weight,
+        mut forward: impl FnMut(&[usize], &[Q]) -> Result<Tensor>,
+    ) -> Result<PrivateReport> {
+        let op = "run";
+        self.core.begin();
+        let (Public(mut public), share) = (public, weight.of_private());
+        if physical_batch == 0 {
+            return Err(Error::invalid(op, "a physical batch of 0 samples"));
+        }
+        if share == 1.0 {
+            public.clear();
+        } else if self.core.ranks.is_some() {
+            return Err(Error::invalid(
+                op,
+                "public data in a step of several ranks: not there yet; take them on one rank",
+            ));
+        } else if public.is_empty() {
+            return Err(Error::invalid(
+                op,
+                format!("no public samples, but a public weight of {}", weight.of_public()),
+            ));
+        }
+        // Values set from outside, as by a checkpoint, are in the buffer from here on.
+        self.core.flat.update(|_, _| Ok(()))?;
+        let (records, epsilon) = if share == 0.0 {
+            (Vec::new(), self.privacy.spent()?)
+        } else {
+            (self.next_batch(), self.privacy.admit(self.core.steps, self.core.flat.buffer())?)
+        };
+        // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
+        let expected = self.privacy.expected_batch();
+        let mean = weight.of_public() / public.len().max(1) as f64;
+        let scale = if share == 0.0 { 1.0 } else { mean * expected / share };
+        let has_public = !public.is_empty();
+        let losses = |(p, q): (Range<usize>, Range<usize>)| {
+            let losses = forward(&records[p.clone()], &public[q.clone()])?;
+            expect_losses(&losses, p.len(), q.len())?;
+            Ok(Microbatch { losses, public: has_public.then_some(PublicPart { from: p.len(), weight: scale }) })
+        };
+        let taken = (|| {
+            let parts = parts(records.len(), public.len(), physical_batch);
+            let counts = self.core.accumulate(self.privacy.clipping(), parts, losses, None)?;
+            if share == 0.0 {
+                self.core.update(1.0 / counts.samples as f64, None)?;
+            } else {
+                self.release(None)?;
+                self.privacy.adapt(self.core.steps, self.core.flat.numel() as u64, &counts.below, counts.private);
+                self.core.update(share / expected, None)?;
             }
-            let left = self.sigma.powi(-2) - self.groups() as f64 / (2.0 * noise * c.batch).powi(2);
-            if left <= 0.0 {
-                return Err(Error::privacy(format!(
-                    "the counts of {} groups with noise {noise} alone cost more than the noise multiplier {:.4} allows; use more \
-                     noise or fewer groups",
-                    self.groups(),
-                    self.sigma
-                )));
+            Ok(counts)
+        })();
+        match taken {
+            Ok(counts) => {
+                let here = Found::Here(counts.loss, counts.tally);
+                self.report(counts.samples, epsilon, here, 0)
+            }
+            Err(e) => {
+                // A sum without its noise must not be seen.
+                zero(&mut self.core.grads)?;
+                Err(e)
             }
         }
+    }
+    /// Runs forward and backward on the first records, a quarter of a microbatch, and enters into the plan what a microbatch of `physical_batch` records
+    /// is expected to need. Nothing is updated or released; the figures depend on the records' sizes where those differ.
+    pub fn predict(
+        &mut self,
+        physical_batch: usize,
+        mut forward: impl FnMut(&[usize]) -> Result<Tensor>,
+    ) -> Result<&Plan> {
+        let records: Vec<usize> = (0..self.privacy.config().records.min(physical_batch)).collect();
+        let most = (physical_batch, records.len());
+        self.core.predict(self.privacy.clipping(), most, |n| forward(&records[..n]))?;
+        Ok(&self.core.plan)
+    }
+    /// Records a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
+    /// returns `capacity` losses, of records that it reads from arrays on the GPU. Take at least one ordinary step first, so that
+    /// kernels are compiled and memory is allocated. What [`PlainStep::record`](super::PlainStep::record) says holds here, too.
+    pub fn record(
+        &mut self,
+        capacity: usize,
+        mut forward: impl FnMut() -> Result<Tensor>,
+    ) -> Result<RecordedPrivateStep> {
+        let device = self.core.flat.device();
+        let mask = Array::zeros_at(&device, &[capacity], self.core.flat.dtype())?;
+        let masked = Tensor::new(mask.clone());
+        let privacy = &self.privacy;
+        let scale = 1.0 / privacy.expected_batch();
+        let recording = Recording::capture(&mut self.core, |core, scalars| {
+            let losses = |_| {
+                let losses = forward()?;
+                expect_losses(&losses, capacity, 0)?;
+                let losses = losses.mul(&masked.cast(losses.dtype())?)?;
+                Ok(Microbatch { losses, public: None })
+            };
+            core.accumulate(privacy.clipping(), [()], losses, Some(scalars))?;
+            privacy.add_noise(core.steps, Some(&scalars.before), &mut core.grads)?;
+            core.update(scale, Some(scalars))?;
+            Ok(capacity)
+        });
+        zero(&mut self.core.grads)?;
+        Ok(RecordedPrivateStep { recording: recording?, mask })
+    }
+    /// Takes a recorded step with one launch: draws the next Poisson batch, lets `fill` write its records into the first places
+    /// of the arrays that the recorded forward pass reads ([`Array::refill`]), and masks the losses of the places that are left
+    /// over. A batch that is larger than the capacity is refused before anything is spent: take that step with
+    /// [`PrivateStep::run`].
+    pub fn replay(
+        &mut self,
+        recorded: &mut RecordedPrivateStep,
+        fill: impl FnOnce(&[usize]) -> Result<()>,
+    ) -> Result<PrivateReport> {
+        self.core.begin();
+        let (records, capacity) = (self.next_batch(), recorded.mask.numel());
+        if records.len() > capacity {
+            return Err(Error::invalid(
+                "replay",
+                format!(
+                    "a Poisson batch of more than the {capacity} records that were recorded: take this step with run"
+                ),
+            ));
+        }
+        recorded.recording.expect_places(&mut self.core)?;
+        fill(&records)?;
+        let mask = Array::generate(&[capacity], recorded.mask.dtype(), |i| (i < records.len()) as u8 as f64);
+        recorded.mask.refill(&mask)?;
+        let epsilon = self.privacy.admit(self.core.steps, self.core.flat.buffer())?;
+        recorded.recording.launch(&mut self.core)?;
+        let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
+        self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
+    }
+    /// The records of the next batch. On several ranks, this rank's part of it: whose record it is follows from its number.
+    fn next_batch(&self) -> Vec<usize> {
+        let mut all = self.privacy.batch(self.core.steps);
+        if let Some(r) = &self.core.ranks {
+            all.retain(|i| i % r.size() == r.rank());
+        }
+        all
+    }
+    fn release(&mut self, scalars: Option<&Array>) -> Result<()> {
+        let _phase = crate::device::spans::span(crate::device::spans::Kind::Phase, "noise");
+        let start = std::time::Instant::now();
+        self.privacy.add_noise(self.core.steps, scalars, &mut self.core.grads)?;
+        self.core.phases.noise += start.elapsed().as_secs_f64();
         Ok(())
     }
-    /// Number of clipping groups.
-    pub fn groups(&self) -> usize {
-        self.clipping.thresholds().len()
+    fn report(&mut self, samples: usize, epsilon: f64, here: Found, padding: u64) -> Result<PrivateReport> {
+        let (lr, found) = self.core.end(here)?;
+        Ok(PrivateReport { step: self.core.steps, samples, lr, epsilon, found, padding })
     }
-    /// The clipping groups' thresholds as they are now.
-    pub fn thresholds(&self) -> Vec<f64> {
-        self.clipping.thresholds()
-    }
-    pub(super) fn set_thresholds(&mut self, thresholds: &[f64]) {
-        self.clipping.set_thresholds(thresholds);
-    }
-    /// Standard deviation of the gradient's noise over its sensitivity: the noise multiplier, or more where adaptive
-    /// thresholds take their share of it.
-    pub fn gradient_noise_multiplier(&self) -> f64 {
-        match self.config.thresholds {
-            Thresholds::Adaptive { noise, .. } => {
-                let counts = self.groups() as f64 / (2.0 * noise * self.config.batch).powi(2);
-                (self.sigma.powi(-2) - counts).powf(-0.5)
-            }
-            _ => self.sigma,
-        }
-    }
-    pub(super) fn clipping(&self) -> &Clipping {
-        &self.clipping
-    }
-    /// The target.
-    pub fn config(&self) -> &PrivacyConfig {
-        &self.config
-    }
-    /// Noise multiplier: standard deviation of the noise over the sensitivity of the clipped sum.
-    pub fn noise_multiplier(&self) -> f64 {
-        self.sigma
-    }
-    /// The most one record can move the clipped sum (add or remove), composed over the groups.
-    pub fn sensitivity(&self) -> f64 {
-        self.clipping.sensitivity
-    }
-    /// Expected batch size, by which private sums are divided.
-    pub fn expected_batch(&self) -> f64 {
-        self.config.batch
-    }
-    /// Sampling rate.
-    pub fn rate(&self) -> f64 {
-        self.config.batch / self.config.records as f64
-    }
-    pub(super) fn batch(&self, step: u64) -> Vec<usize> {
-        self.sampler.batch(step)
-    }
-    /// ε spent after `steps` steps at the configured δ, to the accountant's full resolution.
-    pub fn epsilon(&self, steps: u64) -> Result<f64> {
-        if steps == 0 {
-            return Ok(0.0);
-        }
-        let mut a = Accountant::under(self.config.neighbouring);
-        a.record(self.sigma, self.rate(), steps)?;
-        a.epsilon(self.config.delta)
-    }
-    /// An upper bound on ε with `more` steps taken. It costs nothing where all steps were of this run's kind: the next larger
-    /// value of a table made at the start.
-    fn bound(&self, more: u64) -> Result<f64> {
-        let steps = self.steps() + more;
-        if steps == 0 {
-            return Ok(0.0);
-        }
-        let own = |s: &Steps| s.sigma == self.sigma && s.rate == self.rate();
-        if self.accountant.history().iter().all(own)
-            && let Some((_, e)) = self.ladder.iter().find(|(n, _)| *n >= steps)
-        {
-            return Ok(*e);
-        }
-        self.exactly(more)
-    }
-    fn exactly(&self, more: u64) -> Result<f64> {
-        let mut a = self.accountant.clone();
-        a.record(self.sigma, self.rate(), more)?;
-        a.epsilon(self.config.delta)
-    }
-    /// Private steps taken so far: those that touched private data, or would have, had the batch not been empty.
-    pub fn steps(&self) -> u64 {
-        self.accountant.steps()
-    }
-    /// (An upper bound of) ε spent so far.
-    pub fn spent(&self) -> Result<f64> {
-        self.bound(0)
-    }
-    /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
-    /// `params`, flat, are what the step starts from.
-    pub(super) fn admit(&mut self, step: u64, params: &Array) -> Result<f64> {
-        let mut state = String::new();
-        if let Some(log) = &self.log {
-            state = state_of(params);
-            if log.has(step, &state)? {
-                return self.spent();
-            }
-        }
-        let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
-        let epsilon = self.bound(1)?;
-        if over(epsilon) {
-            let epsilon = self.exactly(1)?;
-            if over(epsilon) {
-                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: self.steps() });
-            }
-        }
-        let rate = self.rate();
-        if let Some(log) = &mut self.log {
-            log.write(step, &state, self.sigma, rate)?;
-        }
-        self.accountant.record(self.sigma, rate, 1)?;
-        Ok(epsilon)
-    }
-    /// Takes over the number of private steps of a checkpoint. An accountant that cannot record them is an error: ε would
-    /// be too small.
-    pub(super) fn restore(&mut self, steps: u64) -> Result<()> {
-        // The log knows of steps after the checkpoint, too.
-        if self.log.is_some() && self.steps() >= steps {
-            return Ok(());
-        }
-        self.accountant.reset();
-        match steps {
-            0 => Ok(()),
-            steps => self.accountant.record(self.sigma, self.rate(), steps),
-        }
+    fn adaptive(&self) -> bool {
+        matches!(self.privacy.config().thresholds, Thresholds::Adaptive { .. })
     }
 }
 
-/// What decides the bits of a step besides key and data: the kind of machine and, on the CPU, a checksum of the parameters (on
-/// a GPU that would wait for the device).
-fn state_of(params: &Array) -> String {
-    let device = params.device();
-    let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
-    match device.gpu() {
-        Some(gpu) => format!("{machine} {}", gpu.name()),
-        None => {
-            let level = crate::device::cpu::simd::level();
-            format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
+/// One loss per record: with more, one record's gradient would be clipped in several pieces.
+fn expect_losses(losses: &Tensor, private: usize, public: usize) -> Result<()> {
+    if losses.shape() == [private + public] {
+        return Ok(());
+    }
+    let samples = match public {
+        0 => format!("{private} records"),
+        _ => format!("{private} private records and {public} public samples"),
+    };
+    Err(Error::privacy(format!(
+        "the forward pass returned losses of shape {:?} for {samples}: it must return one loss for each, in a vector",
+        losses.shape()
+    )))
+}
+
+/// Microbatches of at most `physical` samples, private and public ones in proportion.
+fn parts(private: usize, public: usize, physical: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    if public == 0 {
+        return (0..private.div_ceil(physical))
+            .map(|i| (i * physical..private.min((i + 1) * physical), 0..0))
+            .collect();
+    }
+    let count = (private + public).div_ceil(physical);
+    let cut = |n: usize, i: usize| n * i / count..n * (i + 1) / count;
+    (0..count).map(|i| (cut(private, i), cut(public, i))).collect()
+}
+
+impl TrainStep for PrivateStep {
+    fn steps(&self) -> u64 {
+        self.core.steps
+    }
+    fn flat(&self) -> &Flat {
+        &self.core.flat
+    }
+    fn plan(&self) -> &Plan {
+        &self.core.plan
+    }
+    fn last_gradient(&self) -> &Array {
+        &self.core.grads
+    }
+    fn reset_first_moment(&mut self) -> Result<()> {
+        self.core.reset_first_moment()
+    }
+    fn ranks(&self) -> Option<&dyn Communicator> {
+        self.core.ranks.as_deref()
+    }
+    fn accounting(&self) -> Option<&Privacy> {
+        Some(&self.privacy)
+    }
+    fn state(&self) -> Vec<(&'static str, Array)> {
+        let mut all = self.core.state();
+        let steps = self.privacy.steps();
+        all.push((PRIVATE_STEPS, Array::generate(&[1], DType::I64, |_| steps as f64)));
+        if self.adaptive() {
+            let thresholds = self.privacy.thresholds();
+            all.push((THRESHOLDS, Array::generate(&[thresholds.len()], DType::F64, |i| thresholds[i])));
         }
+        all
+    }
+    fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {
+        let mut thresholds = Vec::new();
+        if self.adaptive() {
+            let found = state.iter().find(|(n, a)| n == THRESHOLDS && a.dtype() == DType::F64);
+            thresholds = found.map_or(Vec::new(), |(_, a)| a.to_f64());
+            if thresholds.len() != self.privacy.groups() {
+                let message = "the checkpoint has other adaptive thresholds or none; was it another run?";
+                return Err(Error::invalid("restore", message));
+            }
+        }
+        self.core.restore(steps, state)?;
+        self.privacy.set_thresholds(&thresholds);
+        // Every step was private unless the checkpoint says otherwise.
+        let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
+        self.privacy.restore(spent.map_or(steps, |s| s as u64))
     }
 }

@@ -1,10 +1,11 @@
 //! The reducing slot: sums over the ranks, in their order, so that they have the same bits on each.
 
-use super::ledger::Tally;
+use super::counters::Tally;
 use crate::array::Array;
 use crate::base::Result;
 use crate::device::spans::{self, Kind};
 use crate::dist::Communicator;
+use std::ops::Range;
 
 /// What a step counts, besides the gradient.
 pub(super) struct Counts {
@@ -20,11 +21,19 @@ pub(super) struct Counts {
     pub below: Vec<u64>,
 }
 
-/// Gradients and counts of all ranks together.
-pub(super) fn reduce(ranks: Option<&dyn Communicator>, grads: &mut Array, own: Counts) -> Result<Counts> {
+/// Sums gradients, bucket by bucket, and counts over all ranks.
+pub(super) fn reduce(
+    ranks: Option<&dyn Communicator>,
+    buckets: &[Range<usize>],
+    grads: &mut Array,
+    own: Counts,
+) -> Result<Counts> {
     let Some(ranks) = ranks else { return Ok(own) };
     let _phase = spans::span(Kind::Phase, "reduce");
-    *grads = ranks.all_reduce("gradients", grads)?;
+    for bucket in buckets {
+        let sum = ranks.all_reduce("gradients", &grads.slice(0, bucket.clone())?)?;
+        grads.write(bucket.start, &sum)?;
+    }
     let Tally { pairs, clipped, non_finite } = own.tally;
     let counted = [own.samples as u64, own.private as u64, pairs, clipped, non_finite];
     let all: Vec<f64> =

@@ -1,8 +1,8 @@
 //! The updating slot: the gradient is scaled to a mean, and the optimizer changes the parameters.
 
+use super::counters::Counters;
 use super::flat::Flat;
-use super::ledger::Ledger;
-use super::record::Live;
+use super::record::StepScalars;
 use crate::array::Array;
 use crate::base::{Float, Result};
 use crate::device::spans::{self, Kind};
@@ -12,22 +12,22 @@ use crate::optim::{GpuUpdate, Optimizer, Update};
 use crate::with_float;
 
 /// One update of the parameters from `scale`·`grads`, as step number `step` (from 1) at learning rate `lr`. Nothing changes
-/// on a GPU whose ledger says that a loss was not finite.
+/// on a GPU whose counters say that a loss was not finite.
 pub(super) fn update(
     (flat, optimizer): (&mut Flat, &dyn Optimizer),
     (grads, scale): (&mut Array, f64),
     state: &mut [Array],
     (step, lr): (u64, f64),
-    (ledger, live): (Option<&Ledger>, Option<&Live>),
+    (counters, scalars): (Option<&Counters>, Option<&StepScalars>),
 ) -> Result<()> {
     let _phase = spans::span(Kind::Phase, "update");
     scale_by(grads, scale)?;
-    let stop = ledger.map(Ledger::stop).transpose()?;
+    let stop = counters.map(Counters::stop).transpose()?;
     for buffer in state.iter_mut() {
         buffer.own()?;
     }
     flat.update(|params, layout| {
-        let gpu = GpuUpdate { live: live.map(|l| &l.optimizer), stop: stop.as_ref() };
+        let gpu = GpuUpdate { scalars: scalars.map(|s| &s.optimizer), stop: stop.as_ref() };
         optimizer.update(Update { gpu, ..Update::new((step, lr), params, grads, state, layout) })
     })
 }
@@ -36,10 +36,10 @@ pub(super) fn update(
 pub(super) fn zero(a: &mut Array) -> Result<()> {
     a.own()?;
     if let Some(gpu) = a.gpu() {
-        let (block, at) = a.block("TrainStep")?;
+        let (block, at) = a.block("run")?;
         return gpu.fill(block, at, a.numel() * a.dtype().size(), 0);
     }
-    with_float!("TrainStep", a.dtype(), |T| {
+    with_float!("run", a.dtype(), |T| {
         for_each_mut(a.as_mut_slice::<T>()?, |_| <T as Float>::ZERO);
         Ok(())
     })
@@ -50,7 +50,7 @@ fn scale_by(a: &mut Array, s: f64) -> Result<()> {
     if let Some(gpu) = a.gpu() {
         return scale_in_place(gpu, a, s);
     }
-    with_float!("TrainStep", a.dtype(), |T| {
+    with_float!("run", a.dtype(), |T| {
         let s = <T as crate::Element>::from_f64(s);
         for_each_mut(a.as_mut_slice::<T>()?, move |x: T| x * s);
         Ok(())

@@ -1,16 +1,16 @@
 //! The weighting slot: what happens to a parameter's factored gradient when it is delivered.
 //!
-//! *Plain*: contracted at once into the flat gradient. *Private*: held until its clipping group is complete, then
-//! weighted by the group's clip factors and contracted, and the group's factors are freed. With one group (all-layer)
-//! every norm is taken on delivery, while the operands are warm, and contraction follows the whole backward pass; with
-//! a group per layer, norm and clipped sum of the layer's large parameter are one pass.
+//! [`Plain`] contracts it at once into the flat gradient. [`Clipping`] holds it until its clipping group is complete; then it is
+//! weighted by the group's clip factors and contracted, and the group's factors are freed. With one group (all-layer) every norm
+//! is taken on delivery, while the operands are in the cache, and contraction follows the whole backward pass; with a group per
+//! layer, norm and clipped sum of the layer's large parameter are one pass.
 
 use super::contract::{Weights, add};
-use super::flat::Flat;
-use super::ledger::{Ledger, Tally};
-use super::plan::Clipping;
+use super::core::{Collect, Context, PublicPart, Weighting};
+use super::counters::Tally;
+use super::plan::{Clipping, Retain};
 use crate::array::Array;
-use crate::autograd::{Factor, Param, ParamGrad};
+use crate::autograd::{GradHook, Param, ParamGrad};
 use crate::base::{Error, Result};
 use crate::device::spans;
 use crate::device::spans::Kind;
@@ -18,18 +18,66 @@ use crate::kernels::elementwise::cuda::scale_in_place;
 use crate::privacy::ClipFn;
 use crate::privacy::cuda::clip_weights;
 
-/// The samples of a microbatch that are public: all from the first of them on, each with this weight instead of a clip factor.
-#[derive(Clone, Copy)]
-pub(super) struct PublicPart {
-    pub from: usize,
-    pub weight: f64,
+/// The index of a parameter in the step.
+fn index_of(step: &Context, param: &Param) -> Result<usize> {
+    step.flat.index(param).ok_or_else(|| {
+        Error::invalid(
+            "run",
+            format!("{} is trainable but was not given to the step: add it, or freeze it", param.name()),
+        )
+    })
 }
 
-pub(super) struct Weigh<'a> {
-    flat: &'a Flat,
-    grads: &'a mut Array,
-    clipping: Option<&'a Clipping>,
-    ledger: Option<&'a Ledger>,
+/// The weighting of a plain step: none.
+pub(super) struct Plain;
+
+impl Weighting for Plain {
+    const STOPS: bool = true;
+    type Collector<'a> = Context<'a>;
+    fn collector<'a>(&'a self, step: Context<'a>) -> Context<'a> {
+        step
+    }
+}
+
+impl GradHook for Context<'_> {
+    fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
+        let index = index_of(self, param)?;
+        let _op = spans::span(Kind::Backward, "contract");
+        add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ())
+    }
+}
+
+impl Collect for Context<'_> {
+    fn begin(&mut self, _samples: usize, _public: Option<PublicPart>) {}
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+    fn counts(&self) -> (Tally, Vec<u64>) {
+        Default::default()
+    }
+}
+
+impl Weighting for Clipping {
+    const STOPS: bool = false;
+    type Collector<'a> = Clipper<'a>;
+    fn collector<'a>(&'a self, step: Context<'a>) -> Clipper<'a> {
+        let groups = self.groups.iter().map(|&(threshold, members)| Group {
+            threshold,
+            members,
+            normed: Vec::new(),
+            held: None,
+            delivered: 0,
+            sq: SqNorms::Cpu(Vec::new()),
+            below: 0,
+        });
+        Clipper { groups: groups.collect(), clipping: self, step, tally: Tally::default(), public: None }
+    }
+}
+
+/// Clips each private sample's gradient, group by group.
+pub(super) struct Clipper<'a> {
+    step: Context<'a>,
+    clipping: &'a Clipping,
     groups: Vec<Group>,
     tally: Tally,
     public: Option<PublicPart>,
@@ -41,81 +89,62 @@ enum SqNorms {
     Gpu(Option<Array>),
 }
 
-/// A clipping group on its way through one backward pass.
+/// A clipping group during one backward pass.
 struct Group {
     threshold: f64,
     members: usize,
     /// Members with their norms already in `sq`.
     normed: Vec<ParamGrad>,
-    /// Members whose norm is left for the fused pass.
-    held: Vec<ParamGrad>,
+    /// The member whose norm is left for the pass that forms the clipped sum.
+    held: Option<ParamGrad>,
     delivered: usize,
     sq: SqNorms,
     /// Private samples of this step with a norm of at most the threshold (CPU only).
     below: u64,
 }
 
-impl<'a> Weigh<'a> {
-    pub fn plain(flat: &'a Flat, grads: &'a mut Array) -> Self {
-        Weigh { flat, grads, clipping: None, ledger: None, groups: Vec::new(), tally: Tally::default(), public: None }
-    }
-    /// `ledger`: where the counts go if the gradients are on a GPU.
-    pub fn private(flat: &'a Flat, grads: &'a mut Array, clipping: &'a Clipping, ledger: Option<&'a Ledger>) -> Self {
-        let groups = clipping
-            .groups
-            .iter()
-            .map(|&(threshold, members)| Group {
-                threshold,
-                members,
-                normed: Vec::new(),
-                held: Vec::new(),
-                delivered: 0,
-                sq: SqNorms::Cpu(Vec::new()),
-                below: 0,
-            })
-            .collect();
-        Weigh { groups, clipping: Some(clipping), ledger, ..Weigh::plain(flat, grads) }
-    }
-    /// A microbatch of `samples` samples is about to be differentiated, the last of them perhaps public.
-    pub fn begin(&mut self, samples: usize, public: Option<PublicPart>) {
+impl Collect for Clipper<'_> {
+    fn begin(&mut self, samples: usize, public: Option<PublicPart>) {
         self.public = public;
-        let gpu = self.grads.gpu().is_some();
+        let gpu = self.step.grads.gpu().is_some();
         for g in &mut self.groups {
             g.delivered = 0;
             g.sq = if gpu { SqNorms::Gpu(None) } else { SqNorms::Cpu(vec![0.0; samples]) };
         }
     }
-    pub fn deliver(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
-        let Some(index) = self.flat.index(param) else {
-            return Err(Error::invalid(
-                "TrainStep",
-                format!("{} is trainable but was not given to the step: add it, or freeze it", param.name()),
-            ));
-        };
-        let Some(clipping) = self.clipping else {
-            let _op = spans::span(Kind::Backward, "contract");
-            return add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ());
-        };
+    /// Groups with members that were never reached close with what they have.
+    fn finish(&mut self) -> Result<()> {
+        for gi in 0..self.groups.len() {
+            if self.groups[gi].delivered < self.groups[gi].members && self.groups[gi].delivered > 0 {
+                self.close(gi)?;
+            }
+        }
+        Ok(())
+    }
+    fn counts(&self) -> (Tally, Vec<u64>) {
+        (self.tally, self.groups.iter().map(|g| g.below).collect())
+    }
+}
+
+impl GradHook for Clipper<'_> {
+    fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
+        let index = index_of(&self.step, param)?;
         let _op = spans::span(Kind::Backward, "norms");
         grad.expect_samples()?;
-        let gi = clipping.group_of[index];
+        let gi = self.clipping.group_of[index];
         let group = &mut self.groups[gi];
         group.delivered += 1;
         match &mut group.sq {
             SqNorms::Gpu(sq) => {
-                let gpu = self.grads.gpu().cloned();
-                let gpu = gpu.ok_or_else(|| Error::autograd("TrainStep", "the gradient moved during a step"))?;
+                let gpu = self.step.grads.gpu().cloned();
+                let gpu = gpu.ok_or_else(|| Error::autograd("run", "the gradient moved during a step"))?;
                 *sq = Some(grad.sq_norms_on(&gpu, sq.take())?);
                 group.normed.push(grad);
             }
             SqNorms::Cpu(sq) => {
-                // A group of its own, or the only large member of a small group: norm and sum in one pass at the end.
-                let fused = clipping.groups.len() > 1
-                    && self.public.is_none()
-                    && matches!(grad.factors(), [Factor::Outer { .. }])
-                    && group.held.is_empty();
-                if fused {
-                    group.held.push(grad);
+                let planned = self.step.plan.params()[index].retain == Retain::Fused;
+                if planned && self.public.is_none() && grad.fuses() {
+                    group.held = Some(grad);
                 } else {
                     let (grad, norms) = grad.kept()?;
                     sq.iter_mut().zip(norms).for_each(|(s, n)| *s += n);
@@ -125,21 +154,23 @@ impl<'a> Weigh<'a> {
         }
         if group.delivered == group.members { self.close(gi) } else { Ok(()) }
     }
+}
+
+impl Clipper<'_> {
     /// Weights and contracts a complete group, and frees its factors.
     fn close(&mut self, gi: usize) -> Result<()> {
-        let Some(clipping) = self.clipping else { return Ok(()) };
         let _op = spans::span(Kind::Backward, "clip and contract");
         let group = &mut self.groups[gi];
-        let (clip, threshold) = (clipping.clip, group.threshold);
+        let (clip, threshold) = (self.clipping.clip, group.threshold);
         let (held, normed) = (std::mem::take(&mut group.held), std::mem::take(&mut group.normed));
         let mut sq = match std::mem::replace(&mut group.sq, SqNorms::Cpu(Vec::new())) {
             SqNorms::Cpu(sq) => sq,
             SqNorms::Gpu(sq) => {
-                let (Some(sq), Some(gpu)) = (sq, self.grads.gpu().cloned()) else { return Ok(()) };
-                let ledger = self.ledger.ok_or_else(|| Error::autograd("TrainStep", "no ledger on the GPU"))?;
-                let dtype = self.grads.dtype();
+                let (Some(sq), Some(gpu)) = (sq, self.step.grads.gpu().cloned()) else { return Ok(()) };
+                let counters = self.step.counters.ok_or_else(|| Error::autograd("run", "no counters on the GPU"))?;
+                let dtype = self.step.grads.dtype();
                 let private = self.public.map_or(sq.numel(), |p| p.from);
-                let tally = ledger.tally()?;
+                let tally = counters.tally()?;
                 let of = |sq: &Array, clip, tally: Option<&Array>| clip_weights(&gpu, sq, clip, dtype, tally);
                 let weights = match self.public {
                     None => of(&sq, (clip, threshold), Some(&tally))?,
@@ -160,14 +191,14 @@ impl<'a> Weigh<'a> {
                     }
                 };
                 for grad in normed {
-                    add(self.grads, &self.range(&grad)?, &grad, Weights::OnGpu(&weights))?;
+                    add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::OnGpu(&weights))?;
                 }
                 return Ok(());
             }
         };
         let factor = move |sq: f64| clip.factor(sq, threshold);
-        for grad in held {
-            sq = add(self.grads, &self.range(&grad)?, &grad, Weights::Clip(&sq, &factor))?;
+        if let Some(grad) = held {
+            sq = add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::Clip(&sq, &factor))?;
         }
         let private = self.public.map_or(sq.len(), |p| p.from);
         let weight = |(i, &s): (usize, &f64)| match self.public {
@@ -176,7 +207,7 @@ impl<'a> Weigh<'a> {
         };
         let weights: Vec<f64> = sq.iter().enumerate().map(weight).collect();
         for grad in normed {
-            add(self.grads, &self.range(&grad)?, &grad, Weights::Given(&weights))?;
+            add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::Given(&weights))?;
         }
         for &sq in &sq[..private] {
             self.groups[gi].below += (sq.sqrt() <= threshold) as u64;
@@ -186,24 +217,9 @@ impl<'a> Weigh<'a> {
         }
         Ok(())
     }
-    fn range(&self, grad: &ParamGrad) -> Result<std::ops::Range<usize>> {
-        self.flat.range(grad.param()).ok_or_else(|| Error::invalid("TrainStep", "a parameter outside the step"))
-    }
-    /// The backward pass is over: groups with members that were never reached close with what they have.
-    pub fn finish(&mut self) -> Result<()> {
-        for gi in 0..self.groups.len() {
-            if self.groups[gi].delivered < self.groups[gi].members && self.groups[gi].delivered > 0 {
-                self.close(gi)?;
-            }
-        }
-        Ok(())
-    }
-    /// Per group, private samples with a norm of at most the threshold (CPU only).
-    pub fn below(&self) -> Vec<u64> {
-        self.groups.iter().map(|g| g.below).collect()
-    }
-    /// What was clipped on the CPU; a GPU keeps its own count.
-    pub fn tally(&self) -> Tally {
-        self.tally
-    }
+}
+
+/// Where a gradient goes in the flat one.
+fn range_of(step: &Context, grad: &ParamGrad) -> Result<std::ops::Range<usize>> {
+    step.flat.range(grad.param()).ok_or_else(|| Error::invalid("run", "a parameter outside the step"))
 }

@@ -26,10 +26,10 @@ pub fn save(
     number: u64,
     score: Option<f64>,
     params: &Params,
-    step: &TrainStep,
+    step: &impl TrainStep,
     extra: &impl Serialize,
 ) -> Result<()> {
-    let privacy = step.privacy().map(|p| (p.config().clone(), p.noise_multiplier()));
+    let privacy = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
     let state = State { steps: step.steps(), privacy, extra };
     let all = params.all();
     let buffers = step.state();
@@ -50,9 +50,9 @@ pub fn extra<X: DeserializeOwned>(checkpoint: &Checkpoint) -> Result<X> {
 
 /// Puts parameters and step back where the checkpoint left them; returns the extra part. A private run must come back
 /// under the same target and noise.
-pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step: &mut TrainStep) -> Result<X> {
+pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step: &mut impl TrainStep) -> Result<X> {
     let state: State<X> = checkpoint.json("state.json")?;
-    let now = step.privacy().map(|p| (p.config().clone(), p.noise_multiplier()));
+    let now = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
     if state.privacy != now {
         return Err(Error::privacy(format!(
             "{} was made under another privacy setting; resume with the same, or start a new run",

@@ -193,6 +193,10 @@ pub(crate) trait Kind<'a>: Copy {
     ) -> Result<Option<Vec<f64>>> {
         Ok(None)
     }
+    /// Whether there is a [`Kind::clipped_add`] that may pay.
+    fn fuses(&self) -> bool {
+        false
+    }
     /// Whether forming every sample's gradient is one pass over the operands that costs no more than a sum.
     fn forms_as_it_sums(&self) -> bool {
         false
@@ -349,6 +353,10 @@ impl Factor {
         out: &mut [T],
     ) -> Result<Option<Vec<f64>>> {
         with_kind!(self, |k| k.clipped_add(base, clip, out))
+    }
+    /// Whether norms and clipped sum can be one pass.
+    pub(crate) fn fuses(&self) -> bool {
+        with_kind!(self, |k| k.fuses())
     }
     /// Whether forming every sample's gradient is one pass over the operands that costs no more than a sum.
     pub(crate) fn forms_as_it_sums(&self) -> bool {

@@ -82,6 +82,9 @@ impl<'a> Kind<'a> for Outer<'a> {
     ) -> Result<Option<Vec<f64>>> {
         cpu::outer_clipped_add::<T>(self.left, self.right, self.samples, base, clip, out)
     }
+    fn fuses(&self) -> bool {
+        true
+    }
     /// Samples of more than a few rows: their norms are taken of the gradient, tile by tile.
     fn forms_for_norms(&self) -> bool {
         self.samples.is_sorted() && self.samples.rows() >= 16 * self.samples.count()

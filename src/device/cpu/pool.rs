@@ -15,6 +15,8 @@ const SMALL: usize = 16 << 10;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// The peak since it was last read by [`watermark`].
+static WINDOW: AtomicUsize = AtomicUsize::new(0);
 static FREE: Mutex<Lists> = Mutex::new(Lists { by_size: BTreeMap::new(), bytes: 0 });
 
 struct Lists {
@@ -39,6 +41,19 @@ pub fn usage() -> Usage {
     Usage { live: LIVE.load(Ordering::Relaxed), peak: PEAK.load(Ordering::Relaxed), idle }
 }
 
+/// Bytes in use now, and the most that were in use since this was last called.
+pub fn watermark() -> (usize, usize) {
+    let live = LIVE.load(Ordering::Relaxed);
+    (live, WINDOW.swap(live, Ordering::Relaxed).max(live))
+}
+
+/// Counts bytes as in use.
+fn note(bytes: usize) {
+    let live = LIVE.fetch_add(bytes, Ordering::Relaxed) + bytes;
+    PEAK.fetch_max(live, Ordering::Relaxed);
+    WINDOW.fetch_max(live, Ordering::Relaxed);
+}
+
 /// Gives everything idle back to the system.
 pub fn trim() {
     let mut lists = FREE.lock().unwrap_or_else(|e| e.into_inner());
@@ -59,6 +74,8 @@ pub struct Buffer {
     bytes: usize,
     /// Allocated size.
     class: usize,
+    /// Bytes of it that count as in use.
+    counted: usize,
 }
 
 // SAFETY: the buffer owns its bytes; access follows the borrow of the buffer.
@@ -86,12 +103,11 @@ impl Buffer {
     }
     fn take(bytes: usize, zero: bool) -> Buffer {
         let class = class(bytes);
-        let live = LIVE.fetch_add(class, Ordering::Relaxed) + class;
-        PEAK.fetch_max(live, Ordering::Relaxed);
+        note(class);
         if class > SMALL
             && let Some(p) = reuse(class)
         {
-            let mut b = Buffer { ptr: p, bytes, class };
+            let mut b = Buffer { ptr: p, bytes, class, counted: class };
             if zero {
                 let x = super::shared::Shared::new(b.as_mut_slice::<u8>());
                 super::par::par_chunks(bytes, 1 << 20, |r| {
@@ -108,11 +124,20 @@ impl Buffer {
             let p = if zero || class > SMALL { alloc_zeroed(layout) } else { alloc(layout) };
             NonNull::new(p).unwrap_or_else(|| handle_alloc_error(layout))
         };
-        let mut b = Buffer { ptr: p, bytes, class };
+        let mut b = Buffer { ptr: p, bytes, class, counted: class };
         if !zero && class <= SMALL {
             b.as_mut_slice::<u8>().fill(0);
         }
         b
+    }
+    /// Lets only so many bytes count as in use from now on: 0 for a buffer that is kept for later.
+    pub fn count_as(&mut self, bytes: usize) {
+        let before = std::mem::replace(&mut self.counted, bytes);
+        if bytes < before {
+            LIVE.fetch_sub(before - bytes, Ordering::Relaxed);
+        } else {
+            note(bytes - before);
+        }
     }
     /// Size in bytes.
     #[allow(clippy::len_without_is_empty)]
@@ -142,7 +167,7 @@ fn reuse(class: usize) -> Option<NonNull<u8>> {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let live = LIVE.fetch_sub(self.class, Ordering::Relaxed) - self.class;
+        let live = LIVE.fetch_sub(self.counted, Ordering::Relaxed) - self.counted;
         let p = self.ptr.as_ptr() as usize;
         if self.class <= SMALL {
             return release(p, self.class);

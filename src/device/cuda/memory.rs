@@ -81,12 +81,19 @@ pub struct Usage {
 struct Meter {
     current: AtomicUsize,
     peak: AtomicUsize,
+    /// The peak since it was last read by [`Meter::watermark`].
+    window: AtomicUsize,
 }
 
 impl Meter {
     fn add(&self, bytes: usize) {
         let now = self.current.fetch_add(bytes, Relaxed) + bytes;
         self.peak.fetch_max(now, Relaxed);
+        self.window.fetch_max(now, Relaxed);
+    }
+    fn watermark(&self) -> (usize, usize) {
+        let now = self.current.load(Relaxed);
+        (now, self.window.swap(now, Relaxed).max(now))
     }
     fn read(&self) -> Usage {
         let current = self.current.load(Relaxed);
@@ -109,6 +116,10 @@ impl Meters {
     pub(super) fn remove(&self, tag: Tag, bytes: usize) {
         self.tags[tag as usize].current.fetch_sub(bytes, Relaxed);
         self.total.current.fetch_sub(bytes, Relaxed);
+    }
+    /// Bytes in use now, and the most that were in use since this was last called.
+    pub(super) fn watermark(&self) -> (usize, usize) {
+        self.total.watermark()
     }
     pub(super) fn reset_peaks(&self) {
         for m in self.tags.iter().chain([&self.total]) {

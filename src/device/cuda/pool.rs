@@ -457,6 +457,11 @@ impl Gpu {
         self.pool.meters.report(idle.reserved, idle.idle)
     }
 
+    /// Bytes in use now, and the most that were in use since this was last called.
+    pub(crate) fn watermark(&self) -> (usize, usize) {
+        self.pool.meters.watermark()
+    }
+
     /// Peaks start again from what is in use now.
     pub fn reset_peak_memory(&self) {
         self.pool.meters.reset_peaks();

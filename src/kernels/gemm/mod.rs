@@ -88,18 +88,23 @@ static SCRATCH: Mutex<Option<Buffer>> = Mutex::new(None);
 fn take_scratch(bytes: usize) -> Buffer {
     let kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner()).take();
     match kept {
-        Some(b) if b.len() >= bytes => b,
+        Some(mut b) if b.len() >= bytes => {
+            b.count_as(bytes);
+            b
+        }
         _ => Buffer::uninit(bytes),
     }
 }
 
 /// Keeps the larger of what is there and `buffer`; what a giant product needed goes back to the pool instead.
-fn put_scratch(buffer: Buffer) {
+fn put_scratch(mut buffer: Buffer) {
     if buffer.len() > 4 * PACK_BYTES {
         return;
     }
     let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
     if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
+        // Memory that is only kept for later is not in use.
+        buffer.count_as(0);
         *kept = Some(buffer);
     }
 }

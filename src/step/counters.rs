@@ -1,4 +1,5 @@
-//! What a step on a GPU writes down for whoever asks later, so that no step waits for the device (`cuda/step.cu`).
+//! Losses and clipped pairs of a step. A GPU sums them up in its own memory (`cuda/step.cu`), so that no step waits for the
+//! device: they are read when a report is asked for them.
 
 use super::cuda;
 use crate::array::Array;
@@ -7,10 +8,10 @@ use crate::device::cuda::{Gpu, layouts};
 use std::mem::offset_of;
 use std::sync::{Arc, OnceLock};
 
-/// Words of the ledger, and where some of them are.
-const WORDS: usize = size_of::<layouts::Ledger>() / 8;
-const STOP: usize = offset_of!(layouts::Ledger, stop) / 8;
-const TALLY: usize = offset_of!(layouts::Ledger, pairs) / 8;
+/// Words of the counters, and where some of them are.
+const WORDS: usize = size_of::<layouts::StepCounters>() / 8;
+const STOP: usize = offset_of!(layouts::StepCounters, stop) / 8;
+const TALLY: usize = offset_of!(layouts::StepCounters, pairs) / 8;
 
 /// Clipped (sample, group) pairs.
 #[derive(Clone, Copy, Default, Debug)]
@@ -27,16 +28,16 @@ impl Tally {
     }
 }
 
-/// The running account of a step, on the device.
-pub(crate) struct Ledger(Array);
+/// Sums and counts of the current step, in the memory of a GPU.
+pub(crate) struct Counters(Array);
 
-impl Ledger {
-    pub fn new(gpu: &Arc<Gpu>) -> Result<Ledger> {
-        Ok(Ledger(Array::zeros_on(gpu, &[WORDS], DType::I64)?))
+impl Counters {
+    pub fn new(gpu: &Arc<Gpu>) -> Result<Counters> {
+        Ok(Counters(Array::zeros_on(gpu, &[WORDS], DType::I64)?))
     }
     /// A step begins: nothing summed, nothing counted. A stop stays.
     pub fn begin(&self) -> Result<()> {
-        let (block, at) = self.0.block("TrainStep")?;
+        let (block, at) = self.0.block("step")?;
         block.gpu().fill(block, at, 8, 0)?;
         block.gpu().fill(block, at + 8 * TALLY, 24, 0)
     }
@@ -49,30 +50,30 @@ impl Ledger {
         self.0.slice(0, STOP..STOP + 1)
     }
     /// Adds the losses of a microbatch that begins with sample `before`; with `guard`, one that is not finite stops
-    /// training.
+    /// training. The step's number is `step`, or is read from `number` where a recorded step is replayed.
     pub fn losses(
         &self,
         losses: &Array,
         before: usize,
-        (step, live): (u64, Option<&Array>),
+        (step, number): (u64, Option<&Array>),
         guard: bool,
     ) -> Result<()> {
         let Some(gpu) = losses.gpu() else {
-            return Err(Error::device("TrainStep", "the losses are on the CPU, the parameters on a GPU"));
+            return Err(Error::device("step", "the losses are on the CPU, the parameters on a GPU"));
         };
-        cuda::losses(gpu, &losses.contiguous(), before, &self.0, (step, live), guard)
+        cuda::losses(gpu, &losses.contiguous(), before, &self.0, (step, number), guard)
     }
-    /// How it stands after what is queued now.
+    /// A copy of the counters as they will be when everything queued so far has run.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let (from, at) = self.0.block("TrainStep")?;
+        let (from, at) = self.0.block("step")?;
         let copy = Array::uninit_on(from.gpu(), &[WORDS], DType::I64)?;
-        let (to, to_at) = copy.block("TrainStep")?;
+        let (to, to_at) = copy.block("step")?;
         from.gpu().copy(to, to_at, from, at, 8 * WORDS)?;
         Ok(Snapshot { copy, words: OnceLock::new() })
     }
 }
 
-/// The ledger as a step left it, read when somebody asks.
+/// The counters as a step left them, read on demand.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
     copy: Array,
@@ -101,7 +102,7 @@ impl Snapshot {
 /// A plain step met a loss that is not finite.
 pub(crate) fn not_finite(step: u64, sample: usize, value: f64) -> Error {
     Error::invalid(
-        "TrainStep::run",
+        "run",
         format!(
             "step {step}: the loss of sample {sample} is {value}; the parameters are as the last step left them. Look for \
              NaN or infinity in that sample, or lower the learning rate"

@@ -1,0 +1,344 @@
+//! What plain and private steps share: the buffers, and the slots collect, contract, accumulate, reduce and update.
+
+use super::counters::{Counters, Snapshot, Tally, not_finite};
+use super::flat::Flat;
+use super::plan::{Event, Measurement, Plan, Prediction, Trace};
+use super::record::StepScalars;
+use super::reduce::{Counts, reduce};
+use super::update::{update, zero};
+use crate::array::Array;
+use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
+use crate::base::{Error, Result};
+use crate::device::Device;
+use crate::device::cuda::{Tag, TagScope};
+use crate::device::spans::{self, Kind};
+use crate::dist::Communicator;
+use crate::optim::{Optimizer, Schedule};
+use std::time::Instant;
+
+/// Seconds of the host for each phase of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Phases {
+    /// Forward passes of all microbatches.
+    pub forward: f64,
+    /// Backward passes, with norms, clip factors and contraction.
+    pub backward: f64,
+    /// Sums over the ranks.
+    pub reduce: f64,
+    /// Noise.
+    pub noise: f64,
+    /// The optimizer.
+    pub update: f64,
+}
+
+/// The last samples of a microbatch that are public: all from number `from` on, each with this weight instead of a clip factor.
+#[derive(Clone, Copy)]
+pub(super) struct PublicPart {
+    pub from: usize,
+    pub weight: f64,
+}
+
+/// What a forward pass gave: one loss per sample, and which of the samples are public.
+pub(super) struct Microbatch {
+    pub losses: Tensor,
+    pub public: Option<PublicPart>,
+}
+
+/// The weighting slot: what becomes of the samples' gradients before they are summed. [`Plain`](super::plain::Plain) sums them
+/// as they are, [`Clipping`](super::plan::Clipping) gives each a clip factor.
+pub(super) trait Weighting {
+    /// Whether a loss that is not finite ends the step. A private step gives such a sample weight 0 instead.
+    const STOPS: bool;
+    /// What does it for the length of one step.
+    type Collector<'a>: Collect
+    where
+        Self: 'a;
+    /// Makes the collector of a step.
+    fn collector<'a>(&'a self, step: Context<'a>) -> Self::Collector<'a>;
+}
+
+/// What a collector works on.
+pub(super) struct Context<'a> {
+    pub flat: &'a Flat,
+    pub plan: &'a Plan,
+    pub counters: Option<&'a Counters>,
+    /// The flat gradient.
+    pub grads: &'a mut Array,
+}
+
+/// Takes each parameter's factored gradient as backward delivers it, and adds the samples' weighted sum to the flat gradient.
+pub(super) trait Collect: GradHook {
+    /// A microbatch of `samples` samples is about to be differentiated.
+    fn begin(&mut self, samples: usize, public: Option<PublicPart>);
+    /// The backward pass of the microbatch is over.
+    fn finish(&mut self) -> Result<()>;
+    /// Clipped pairs on the CPU, and per clipping group the private samples with a norm of at most the threshold.
+    fn counts(&self) -> (Tally, Vec<u64>);
+}
+
+/// The losses and counts of a finished step.
+#[derive(Clone, Debug)]
+pub(super) enum Found {
+    Here(f64, Tally),
+    OnGpu(Snapshot),
+}
+
+impl Found {
+    pub fn read(&self) -> Result<(f64, Tally)> {
+        match self {
+            Found::Here(loss, tally) => Ok((*loss, *tally)),
+            Found::OnGpu(snapshot) => snapshot.read(),
+        }
+    }
+}
+
+/// Buffers, optimizer and plan of a step.
+pub(super) struct Core {
+    pub flat: Flat,
+    pub grads: Array,
+    pub state: Vec<Array>,
+    pub counters: Option<Counters>,
+    pub optimizer: Box<dyn Optimizer>,
+    pub schedule: Schedule,
+    pub steps: u64,
+    pub ranks: Option<Box<dyn Communicator>>,
+    pub plan: Plan,
+    pub phases: Phases,
+    /// Bytes in use when the step began.
+    before: usize,
+}
+
+impl Core {
+    pub fn new(
+        params: &[Param],
+        optimizer: Box<dyn Optimizer>,
+        schedule: Schedule,
+        plan: impl FnOnce(&Flat, usize) -> Result<Plan>,
+    ) -> Result<Core> {
+        schedule.validate()?;
+        let flat = Flat::new(params)?;
+        let device = flat.device();
+        let zeros = |tag| {
+            let _tag = TagScope::new(tag);
+            Array::zeros_at(&device, &[flat.numel()], flat.dtype())
+        };
+        let grads = zeros(Tag::Gradient)?;
+        let state: Vec<Array> = optimizer.slots().iter().map(|_| zeros(Tag::Optimizer)).collect::<Result<_>>()?;
+        let counters = device.gpu().map(Counters::new).transpose()?;
+        let plan = plan(&flat, state.len())?;
+        let (ranks, phases) = (None, Phases::default());
+        Ok(Core { flat, grads, state, counters, optimizer, schedule, steps: 0, ranks, plan, phases, before: 0 })
+    }
+    /// Makes this rank one of several.
+    pub fn with_ranks(&mut self, ranks: Box<dyn Communicator>) -> Result<()> {
+        if self.flat.device().is_cuda() {
+            return Err(Error::invalid("with_ranks", "ranks are on the CPU so far; move the model there"));
+        }
+        let first = ranks.broadcast("parameters", self.flat.buffer(), 0)?;
+        self.flat.update(|params, _| params.write(0, &first))?;
+        self.ranks = Some(ranks);
+        Ok(())
+    }
+    /// Starts a step's measurement.
+    pub fn begin(&mut self) {
+        self.phases = Phases::default();
+        self.before = self.flat.device().watermark().0;
+    }
+    /// Collects, weighs, contracts and accumulates over the microbatches, then reduces over the ranks. With `scalars`, what
+    /// changes from step to step is read from memory.
+    pub fn accumulate<B, W: Weighting>(
+        &mut self,
+        weighting: &W,
+        microbatches: impl IntoIterator<Item = B>,
+        mut forward: impl FnMut(B) -> Result<Microbatch>,
+        scalars: Option<&StepScalars>,
+    ) -> Result<Counts> {
+        zero(&mut self.grads)?;
+        if let Some(counters) = &self.counters {
+            counters.begin()?;
+        }
+        let (step, counters, phases) = (self.steps + 1, self.counters.as_ref(), &mut self.phases);
+        let (mut loss, mut samples, mut private) = (0.0, 0, 0);
+        let context = Context { flat: &self.flat, plan: &self.plan, counters, grads: &mut self.grads };
+        let mut collect = weighting.collector(context);
+        for batch in microbatches {
+            let (phase, start) = (spans::span(Kind::Phase, "forward pass"), Instant::now());
+            let Microbatch { losses, public } = forward(batch)?;
+            drop(phase);
+            phases.forward += start.elapsed().as_secs_f64();
+            if losses.rank() != 1 {
+                return Err(Error::shape(
+                    "run",
+                    format!("the forward pass must return one loss per sample, [B]; got {:?}", losses.shape()),
+                ));
+            }
+            if losses.numel() == 0 {
+                continue;
+            }
+            match counters {
+                Some(counters) => {
+                    let number = (step, scalars.map(|s| &s.number));
+                    counters.losses(losses.array(), samples, number, W::STOPS)?
+                }
+                None => {
+                    let values = losses.array().to_f64();
+                    if W::STOPS
+                        && let Some(i) = values.iter().position(|l| !l.is_finite())
+                    {
+                        return Err(not_finite(step, samples + i, values[i]));
+                    }
+                    loss += values.iter().sum::<f64>();
+                }
+            }
+            samples += losses.numel();
+            private += public.map_or(losses.numel(), |p| p.from);
+            let (_phase, start) = (spans::span(Kind::Phase, "backward pass"), Instant::now());
+            collect.begin(losses.numel(), public);
+            losses.backward_into(&mut collect)?;
+            drop(losses);
+            collect.finish()?;
+            phases.backward += start.elapsed().as_secs_f64();
+        }
+        let (tally, below) = collect.counts();
+        drop(collect);
+        let own = Counts { samples, private, loss, tally, below };
+        let start = Instant::now();
+        let counts = reduce(self.ranks.as_deref(), self.plan.buckets(), &mut self.grads, own)?;
+        self.phases.reduce += start.elapsed().as_secs_f64();
+        Ok(counts)
+    }
+    /// Updates the parameters from `scale` times the gradient.
+    pub fn update(&mut self, scale: f64, scalars: Option<&StepScalars>) -> Result<()> {
+        let start = Instant::now();
+        update(
+            (&mut self.flat, &*self.optimizer),
+            (&mut self.grads, scale),
+            &mut self.state,
+            (self.steps + 1, self.schedule.at(self.steps)),
+            (self.counters.as_ref(), scalars),
+        )?;
+        self.phases.update += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+    /// The step is taken: its learning rate, and what it found in the data.
+    pub fn end(&mut self, here: Found) -> Result<(f64, Found)> {
+        let lr = self.schedule.at(self.steps);
+        self.steps += 1;
+        let working_bytes = self.flat.device().watermark().1.saturating_sub(self.before);
+        self.plan.measured = Some(Measurement { working_bytes, phases: self.phases });
+        let found = match &self.counters {
+            Some(counters) => Found::OnGpu(counters.snapshot()?),
+            None => here,
+        };
+        Ok((lr, found))
+    }
+    /// Runs forward and backward on an eighth and on a quarter of `samples` samples (of `most`, if there are no more), and predicts
+    /// from that what a microbatch of `samples` needs. The gradient that this leaves is erased.
+    pub fn predict<W: Weighting>(
+        &mut self,
+        weighting: &W,
+        (samples, most): (usize, usize),
+        mut forward: impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<()> {
+        if samples == 0 || most == 0 {
+            return Err(Error::invalid("predict", "a microbatch of 0 samples"));
+        }
+        let few = samples.div_ceil(8).max(2);
+        let (few, more) = if samples <= 2 * few { (samples, samples) } else { (few, 2 * few) };
+        let (few, more) = (few.min(most), more.min(most));
+        let traced = (|| {
+            // Threads keep scratch memory once they have some; the first trace gives it to them.
+            self.trace(weighting, more, &mut forward)?;
+            let a = self.trace(weighting, few, &mut forward)?;
+            let b = if few == more { a.clone() } else { self.trace(weighting, more, &mut forward)? };
+            Prediction::from(&a, &b, samples, self.plan.params().len())
+        })();
+        zero(&mut self.grads)?;
+        self.plan.predicted = Some(traced?);
+        Ok(())
+    }
+    fn trace<W: Weighting>(
+        &mut self,
+        weighting: &W,
+        samples: usize,
+        forward: &mut impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<Trace> {
+        let device = self.flat.device();
+        let counters = self.counters.as_ref();
+        let context = Context { flat: &self.flat, plan: &self.plan, counters, grads: &mut self.grads };
+        let (base, _) = device.watermark();
+        let inner = weighting.collector(context);
+        let mut tracing = Tracing { inner, flat: &self.flat, device, base, events: Vec::new() };
+        let start = Instant::now();
+        let losses = forward(samples)?;
+        if losses.shape() != [samples] {
+            return Err(Error::shape(
+                "predict",
+                format!("the forward pass must return {samples} losses here; got {:?}", losses.shape()),
+            ));
+        }
+        tracing.event(None, 0);
+        tracing.inner.begin(samples, None);
+        losses.backward_into(&mut tracing)?;
+        drop(losses);
+        tracing.inner.finish()?;
+        tracing.event(None, 0);
+        tracing.device.synchronize()?;
+        Ok(Trace { samples, events: tracing.events, seconds: start.elapsed().as_secs_f64() })
+    }
+    /// Sets the optimizer's first buffer to zero.
+    pub fn reset_first_moment(&mut self) -> Result<()> {
+        self.state.first_mut().map_or(Ok(()), zero)
+    }
+    /// The optimizer's buffers, by name.
+    pub fn state(&self) -> Vec<(&'static str, Array)> {
+        self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect()
+    }
+    /// Takes over the optimizer's buffers and the number of steps of a checkpoint.
+    pub fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {
+        let mut buffers = Vec::new();
+        for (slot, buffer) in self.optimizer.slots().iter().zip(&self.state) {
+            let found = state.iter().find(|(n, _)| n == slot).ok_or_else(|| {
+                Error::invalid("restore", format!("the checkpoint has no {slot}; was it another optimizer?"))
+            })?;
+            if found.1.shape() != buffer.shape() || found.1.dtype() != buffer.dtype() {
+                return Err(Error::shape(
+                    "restore",
+                    format!("{slot} is {:?}, the model needs {:?}", found.1.shape(), buffer.shape()),
+                ));
+            }
+            buffers.push(found.1.to(&buffer.device())?.copy());
+        }
+        (self.state, self.steps) = (buffers, steps);
+        Ok(())
+    }
+}
+
+/// A collector that writes down what each event of a backward pass needs.
+struct Tracing<'a, C> {
+    inner: C,
+    flat: &'a Flat,
+    device: Device,
+    base: usize,
+    events: Vec<Event>,
+}
+
+impl<C> Tracing<'_, C> {
+    fn event(&mut self, param: Option<usize>, factor_bytes: usize) {
+        let peak = self.device.watermark().1.saturating_sub(self.base);
+        self.events.push(Event { param, factor_bytes, peak });
+    }
+}
+
+impl<C: Collect> GradHook for Tracing<'_, C> {
+    fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
+        self.event(None, 0);
+        let (index, bytes) = (self.flat.index(param), grad.bytes());
+        self.inner.param(param, grad)?;
+        self.event(index, bytes);
+        Ok(())
+    }
+    fn visited(&mut self) {
+        self.event(None, 0);
+    }
+}

@@ -1,0 +1,360 @@
+//! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
+
+use super::plan::Clipping;
+use crate::array::Array;
+use crate::autograd::Param;
+use crate::base::{Error, Result};
+use crate::privacy::accountant::Steps;
+use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
+use crate::random::NoiseKey;
+use serde::{Deserialize, Serialize};
+
+/// The target of private training. Everything else follows from it.
+///
+/// ```
+/// use prismgrad::privacy::{ClipFn, ClipStyle};
+/// use prismgrad::step::PrivacyConfig;
+/// let config = PrivacyConfig::target(3.0, 1e-5).records(60_000).expected_batch(256.0).steps(1000);
+/// // What Opacus does by default: one group, and the clip factor min(1, R/|g|) of Abadi et al.
+/// let flat = config.style(ClipStyle::AllLayer).clip(ClipFn::Abadi).max_grad_norm(1.0);
+/// flat.check().unwrap();
+/// ```
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+pub struct PrivacyConfig {
+    /// Target ε. A step that would exceed it is refused.
+    pub epsilon: f64,
+    /// δ; below 1/records.
+    pub delta: f64,
+    /// Number of records, the units protected. Each has one loss.
+    pub records: usize,
+    /// Expected size of a Poisson batch; the sampling rate is `expected_batch / records`.
+    pub expected_batch: f64,
+    /// Planned number of steps.
+    pub steps: u64,
+    /// Clipping groups; a group per layer by default.
+    pub style: ClipStyle,
+    /// Clip function; AUTO-S by default.
+    pub clip: ClipFn,
+    /// R, the largest norm of a sample's clipped gradient over all groups; 1 by default. The groups' thresholds compose to it:
+    /// √(Σ R_m²) = R.
+    pub max_grad_norm: f64,
+    /// How R is split over the groups; equally by default.
+    #[serde(default)]
+    pub thresholds: Thresholds,
+    /// Which data sets must be hard to tell apart; add or remove one record by default.
+    #[serde(default)]
+    pub neighbouring: Neighbouring,
+    /// Noise multiplier; calibrated to ε, δ and the plan if not given.
+    pub noise_multiplier: Option<f64>,
+}
+
+macro_rules! setters {
+    ($($(#[$doc:meta])* $name:ident: $type:ty;)*) => {
+        $($(#[$doc])*
+        pub fn $name(mut self, $name: $type) -> PrivacyConfig {
+            self.$name = $name;
+            self
+        })*
+    };
+}
+
+impl PrivacyConfig {
+    /// (ε, δ). The number of records, the expected batch and the number of steps still have to be given.
+    ///
+    /// The defaults work without tuning: a clipping group per layer and AUTO-S (Bu et al. 2023), whose factor R/(|g| + γ)
+    /// makes the learning rate the only scale. Opacus takes one group for all layers and Abadi's factor instead.
+    pub fn target(epsilon: f64, delta: f64) -> PrivacyConfig {
+        PrivacyConfig {
+            epsilon,
+            delta,
+            records: 0,
+            expected_batch: 0.0,
+            steps: 0,
+            style: ClipStyle::LayerWise,
+            clip: ClipFn::AutoS { gamma: 0.01 },
+            max_grad_norm: 1.0,
+            thresholds: Thresholds::Equal,
+            neighbouring: Neighbouring::AddRemove,
+            noise_multiplier: None,
+        }
+    }
+    setters! {
+        /// Sets the number of records.
+        records: usize;
+        /// Sets the expected size of a Poisson batch.
+        expected_batch: f64;
+        /// Sets the planned number of steps.
+        steps: u64;
+        /// Sets the clipping groups.
+        style: ClipStyle;
+        /// Sets the clip function.
+        clip: ClipFn;
+        /// Sets R, the largest norm of a sample's clipped gradient.
+        max_grad_norm: f64;
+        /// Sets how R is split over the groups.
+        thresholds: Thresholds;
+        /// Sets which data sets must be hard to tell apart.
+        neighbouring: Neighbouring;
+    }
+    /// Sets the noise multiplier instead of having it calibrated to (ε, δ).
+    pub fn noise_multiplier(mut self, sigma: f64) -> PrivacyConfig {
+        self.noise_multiplier = Some(sigma);
+        self
+    }
+    /// Refuses what makes no sense, naming it; done again wherever the configuration is used.
+    pub fn check(&self) -> Result<()> {
+        let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
+        need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
+        need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {}; it must lie between 0 and 1", self.delta))?;
+        need(self.records > 0, "no records to protect: give their number with records(n)".into())?;
+        need(
+            self.delta < 1.0 / self.records as f64,
+            format!(
+                "δ = {} with {} records: choose it below 1/records, such as {:.1e}",
+                self.delta,
+                self.records,
+                0.1 / self.records as f64
+            ),
+        )?;
+        need(
+            self.expected_batch > 0.0 && self.expected_batch <= self.records as f64,
+            format!(
+                "an expected batch of {} from {} records; set it with expected_batch(b)",
+                self.expected_batch, self.records
+            ),
+        )?;
+        need(self.steps > 0, "0 planned steps: give their number with steps(n)".into())?;
+        need(
+            self.max_grad_norm.is_finite() && self.max_grad_norm > 0.0,
+            format!("a clipping threshold (max_grad_norm) of {}; it must be positive", self.max_grad_norm),
+        )?;
+        self.clip.validate()?;
+        self.thresholds.validate(self.clip)?;
+        if let Some(s) = self.noise_multiplier {
+            need(s.is_finite() && s > 0.0, format!("a noise multiplier of {s}: without noise there is no privacy"))?;
+        }
+        Ok(())
+    }
+}
+
+/// The private half of a [`PrivateStep`](super::PrivateStep): Poisson sampler, clipper, noise and accountant.
+pub struct Privacy {
+    config: PrivacyConfig,
+    sigma: f64,
+    pub(super) key: NoiseKey,
+    sampler: PoissonSampler,
+    accountant: Accountant,
+    /// (Number of steps, ε after them), in ascending order. A number of steps between two entries is reported with the ε of
+    /// the larger one.
+    epsilon_table: Vec<(u64, f64)>,
+    pub(super) clipping: Clipping,
+    log: Option<StepLog>,
+}
+
+impl Privacy {
+    /// Validates the target and calibrates the noise. `key` must be secret and fresh for every run
+    /// ([`NoiseKey::from_os`]); sampling and noise are derived from it.
+    pub fn new(config: PrivacyConfig, key: NoiseKey) -> Result<Privacy> {
+        config.check()?;
+        let q = config.expected_batch / config.records as f64;
+        let sigma = match config.noise_multiplier {
+            Some(s) => s,
+            None => Accountant::under(config.neighbouring).calibrate(config.epsilon, config.delta, q, config.steps)?,
+        };
+        let sampler = PoissonSampler::new(config.records, q, key.clone())?;
+        let entries = config.steps.min(24);
+        let counts: Vec<u64> = (1..=entries).map(|i| (config.steps * i).div_ceil(entries)).collect();
+        let coarse = Accountant::under(config.neighbouring).epsilons((sigma, q), &counts, config.delta, 1e-3)?;
+        let mut epsilon_table: Vec<(u64, f64)> = counts.into_iter().zip(coarse).collect();
+        let mut whole = Accountant::under(config.neighbouring);
+        whole.record(sigma, q, config.steps)?;
+        if let Some(last) = epsilon_table.last_mut() {
+            last.1 = whole.epsilon(config.delta)?;
+            let top = last.1;
+            epsilon_table.iter_mut().for_each(|(_, e)| *e = e.min(top));
+        }
+        Ok(Privacy {
+            sigma,
+            sampler,
+            accountant: Accountant::under(config.neighbouring),
+            epsilon_table,
+            clipping: Clipping::default(),
+            log: None,
+            key,
+            config,
+        })
+    }
+    /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
+    /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
+    pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
+        // Not the key: a number that follows from it and from which it does not follow.
+        let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
+        let log = StepLog::open(path, format!("{key:016x}"))?;
+        for &(sigma, rate) in log.history() {
+            self.accountant.record(sigma, rate, 1)?;
+        }
+        self.log = Some(log);
+        Ok(self)
+    }
+    /// Forms the clipping groups over the parameters of a step.
+    pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
+        let c = &self.config;
+        self.clipping = Clipping::new(&c.style, c.clip, c.max_grad_norm, &c.thresholds, params)?;
+        if let Thresholds::Adaptive { noise, .. } = c.thresholds {
+            if params.iter().any(|p| p.device().is_cuda()) {
+                return Err(Error::privacy(
+                    "adaptive thresholds read counts back at every step, which a step on a GPU does not do; train on the CPU, or \
+                     use AUTO-S, which needs no threshold",
+                ));
+            }
+            let left = self.sigma.powi(-2) - self.groups() as f64 / (2.0 * noise * c.expected_batch).powi(2);
+            if left <= 0.0 {
+                return Err(Error::privacy(format!(
+                    "the counts of {} groups with noise {noise} alone cost more than the noise multiplier {:.4} allows; use more \
+                     noise or fewer groups",
+                    self.groups(),
+                    self.sigma
+                )));
+            }
+        }
+        Ok(())
+    }
+    /// Number of clipping groups.
+    pub fn groups(&self) -> usize {
+        self.clipping.thresholds().len()
+    }
+    /// The clipping groups' thresholds as they are now.
+    pub fn thresholds(&self) -> Vec<f64> {
+        self.clipping.thresholds()
+    }
+    /// Sets adaptive thresholds; an empty list changes nothing.
+    pub(super) fn set_thresholds(&mut self, thresholds: &[f64]) {
+        self.clipping.set_thresholds(thresholds);
+    }
+    /// Standard deviation of the gradient's noise over its sensitivity: the noise multiplier, or more where adaptive
+    /// thresholds take their share of it.
+    pub fn gradient_noise_multiplier(&self) -> f64 {
+        match self.config.thresholds {
+            Thresholds::Adaptive { noise, .. } => {
+                let counts = self.groups() as f64 / (2.0 * noise * self.config.expected_batch).powi(2);
+                (self.sigma.powi(-2) - counts).powf(-0.5)
+            }
+            _ => self.sigma,
+        }
+    }
+    pub(super) fn clipping(&self) -> &Clipping {
+        &self.clipping
+    }
+    /// The target.
+    pub fn config(&self) -> &PrivacyConfig {
+        &self.config
+    }
+    /// Noise multiplier: standard deviation of the noise over the sensitivity of the clipped sum.
+    pub fn noise_multiplier(&self) -> f64 {
+        self.sigma
+    }
+    /// The most one record can move the clipped sum (add or remove), composed over the groups.
+    pub fn sensitivity(&self) -> f64 {
+        self.clipping.sensitivity
+    }
+    /// Expected batch size, by which private sums are divided.
+    pub fn expected_batch(&self) -> f64 {
+        self.config.expected_batch
+    }
+    /// Sampling rate.
+    pub fn rate(&self) -> f64 {
+        self.config.expected_batch / self.config.records as f64
+    }
+    pub(super) fn batch(&self, step: u64) -> Vec<usize> {
+        self.sampler.batch(step)
+    }
+    /// ε spent after `steps` steps at the configured δ, to the accountant's full resolution.
+    pub fn epsilon(&self, steps: u64) -> Result<f64> {
+        if steps == 0 {
+            return Ok(0.0);
+        }
+        let mut a = Accountant::under(self.config.neighbouring);
+        a.record(self.sigma, self.rate(), steps)?;
+        a.epsilon(self.config.delta)
+    }
+    /// An upper bound on ε with `more` steps taken. It costs nothing where all steps were of this run's kind: the next larger
+    /// value of a table made at the start.
+    fn bound(&self, more: u64) -> Result<f64> {
+        let steps = self.steps() + more;
+        if steps == 0 {
+            return Ok(0.0);
+        }
+        let own = |s: &Steps| s.sigma == self.sigma && s.rate == self.rate();
+        if self.accountant.history().iter().all(own)
+            && let Some((_, e)) = self.epsilon_table.iter().find(|(n, _)| *n >= steps)
+        {
+            return Ok(*e);
+        }
+        self.exactly(more)
+    }
+    fn exactly(&self, more: u64) -> Result<f64> {
+        let mut a = self.accountant.clone();
+        a.record(self.sigma, self.rate(), more)?;
+        a.epsilon(self.config.delta)
+    }
+    /// Private steps taken so far: those that touched private data, or would have, had the batch not been empty.
+    pub fn steps(&self) -> u64 {
+        self.accountant.steps()
+    }
+    /// (An upper bound of) ε spent so far.
+    pub fn spent(&self) -> Result<f64> {
+        self.bound(0)
+    }
+    /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
+    /// `params`, flat, are what the step starts from.
+    pub(super) fn admit(&mut self, step: u64, params: &Array) -> Result<f64> {
+        let mut state = String::new();
+        if let Some(log) = &self.log {
+            state = state_of(params);
+            if log.has(step, &state)? {
+                return self.spent();
+            }
+        }
+        let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
+        let epsilon = self.bound(1)?;
+        if over(epsilon) {
+            let epsilon = self.exactly(1)?;
+            if over(epsilon) {
+                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: self.steps() });
+            }
+        }
+        let rate = self.rate();
+        if let Some(log) = &mut self.log {
+            log.write(step, &state, self.sigma, rate)?;
+        }
+        self.accountant.record(self.sigma, rate, 1)?;
+        Ok(epsilon)
+    }
+    /// Takes over the number of private steps of a checkpoint. An accountant that cannot record them is an error: ε would
+    /// be too small.
+    pub(super) fn restore(&mut self, steps: u64) -> Result<()> {
+        // The log knows of steps after the checkpoint, too.
+        if self.log.is_some() && self.steps() >= steps {
+            return Ok(());
+        }
+        self.accountant.reset();
+        match steps {
+            0 => Ok(()),
+            steps => self.accountant.record(self.sigma, self.rate(), steps),
+        }
+    }
+}
+
+/// What decides the bits of a step besides key and data: the kind of machine and, on the CPU, a checksum of the parameters (on
+/// a GPU that would wait for the device).
+fn state_of(params: &Array) -> String {
+    let device = params.device();
+    let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
+    match device.gpu() {
+        Some(gpu) => format!("{machine} {}", gpu.name()),
+        None => {
+            let level = crate::device::cpu::simd::level();
+            format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
+        }
+    }
+}
