@@ -463,7 +463,7 @@ fn run() -> std::result::Result<(), String> {
         return Err(format!("no case contains {wanted:?}; --list names them"));
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|e| e.to_string())?;
-    // A case with a process of its own is told the ceilings, so that measuring them does not count as its memory.
+    // A case with a process of its own gets the ceilings as an argument, so that measuring them does not count as its memory.
     let ceilings = match ceilings {
         Some(c) => c,
         None => self::ceilings().map_err(|e| e.to_string())?,

@@ -341,7 +341,7 @@ impl Run<'_> {
             shown.extend(taken.epsilon.map(|e| ("ε", e)));
             progress.set(done, &shown);
             let stop = interrupted();
-            if done % every == 0 || done == total || stop {
+            if done.is_multiple_of(every) || done == total || stop {
                 self.log(folder, before, done, Some(&taken))?;
                 state::save(checkpoints, before + done, None, self.model.params(), step, &Position { phase })?;
             }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Shape, strides and dtype over shared storage. Views (transpose, slice, expand) share it; writing copies first
-/// unless this handle is the only one, so nobody sees a value change under them.
+/// unless this handle is the only one, so that no other handle sees its value change.
 #[derive(Clone)]
 pub struct Array {
     storage: Storage,
@@ -505,7 +505,7 @@ impl Array {
         with_dtype!(self.dtype, |T| self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
     }
-    /// In place of what could not be made: whoever uses it is told why.
+    /// Stands in for an array that could not be made; any use of it returns the error.
     fn lost(&self, gpu: &Arc<Gpu>, dtype: DType, why: &Error) -> Array {
         Array::over(Storage::lost(gpu, why), &self.shape, dtype)
     }

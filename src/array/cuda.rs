@@ -156,7 +156,7 @@ pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
     Ok(out)
 }
 
-/// y += x, in y's memory where nobody shares it.
+/// y += x, in y's memory where no other handle shares it.
 pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<()> {
     y.own()?;
     let x = on(gpu, x)?;
@@ -168,7 +168,7 @@ pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<(
     })
 }
 
-/// Ids (u32 or i64, on the GPU) as u32 below `below`; one outside is read as 0, and told when the host next reads
+/// Ids (u32 or i64, on the GPU) as u32 below `below`; one outside is read as 0, and is an error when the host next reads
 /// something. `what` names the thing they point into.
 pub(crate) fn ids_below(gpu: &Arc<Gpu>, ids: &Array, below: usize, what: &str) -> Result<Array> {
     let ids = ids.contiguous();

@@ -11,8 +11,8 @@ use std::sync::Arc;
 pub(crate) enum Storage {
     Cpu(Arc<Buffer>),
     Cuda(Arc<Block>),
-    /// A copy or conversion on a GPU that failed (out of memory, a lost device) where there was no way to say so: whoever
-    /// uses it is told.
+    /// A copy or conversion on a GPU that failed (out of memory, a lost device) where no error could be returned: any use of
+    /// it returns the error.
     Lost(Arc<Lost>),
 }
 

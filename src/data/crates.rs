@@ -193,7 +193,7 @@ fn from_metadata(project: &Path) -> Result<Vec<Package>, String> {
         let first = text.lines().next().unwrap_or("no message").trim_start_matches("error: ");
         Err(format!("cargo {} in {}: {first}", args[0], project.display()))
     };
-    // Without the filter, cargo wants the crates of every other platform too, which nobody has downloaded.
+    // Without the filter, cargo needs the crates of every other platform too, which are not downloaded.
     let version = ask(&["-vV"])?;
     let version = String::from_utf8_lossy(&version);
     let host = version.lines().find_map(|l| l.strip_prefix("host: ")).map(str::trim);

@@ -1,6 +1,6 @@
 //! Data: text and its tokenizers, sample windows with owners, and small images.
 //!
-//! Loaders give plain vectors; whoever trains puts them on a device. Everything is deterministic: the same files give
+//! Loaders return plain vectors; the training code puts them on a device. Everything is deterministic: the same files give
 //! the same samples in the same order, whatever the file system or the number of threads.
 
 #[cfg(feature = "bpe")]

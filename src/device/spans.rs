@@ -110,7 +110,7 @@ pub(crate) fn op(name: &'static str) -> Span {
     span(Kind::Forward, name)
 }
 
-/// A span around a layer's forward pass; its name is copied only while somebody looks.
+/// A span around a layer's forward pass; its name is copied only while spans are recorded.
 #[inline]
 pub fn layer(name: &str) -> Span {
     if !cfg!(feature = "nvtx") && !ON.load(Relaxed) {

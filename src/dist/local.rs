@@ -81,7 +81,7 @@ impl Local {
     fn error(&self, call: &str, why: String) -> Error {
         Error::invalid("collective", format!("rank {} at {call}: {why}", self.rank))
     }
-    /// Until the board is `ready`, or somebody is gone, or patience is.
+    /// Waits until the board is `ready`. Fails when a rank has ended or the time limit has passed.
     fn wait<'a>(
         &'a self,
         mut board: MutexGuard<'a, Board>,

@@ -59,7 +59,7 @@ pub struct Latest {
 impl CheckpointFolder {
     /// Opens (and creates) the folder, and removes what killed processes left in it.
     ///
-    /// Keeps the last three checkpoints and the best one unless told otherwise. Only one process may write.
+    /// Keeps the last three checkpoints and the best one by default. Only one process may write.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
         let root = root.as_ref().to_path_buf();
         create_folder(&root)?;
@@ -258,7 +258,7 @@ impl Drop for Active {
     }
 }
 
-/// Whether a temporary folder belongs to nobody: its process is gone, or has the number of this one (as in a container,
+/// Whether a temporary folder is left over: its process is gone, or has the number of this one (as in a container,
 /// where every run gets the same) but it is not among the folders being written, or it is a day old.
 fn abandoned(owner: &str, path: &Path) -> bool {
     let process = owner.split('-').next().and_then(|p| p.parse::<u32>().ok());

@@ -74,7 +74,7 @@ pub enum ClipStyle {
     LayerWise,
     /// Each tensor by itself.
     ParameterWise,
-    /// So many runs of layers that follow each other, as equal in number of layers as can be.
+    /// This number of groups, each of consecutive layers, with about equally many layers in each.
     Uniform(usize),
     /// By name: a parameter belongs to the first pattern that matches (`*` stands for any characters, as in `h.0.*`); those
     /// that match none form one more group.

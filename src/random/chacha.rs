@@ -11,7 +11,7 @@ use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use std::fmt;
 
-/// The secret of a private run: whoever knows it can subtract the noise. Never logged, never printed.
+/// The secret of a private run: anyone who knows it can subtract the noise. Never logged, never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct NoiseKey([u8; 32]);
 

@@ -9,8 +9,8 @@ use crate::optim::{Layout, Segment};
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; whoever still holds
-/// an older value keeps it (the buffer is then copied once).
+/// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; a handle on an
+/// older value keeps that value (the buffer is then copied once).
 pub struct Flat {
     params: Vec<Param>,
     layout: Layout,

@@ -24,7 +24,7 @@ use crate::optim::{Optimizer, Schedule};
 /// let mut step = PlainStep::new(&params.all(), Sgd::default(), Schedule::constant(0.1))?;
 /// let report = step.run([[1f32, 2.0], [3.0, 4.0]], |microbatch| {
 ///     let targets = Tensor::from_slice(&microbatch, &[2])?;
-///     w.dense()?.expand(&[2])?.sub(&targets)?.square() // one loss per sample
+///     w.dense().expand(&[2])?.sub(&targets)?.square() // one loss per sample
 /// })?;
 /// assert_eq!((report.samples, report.loss()?), (4, 7.5));
 /// # Ok(()) }

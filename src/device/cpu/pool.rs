@@ -64,7 +64,7 @@ pub fn trim() {
 }
 
 fn release(p: usize, size: usize) {
-    // SAFETY: blocks on the lists were allocated with this layout and are owned by nobody else.
+    // SAFETY: blocks on the lists were allocated with this layout and have no other owner.
     unsafe { dealloc(p as *mut u8, Layout::from_size_align_unchecked(size, ALIGN)) }
 }
 

@@ -149,7 +149,7 @@ fn write(folder: &Path, path: &Path, key: Key, version: (u32, u32), image: &[u8]
     done
 }
 
-/// Whether nobody but its owner may write it.
+/// Whether only its owner may write it.
 #[cfg(unix)]
 fn private(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;

@@ -266,7 +266,7 @@ impl Gpu {
     /// is, and is right even when other code on the thread has switched.
     pub fn bind(&self) -> Result<()> {
         let mut current = std::ptr::null_mut();
-        // SAFETY: the context lives as long as the process.
+        // SAFETY: the context exists as long as the process.
         unsafe {
             if sys::cuCtxGetCurrent(&mut current) == CUresult::CUDA_SUCCESS && current == self.context {
                 return Ok(());

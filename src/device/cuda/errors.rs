@@ -1,4 +1,4 @@
-//! The driver's result codes, told as sentences: what failed, and what to do about it.
+//! The driver's result codes, as sentences: what failed, and what to do about it.
 
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};

@@ -1,4 +1,4 @@
-//! What kernels find wrong in the data (ids out of range), told when the host next reads something: no kernel waits for
+//! What kernels find wrong in the data (ids out of range), reported when the host next reads something: no kernel waits for
 //! the host, and no host for a kernel.
 
 use super::context::lock;

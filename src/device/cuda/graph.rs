@@ -55,7 +55,7 @@ impl Drop for Capture<'_> {
             if let Ok(graph) = self.end()
                 && !graph.is_null()
             {
-                // SAFETY: made by the capture, used by nobody.
+                // SAFETY: made by the capture and not used elsewhere.
                 unsafe { sys::cuGraphDestroy(graph) };
             }
             self.gpu.pool.release_graph(self.gpu, self.id);
@@ -132,7 +132,7 @@ impl Graph {
         self.launches
     }
 
-    /// Holds what the graph reads and writes for as long as the graph lives.
+    /// Holds what the graph reads and writes for as long as the graph exists.
     pub fn keep(&mut self, what: impl Any + Send) {
         self.kept.push(Box::new(what));
     }

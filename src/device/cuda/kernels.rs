@@ -23,7 +23,7 @@ pub(super) struct KernelInfo {
     pub(super) name: String,
     pub(super) function: sys::CUfunction,
     pub(super) ordinal: usize,
-    /// Dynamic shared memory that the driver has been told to allow.
+    /// Dynamic shared memory that was set in the driver.
     pub(super) shared: AtomicUsize,
 }
 // SAFETY: a function handle is never changed and may be used from any thread.

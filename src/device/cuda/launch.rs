@@ -100,7 +100,7 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// Dynamic shared memory in bytes. Above 48 KiB the driver is told once per kernel.
+    /// Dynamic shared memory in bytes. Above 48 KiB the limit is raised in the driver, once per kernel.
     #[inline]
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = bytes;

@@ -47,8 +47,8 @@ thread_local! {
     static CURRENT: Cell<Tag> = const { Cell::new(Tag::Activation) };
 }
 
-/// While it lives, blocks that this thread allocates carry its tag. Scopes nest.
-#[must_use = "the tag holds only while the scope lives"]
+/// Until it is dropped, blocks that this thread allocates carry its tag. Scopes nest.
+#[must_use = "the tag holds only until the scope is dropped"]
 pub struct TagScope {
     before: Tag,
     /// It belongs to its thread.

@@ -6,7 +6,7 @@
 //! - A block belongs to the stream it was made for. Work queued there before the block was freed runs before work queued
 //!   by its next owner, so on its own stream it can be reused at once, even while the device still computes on it.
 //! - Where another stream used it ([`Block::record_use`]) it carries an event of that stream. It is handed out when the
-//!   event has completed, or after its own stream was told to wait for the event. The host never waits.
+//!   event has completed, or after its own stream has been made to wait for the event. The host never waits.
 //!
 //! `PRISMGRAD_CUDA_POOL` chooses how: `cached` (the default); `guard`, where every block is an allocation of its own and
 //! exact size, freed for good, so that a memory checker sees every step outside it; `poison`, where fresh and freed memory
@@ -307,7 +307,7 @@ fn give_back(gpu: &Gpu, idle: &mut Idle, raw: Raw) {
     idle.reserved -= raw.size;
     idle.idle -= raw.size;
     raw.uses.into_iter().for_each(|(_, e)| gpu.recycle(e));
-    // SAFETY: from cuMemAlloc, and nobody has it any more. An error here means a lost context: the next call says so.
+    // SAFETY: from cuMemAlloc, and no block uses it any more. An error here means a lost context: the next call says so.
     let _ = unsafe { sys::cuMemFree_v2(raw.ptr) };
 }
 
@@ -399,7 +399,7 @@ impl Drop for Block {
         pool.meters.remove(self.tag, self.bytes);
         let uses = std::mem::take(&mut *lock(&self.raw.uses));
         let Held { ptr, size, home, graph, .. } = self.raw;
-        // Launches captured right now may use the block, whoever made it: it stays with their graph.
+        // Launches captured right now may use the block: it stays with their graph.
         let graph = if graph != 0 { graph } else { pool.capturing() };
         let mut raw = Raw { ptr, size, home, uses, graph };
         match pool.mode {

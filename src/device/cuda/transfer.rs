@@ -25,7 +25,7 @@ struct Slot {
     size: usize,
     busy: Option<RawEvent>,
 }
-// SAFETY: the buffer is owned by whoever has the slot.
+// SAFETY: the buffer is owned by the holder of the slot.
 unsafe impl Send for Slot {}
 
 /// Idle and busy staging buffers of one device.

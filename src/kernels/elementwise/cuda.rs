@@ -29,7 +29,7 @@ fn unary_to(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2], out: &Array
     })
 }
 
-/// x ← p·x, in place, whoever else sees it; contiguous.
+/// x ← p·x, in place, also for other handles on the same memory; contiguous.
 pub(crate) fn scale_in_place(gpu: &Arc<Gpu>, x: &Array, p: f64) -> Result<()> {
     let s: [i64; 13] = strided("mul_scalar", &[x.numel()], [&[1]])?;
     let n = x.numel() as i64;

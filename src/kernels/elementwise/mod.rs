@@ -38,7 +38,7 @@ pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) 
     Ok(out)
 }
 
-/// `f` of every element, in the array's own buffer where nobody else holds it.
+/// `f` of every element, in the array's own buffer where no other handle shares it.
 pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Result<Array> {
     if !a.is_contiguous() || !a.is_unique() {
         return map::<T, T>(&a, f);
@@ -117,7 +117,7 @@ pub fn zip<A: Element, B: Element, D: Element>(
     Ok(out)
 }
 
-/// `f` of the pairs of two arrays of one shape, in the first one's buffer where nobody else holds it.
+/// `f` of the pairs of two arrays of one shape, in the first one's buffer where no other handle shares it.
 pub fn zip_owned<T: Element, B: Element>(
     op: &'static str,
     mut a: Array,

@@ -235,7 +235,7 @@ impl<T: kernel::Kernels> Store<'_, T> {
     /// complete (`finish`).
     ///
     /// # Safety
-    /// `pa` and `pb` hold kc·mr and kc·nr elements; nobody else writes this tile.
+    /// `pa` and `pb` hold kc·mr and kc·nr elements; no other thread writes this tile.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     unsafe fn tile(
@@ -252,7 +252,7 @@ impl<T: kernel::Kernels> Store<'_, T> {
         let (rows, cols) = (self.kern.mr.min(self.m - i0), nr.min(self.n - j0));
         let at = |i: usize| (i0 + i) * self.n + j0..(i0 + i) * self.n + j0 + cols;
         if rows == self.kern.mr && cols == nr {
-            // SAFETY: the whole tile lies in the result, and is nobody else's.
+            // SAFETY: the whole tile lies in the result, and no other thread writes it.
             unsafe { (self.kern.into)(kc, pa.as_ptr(), pb.as_ptr(), out.ptr().add(at(0).start), self.n, add) };
         } else {
             let mut tile = [T::ZERO; MAX_TILE];
