@@ -215,7 +215,7 @@ template <class A> DEV void clip_body(const double* sq, A* w, u64* stats, const 
             switch (s.kind) {
             case CLIP_ABADI: f = n <= s.threshold ? 1. : s.threshold / n; break;
             case CLIP_REPARAMETERISED: f = 1. / (n > s.threshold ? n : s.threshold); break;
-            case CLIP_AUTO_V: f = n == 0. ? 0. : s.threshold / n; break;
+            case CLIP_AUTO_V: f = n == 0. ? 0. : s.threshold / n; f = f < 1e30 ? f : 1e30; break;
             case CLIP_AUTO_S: f = s.threshold / (n + s.gamma); break;
             default: f = n <= s.threshold ? 1. : 0.;
             }

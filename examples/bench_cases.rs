@@ -11,6 +11,7 @@
 //! (256 on a GPU). `--profile` prints a table of ops after each case. `PRISMGRAD_DEVICE=cuda` runs all of it on a GPU, with
 //! `gpt/124M` besides.
 
+use clap::{Arg, ArgAction, Command, value_parser};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::{Ctx, Init, Linear, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
@@ -418,39 +419,43 @@ fn main() {
 }
 
 fn run() -> std::result::Result<(), String> {
-    let (mut wanted, mut min_seconds, mut isolate, mut exact, mut threads) = (Vec::new(), 3.0, false, false, 0usize);
-    let (mut ceilings, mut profiled) = (None, false);
+    let option = |name: &'static str, text: &'static str| Arg::new(name).long(name).help(text);
+    let flag = |name: &'static str, text: &'static str| option(name, text).action(ArgAction::SetTrue);
+    let seconds = option("min-seconds", "measures a case for at least this long").default_value("3");
+    let matches = Command::new("bench_cases")
+        .about("Times the speed cases whose names contain one of the words given, and prints a JSON line for each.")
+        .override_usage("cargo run --release --example bench_cases -- [options] [words]")
+        .disable_version_flag(true)
+        .arg(Arg::new("words").action(ArgAction::Append).help("parts of case names; every case if there are none"))
+        .arg(flag("list", "prints the names of the cases"))
+        .arg(flag("isolate", "runs each case in a process of its own, so that its memory is its own"))
+        .arg(flag("exact", "takes the words as whole names"))
+        .arg(flag("profile", "prints the table of ops as well"))
+        .arg(seconds.value_parser(value_parser!(f64)))
+        .arg(option("threads", "threads; all cores if 0").default_value("0").value_parser(value_parser!(usize)))
+        .arg(option("ceilings", "GFLOP/s,GB/s of this machine; measured if not given"))
+        .get_matches();
+    if matches.get_flag("list") {
+        NAMES.iter().for_each(|(n, _)| println!("{n}"));
+        return Ok(());
+    }
+    let (isolate, exact, profiled) =
+        (matches.get_flag("isolate"), matches.get_flag("exact"), matches.get_flag("profile"));
+    let min_seconds = matches.get_one::<f64>("min-seconds").copied().unwrap_or(3.0);
+    let threads = matches.get_one::<usize>("threads").copied().unwrap_or(0);
+    let wanted: Vec<String> = matches.get_many::<String>("words").unwrap_or_default().cloned().collect();
+    let ceilings = match matches.get_one::<String>("ceilings") {
+        None => None,
+        Some(text) => {
+            let two: Vec<f64> = text.split(',').filter_map(|x| x.parse().ok()).collect();
+            let [product, copy] = two[..] else {
+                return Err(format!("--ceilings {text}: two numbers, GFLOP/s,GB/s"));
+            };
+            Some((product, copy))
+        }
+    };
     let there = Device::from_env().map_err(|e| e.to_string())?;
     DEVICE.get_or_init(|| there);
-    let mut args = std::env::args().skip(1);
-    while let Some(a) = args.next() {
-        let mut value = |name: &str| args.next().ok_or(format!("{name} needs a value"));
-        match a.as_str() {
-            "--isolate" => isolate = true,
-            "--exact" => exact = true,
-            "--ceilings" => {
-                let text = value(&a)?;
-                let two: Vec<f64> = text.split(',').filter_map(|x| x.parse().ok()).collect();
-                let [product, copy] = two[..] else {
-                    return Err(format!("--ceilings {text}: two numbers, GFLOP/s,GB/s"));
-                };
-                ceilings = Some((product, copy));
-            }
-            "--profile" => profiled = true,
-            "--list" => {
-                NAMES.iter().for_each(|(n, _)| println!("{n}"));
-                return Ok(());
-            }
-            "--threads" => threads = value(&a)?.parse().map_err(|e| format!("--threads: {e}"))?,
-            "--min-seconds" => min_seconds = value(&a)?.parse().map_err(|e| format!("--min-seconds: {e}"))?,
-            o if o.starts_with("--") => {
-                return Err(format!(
-                    "unknown option {o}; known are --threads --min-seconds --isolate --profile --list"
-                ));
-            }
-            _ => wanted.push(a),
-        }
-    }
     let cases: Vec<_> = NAMES
         .iter()
         .filter(|(n, _)| {

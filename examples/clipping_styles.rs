@@ -14,16 +14,13 @@ mod study;
 use prismgrad::Result;
 use prismgrad::privacy::ClipStyle;
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::train::run::{Existing, RunFolder};
 use serde_json::json;
 use study::{Data, Mix, Run, best, interval};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "4", "runs per setting; intervals are 95 % of their mean"),
-    ("steps", "300", "training steps"),
-    ("epsilon", "3", "privacy budget ε at δ = 1e-4"),
-    ("out", "runs/clipping_styles", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
+    ("seeds", "4", "2", "runs per setting; intervals are 95 % of their mean"),
+    ("steps", "300", "10", "training steps"),
+    ("epsilon", "3", "3", "privacy budget ε at δ = 1e-4"),
 ];
 
 fn run() -> Result<()> {
@@ -32,9 +29,8 @@ fn run() -> Result<()> {
     let steps = args.get("steps", "a whole number from 10 to 10000", |n: &u64| (10..=10_000).contains(n));
     let epsilon = args.get("epsilon", "a positive number, such as 3", |e: &f64| e.is_finite() && *e > 0.0);
     let data = Data::load()?;
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
     let config = json!({"seeds": seeds, "steps": steps, "epsilon": epsilon});
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    let mut folder = args.folder(&config)?;
     let sigma = data.sigma(epsilon, steps)?;
     println!("{} private and {} test digits, noise multiplier {sigma:.4}", data.private.len(), data.test.len());
     let models: [(&str, Vec<usize>); 4] = [

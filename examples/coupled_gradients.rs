@@ -17,15 +17,12 @@ use prismgrad::privacy::continual::{Probes, curvature};
 use prismgrad::privacy::coupling::Mixture;
 use prismgrad::privacy::{ClipFn, ClipStyle, Weight};
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::train::run::{Existing, RunFolder};
 use serde_json::json;
 use study::{BATCH, Data, Mix, Mlp, PUBLIC_BATCH, Run, best, interval};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "5", "runs per setting; the plot shows 95 % intervals of their mean"),
-    ("steps", "300", "training steps"),
-    ("out", "runs/coupled_gradients", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
+    ("seeds", "5", "2", "runs per setting; the plot shows 95 % intervals of their mean"),
+    ("steps", "300", "10", "training steps"),
 ];
 const SHARES: [f64; 6] = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0];
 const EPSILONS: [f64; 3] = [1.0, 3.0, 8.0];
@@ -35,8 +32,7 @@ fn run() -> Result<()> {
     let seeds = args.get("seeds", "a whole number from 2 to 10", |n: &u64| (2..=10).contains(n));
     let steps = args.get("steps", "a whole number from 10 to 10000", |n: &u64| (10..=10_000).contains(n));
     let data = Data::load()?;
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
-    let mut folder = RunFolder::create(args.text("out"), &json!({"seeds": seeds, "steps": steps}), existing, &[])?;
+    let mut folder = args.folder(&json!({"seeds": seeds, "steps": steps}))?;
     println!("{} public, {} private and {} test digits", data.public.len(), data.private.len(), data.test.len());
     let mut chart = LineChart::new("Public and private gradients in one step").x_label("public share of the gradient");
     let mut results = Vec::new();

@@ -11,6 +11,7 @@ mod args;
 use prismgrad::check::{Case, Gen, gradients, independence, per_sample};
 use prismgrad::ops::{Differentiable, FactorRule, OpInfo};
 use prismgrad::{Array, Error, Factor, Flow, Param, Result, Rule, Samples, Tensor, with_float};
+use serde_json::json;
 
 /// The op's name for messages, what it delivers for its parameters, and random cases to check it on.
 static EXP_SCALE: OpInfo = OpInfo {
@@ -76,10 +77,14 @@ fn exp_scale(x: &Tensor, w: &Param) -> Result<Tensor> {
     Ok(Tensor::record(y.clone(), &[x], &[w], || Back { y, w: w.clone(), value }))
 }
 
+const OPTIONS: &[args::Opt] = &[("cases", "20", "5", "random cases to check the op on")];
+
 fn run() -> Result<()> {
-    args::Args::parse("custom_op", "Checks an op that is defined in this example.", &[]);
+    let args = args::Args::parse("custom_op", "Checks an op that is defined in this example.", OPTIONS);
+    let cases = args.get("cases", "a whole number from 1 to 1000", |n: &u64| (1..=1000).contains(n));
+    let mut folder = args.folder(&json!({"cases": cases}))?;
     let [mut derivative, mut sample, mut coupling] = [0.0f64; 3];
-    for seed in 0..20 {
+    for seed in 0..cases {
         let case = EXP_SCALE.cases[0](&mut Gen::new(seed))?;
         derivative = derivative.max(gradients(&case, seed, 3, 1e-7)?.worst);
         sample = sample.max(per_sample(&|| case.losses(seed), &case.params, seed, 1e-10)?.worst());
@@ -89,6 +94,7 @@ fn run() -> Result<()> {
     println!("backward against central differences:        worst error {derivative:.1e}");
     println!("factored against one-by-one gradients:       worst error {sample:.1e}");
     println!("a loss moved by another sample's change:     at most     {coupling:.1e}");
+    folder.finish(&json!({"derivative": derivative, "per_sample": sample, "coupling": coupling}))?;
     if coupling > 1e-12 { Err(Error::invalid("exp_scale", "it mixes samples")) } else { Ok(()) }
 }
 

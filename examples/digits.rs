@@ -20,20 +20,22 @@ use prismgrad::privacy::ClipStyle;
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
 use serde_json::json;
 use std::time::Instant;
 
 const OPTIONS: &[args::Opt] = &[
-    ("model", "mlp", "mlp (64-32-10, tanh) or convnet (two convolutions and a linear layer)"),
-    ("private", "", "train with differential privacy"),
-    ("epsilon", "3", "privacy budget ε at δ = 1e-4, with --private"),
-    ("style", "layer-wise", "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K"),
-    ("epochs", "30", "passes over the training images"),
-    ("seed", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
-    ("out", "runs/digits", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
+    ("model", "mlp", "mlp", "mlp (64-32-10, tanh) or convnet (two convolutions and a linear layer)"),
+    ("private", "", "", "train with differential privacy"),
+    ("epsilon", "3", "3", "privacy budget ε at δ = 1e-4, with --private"),
+    (
+        "style",
+        "layer-wise",
+        "layer-wise",
+        "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K",
+    ),
+    ("epochs", "30", "2", "passes over the training images"),
+    ("seed", "0", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
 ];
 const DELTA: f64 = 1e-4;
 const BATCH: usize = 64;
@@ -67,14 +69,14 @@ fn convnet(params: &Params) -> Result<Model> {
 /// Plain or private training, as asked for.
 enum Step {
     Plain(PlainStep),
-    Private(PrivateStep),
+    Private(Box<PrivateStep>),
 }
 
 impl Step {
     fn as_step(&self) -> &dyn TrainStep {
         match self {
             Step::Plain(step) => step,
-            Step::Private(step) => step,
+            Step::Private(step) => &**step,
         }
     }
 }
@@ -129,7 +131,7 @@ fn run() -> Result<()> {
         };
         let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
         let privacy = Privacy::new(config.style(style.clone()), key)?;
-        Step::Private(PrivateStep::new(&params.all(), privacy, sgd, schedule)?)
+        Step::Private(Box::new(PrivateStep::new(&params.all(), privacy, sgd, schedule)?))
     } else {
         Step::Plain(PlainStep::new(&params.all(), AdamW::default(), schedule)?)
     };
@@ -137,8 +139,7 @@ fn run() -> Result<()> {
         "model": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": args.has("seed").then_some(seed),
         "privacy": step.as_step().accounting().map(|p| p.config()),
     });
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    let mut folder = args.folder(&config)?;
     println!("{name}: {} parameters, {} training and {} test images", params.count(), train.len(), test.len());
     if let Some(p) = step.as_step().accounting() {
         println!(

@@ -17,17 +17,14 @@ use prismgrad::privacy::continual::{Probes, Switch, curvature};
 use prismgrad::privacy::{ClipFn, ClipStyle, Public};
 use prismgrad::step::{PlainStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Result, no_grad};
 use serde_json::json;
 use study::{BATCH, Data, Mix, Mlp, Run, best, interval};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "8", "runs per setting; intervals are 95 % of their mean"),
-    ("steps", "300", "training steps"),
-    ("part", "0.2", "part of the steps that see public data alone"),
-    ("out", "runs/dp_continual_pretraining", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
+    ("seeds", "8", "2", "runs per setting; intervals are 95 % of their mean"),
+    ("steps", "300", "10", "training steps"),
+    ("part", "0.2", "0.2", "part of the steps that see public data alone"),
 ];
 const EPSILONS: [f64; 3] = [1.0, 3.0, 8.0];
 
@@ -37,9 +34,8 @@ fn run() -> Result<()> {
     let steps = args.get("steps", "a whole number from 10 to 10000", |n: &u64| (10..=10_000).contains(n));
     let part = args.get("part", "a number between 0 and 1", |p: &f64| *p > 0.0 && *p < 1.0);
     let data = Data::load()?;
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
     let config = json!({"seeds": seeds, "steps": steps, "part": part});
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    let mut folder = args.folder(&config)?;
     println!("{} public, {} private and {} test digits", data.public.len(), data.private.len(), data.test.len());
 
     let make = |mix: Mix, sigma: Option<f64>| Run {

@@ -18,16 +18,11 @@ use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::step::{PlainStep, TrainStep};
 use prismgrad::train::plot::ImageGrid;
-use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
 use serde_json::json;
 use std::time::Instant;
 
-const OPTIONS: &[args::Opt] = &[
-    ("epochs", "8", "passes over the training images"),
-    ("out", "runs/influence", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
-];
+const OPTIONS: &[args::Opt] = &[("epochs", "8", "2", "passes over the training images")];
 /// Training images shown on each side.
 const SHOWN: usize = 5;
 /// Test images shown.
@@ -57,8 +52,7 @@ fn run() -> Result<()> {
     let params = Params::new(0, DType::F32);
     let linear = |name, from, to| Linear::new(&params.at(name), from, to, true, Layout::OutIn, Init::KaimingUniform);
     let model = Mlp { hidden: linear("hidden", 64, 32)?, out: linear("out", 32, 10)? };
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
-    let mut folder = RunFolder::create(args.text("out"), &json!({"epochs": epochs}), existing, &[])?;
+    let mut folder = args.folder(&json!({"epochs": epochs}))?;
 
     let mut step = PlainStep::new(&params.all(), AdamW::default(), Schedule::constant(4e-3))?;
     for epoch in 0..epochs {

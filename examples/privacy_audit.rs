@@ -19,18 +19,15 @@ use prismgrad::privacy::{ClipFn, ClipStyle, audit};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::train::run::{Existing, RunFolder};
 use prismgrad::{Array, DType, Param, Result, Tensor};
 use serde_json::json;
 use study::{Data, Mlp};
 
 const OPTIONS: &[args::Opt] = &[
-    ("canaries", "1000", "canaries, each in or out by a fair coin"),
-    ("epsilon", "3", "privacy budget ε at δ = 1e-6"),
-    ("steps", "60", "training steps"),
-    ("seed", "0", "seed of coins, sampling and noise"),
-    ("out", "runs/privacy_audit", "run folder"),
-    ("overwrite", "", "replace a run that is in the folder already"),
+    ("canaries", "1000", "200", "canaries, each in or out by a fair coin"),
+    ("epsilon", "3", "3", "privacy budget ε at δ = 1e-6"),
+    ("steps", "60", "10", "training steps"),
+    ("seed", "0", "0", "seed of coins, sampling and noise"),
 ];
 const DELTA: f64 = 1e-6;
 const CONFIDENCE: f64 = 0.95;
@@ -72,9 +69,8 @@ fn run() -> Result<()> {
     let steps = args.get("steps", "a whole number from 1 to 1000", |n: &u64| (1..=1000).contains(n));
     let seed: u64 = args.get("seed", "a whole number, 0 or more", |_| true);
     let data = Data::load()?;
-    let existing = if args.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
     let config = json!({"canaries": m, "epsilon": epsilon, "steps": steps, "seed": seed});
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    let mut folder = args.folder(&config)?;
 
     let key = NoiseKey::from_seed_for_tests(seed);
     let coins = audit::coins(&NoiseKey::from_seed_for_tests(seed ^ 0xc01), m);

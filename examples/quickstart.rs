@@ -19,6 +19,7 @@ use prismgrad::data::{Bpe, CrateSources, Folder, Tokenizer, Windows, shuffled};
 use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::optim::{AdamW, Schedule};
+use prismgrad::privacy::Accountant;
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
@@ -28,22 +29,20 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 const OPTIONS: &[Opt] = &[
-    ("private-text", "DIR", "folder of private text files; this repository's own by default"),
-    ("epsilon", "8", "privacy budget"),
-    ("delta", "auto", "below 1/records; a tenth of that by default"),
-    ("style", "layer-wise", "clipping: all-layer, layer-wise or parameter-wise"),
-    ("minutes", "2.2", "roughly how long: scales the number of steps"),
-    ("layers", "2", "transformer blocks"),
-    ("width", "128", "model width, a multiple of 32"),
-    ("seq", "64", "tokens of a record"),
-    ("vocab", "1024", "tokens of the vocabulary, 300 or more"),
-    ("batch", "128", "expected private batch, in records"),
-    ("lr", "0.002", "peak learning rate"),
-    ("seed", "0", "of initial values and public batches (the noise key is secret and fresh)"),
-    ("profile", "", "print where the time of a few steps goes, and write traces to the run folder"),
-    ("out", "runs/quickstart", "run folder"),
-    ("resume", "", "go on from the last checkpoint in --out"),
-    ("overwrite", "", "replace the run in --out"),
+    ("private-text", "DIR", "DIR", "folder of private text files; this repository's own by default"),
+    ("epsilon", "8", "8", "privacy budget"),
+    ("delta", "auto", "auto", "below 1/records; a tenth of that by default"),
+    ("style", "layer-wise", "layer-wise", "clipping: all-layer, layer-wise or parameter-wise"),
+    ("minutes", "2.2", "0.3", "roughly how long: scales the number of steps"),
+    ("layers", "2", "2", "transformer blocks"),
+    ("width", "128", "128", "model width, a multiple of 32"),
+    ("seq", "64", "64", "tokens of a record"),
+    ("vocab", "1024", "1024", "tokens of the vocabulary, 300 or more"),
+    ("batch", "128", "128", "expected private batch, in records"),
+    ("lr", "0.002", "0.002", "peak learning rate"),
+    ("seed", "0", "0", "of initial values and public batches (the noise key is secret and fresh)"),
+    ("profile", "", "", "print where the time of a few steps goes, and write traces to the run folder"),
+    ("resume", "", "", "go on from the last checkpoint in --out"),
 ];
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -138,6 +137,9 @@ fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     interrupt::install()?;
+    if !folder.resumed() {
+        set_aside(folder.path())?;
+    }
     let key = secret_key(folder.path())?;
     let checkpoints = folder.checkpoints()?.keep_last(4);
     let latest = checkpoints.latest()?;
@@ -148,7 +150,11 @@ fn run(args: &Args) -> Result<()> {
         None => 0,
     };
     folder.rewind(from.as_ref().map_or(0, |c| c.step()))?;
-    let mut epsilon = 0.0;
+    let (mut epsilon, mut both) = (0.0, Accountant::under(privacy_config(&config)?.neighbouring));
+    if start == 2 {
+        let earlier = Privacy::new(privacy_config(&config)?, key[0].clone())?;
+        both.record(earlier.noise_multiplier(), earlier.rate(), config.private_steps)?;
+    }
     for (phase, name) in PHASES.iter().enumerate().skip(start) {
         let model = Gpt::new(model_config(&config), config.seed)?;
         model.params().to(&device)?;
@@ -175,6 +181,8 @@ fn run(args: &Args) -> Result<()> {
             resume(from.take(), &model, &mut step, name)?;
             let p = step.privacy();
             epsilon = p.epsilon(config.private_steps)?;
+            // Both private models are trained on the same records: what they reveal together is their composition.
+            both.record(p.noise_multiplier(), p.rate(), config.private_steps)?;
             println!(
                 "{name}: noise multiplier {:.4}, sensitivity {:.3}, rate {:.4}, {} steps give ε = {epsilon:.3} at δ = {:.1e}",
                 p.noise_multiplier(),
@@ -194,7 +202,8 @@ fn run(args: &Args) -> Result<()> {
         }
         model.save(folder.path().join(format!("model-{phase}")))?;
     }
-    finish(&config, &data, &mut folder, epsilon)
+    let both = both.epsilon(config.delta)?;
+    finish(&config, &data, &mut folder, (epsilon, both))
 }
 
 fn load(config: &Config, private_text: &str) -> Result<Data> {
@@ -247,14 +256,41 @@ fn secret_key(folder: &Path) -> Result<[NoiseKey; 2]> {
     }
     let keys = [NoiseKey::from_os()?, NoiseKey::from_os()?];
     let bytes = [keys[0].to_bytes(), keys[1].to_bytes()].concat();
-    prismgrad::io::write_atomic(&path, &bytes)?;
+    // Readable by its owner alone from the first moment on.
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
     #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))
-            .map_err(|e| Error::io("protect the noise key", &path, e))?;
-    }
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let written = options.open(&path).and_then(|mut file| {
+        std::io::Write::write_all(&mut file, &bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|e| Error::io("write the noise key", &path, e))?;
     Ok(keys)
+}
+
+/// A new run in an old folder has keys and logs of its own. The old run's logs of private steps are kept under another name, because
+/// what they record has been released; its key is removed.
+fn set_aside(folder: &Path) -> Result<()> {
+    let key = folder.join("noise.key");
+    match std::fs::remove_file(&key) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &key, e)),
+        _ => {}
+    }
+    for phase in 1..PHASES.len() {
+        let log = folder.join(format!("privacy-{phase}.jsonl"));
+        if !log.exists() {
+            continue;
+        }
+        let free = (1..).map(|n| folder.join(format!("privacy-{phase}.earlier-{n}.jsonl"))).find(|p| !p.exists());
+        let kept = free.unwrap_or_else(|| log.with_extension("earlier"));
+        std::fs::rename(&log, &kept).map_err(|e| Error::io("set aside", &log, e))?;
+        println!(
+            "an earlier run's log of private steps is kept as {}: what it released counts towards the records' total ε",
+            kept.display()
+        );
+    }
+    Ok(())
 }
 
 fn copy(from: &Gpt, to: &Gpt) -> Result<()> {
@@ -379,7 +415,8 @@ impl Run<'_> {
     }
 }
 
-fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Result<()> {
+/// `epsilon`: of each private model, and of both together.
+fn finish(c: &Config, data: &Data, folder: &mut RunFolder, (epsilon, both): (f64, f64)) -> Result<()> {
     let metrics = folder.metrics()?;
     let curve = |phase: usize| -> Vec<(f64, f64)> {
         let of = |m: &serde_json::Value| Some((m["phase_step"].as_f64()?, m["held_out_loss"].as_f64()?));
@@ -407,6 +444,7 @@ fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Resu
     }
     folder.finish(&serde_json::json!({
         "epsilon": epsilon,
+        "epsilon_of_both_models": both,
         "delta": c.delta,
         "held_out_loss": { "public": last(0), "private_continued": last(1), "private_from_scratch": last(2) },
         "samples": samples,
@@ -414,6 +452,7 @@ fn finish(c: &Config, data: &Data, folder: &mut RunFolder, epsilon: f64) -> Resu
     let _ = std::fs::remove_file(folder.path().join("noise.key"));
     println!("\nheld-out loss in nats per token, private models at ε = {epsilon:.3}, δ = {:.1e}:", c.delta);
     (0..3).for_each(|p| println!("  {:<24} {:.3}", PHASES[p], last(p)));
+    println!("both private models saw the same records: publishing both costs ε = {both:.3}");
     println!("run folder {}; plot {} and {}", folder.path().display(), svg.display(), png.display());
     Ok(())
 }

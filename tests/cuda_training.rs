@@ -37,7 +37,7 @@ fn gpu() -> Device {
 /// A plain step, or a private one with every record in every batch.
 enum Step {
     Plain(PlainStep),
-    Private(PrivateStep),
+    Private(Box<PrivateStep>),
 }
 
 /// What a step reports: its number, samples, learning rate, loss, clipped share, samples that were not finite, ε.
@@ -50,7 +50,7 @@ impl Step {
             None => Step::Plain(PlainStep::new(params, optimizer, schedule).unwrap()),
             Some(style) => {
                 let p = keyed(whole(records).style(style.clone()), 9);
-                Step::Private(PrivateStep::new(params, p, optimizer, schedule).unwrap())
+                Step::Private(Box::new(PrivateStep::new(params, p, optimizer, schedule).unwrap()))
             }
         }
     }
@@ -76,7 +76,7 @@ impl Step {
     fn any(&mut self) -> &mut dyn TrainStep {
         match self {
             Step::Plain(step) => step,
-            Step::Private(step) => step,
+            Step::Private(step) => &mut **step,
         }
     }
 }

@@ -200,3 +200,22 @@ fn ranks_share_one_poisson_batch() {
     assert!(want.len() > 50);
     (2..5).for_each(|n| assert_eq!(batches(n), want));
 }
+
+/// Ranks with keys of their own, or with another noise multiplier, are told apart before they take a step together.
+#[test]
+fn ranks_with_other_keys_or_settings_are_refused() {
+    for (other_key, other_sigma) in [(true, false), (false, true)] {
+        let results = Local::run(3, |rank| {
+            let odd = rank.rank() == 1;
+            let w = Param::new("w", Array::zeros(&[1], DType::F32));
+            let c = config(30, 6.0).noise_multiplier(if odd && other_sigma { 2.0 } else { 1.0 });
+            let p = Privacy::new(c, NoiseKey::from_seed_for_tests(if odd && other_key { 6 } else { 5 }))?;
+            let step = PrivateStep::new(&[w], p, Sgd::default(), Schedule::constant(1.0))?;
+            step.with_ranks(Box::new(rank)).map(drop)
+        });
+        for (rank, result) in results.into_iter().enumerate() {
+            let e = result.unwrap_err().to_string();
+            assert!(e.contains(if rank == 1 { "rank 0 has another" } else { "rank 1 has another" }), "{rank}: {e}");
+        }
+    }
+}

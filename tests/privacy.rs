@@ -321,6 +321,21 @@ fn the_log_of_steps_outlives_a_kill() {
         assert_eq!(go(&mut again, &w), spent[4], "the same steps again");
     }
     assert!(go(&mut again, &w) >= spent[4] && again.privacy().steps() == 6);
+    // A second run on the same log while this one is open would hide steps.
+    let e = make(1, 1.0).err().unwrap().to_string();
+    assert!(e.contains("in use by another run"), "{e}");
+    drop(again);
+    // Under the same key, neither another noise multiplier nor another threshold is a repetition.
+    let same = start(&saved[2]);
+    for (sigma, norm) in [(3.0, 1.0), (1.0, 0.25)] {
+        let c = config(40).noise_multiplier(sigma).max_grad_norm(norm);
+        let p = Privacy::new(c, NoiseKey::from_seed_for_tests(1)).unwrap().log_to(&path).unwrap();
+        let mut other =
+            PrivateStep::new(std::slice::from_ref(&same), p, Sgd::default(), Schedule::constant(0.1)).unwrap();
+        other.restore(2, &[]).unwrap();
+        let e = try_go(&mut other, &same).err().unwrap().to_string();
+        assert!(e.contains("the same noise"), "σ {sigma}, R {norm}: {e}");
+    }
     // The same noise over other parameters would cancel in the difference.
     let far = start(&[7.0; 3]);
     let mut elsewhere = make_from(&far, 1, 1.0).unwrap();
@@ -328,7 +343,6 @@ fn the_log_of_steps_outlives_a_kill() {
     let e = try_go(&mut elsewhere, &far).err().unwrap().to_string();
     assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
     drop(elsewhere);
-    drop(again);
     // Cut off in the middle of a line: that step was never taken.
     let text = std::fs::read_to_string(&path).unwrap();
     assert_eq!(text.lines().count(), 6);
@@ -412,4 +426,56 @@ fn a_record_has_one_loss_and_a_failed_step_leaves_nothing() {
     });
     assert!(e.is_err() && step.last_gradient().to_f64() == [0.0; 3]);
     assert_eq!((step.steps(), w.value().to_f64()), (0, vec![0.0; 3]));
+}
+
+/// Without a log as well: a step that is taken again in this process is counted once if it is the same, and refused if it is not;
+/// going back to a checkpoint never lowers the count.
+#[test]
+fn going_back_spends_nothing_less() {
+    let w = Param::new("w", Array::zeros(&[3], DType::F64));
+    let mut step = private(std::slice::from_ref(&w), config(40), Sgd::default());
+    let go = |step: &mut PrivateStep| step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(0.0)?.sum(&[1], false));
+    let mut states = Vec::new();
+    for _ in 0..5 {
+        states.push(w.value());
+        go(&mut step).unwrap();
+    }
+    let spent = step.privacy().spent().unwrap();
+    step.restore(2, &[]).unwrap();
+    assert_eq!((step.steps(), step.privacy().steps(), step.privacy().spent().unwrap()), (2, 5, spent));
+    let e = go(&mut step).err().unwrap().to_string();
+    assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
+    w.set(states[2].clone()).unwrap();
+    let report = go(&mut step).unwrap();
+    assert_eq!((report.epsilon, step.privacy().steps()), (spent, 5), "the same step again");
+    assert!(report.test_key && report.to_string().contains("NOT private"), "{report}");
+    // A checkpoint that knows of more steps than this process has taken raises the count, and only once.
+    (0..2).for_each(|_| step.restore(8, &[]).unwrap());
+    assert_eq!(step.privacy().steps(), 8);
+    step.restore(3, &[]).unwrap();
+    assert_eq!(step.privacy().steps(), 8);
+}
+
+/// Noise that f32 cannot hold would be no noise.
+#[test]
+fn noise_outside_the_range_of_f32_is_refused() {
+    let w = Param::new("w", Array::zeros(&[3], DType::F64));
+    for norm in [1e-46, 1e-31, 1e31] {
+        let privacy = Privacy::new(config(40).max_grad_norm(norm), key()).unwrap();
+        let e = PrivateStep::new(std::slice::from_ref(&w), privacy, Sgd::default(), Schedule::constant(0.1));
+        assert!(e.err().unwrap().to_string().contains("range of f32"), "{norm}");
+    }
+}
+
+/// AUTO-V divides by the norm; of a tiny gradient it makes a short one, not an infinite one.
+#[test]
+fn tiny_gradients_stay_finite_under_auto_v() {
+    for scale in [1e-45f32, 1e-42, 1e-38, 1e-20] {
+        let w = Param::new("w", Array::zeros(&[1, 3], DType::F32));
+        let x = Tensor::from_slice(&[scale; 3], &[1, 3]).unwrap();
+        let losses = linear(&x, &w, Layout::OutIn, None, Activation::None, None).unwrap().sum(&[1], false).unwrap();
+        let params = std::slice::from_ref(&w);
+        let sum = clipped_gradient(&losses, params, &ClipStyle::AllLayer, ClipFn::AutoV, 1.0).unwrap();
+        assert!(norm(&flat(&sum)) <= 1.0 + 1e-6, "{scale:e}: {sum:?}");
+    }
 }

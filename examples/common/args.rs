@@ -1,65 +1,66 @@
-//! The command line of the examples: `--name value` and `--flag`, checked against a list.
+//! The command line of the examples, which is the same everywhere: `--quick`, `--out`, `--overwrite`, `--help`, and the options of
+//! the example.
 #![allow(dead_code)]
 
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use prismgrad::Result;
+use prismgrad::train::{Existing, RunFolder};
 use std::fmt::Display;
 use std::process::exit;
 use std::str::FromStr;
 
-/// An option: its name, what it stands at (empty if it is a flag), and what it does.
-pub type Opt = (&'static str, &'static str, &'static str);
+/// An option: its name, its default (empty for a flag), its value under `--quick`, and what it does.
+pub type Opt = (&'static str, &'static str, &'static str, &'static str);
 
-/// The options given, and the list that they were checked against.
+/// The options given.
 pub struct Args {
     options: &'static [Opt],
-    given: Vec<(&'static str, String)>,
+    matches: ArgMatches,
 }
 
 impl Args {
-    /// Reads the command line. `--help` prints the options; a wrong one ends the program with code 2.
-    pub fn parse(example: &str, about: &str, options: &'static [Opt]) -> Args {
-        let mut args = Args { options, given: Vec::new() };
-        let mut words = std::env::args_os().skip(1).map(|w| w.to_string_lossy().into_owned());
-        while let Some(word) = words.next() {
-            if word == "--help" || word == "-h" {
-                println!("{about}\n\nUsage: cargo run --release --example {example} -- [options]\n");
-                for (name, default, text) in options {
-                    let left = if default.is_empty() { format!("--{name}") } else { format!("--{name} <{default}>") };
-                    println!("  {left:<28} {text}");
-                }
-                exit(0);
-            }
-            let Some(&(name, default, _)) = options.iter().find(|o| word.strip_prefix("--") == Some(o.0)) else {
-                let known: String = options.iter().map(|o| format!("--{}, ", o.0)).collect();
-                fail(format!("there is no option '{word}'; choose from {known}--help"));
-            };
-            if args.has(name) {
-                fail(format!("--{name} is there twice; give it once"));
-            }
-            let value = match default {
-                "" => String::new(),
-                _ => words
-                    .next()
-                    .filter(|w| !w.starts_with("--"))
-                    .unwrap_or_else(|| fail(format!("--{name} needs a value, such as --{name} {default}"))),
-            };
-            args.given.push((name, value));
+    /// Reads the command line. `--help` prints the options; a wrong one ends the program with code 2 and a sentence.
+    pub fn parse(example: &'static str, about: &'static str, options: &'static [Opt]) -> Args {
+        let mut command = Command::new(example)
+            .about(about)
+            .override_usage(format!("cargo run --release --example {example} -- [options]"))
+            .disable_version_flag(true)
+            .arg(
+                Arg::new("out")
+                    .long("out")
+                    .value_name("DIR")
+                    .default_value(format!("runs/{example}"))
+                    .help("run folder"),
+            )
+            .arg(flag("overwrite", "replace a run that is in the folder already"))
+            .arg(flag("quick", "a short run, to see that it works; its figures mean little"));
+        for &(name, default, quick, text) in options {
+            command = command.arg(match default {
+                "" => flag(name, text),
+                _ if quick == default => Arg::new(name).long(name).default_value(default).help(text),
+                _ => Arg::new(name).long(name).default_value(default).help(format!("{text} [quick: {quick}]")),
+            });
         }
-        args
+        Args { options, matches: command.get_matches() }
     }
     /// Whether the option was given.
     pub fn has(&self, name: &str) -> bool {
-        self.given.iter().any(|g| g.0 == name)
+        self.matches.value_source(name) == Some(ValueSource::CommandLine)
     }
-    /// The value of an option as text: the one given, else what it stands at.
+    /// The value of an option as text: the one given, else its default, which depends on `--quick`.
     pub fn text(&self, name: &str) -> &str {
-        let default = self.options.iter().find(|o| o.0 == name).map_or("", |o| o.1);
-        self.given.iter().find(|g| g.0 == name).map_or(default, |g| &g.1)
+        let quick = self.options.iter().find(|o| o.0 == name && self.has("quick") && !self.has(name));
+        match quick {
+            Some(option) => option.2,
+            None => self.matches.get_one::<String>(name).map_or("", String::as_str),
+        }
     }
-    /// The value of an option, read and checked; `wanted` says what is accepted.
-    pub fn get<T: FromStr>(&self, name: &str, wanted: &str, accept: impl Fn(&T) -> bool) -> T {
+    /// The value of an option, read and checked; `accepted` says what is accepted.
+    pub fn get<T: FromStr>(&self, name: &str, accepted: &str, accept: impl Fn(&T) -> bool) -> T {
         match self.text(name).parse() {
             Ok(value) if accept(&value) => value,
-            _ => fail(format!("--{name} cannot be '{}'; give {wanted}", self.text(name))),
+            _ => fail(format!("--{name} cannot be '{}'; give {accepted}", self.text(name))),
         }
     }
     /// One of a few words, and what it stands for.
@@ -70,10 +71,19 @@ impl Args {
             None => fail(format!("--{name} cannot be '{}'; choose from {}", self.text(name), known.join(", "))),
         }
     }
+    /// The run folder of `--out`, with this configuration; one with a run in it is refused unless `--overwrite` is given.
+    pub fn folder(&self, config: &impl serde::Serialize) -> Result<RunFolder> {
+        let existing = if self.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
+        RunFolder::create(self.text("out"), config, existing, &[])
+    }
+}
+
+fn flag(name: &'static str, text: &'static str) -> Arg {
+    Arg::new(name).long(name).action(ArgAction::SetTrue).help(text)
 }
 
 /// Ends the program: with code 0, or a message and code 1 if the work failed.
-pub fn finish(result: prismgrad::Result<()>) {
+pub fn finish(result: Result<()>) {
     if let Err(e) = result {
         eprintln!("error: {e}");
         exit(1)

@@ -40,7 +40,8 @@ impl ClipFn {
             ClipFn::Abadi => threshold / n,
             ClipFn::Reparameterised => 1.0 / n.max(threshold),
             ClipFn::AutoV if n == 0.0 => 0.0,
-            ClipFn::AutoV => threshold / n,
+            // A factor that f32 can hold: a tiny gradient stays shorter than R instead of becoming infinite.
+            ClipFn::AutoV => (threshold / n).min(1e30),
             ClipFn::AutoS { gamma } => threshold / (n + gamma),
             ClipFn::Global => (n <= threshold) as u8 as f64,
         }

@@ -13,7 +13,11 @@ use std::fmt;
 
 /// The secret of a private run: anyone who knows it can subtract the noise. Never logged, never printed.
 #[derive(Clone, PartialEq, Eq)]
-pub struct NoiseKey([u8; 32]);
+pub struct NoiseKey {
+    bytes: [u8; 32],
+    /// Anybody can compute it.
+    test: bool,
+}
 
 impl NoiseKey {
     /// A fresh key from the operating system.
@@ -23,7 +27,7 @@ impl NoiseKey {
         std::fs::File::open(path)
             .and_then(|mut f| std::io::Read::read_exact(&mut f, &mut key))
             .map_err(|e| Error::io("draw a noise key from", path, e))?;
-        Ok(NoiseKey(key))
+        Ok(NoiseKey::from_bytes(key))
     }
     /// A key anyone can compute: repeatable runs and tests, no privacy.
     pub fn from_seed_for_tests(seed: u64) -> NoiseKey {
@@ -31,19 +35,23 @@ impl NoiseKey {
         for (i, chunk) in key.chunks_exact_mut(8).enumerate() {
             chunk.copy_from_slice(&super::philox::bits(seed, 0x006b_6579, i as u64).to_le_bytes());
         }
-        NoiseKey(key)
+        NoiseKey { bytes: key, test: true }
+    }
+    /// Whether it was made by [`NoiseKey::from_seed_for_tests`]: a run with it is not private.
+    pub fn is_for_tests(&self) -> bool {
+        self.test
     }
     /// From 32 bytes kept elsewhere.
     pub fn from_bytes(bytes: [u8; 32]) -> NoiseKey {
-        NoiseKey(bytes)
+        NoiseKey { bytes, test: false }
     }
     /// The bytes, to be kept as secret as the data.
     pub fn to_bytes(&self) -> [u8; 32] {
-        self.0
+        self.bytes
     }
     pub(crate) fn words(&self) -> [u32; 8] {
         std::array::from_fn(|i| {
-            u32::from_le_bytes([self.0[4 * i], self.0[4 * i + 1], self.0[4 * i + 2], self.0[4 * i + 3]])
+            u32::from_le_bytes([self.bytes[4 * i], self.bytes[4 * i + 1], self.bytes[4 * i + 2], self.bytes[4 * i + 3]])
         })
     }
     /// Uniforms in [0, 1) of (step, 0..n), in a stream apart from the noise: Poisson sampling.
@@ -223,7 +231,7 @@ mod tests {
     #[test]
     fn rfc_8439_block() {
         // Section 2.3.2: key 00..1f, counter 1, nonce 000000090000004a00000000.
-        let key = NoiseKey(std::array::from_fn(|i| i as u8)).words();
+        let key = NoiseKey::from_bytes(std::array::from_fn(|i| i as u8)).words();
         let mut out = [[0u32; 1]; 16];
         blocks::<1>(&key, [1], 0x0900_0000, 0x4a00_0000, &mut out);
         let got = [out[0][0], out[1][0], out[7][0], out[14][0], out[15][0]];

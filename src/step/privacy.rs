@@ -148,7 +148,10 @@ pub struct Privacy {
     /// the larger one.
     epsilon_table: Vec<(u64, f64)>,
     pub(super) clipping: Clipping,
-    log: Option<StepLog>,
+    /// What this process has released, and with a file what earlier ones have.
+    log: StepLog,
+    /// Own steps that a checkpoint knows of and the log does not.
+    unlogged: u64,
 }
 
 impl Privacy {
@@ -179,7 +182,8 @@ impl Privacy {
             accountant: Accountant::under(config.neighbouring),
             epsilon_table,
             clipping: Clipping::default(),
-            log: None,
+            log: StepLog::in_memory(fingerprint(&key)),
+            unlogged: 0,
             key,
             config,
         })
@@ -187,19 +191,28 @@ impl Privacy {
     /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
     /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
     pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
-        // Not the key: a number that follows from it and from which it does not follow.
-        let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
-        let log = StepLog::open(path, format!("{key:016x}"))?;
+        if self.steps() > 0 {
+            return Err(Error::privacy("log_to after the first step: the steps taken before would not be in the file"));
+        }
+        let log = StepLog::open(path, fingerprint(&self.key))?;
         for &(sigma, rate) in log.history() {
             self.accountant.record(sigma, rate, 1)?;
         }
-        self.log = Some(log);
+        self.log = log;
         Ok(self)
     }
     /// Forms the clipping groups over the parameters of a step.
     pub(super) fn plan(&mut self, params: &[Param]) -> Result<()> {
         let c = &self.config;
         self.clipping = Clipping::new(&c.style, c.clip, c.max_grad_norm, &c.thresholds, params)?;
+        let std = self.sigma * self.clipping.sensitivity;
+        if !(1e-30..1e30).contains(&std) {
+            return Err(Error::privacy(format!(
+                "noise of standard deviation {std:e} (noise multiplier {} times sensitivity {}) leaves the range of f32: choose \
+                 max_grad_norm nearer to 1",
+                self.sigma, self.clipping.sensitivity
+            )));
+        }
         if let Thresholds::Adaptive { noise, .. } = c.thresholds {
             if params.iter().any(|p| p.device().is_cuda()) {
                 return Err(Error::privacy(
@@ -308,53 +321,66 @@ impl Privacy {
     /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
     /// `params`, flat, are what the step starts from.
     pub(super) fn admit(&mut self, step: u64, params: &Array) -> Result<f64> {
-        let mut state = String::new();
-        if let Some(log) = &self.log {
-            state = state_of(params);
-            if log.has(step, &state)? {
-                return self.spent();
-            }
-        }
+        let state = self.state_of(params)?;
+        let repeated = self.log.has(step, &state)?;
+        let more = !repeated as u64;
         let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
-        let epsilon = self.bound(1)?;
+        let epsilon = self.bound(more)?;
         if over(epsilon) {
-            let epsilon = self.exactly(1)?;
+            let epsilon = self.exactly(more)?;
             if over(epsilon) {
                 return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: self.steps() });
             }
         }
-        let rate = self.rate();
-        if let Some(log) = &mut self.log {
-            log.write(step, &state, self.sigma, rate)?;
+        if !repeated {
+            let rate = self.rate();
+            self.log.write(step, &state, self.sigma, rate)?;
+            self.accountant.record(self.sigma, rate, 1)?;
         }
-        self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
     }
-    /// Takes over the number of private steps of a checkpoint. An accountant that cannot record them is an error: ε would
-    /// be too small.
+    /// Takes over the number of private steps of a checkpoint, which were taken under this key and configuration. What the log
+    /// has of them is not counted twice, and what was counted before stays counted: the count never falls.
     pub(super) fn restore(&mut self, steps: u64) -> Result<()> {
-        // The log knows of steps after the checkpoint, too.
-        if self.log.is_some() && self.steps() >= steps {
-            return Ok(());
+        let known = self.log.own_steps() + self.unlogged;
+        if steps > known {
+            self.accountant.record(self.sigma, self.rate(), steps - known)?;
+            self.unlogged += steps - known;
         }
-        self.accountant.reset();
-        match steps {
-            0 => Ok(()),
-            steps => self.accountant.record(self.sigma, self.rate(), steps),
-        }
+        Ok(())
+    }
+    /// Whether the key is one that anybody can compute ([`NoiseKey::from_seed_for_tests`]): such a run is not private.
+    pub fn has_test_key(&self) -> bool {
+        self.key.is_for_tests()
+    }
+    /// Numbers that follow from key and configuration, and from which the key does not follow: all ranks must have the same.
+    pub(super) fn fingerprint(&self) -> Result<[f64; 3]> {
+        let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
+        Ok([(key >> 32) as f64, (key & 0xffff_ffff) as f64, self.digest()? as f64])
+    }
+    /// A checksum of everything that was configured.
+    fn digest(&self) -> Result<u32> {
+        let config = serde_json::to_string(&(&self.config, self.sigma))
+            .map_err(|e| Error::privacy(format!("the configuration cannot be written down: {e}")))?;
+        Ok(crc32fast::hash(config.as_bytes()))
+    }
+    /// What decides the bits of a step besides key and data: the configuration, the kind of machine and, on the CPU, a checksum
+    /// of the parameters (on a GPU that would wait for the device).
+    fn state_of(&self, params: &Array) -> Result<String> {
+        let device = params.device();
+        let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
+        let state = match device.gpu() {
+            Some(gpu) => format!("{machine} {}", gpu.name()),
+            None => {
+                let level = crate::device::cpu::simd::level();
+                format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
+            }
+        };
+        Ok(format!("{state} configuration {:08x}", self.digest()?))
     }
 }
 
-/// What decides the bits of a step besides key and data: the kind of machine and, on the CPU, a checksum of the parameters (on
-/// a GPU that would wait for the device).
-fn state_of(params: &Array) -> String {
-    let device = params.device();
-    let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
-    match device.gpu() {
-        Some(gpu) => format!("{machine} {}", gpu.name()),
-        None => {
-            let level = crate::device::cpu::simd::level();
-            format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
-        }
-    }
+/// Stands for a key in a log: it follows from the key, and the key does not follow from it.
+fn fingerprint(key: &NoiseKey) -> String {
+    format!("{:016x}", key.uniform(u64::MAX, 1 << 32).to_bits())
 }

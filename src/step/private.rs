@@ -11,6 +11,7 @@ use crate::base::{DType, Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
 use crate::privacy::{Public, Thresholds, Weight};
+use std::fmt;
 use std::ops::Range;
 
 /// Name of the adaptive thresholds among a step's buffers.
@@ -50,9 +51,23 @@ pub struct PrivateReport {
     pub lr: f64,
     /// ε spent so far at the configured δ, rounded up; [`Privacy::epsilon`] is exact.
     pub epsilon: f64,
+    /// Whether the noise came from a key that anybody can compute ([`NoiseKey::from_seed_for_tests`](crate::random::NoiseKey)):
+    /// then the step was not private, whatever ε says.
+    pub test_key: bool,
     found: Found,
     /// (Sample, group) pairs that a replayed step counted although their samples were padding.
     padding: u64,
+}
+
+impl fmt::Display for PrivateReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step {}: ε ≤ {:.4}", self.step, self.epsilon)?;
+        if self.test_key {
+            f.write_str(" if the key were secret; it is a test key, and the step is NOT private")
+        } else {
+            Ok(())
+        }
+    }
 }
 
 impl PrivateReport {
@@ -91,6 +106,15 @@ impl PrivateStep {
     /// and noise is added once to the sum, the same bits at any number of ranks. Losses and counts in reports are over all
     /// ranks. All must be given the same key, model and settings. On the CPU.
     pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
+        let own = self.privacy.fingerprint()?;
+        let all = ranks.all_gather("key and configuration", &Array::from_slice(&own, &[3])?)?.to_f64();
+        if let Some(other) = all.chunks(3).position(|f| f != own) {
+            return Err(Error::privacy(format!(
+                "rank {other} has another noise key or another privacy configuration than rank {}: noise would be added more \
+                 than once, or differ between ranks. Draw the key on one rank and give it to all",
+                ranks.rank()
+            )));
+        }
         self.core.with_ranks(ranks)?;
         Ok(self)
     }
@@ -211,6 +235,10 @@ impl PrivateStep {
         let device = self.core.flat.device();
         let mask = Array::zeros_at(&device, &[capacity], self.core.flat.dtype())?;
         let masked = Tensor::new(mask.clone());
+        // The kernels that mask the losses are loaded before the capture, in which none can be loaded.
+        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+            masked.cast(dtype)?.mul(&masked.cast(dtype)?)?;
+        }
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
         let recording = Recording::capture(&mut self.core, |core, scalars| {
@@ -273,7 +301,8 @@ impl PrivateStep {
     }
     fn report(&mut self, samples: usize, epsilon: f64, here: Found, padding: u64) -> Result<PrivateReport> {
         let (lr, found) = self.core.end(here)?;
-        Ok(PrivateReport { step: self.core.steps, samples, lr, epsilon, found, padding })
+        let test_key = self.privacy.has_test_key();
+        Ok(PrivateReport { step: self.core.steps, samples, lr, epsilon, test_key, found, padding })
     }
     fn adaptive(&self) -> bool {
         matches!(self.privacy.config().thresholds, Thresholds::Adaptive { .. })
