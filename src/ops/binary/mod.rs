@@ -337,8 +337,7 @@ static WHERE: OpInfo = OpInfo {
     cases: &[|g| {
         let (a, b) = pair(g, -2.0, 2.0, false);
         let shape = crate::array::shape::broadcast("where", a.shape(), b.shape())?;
-        let mask = g.array(&shape);
-        let mask = ew::map::<f64, u8>(&mask.cast(DType::F64), |x| (x > 0.0) as u8)?;
+        let mask = g.ids(&shape, 2).cast(DType::U8);
         Ok(Case::new(vec![a, b], move |t| Tensor::select(&Tensor::new(mask.clone()), &t[0], &t[1])))
     }],
 };
