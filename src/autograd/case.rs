@@ -191,8 +191,7 @@ impl Gen {
         match mode {
             Mode::Ties => TIES[self.size(0, TIES.len() - 1)],
             Mode::Special if self.chance(0.1) => {
-                [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, least / 4.0, -least / 8.0, 2e4, -3e4]
-                    [self.size(0, 8)]
+                [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, least / 4.0, -least / 8.0][self.size(0, 6)]
             }
             _ => x,
         }

@@ -157,7 +157,12 @@ impl Rule for Back {
                 Ok([dq, dk, dv])
             },
             |gpu, operands| {
-                let fresh = |i: usize| Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype());
+                // Without queries or keys nothing is launched that would write the others' gradients.
+                let none = operands.iter().any(|a| a.numel() == 0);
+                let fresh = |i: usize| match none {
+                    true => Array::zeros_on(gpu, operands[i].shape(), operands[i].dtype()),
+                    false => Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype()),
+                };
                 let d = [fresh(0)?, fresh(1)?, fresh(2)?];
                 self.on_gpu(gpu, &operands, [&d[0], &d[1], &d[2]])?;
                 Ok(d)
