@@ -146,6 +146,14 @@ impl Gen {
         let scale = if self.mode == Mode::Large { 0.25 } else { 1.0 };
         self.array_of(shape, |g| scale * g.normal())
     }
+    /// Normal values in every mode, in a random layout: for factors such as a norm's gain, with which an infinity would become
+    /// one or NaN by the order of operations.
+    pub fn ordinary(&mut self, shape: &[usize]) -> Array {
+        let mode = std::mem::replace(&mut self.mode, Mode::Small);
+        let made = self.array(shape);
+        self.mode = mode;
+        made
+    }
     /// Values in `low..high` in a random layout.
     pub fn array_in(&mut self, shape: &[usize], low: f64, high: f64) -> Array {
         self.array_of(shape, |g| match g.mode == Mode::Special && g.chance(0.03) {

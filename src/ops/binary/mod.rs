@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 /// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one lies
 /// within 0.1 of a value of the other, so that no small step exchanges the larger for the smaller.
 fn pair(g: &mut Gen, low: f64, high: f64, apart: bool) -> (Array, Array) {
-    let rank = g.size(0, 3);
+    let rank = g.size(0, 5);
     let full = g.shape(rank);
     let cut = |g: &mut Gen| -> Vec<usize> {
         let lead = g.size(0, full.len());

@@ -47,11 +47,14 @@ static CROSS_ENTROPY: OpInfo = OpInfo {
     cases: &[|g: &mut Gen| {
         let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
         let targets = g.ids(&[b, t], c);
+        // Rows of a sample need not be neighbours.
+        let owner: Vec<u32> = (0..b * t).map(|_| g.size(0, b - 1) as u32).collect();
+        let samples = if g.chance(0.3) { Some(Samples::owners(owner, b)?) } else { None };
         let options = CrossEntropy {
             ignore_index: g.chance(0.5).then_some(0),
             label_smoothing: if g.chance(0.5) { 0.1 } else { 0.0 },
             reduce: if g.chance(0.5) { Reduce::Mean } else { Reduce::Sum },
-            samples: None,
+            samples,
         };
         Ok(Case::new(vec![g.array(&[b, t, c])], move |x| cross_entropy(&x[0], &targets, &options)))
     }],

@@ -138,7 +138,7 @@ static SORT: OpInfo = OpInfo {
         },
         // A row so long that sorted parts of it are merged.
         |g| {
-            let (n, mut k) = (g.size(2060, 2100), g.size(0, 1000));
+            let (n, mut k) = (g.size(4100, 4200), g.size(0, 1000));
             let x = g.array_of(&[1, n], |_| {
                 k += 1;
                 (k * 7919 % 10_007) as f64 * 0.01
