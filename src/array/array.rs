@@ -395,8 +395,11 @@ impl Array {
             return Err(Error::shape("slice", format!("{range:?} of dimension {d} with size {}", self.shape[d])));
         }
         let mut a = self.clone();
-        a.offset += range.start * a.strides[d];
         a.shape[d] = range.len();
+        // What has no elements lies nowhere: its place would be past the end of a block without bytes.
+        if a.numel() > 0 {
+            a.offset += range.start * a.strides[d];
+        }
         Ok(a)
     }
     /// Every `step`-th element of dimension `d`.

@@ -4,10 +4,40 @@ use crate::array::Array;
 use crate::base::{DType, Result};
 use crate::{Device, Param, Tensor};
 
+/// What a [`Gen`] makes of a case's sizes and values. A case is written once; its modes take it to the places where devices
+/// part: borders of blocks, nothing at all, steps in memory, values that are no ordinary numbers, and equal ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Mode {
+    /// Small sizes, any layout, ordinary values.
+    #[default]
+    Small,
+    /// Some extents beside a border of a warp, a tile or a block.
+    Large,
+    /// Extents of 0 and 1.
+    Empty,
+    /// No array lies in one piece: permuted, stepped through, or expanded with steps of 0.
+    Strided,
+    /// NaN, infinities, zeros of both signs, subnormal and very large numbers in between.
+    Special,
+    /// A handful of different values.
+    Ties,
+}
+
+/// Extents beside borders: of a warp (32), a tile (64, 128), a block (256), a row of the row rule (1024).
+const BORDERS: [usize; 9] = [31, 32, 33, 65, 127, 129, 257, 1024, 1025];
+/// The product of the extents of a case stays below this.
+const ROOM: usize = 20_000;
+/// What ties are made of.
+const TIES: [f64; 6] = [-0.5, -0.0, 0.0, 0.5, 1.0, 1.5];
+
 /// A small deterministic source of random shapes, strides and values for cases (SplitMix64).
 pub struct Gen {
     state: u64,
     dtype: DType,
+    mode: Mode,
+    device: Device,
+    /// Product of the extents so far.
+    extents: usize,
 }
 
 impl Gen {
@@ -17,7 +47,18 @@ impl Gen {
     }
     /// Same seed, same case, its values rounded to a float dtype.
     pub fn with_dtype(seed: u64, dtype: DType) -> Gen {
-        Gen { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678), dtype }
+        let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
+        Gen { state, dtype, mode: Mode::Small, device: Device::Cpu, extents: 1 }
+    }
+    /// The same in another mode.
+    pub fn mode(mut self, mode: Mode) -> Gen {
+        self.mode = mode;
+        self
+    }
+    /// The same with its arrays on a device, in the layouts that they have on the CPU.
+    pub fn on(mut self, device: &Device) -> Gen {
+        self.device = device.clone();
+        self
     }
     /// The dtype of the arrays it makes.
     pub fn dtype(&self) -> DType {
@@ -48,20 +89,81 @@ impl Gen {
         let (u, v) = (1.0 - self.uniform(), self.uniform());
         (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
     }
-    /// A shape of `rank` dimensions of 1 to 4.
-    pub fn shape(&mut self, rank: usize) -> Vec<usize> {
-        (0..rank).map(|_| self.size(1, 4)).collect()
+    /// An extent that may be of any size, `low..=high` where nothing else is asked for: beside a border in
+    /// [`Mode::Large`], at most 1 in [`Mode::Empty`]. With a `low` of 0 it may be 0, in that mode alone. What must stay small,
+    /// such as the width of a window, is a [`Gen::size`].
+    pub fn extent(&mut self, low: usize, high: usize) -> usize {
+        self.extent_within(low, high, ROOM)
     }
-    /// Normal values in a random layout: contiguous, permuted, or cut out of something larger.
+    /// An extent whose square is work, as the positions of attention are.
+    pub fn side(&mut self, low: usize, high: usize) -> usize {
+        let side = self.extent_within(low, high, 130);
+        self.extents *= side.max(1);
+        side
+    }
+    /// How many samples, images or the like: as an extent, but never many, since each is a product of its own.
+    pub fn count(&mut self, low: usize, high: usize) -> usize {
+        self.extent_within(low, high, 0)
+    }
+    fn extent_within(&mut self, low: usize, high: usize, most: usize) -> usize {
+        let room = most.min(ROOM / self.extents.min(ROOM));
+        let borders: Vec<usize> = BORDERS.into_iter().filter(|&b| b >= low && b <= room).collect();
+        let mode = self.mode;
+        let extent = match mode {
+            Mode::Large if !borders.is_empty() && self.chance(0.6) => borders[self.size(0, borders.len() - 1)],
+            Mode::Empty if low > 1 => low,
+            Mode::Empty => self.size(low, 1),
+            _ => self.size(low.max(1), high),
+        };
+        self.extents *= extent.max(1);
+        extent
+    }
+    /// A shape of `rank` extents of 1 to 4, which may be empty.
+    pub fn shape(&mut self, rank: usize) -> Vec<usize> {
+        (0..rank).map(|_| self.extent(0, 4)).collect()
+    }
+    /// The lengths of `low..=high` runs of rows, some of them 0: one may be long in [`Mode::Large`], or there are many.
+    pub fn lengths(&mut self, low: usize, high: usize) -> Vec<usize> {
+        let longest = if self.mode == Mode::Empty { 1 } else { 4 };
+        let mut count = self.size(low, high);
+        let long = self.chance(0.5);
+        if self.mode == Mode::Large && !long {
+            count = self.side(low, high);
+        }
+        let mut lengths: Vec<usize> = (0..count).map(|_| self.size(0, longest)).collect();
+        if let Some(n) = lengths.len().checked_sub(1)
+            && self.mode == Mode::Large
+            && long
+        {
+            let at = self.size(0, n);
+            lengths[at] = self.extent(0, longest);
+        }
+        lengths
+    }
+    /// Normal values in a random layout: contiguous, permuted, or cut out of something larger. They are smaller in
+    /// [`Mode::Large`], so that what follows a long sum of products does not lose its digits.
     pub fn array(&mut self, shape: &[usize]) -> Array {
-        self.array_of(shape, |g| g.normal())
+        let scale = if self.mode == Mode::Large { 0.25 } else { 1.0 };
+        self.array_of(shape, |g| scale * g.normal())
+    }
+    /// Normal values in every mode, in a random layout: for factors such as a norm's gain, with which an infinity would become
+    /// one or NaN by the order of operations.
+    pub fn ordinary(&mut self, shape: &[usize]) -> Array {
+        let mode = std::mem::replace(&mut self.mode, Mode::Small);
+        let made = self.array(shape);
+        self.mode = mode;
+        made
     }
     /// Values in `low..high` in a random layout.
     pub fn array_in(&mut self, shape: &[usize], low: f64, high: f64) -> Array {
-        self.array_of(shape, |g| low + (high - low) * g.uniform())
+        self.array_of(shape, |g| match g.mode == Mode::Special && g.chance(0.03) {
+            // Functions of one element may also be asked for what no sum of products would survive.
+            true => g.limits().1 * if g.chance(0.5) { 1.0 } else { -1.0 },
+            false => low + (high - low) * g.uniform(),
+        })
     }
     /// Values in −1..1 at least 2e-4 apart (before rounding to the dtype), in a random layout: for ops that pick, whose central differences would
-    /// step over a tie.
+    /// step over a tie. In [`Mode::Ties`] there are ties.
     pub fn distinct(&mut self, shape: &[usize]) -> Array {
         let mut k = self.size(0, 10_000);
         self.array_of(shape, |_| {
@@ -69,43 +171,82 @@ impl Gen {
             (k * 7919 % 10_007) as f64 / 5003.5 - 1.0
         })
     }
-    /// Values from `f` in a random layout.
+    /// Values from `f` in a random layout, but for what [`Mode::Special`] and [`Mode::Ties`] put in their place.
     pub fn array_of(&mut self, shape: &[usize], mut f: impl FnMut(&mut Gen) -> f64) -> Array {
-        let values = |g: &mut Gen, s: &[usize], f: &mut dyn FnMut(&mut Gen) -> f64| {
-            let v: Vec<f64> = (0..s.iter().product()).map(|_| f(g)).collect();
-            Array::from_slice(&v, s).map(|a| a.cast(g.dtype))
-        };
-        let made = match self.size(0, 3) {
+        self.laid_out(shape, |g, stored| {
+            let v: Vec<f64> = (0..stored.iter().product())
+                .map(|_| {
+                    let x = f(g);
+                    g.replaced(x)
+                })
+                .collect();
+            Ok(Array::from_slice(&v, stored)?.cast(g.dtype))
+        })
+    }
+    /// The smallest normal number of the dtype, and its largest.
+    fn limits(&self) -> (f64, f64) {
+        match self.dtype {
+            DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
+            DType::F16 => (2f64.powi(-14), 65_504.0),
+            DType::BF16 => (f32::MIN_POSITIVE as f64, half::bf16::MAX.to_f64()),
+            _ => (f32::MIN_POSITIVE as f64, f32::MAX as f64),
+        }
+    }
+    /// What the mode puts in the place of an ordinary value.
+    fn replaced(&mut self, x: f64) -> f64 {
+        let least = self.limits().0;
+        let mode = self.mode;
+        match mode {
+            Mode::Ties => TIES[self.size(0, TIES.len() - 1)],
+            Mode::Special if self.chance(0.1) => {
+                [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -0.0, least / 4.0, -least / 8.0][self.size(0, 6)]
+            }
+            _ => x,
+        }
+    }
+    /// An array of `shape` in a random layout, from one that `make` has made in the order in which it is stored.
+    fn laid_out(&mut self, shape: &[usize], make: impl FnOnce(&mut Gen, &[usize]) -> Result<Array>) -> Array {
+        let make = |g: &mut Gen, stored: &[usize]| make(g, stored).and_then(|a| a.to(&g.device));
+        let strided = self.mode == Mode::Strided;
+        let made = match self.size(strided as usize, 3) {
             // Stored in another order of dimensions.
             1 if shape.len() >= 2 => {
                 let mut order: Vec<usize> = (0..shape.len()).collect();
                 for i in (1..order.len()).rev() {
-                    order.swap(i, self.size(0, i));
+                    order.swap(i, self.size(0, i - strided as usize));
                 }
                 let mut stored = vec![0; shape.len()];
                 order.iter().enumerate().for_each(|(d, &o)| stored[o] = shape[d]);
-                values(self, &stored, &mut f).and_then(|a| a.permute(&order))
+                make(self, &stored).and_then(|a| a.permute(&order))
+            }
+            // One slice for all of a dimension.
+            3 if strided && !shape.is_empty() => {
+                let mut stored = shape.to_vec();
+                stored[self.size(0, shape.len() - 1)] = 1;
+                make(self, &stored).and_then(|a| a.expand(shape))
             }
             // A window into a larger array.
-            2 if !shape.is_empty() => {
+            n if (n == 2 || strided) && !shape.is_empty() => {
                 let d = self.size(0, shape.len() - 1);
                 let mut stored = shape.to_vec();
                 stored[d] = stored[d] * 2 + 1;
-                values(self, &stored, &mut f)
+                make(self, &stored)
                     .and_then(|a| a.slice(d as isize, 1..1 + 2 * shape[d]))
                     .and_then(|a| a.step(d as isize, 2))
             }
-            _ => values(self, shape, &mut f),
+            _ => make(self, shape),
         };
         match made {
             Ok(a) => a,
             Err(_) => Array::zeros(shape, self.dtype),
         }
     }
-    /// Random ids below `n`, u32.
+    /// Random ids below `n`, u32, in a random layout.
     pub fn ids(&mut self, shape: &[usize], n: usize) -> Array {
-        let v: Vec<u32> = (0..shape.iter().product()).map(|_| self.size(0, n - 1) as u32).collect();
-        Array::from_slice(&v, shape).unwrap_or_else(|_| Array::zeros(shape, DType::U32))
+        self.laid_out(shape, |g, stored| {
+            let v: Vec<u32> = (0..stored.iter().product()).map(|_| g.size(0, n.max(1) - 1) as u32).collect();
+            Array::from_slice(&v, stored)
+        })
     }
 }
 

@@ -11,7 +11,7 @@ mod segments;
 mod tensor;
 
 pub use backward::{GradHook, Gradients};
-pub use case::{Case, Gen};
+pub use case::{Case, Gen, Mode};
 pub use factor::Factor;
 pub use param::Param;
 pub use param_grad::ParamGrad;

@@ -130,7 +130,9 @@ pub mod f32 {
     #[inline(always)]
     pub fn gelu_erf(x: f32) -> f32 {
         let positive = if x < 0.0 { 0.0 } else { x };
-        (-x.abs()).mul_add(normal_tail(x).1, positive)
+        // Beyond, the tail is 0, and infinity must not meet it.
+        let far = if x > 100.0 { 100.0 } else { x.abs() };
+        (-far).mul_add(normal_tail(x).1, positive)
     }
     /// Φ(x) + x·φ(x).
     #[inline(always)]

@@ -10,7 +10,7 @@ mod devices;
 mod gradient;
 mod sample;
 
-pub use crate::autograd::{Case, Gen};
+pub use crate::autograd::{Case, Gen, Mode};
 pub use devices::on_every_device;
 pub use gradient::{GradientReport, gradients};
 pub use sample::{PerSampleReport, independence, per_sample};

@@ -45,7 +45,7 @@ static LINEAR: OpInfo = OpInfo {
     factor: FactorRule::Kinds(&["outer", "row sum"]),
     cases: &[
         |g: &mut Gen| {
-            let (b, t, d, p) = (g.size(1, 3), g.size(1, 4), g.size(1, 5), g.size(1, 5));
+            let (b, t, d, p) = (g.count(1, 3), g.extent(0, 4), g.extent(0, 5), g.extent(0, 5));
             let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };
             let act = [Activation::None, Activation::Gelu, Activation::GeluTanh, Activation::Silu, Activation::Tanh]
                 [g.size(0, 4)];
@@ -57,7 +57,7 @@ static LINEAR: OpInfo = OpInfo {
         },
         // Ragged samples in any order, some empty; the weight used twice.
         |g: &mut Gen| {
-            let (n, d, b) = (g.size(0, 6), g.size(1, 4), g.size(1, 4));
+            let (n, d, b) = (g.extent(0, 6), g.extent(1, 4), g.size(1, 4));
             let w = Param::new("weight", g.array(&[d, d]));
             let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
             let samples = Samples::owners(owner.clone(), b)?;

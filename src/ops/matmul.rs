@@ -22,12 +22,12 @@ static MATMUL: OpInfo = OpInfo {
         },
         // Both transposed.
         |g: &mut Gen| {
-            let (m, k, n) = (g.size(2, 4), g.size(2, 4), g.size(2, 4));
+            let (m, k, n) = (g.extent(2, 4), g.extent(2, 4), g.extent(2, 4));
             let inputs = vec![g.array(&[k, m]).contiguous(), g.array(&[n, k]).contiguous()];
             Ok(Case::new(inputs, |t| t[0].transpose(0, 1)?.matmul(&t[1].transpose(0, 1)?)))
         },
         |g: &mut Gen| {
-            let (m, k, n) = (g.size(1, 4), g.size(0, 4), g.size(1, 4));
+            let (m, k, n) = (g.extent(0, 4), g.extent(0, 4), g.extent(0, 4));
             let lead_rank = g.size(0, 2);
             let lead = g.shape(lead_rank);
             let cut = |g: &mut Gen| -> Vec<usize> {

@@ -28,19 +28,19 @@ info!(PERMUTE, "permute", |g: &mut Gen| {
     Ok(Case::new(vec![g.array(&s)], |t| t[0].permute(&[2, 0, 1])?.transpose(0, -1)))
 });
 info!(EXPAND, "expand", |g: &mut Gen| {
-    let (a, b, c) = (g.size(1, 3), g.size(1, 3), g.size(1, 3));
+    let (a, b, c) = (g.extent(0, 3), g.extent(0, 3), g.extent(1, 3));
     Ok(Case::new(vec![g.array(&[a, 1])], move |t| t[0].expand(&[c, a, b])))
 });
 info!(
     SLICE,
     "slice",
     |g: &mut Gen| {
-        let s = [g.size(1, 4), g.size(2, 5)];
+        let s = [g.extent(0, 4), g.extent(2, 5)];
         let (lo, hi) = (g.size(0, 1), s[1] - g.size(0, 1));
         Ok(Case::new(vec![g.array(&s)], move |t| t[0].slice(-1, lo..hi.max(lo))))
     },
     |g: &mut Gen| {
-        let s = [g.size(1, 4), g.size(2, 5)];
+        let s = [g.extent(0, 4), g.extent(2, 5)];
         Ok(Case::new(vec![g.array(&s)], move |t| {
             let parts = t[0].split(&[1, s[1] - 1], 1)?;
             parts[0].mul(&parts[1])
@@ -48,7 +48,7 @@ info!(
     }
 );
 info!(CONCAT, "concat", |g: &mut Gen| {
-    let (a, b, c) = (g.size(1, 3), g.size(1, 3), g.size(1, 3));
+    let (a, b, c) = (g.extent(0, 3), g.extent(0, 3), g.extent(1, 3));
     Ok(Case::new(vec![g.array(&[a, c]), g.array(&[b, c])], |t| Tensor::concat(&[&t[0], &t[1], &t[0]], 0)))
 });
 info!(PAD, "pad", |g: &mut Gen| {

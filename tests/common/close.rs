@@ -1,13 +1,16 @@
 //! What a device computed, beside the CPU.
 
-/// What differs by more than the tolerance times the largest of the wanted values (at least 1), if anything does. NaN
-/// agrees with NaN.
+/// What differs by more than the tolerance times the largest of the wanted finite values (at least 1), if anything does. NaN
+/// agrees with NaN, and an infinity with itself.
 pub fn differs(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
     if got.len() != want.len() {
         return Some(format!("{what}: {} values for {}", got.len(), want.len()));
     }
-    let scale = want.iter().fold(1.0f64, |m, x| m.max(x.abs()));
-    let off = |(g, w): (&f64, &f64)| (g - w).abs() > tolerance * scale || g.is_nan() != w.is_nan();
+    let scale = want.iter().filter(|x| x.is_finite()).fold(1.0f64, |m, x| m.max(x.abs()));
+    let off = |(g, w): (&f64, &f64)| match g.is_finite() && w.is_finite() {
+        true => (g - w).abs() > tolerance * scale,
+        false => g != w && !(g.is_nan() && w.is_nan()),
+    };
     let i = got.iter().zip(want).position(off)?;
     Some(format!("{what}[{i}]: {} on the device, {} on the CPU", got[i], want[i]))
 }

@@ -162,6 +162,16 @@ fn mask_tile<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, scale: T, j0: usize, 
     }
 }
 
+/// Zeros where a query does not see a key, whatever stands there: a NaN of a key stays with the queries that see it.
+#[inline(always)]
+fn clear_unseen<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, j0: usize, seen: &[Range<usize>]) {
+    for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
+        for (s, seen) in row.iter_mut().zip(seen) {
+            *s = if seen.contains(&(j0 + r)) { *s } else { T::ZERO };
+        }
+    }
+}
+
 /// What every query of a panel sees, and what all of them see.
 fn panel_ranges(p: &Problem, i0: usize, nr: usize, seen: &mut Vec<Range<usize>>) -> (Range<usize>, Range<usize>) {
     seen.clear();
@@ -427,6 +437,9 @@ pub fn backward<T: Kernels>(
                                                 *s = (*s - l).exp();
                                             }
                                         }
+                                        if !whole {
+                                            clear_unseen(prob, &kern, j, seen);
+                                        }
                                     },
                                 );
                                 let mut kept = [T::ZERO; MAX_TILE];
@@ -445,6 +458,9 @@ pub fn backward<T: Kernels>(
                                             for ((s, &pr), &dl) in row.iter_mut().zip(pr).zip(delta) {
                                                 *s = pr * (*s - dl) * scale;
                                             }
+                                        }
+                                        if !whole {
+                                            clear_unseen(ds, &kern, j, seen);
                                         }
                                         turn(kept, &mut pt[c * nr * mr..], mr, nr, cols);
                                         turn(ds, &mut dst[c * nr * mr..], mr, nr, cols);

@@ -60,28 +60,29 @@ static ATTENTION: OpInfo = OpInfo {
     factor: NO_PARAMS,
     cases: &[
         |g: &mut Gen| {
-            let (b, t, d) = (g.size(1, 2), g.size(1, 9), g.size(1, 4));
+            let (b, t, d) = (g.count(0, 2), g.side(0, 9), [g.size(1, 4), g.size(5, 64)][g.size(0, 1)]);
             let (kv, group) = (g.size(1, 2), g.size(1, 2));
             let s = t + g.size(0, 3);
-            let span = [Span::Full, Span::Causal, Span::Window(g.size(1, 4)), Span::Block(g.size(1, 4))][g.size(0, 3)];
+            let span = [Span::Full, Span::Causal, Span::Window(g.size(1, t.max(4))), Span::Block(g.size(1, t.max(4)))]
+                [g.size(0, 3)];
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
         },
         // Heads of more than 64 elements, for which there are other kernels.
         |g: &mut Gen| {
-            let (t, d, o) = (g.size(1, 3), g.size(65, 72), AttentionOptions::new(Span::Causal));
+            let (t, d, o) = (g.side(1, 3), g.size(65, 128), AttentionOptions::new(Span::Causal));
             let inputs = (0..3).map(|_| g.array(&[1, t, 1, d])).collect();
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
         },
         // A fused projection.
         |g: &mut Gen| {
-            let (b, t, h, d) = (g.size(1, 2), g.size(1, 6), g.size(1, 2), g.size(1, 4));
+            let (b, t, h, d) = (g.size(1, 2), g.side(1, 6), g.size(1, 2), g.extent(1, 4).min(128));
             let o = AttentionOptions::new([Span::Full, Span::Causal, Span::Window(2)][g.size(0, 2)]);
             Ok(Case::new(vec![g.array(&[b, t, 3, h, d])], move |x| attention_qkv(&x[0], &o)))
         },
         // Packed documents, dropout, a scale of one's own.
         |g: &mut Gen| {
-            let (b, t, d, h) = (g.size(1, 2), g.size(2, 9), g.size(1, 4), g.size(1, 2));
+            let (b, t, d, h) = (g.size(1, 2), g.side(2, 9), g.extent(1, 4).min(128), g.size(1, 2));
             let cut = g.size(0, t);
             let o = AttentionOptions {
                 span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
@@ -157,7 +158,12 @@ impl Rule for Back {
                 Ok([dq, dk, dv])
             },
             |gpu, operands| {
-                let fresh = |i: usize| Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype());
+                // Without queries or keys nothing is launched that would write the others' gradients.
+                let none = operands.iter().any(|a| a.numel() == 0);
+                let fresh = |i: usize| match none {
+                    true => Array::zeros_on(gpu, operands[i].shape(), operands[i].dtype()),
+                    false => Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype()),
+                };
                 let d = [fresh(0)?, fresh(1)?, fresh(2)?];
                 self.on_gpu(gpu, &operands, [&d[0], &d[1], &d[2]])?;
                 Ok(d)

@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 /// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one lies
 /// within 0.1 of a value of the other, so that no small step exchanges the larger for the smaller.
 fn pair(g: &mut Gen, low: f64, high: f64, apart: bool) -> (Array, Array) {
-    let rank = g.size(0, 3);
+    let rank = g.size(0, 5);
     let full = g.shape(rank);
     let cut = |g: &mut Gen| -> Vec<usize> {
         let lead = g.size(0, full.len());
@@ -337,8 +337,7 @@ static WHERE: OpInfo = OpInfo {
     cases: &[|g| {
         let (a, b) = pair(g, -2.0, 2.0, false);
         let shape = crate::array::shape::broadcast("where", a.shape(), b.shape())?;
-        let mask = g.array(&shape);
-        let mask = ew::map::<f64, u8>(&mask.cast(DType::F64), |x| (x > 0.0) as u8)?;
+        let mask = g.ids(&shape, 2).cast(DType::U8);
         Ok(Case::new(vec![a, b], move |t| Tensor::select(&Tensor::new(mask.clone()), &t[0], &t[1])))
     }],
 };

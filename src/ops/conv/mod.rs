@@ -93,7 +93,7 @@ impl Conv {
 /// A random convolution over images (height 1 if `flat`) with small windows.
 fn case(g: &mut Gen, flat: bool) -> Result<Case> {
     let groups = g.size(1, 3);
-    let (b, cin, cout) = (g.size(0, 3), groups * g.size(1, 2), groups * g.size(1, 2));
+    let (b, cin, cout) = (g.count(0, 3), groups * g.extent(1, 2), groups * g.extent(1, 2));
     let k = [if flat { 1 } else { g.size(1, 3) }, g.size(1, 3)];
     let conv = Conv {
         stride: [g.size(1, 2), g.size(1, 2)],
@@ -101,7 +101,7 @@ fn case(g: &mut Gen, flat: bool) -> Result<Case> {
         dilation: [g.size(1, 2), g.size(1, 2)],
         groups,
     };
-    let (h, w) = (conv.dilation[0] * (k[0] - 1) + g.size(1, 3), conv.dilation[1] * (k[1] - 1) + g.size(1, 3));
+    let (h, w) = (conv.dilation[0] * (k[0] - 1) + g.side(1, 3), conv.dilation[1] * (k[1] - 1) + g.side(1, 3));
     let (xs, ws) = if flat {
         (vec![b, cin, w], vec![cout, cin / groups, k[1]])
     } else {
@@ -131,7 +131,7 @@ static CONV: OpInfo = OpInfo {
         |g| case(g, true),
         // Several images of one sample, in any order.
         |g| {
-            let (n, b, groups) = (g.size(1, 4), g.size(1, 3), g.size(1, 2));
+            let (n, b, groups) = (g.extent(1, 4), g.size(1, 3), g.size(1, 2));
             let weight = Param::new("weight", g.array(&[2, 2 / groups, 2]));
             let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
             let samples = Samples::owners(owner.clone(), b)?;
@@ -151,7 +151,7 @@ static UNFOLD: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g| {
-        let s = [g.size(1, 2), g.size(1, 3), g.size(2, 4), g.size(2, 4)];
+        let s = [g.extent(0, 2), g.extent(0, 3), g.extent(2, 4), g.extent(2, 4)];
         let (k, conv) = ([g.size(1, 2), g.size(1, 2)], Conv::default().stride(g.size(1, 2)).padding(g.size(0, 1)));
         Ok(Case::new(vec![g.array(&s)], move |t| t[0].unfold(k, conv)))
     }],
@@ -161,10 +161,10 @@ static FOLD: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g| {
-        let (size, k) = ([g.size(2, 4), g.size(2, 4)], [g.size(1, 2), g.size(1, 2)]);
+        let (size, k) = ([g.extent(2, 4), g.extent(2, 4)], [g.size(1, 2), g.size(1, 2)]);
         let conv = Conv::default().stride(g.size(1, 2)).padding(g.size(0, 1));
         let places = conv.window("fold", size, k)?.places();
-        let s = [g.size(1, 2), places, g.size(1, 2) * k[0] * k[1]];
+        let s = [g.extent(0, 2), places, g.extent(0, 2) * k[0] * k[1]];
         Ok(Case::new(vec![g.array(&s)], move |t| t[0].fold(size, k, conv)))
     }],
 };

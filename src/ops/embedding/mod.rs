@@ -25,7 +25,7 @@ static EMBEDDING: OpInfo = OpInfo {
     factor: FactorRule::Kinds(&["lookup"]),
     cases: &[
         |g: &mut Gen| {
-            let (b, t, v, p) = (g.size(1, 3), g.size(0, 5), g.size(1, 4), g.size(1, 4));
+            let (b, t, v, p) = (g.count(1, 3), g.extent(0, 5), g.extent(1, 4), g.extent(0, 4));
             let w = Param::new("weight", g.array(&[v, p]));
             let ids = Tensor::new(g.ids(&[b, t], v));
             let padding = None;
@@ -34,7 +34,7 @@ static EMBEDDING: OpInfo = OpInfo {
         },
         // A padding id, whose row receives no gradient; no id of this case is it.
         |g: &mut Gen| {
-            let (b, t, v, p) = (g.size(1, 3), g.size(1, 5), g.size(2, 4), g.size(1, 4));
+            let (b, t, v, p) = (g.count(1, 3), g.extent(0, 5), g.extent(2, 4), g.extent(0, 4));
             let w = Param::new("weight", g.array(&[v, p]));
             let ids = Tensor::new(g.ids(&[b, t], v - 1));
             let (padding, params) = (Some(v as u32 - 1), vec![w.clone()]);
@@ -42,7 +42,7 @@ static EMBEDDING: OpInfo = OpInfo {
         },
         // Rows of any owner, in any order, some samples without a row.
         |g| {
-            let (n, b, v, p) = (g.size(0, 6), g.size(1, 4), g.size(1, 3), g.size(1, 4));
+            let (n, b, v, p) = (g.extent(0, 6), g.size(1, 4), g.extent(1, 3), g.extent(0, 4));
             let w = Param::new("weight", g.array(&[v, p]));
             let ids = Tensor::new(g.ids(&[n], v).cast(DType::I64));
             let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
@@ -57,7 +57,7 @@ static EMBEDDING: OpInfo = OpInfo {
         },
         // Tied to the output head: the cross term of two kinds.
         |g| {
-            let (b, t, v, p) = (g.size(1, 3), g.size(1, 4), g.size(1, 4), g.size(1, 4));
+            let (b, t, v, p) = (g.count(1, 3), g.extent(1, 4), g.extent(1, 4), g.extent(1, 4));
             let w = Param::new("weight", g.array(&[v, p]));
             let ids = Tensor::new(g.ids(&[b, t], v));
             let params = vec![w.clone()];
@@ -75,8 +75,9 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: FactorRule::Kinds(&["lookup"]),
     cases: &[|g| {
-        let (bags, v, p) = (g.size(1, 4), g.size(1, 4), g.size(1, 4));
-        let lengths: Vec<usize> = (0..bags).map(|_| g.size(0, 4)).collect();
+        let (v, p) = (g.extent(1, 4), g.extent(0, 4));
+        let lengths = g.lengths(1, 4);
+        let bags = lengths.len();
         let segments = Segments::lengths(&lengths);
         let w = Param::new("weight", g.array(&[v, p]));
         let ids = Tensor::new(g.ids(&[segments.rows()], v));
@@ -84,7 +85,7 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
         let params = vec![w.clone()];
         let inputs = if g.chance(0.5) { vec![g.array(&[segments.rows()])] } else { vec![] };
         // Bags of one sample need not be neighbours.
-        let b = g.size(1, bags);
+        let b = g.size(1, bags.min(4));
         let owner: Vec<u32> = (0..bags).map(|_| g.size(0, b - 1) as u32).collect();
         let samples = Samples::owners(owner.clone(), b)?;
         let pick = Array::generate(&[b, bags], g.dtype(), |i| (owner[i % bags] as usize == i / bags) as u8 as f64);

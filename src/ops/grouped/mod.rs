@@ -20,8 +20,9 @@ static GROUPED_LINEAR: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: FactorRule::Kinds(&["grouped outer", "lookup"]),
     cases: &[|g: &mut Gen| {
-        let (e, d, p, b) = (g.size(1, 4), g.size(1, 4), g.size(1, 4), g.size(1, 4));
-        let lengths: Vec<usize> = (0..e).map(|_| g.size(0, 4)).collect();
+        let (e, d, p, b) = (g.size(1, 4), g.extent(1, 4), g.extent(1, 4), g.size(1, 4));
+        let lengths = g.lengths(e, e);
+        let e = lengths.len();
         let groups = Segments::lengths(&lengths);
         let n = groups.rows();
         let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };

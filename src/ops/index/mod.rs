@@ -13,6 +13,11 @@ use crate::device::spans;
 use crate::kernels::{Half, dispatch, rows};
 use crate::{Tensor, with_dtype, with_float};
 
+/// How many to pick from `n`: none if there are none.
+fn picks_from(g: &mut Gen, n: usize) -> usize {
+    if n == 0 { 0 } else { g.extent(0, 5) }
+}
+
 static GATHER: OpInfo = OpInfo {
     name: "gather",
     differentiable: Differentiable::Yes,
@@ -21,7 +26,7 @@ static GATHER: OpInfo = OpInfo {
         let s = g.shape(3);
         let d = g.size(0, 2);
         let mut picks = s.clone();
-        picks[d] = g.size(0, 5);
+        picks[d] = picks_from(g, s[d]);
         let index = Tensor::new(g.ids(&picks, s[d]));
         Ok(Case::new(vec![g.array(&s)], move |t| t[0].gather(d as isize, &index)))
     }],
@@ -35,13 +40,13 @@ static SCATTER_ADD: OpInfo = OpInfo {
             let s = g.shape(3);
             let d = g.size(0, 2);
             let mut from = s.clone();
-            from[d] = g.size(0, 5);
+            from[d] = picks_from(g, s[d]);
             let index = Tensor::new(g.ids(&from, s[d]));
             Ok(Case::new(vec![g.array(&s), g.array(&from)], move |t| t[0].scatter_add(d as isize, &index, &t[1])))
         },
         |g| {
             let s = g.shape(2);
-            let n = g.size(1, 4);
+            let n = g.extent(1, 4);
             let index = Tensor::new(g.ids(&s, n));
             Ok(Case::new(vec![g.array(&s)], move |t| t[0].scatter_sum(-1, &index, n)))
         },
@@ -54,7 +59,7 @@ static INDEX_SELECT: OpInfo = OpInfo {
     cases: &[|g| {
         let s = g.shape(3);
         let d = g.size(0, 2);
-        let k = g.size(0, 6);
+        let k = picks_from(g, s[d]);
         let ids = Tensor::new(g.ids(&[k], s[d]));
         Ok(Case::new(vec![g.array(&s)], move |t| t[0].index_select(d as isize, &ids)))
     }],
@@ -64,8 +69,9 @@ static ONE_HOT: OpInfo = OpInfo {
     differentiable: Differentiable::No("indices have no gradient"),
     factor: NO_PARAMS,
     cases: &[|g| {
-        let ids = g.ids(&[3, 2], 5);
-        Ok(Case::new(vec![g.array(&[1])], move |_| Tensor::new(ids.clone()).one_hot(5, DType::F64)))
+        let (s, n) = (g.shape(2), g.extent(1, 5));
+        let ids = g.ids(&s, n);
+        Ok(Case::new(vec![g.array(&[1])], move |_| Tensor::new(ids.clone()).one_hot(n, DType::F64)))
     }],
 };
 

@@ -45,13 +45,16 @@ static CROSS_ENTROPY: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g: &mut Gen| {
-        let (b, t, c) = (g.size(1, 3), g.size(1, 4), g.size(1, 6));
+        let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
         let targets = g.ids(&[b, t], c);
+        // Rows of a sample need not be neighbours.
+        let owner: Vec<u32> = (0..b * t).map(|_| g.size(0, b - 1) as u32).collect();
+        let samples = if g.chance(0.3) { Some(Samples::owners(owner, b)?) } else { None };
         let options = CrossEntropy {
             ignore_index: g.chance(0.5).then_some(0),
             label_smoothing: if g.chance(0.5) { 0.1 } else { 0.0 },
             reduce: if g.chance(0.5) { Reduce::Mean } else { Reduce::Sum },
-            samples: None,
+            samples,
         };
         Ok(Case::new(vec![g.array(&[b, t, c])], move |x| cross_entropy(&x[0], &targets, &options)))
     }],
@@ -72,7 +75,7 @@ static KL: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g: &mut Gen| {
-        let s = [g.size(1, 3), g.size(2, 4)];
+        let s = [g.extent(0, 3), g.extent(2, 4)];
         let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
         Ok(Case::new(vec![g.array(&s)], move |x| {
             kl_divergence(&x[0].log_softmax(-1)?, &t.to(&x[0].device())?, Reduce::Mean)

@@ -15,8 +15,8 @@ use crate::{Param, Samples, Tensor, with_float};
 
 fn case(g: &mut Gen, rms: bool) -> Result<Case> {
     // Two values are ±1 after a layer norm, whatever they were: their gradient is a difference of rounding errors.
-    let (b, t, d) = (g.size(1, 3), g.size(1, 3), g.size(3, 6));
-    let (gain, bias) = (Param::new("gain", g.array(&[d])), Param::new("bias", g.array(&[d])));
+    let (b, t, d) = (g.count(0, 3), g.extent(0, 3), g.extent(3, 6));
+    let (gain, bias) = (Param::new("gain", g.ordinary(&[d])), Param::new("bias", g.array(&[d])));
     let (x, params) = (g.array(&[b, t, d]), if rms { vec![gain.clone()] } else { vec![gain.clone(), bias.clone()] });
     Ok(Case::new(vec![x], move |x| match rms {
         true => rms_norm(&x[0], Some(&gain), 1e-5, None),
@@ -39,9 +39,9 @@ macro_rules! info {
 info!(LAYER_NORM, "layer_norm", &["scaled row sum", "row sum"], |g| case(g, false));
 info!(RMS_NORM, "rms_norm", &["scaled row sum"], |g| case(g, true));
 info!(GROUP_NORM, "group_norm", &["scaled row sum", "row sum"], |g| {
-    let (b, groups, each, s) = (g.size(1, 3), g.size(1, 2), g.size(1, 3), g.size(3, 4));
+    let (b, groups, each, s) = (g.count(0, 3), g.size(1, 2), g.extent(1, 3), g.extent(3, 4));
     let c = groups * each;
-    let (gain, bias) = (Param::new("gain", g.array(&[c])), Param::new("bias", g.array(&[c])));
+    let (gain, bias) = (Param::new("gain", g.ordinary(&[c])), Param::new("bias", g.array(&[c])));
     let (x, params) = (g.array(&[b, c, s]), vec![gain.clone(), bias.clone()]);
     Ok(Case::new(vec![x], move |x| group_norm(&x[0], groups, Some(&gain), Some(&bias), 1e-3)).params(params).samples(b))
 });

@@ -18,7 +18,7 @@ use std::sync::Arc;
 type Pool = fn(&Tensor, [usize; 2], [usize; 2], [usize; 2]) -> Result<Tensor>;
 
 fn case(g: &mut Gen, f: Pool) -> Result<Case> {
-    let s = [g.size(1, 2), g.size(1, 2), g.size(3, 5), g.size(3, 5)];
+    let s = [g.extent(0, 2), g.extent(0, 2), g.extent(3, 5), g.extent(3, 5)];
     let (kernel, stride) = ([g.size(1, 3), g.size(1, 3)], [g.size(1, 3), g.size(1, 3)]);
     let padding = [g.size(0, kernel[0] / 2), g.size(0, kernel[1] / 2)];
     Ok(Case::new(vec![g.distinct(&s)], move |t| f(&t[0], kernel, stride, padding)))
@@ -37,8 +37,8 @@ static AVG_POOL: OpInfo = OpInfo {
     cases: &[
         |g| case(g, Tensor::avg_pool2d),
         |g| {
-            let s = [g.size(0, 2), g.size(1, 2), g.size(1, 5), g.size(1, 5)];
-            let out = [g.size(1, 4), g.size(1, 4)];
+            let s = [g.extent(0, 2), g.extent(0, 2), g.extent(1, 5), g.extent(1, 5)];
+            let out = [g.extent(1, 4), g.extent(1, 4)];
             Ok(Case::new(vec![g.array(&s)], move |t| t[0].adaptive_avg_pool2d(out)))
         },
     ],

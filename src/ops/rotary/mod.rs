@@ -110,7 +110,7 @@ static ROTARY: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[|g: &mut Gen| {
-        let (b, t, h, half) = (g.size(1, 3), g.size(0, 4), g.size(1, 3), g.size(1, 3));
+        let (b, t, h, half) = (g.extent(0, 3), g.extent(0, 4), g.extent(1, 3), g.extent(1, 3));
         let offset = g.size(0, 3);
         let table = RotaryTable::new(offset + t + g.size(0, 2), 2 * half, 100.0)?;
         let pairing = if g.chance(0.5) { Pairing::Half } else { Pairing::Interleaved };

@@ -16,7 +16,7 @@ use crate::{Tensor, with_dtype, with_float};
 pub use crate::autograd::Segments;
 
 fn case(g: &mut Gen, f: fn(&Tensor, &Segments) -> Result<Tensor>) -> Result<Case> {
-    let lengths: Vec<usize> = (0..g.size(0, 5)).map(|_| g.size(0, 4)).collect();
+    let lengths = g.lengths(0, 5);
     let segments = Segments::lengths(&lengths);
     let inner = g.size(0, 2);
     let shape: Vec<usize> = std::iter::once(segments.rows()).chain(g.shape(inner)).collect();
@@ -36,9 +36,9 @@ info!(
     |g| case(g, Tensor::segment_mean),
     // Segments that are made on the device from the segment of each row.
     |g: &mut Gen| {
-        let lengths: Vec<usize> = (0..g.size(1, 5)).map(|_| g.size(0, 4)).collect();
+        let lengths = g.lengths(1, 5);
         let (count, ids) = (lengths.len(), Segments::lengths(&lengths).ids().clone());
-        let shape = [ids.len(), g.size(1, 3)];
+        let shape = [ids.len(), g.extent(0, 3)];
         let x = g.array(&shape);
         Ok(Case::new(vec![x], move |t| {
             let ids = Array::from_slice(&ids, &[ids.len()])?.to(&t[0].device())?;
@@ -49,9 +49,9 @@ info!(
 info!(SEGMENT_MAX, "segment_max", |g| case(g, Tensor::segment_max));
 info!(SEGMENT_SOFTMAX, "segment_softmax", |g| case(g, Tensor::segment_softmax));
 info!(SEGMENT_REPEAT, "segment_repeat", |g: &mut Gen| {
-    let lengths: Vec<usize> = (0..g.size(0, 5)).map(|_| g.size(0, 4)).collect();
+    let lengths = g.lengths(0, 5);
     let segments = Segments::lengths(&lengths);
-    let shape = [lengths.len(), g.size(1, 3)];
+    let shape = [lengths.len(), g.extent(0, 3)];
     Ok(Case::new(vec![g.array(&shape)], move |t| t[0].segment_repeat(&segments)))
 });
 
