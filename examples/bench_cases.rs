@@ -13,9 +13,9 @@
 
 use clap::{Arg, ArgAction, Command, value_parser};
 use prismgrad::models::{Gpt, GptConfig};
-use prismgrad::nn::{Ctx, Init, Linear, Params};
+use prismgrad::nn::{Ctx, Linear, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
-use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::norm::layer_norm;
 use prismgrad::optim::{AdamW, Schedule};
@@ -115,7 +115,7 @@ fn linear(name: &str) -> Result<(Step, Work, usize)> {
     let d: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).collect();
     let (m, k, n) = (d[0], d[1], d[2]);
     let params = Params::new(1, DType::F32);
-    let layer = Linear::new(&params, k, n, true, Layout::OutIn, Init::KaimingUniform)?;
+    let layer = Linear::new(&params, k, n)?;
     params.to(device())?;
     let x = Tensor::leaf(random(&[8, m / 8, k], 1)?);
     let (rows, seed) = (Tensor::new(x.array().reshape(&[m, k])?), random(&[8, m / 8, n], 2)?);
@@ -181,7 +181,7 @@ fn gpt(name: &str) -> Result<(Step, Work, usize)> {
 struct Mlp([Linear; 3]);
 impl Mlp {
     fn new(params: &Params) -> Result<Mlp> {
-        let l = |n: &str, i, o| Linear::new(&params.at(n), i, o, true, Layout::OutIn, Init::KaimingUniform);
+        let l = |n: &str, i, o| Linear::new(&params.at(n), i, o);
         Ok(Mlp([l("0", 784, 512)?, l("1", 512, 512)?, l("2", 512, 10)?]))
     }
     fn losses(&self, x: &Tensor, y: &Array) -> Result<Tensor> {

@@ -11,9 +11,8 @@
 mod args;
 
 use prismgrad::data::{Images, digits, shuffled};
-use prismgrad::nn::{Conv2d, Ctx, Init, Linear, Params};
-use prismgrad::ops::conv::Conv;
-use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::nn::{Conv2d, Ctx, Linear, Params};
+use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::ClipStyle;
@@ -45,18 +44,16 @@ type Model = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
 /// `[B, 64]` → `[B, 10]`.
 fn mlp(params: &Params) -> Result<Model> {
-    let a = Linear::new(&params.at("hidden"), 64, 32, true, Layout::OutIn, Init::KaimingUniform)?;
-    let b = Linear::new(&params.at("out"), 32, 10, true, Layout::OutIn, Init::KaimingUniform)?;
+    let a = Linear::new(&params.at("hidden"), 64, 32)?;
+    let b = Linear::new(&params.at("out"), 32, 10)?;
     Ok(Box::new(move |x| b.forward(&a.forward_act(x, Activation::Tanh, &Ctx::eval())?, &Ctx::eval())))
 }
 
 /// The same through 16 and 32 channels, each followed by a pool that halves the sides.
 fn convnet(params: &Params) -> Result<Model> {
-    let conv = |name: &str, from: usize, to: usize| {
-        Conv2d::new(&params.at(name), (from, to), [3, 3], Conv::default().padding(1), true, Init::KaimingUniform)
-    };
+    let conv = |name: &str, from: usize, to: usize| Conv2d::builder(from, to, 3).padding(1).build(&params.at(name));
     let (a, b) = (conv("conv1", 1, 16)?, conv("conv2", 16, 32)?);
-    let out = Linear::new(&params.at("out"), 128, 10, true, Layout::OutIn, Init::KaimingUniform)?;
+    let out = Linear::new(&params.at("out"), 128, 10)?;
     Ok(Box::new(move |x| {
         let count = x.shape()[0];
         let ctx = Ctx::eval();

@@ -12,8 +12,8 @@
 mod args;
 
 use prismgrad::data::{Images, digits, shuffled};
-use prismgrad::nn::{Ctx, Init, Linear, Params};
-use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::nn::{Ctx, Linear, Params};
+use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::step::{PlainStep, TrainStep};
@@ -50,7 +50,7 @@ fn run() -> Result<()> {
     let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
     let (train, test) = digits()?.shuffled(0).split(1400.0 / 1797.0);
     let params = Params::new(0, DType::F32);
-    let linear = |name, from, to| Linear::new(&params.at(name), from, to, true, Layout::OutIn, Init::KaimingUniform);
+    let linear = |name, from, to| Linear::new(&params.at(name), from, to);
     let model = Mlp { hidden: linear("hidden", 64, 32)?, out: linear("out", 32, 10)? };
     let mut folder = args.folder(&json!({"epochs": epochs}))?;
 

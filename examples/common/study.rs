@@ -8,8 +8,8 @@
 #![allow(dead_code)]
 
 use prismgrad::data::{Images, digits, shuffled};
-use prismgrad::nn::{Ctx, Init, Linear, Params};
-use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::nn::{Ctx, Linear, Params};
+use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::privacy::{Accountant, ClipStyle, Public, Weight};
@@ -57,9 +57,7 @@ impl Mlp {
     pub fn new(widths: &[usize], seed: u64) -> Result<Mlp> {
         let params = Params::new(seed, DType::F32);
         let all: Vec<usize> = [64].iter().chain(widths).chain(&[10]).copied().collect();
-        let layers = all.windows(2).enumerate().map(|(i, w)| {
-            Linear::new(&params.at(&i.to_string()), w[0], w[1], true, Layout::OutIn, Init::KaimingUniform)
-        });
+        let layers = all.windows(2).enumerate().map(|(i, w)| Linear::new(&params.at(&i.to_string()), w[0], w[1]));
         let layers = layers.collect::<Result<_>>()?;
         Ok(Mlp { params, layers })
     }

@@ -5,7 +5,7 @@
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::kernels::Activation;
-use crate::nn::{BlockConfig, Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, TransformerBlock};
+use crate::nn::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, TransformerBlock};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Layout, linear};
@@ -168,20 +168,18 @@ impl Gpt {
         let wpe = params.at("wpe").param("weight", &[config.n_positions, d], init)?;
         let mut blocks = Vec::new();
         for i in 0..config.n_layer {
-            let c = BlockConfig {
-                d,
-                heads: config.n_head,
-                hidden: config.n_inner.unwrap_or(4 * d),
-                act: config.activation()?,
-                span: config.spans.as_ref().map_or(Span::Causal, |s| s[i]),
-                dropout: config.resid_pdrop,
-                attn_dropout: config.attn_pdrop,
-                eps: config.layer_norm_epsilon,
-                init: (init, init_out),
-            };
-            blocks.push(TransformerBlock::new(&params.at("h").at(&i.to_string()), &c)?);
+            let block = TransformerBlock::builder(d, config.n_head)
+                .hidden(config.n_inner.unwrap_or(4 * d))
+                .act(config.activation()?)
+                .span(config.spans.as_ref().map_or(Span::Causal, |s| s[i]))
+                .dropout(config.resid_pdrop)
+                .attn_dropout(config.attn_pdrop)
+                .eps(config.layer_norm_epsilon)
+                .init(init)
+                .init_out(init_out);
+            blocks.push(block.build(&params.at("h").at(&i.to_string()))?);
         }
-        let ln_f = LayerNorm::new(&params.at("ln_f"), d, config.layer_norm_epsilon)?;
+        let ln_f = LayerNorm::builder(d).eps(config.layer_norm_epsilon).build(&params.at("ln_f"))?;
         let head = if config.tie_word_embeddings {
             None
         } else {
@@ -235,7 +233,7 @@ impl Gpt {
             None,
             s,
         )?)?;
-        let mut x = self.drop.forward(&ctx.activations(x)?, ctx)?;
+        let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = match &mut caches {
                 Some(c) => block.forward_cached(&x, &mut c[i], ctx)?,

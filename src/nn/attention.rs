@@ -44,27 +44,69 @@ pub struct MultiHeadAttention {
     qkv: Linear,
     out: Linear,
     heads: usize,
-    /// Which keys a query sees.
-    pub span: Span,
-    /// Dropout of the attention probabilities while training.
-    pub dropout: f64,
+    span: Span,
+    dropout: f64,
     id: u64,
 }
 
-impl MultiHeadAttention {
-    /// A layer of width `d` with `heads` heads; `init` and `init_out` fill the two projections.
-    pub fn new(params: &Params, d: usize, heads: usize, span: Span, init: Init, init_out: Init) -> Result<Self> {
+/// Options of a [`MultiHeadAttention`] layer, from [`MultiHeadAttention::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct MultiHeadAttentionBuilder {
+    d: usize,
+    heads: usize,
+    bias: bool,
+    span: Span,
+    dropout: f64,
+    init: Init,
+    init_out: Init,
+}
+
+impl MultiHeadAttentionBuilder {
+    setters! {
+        /// Whether the projections add biases, which start at zero. The default is `true`.
+        bias: bool,
+        /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
+        span: Span,
+        /// Dropout of the attention probabilities while training; 0 if not given.
+        dropout: f64,
+        /// Initial values of the projection to Q, K and V; [`Init::KaimingUniform`] if not given.
+        init: Init,
+        /// Initial values of the projection back; [`Init::KaimingUniform`] if not given.
+        init_out: Init,
+    }
+    /// The layer. Fails if the width does not divide into the heads, if the dropout lies outside [0, 1), or if the names are taken
+    /// in `params`.
+    pub fn build(self, params: &Params) -> Result<MultiHeadAttention> {
+        let MultiHeadAttentionBuilder { d, heads, span, dropout, .. } = self;
         if heads == 0 || !d.is_multiple_of(heads) {
             return Err(Error::invalid("MultiHeadAttention", format!("width {d} does not divide into {heads} heads")));
         }
+        if !(0.0..1.0).contains(&dropout) {
+            let message = format!("dropout {dropout}; it must lie in [0, 1)");
+            return Err(Error::invalid("MultiHeadAttention", message));
+        }
+        let linear = |p, init| Linear::builder(d, p).bias(self.bias).layout(Layout::InOut).init(init);
         Ok(MultiHeadAttention {
-            qkv: Linear::new(&params.at("c_attn"), d, 3 * d, true, Layout::InOut, init)?,
-            out: Linear::new(&params.at("c_proj"), d, d, true, Layout::InOut, init_out)?,
+            qkv: linear(3 * d, self.init).build(&params.at("c_attn"))?,
+            out: linear(d, self.init_out).build(&params.at("c_proj"))?,
             heads,
             span,
-            dropout: 0.0,
+            dropout,
             id: params.id("attn_dropout"),
         })
+    }
+}
+
+impl MultiHeadAttention {
+    /// A layer of width `d` with `heads` heads in which every query sees every key, without dropout. Fails if the width does not
+    /// divide into the heads, or if the names are taken in `params`.
+    pub fn new(params: &Params, d: usize, heads: usize) -> Result<Self> {
+        MultiHeadAttention::builder(d, heads).build(params)
+    }
+    /// Options for a layer of width `d` with `heads` heads.
+    pub fn builder(d: usize, heads: usize) -> MultiHeadAttentionBuilder {
+        let init = Init::KaimingUniform;
+        MultiHeadAttentionBuilder { d, heads, bias: true, span: Span::Full, dropout: 0.0, init, init_out: init }
     }
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.qkv, &mut self.out]

@@ -5,8 +5,40 @@ use crate::base::{Error, Result};
 use crate::ops::conv::{Conv, conv1d, conv2d};
 use crate::{Param, Tensor};
 
+/// A size along each of `N` directions, (height, width) for images: one number for all, or one for each.
+///
+/// ```
+/// use prismgrad::nn::Sides;
+/// assert_eq!(Sides::<2>::from(3), Sides::from([3, 3]));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sides<const N: usize>(pub [usize; N]);
+
+impl<const N: usize> From<usize> for Sides<N> {
+    fn from(n: usize) -> Self {
+        Sides([n; N])
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Sides<N> {
+    fn from(sides: [usize; N]) -> Self {
+        Sides(sides)
+    }
+}
+
+impl<const N: usize> Sides<N> {
+    /// As the ops take them: a sequence is an image of height 1, which `other` says of its own kind of size.
+    fn pair(self, other: usize) -> [usize; 2] {
+        match self.0[..] {
+            [h, w] => [h, w],
+            [w] => [other, w],
+            _ => [other; 2],
+        }
+    }
+}
+
 macro_rules! layer {
-    ($(#[$doc:meta])* $name:ident, $rank:literal, $op:ident) => {
+    ($(#[$doc:meta])* $name:ident, $builder:ident, $rank:literal, $op:ident) => {
         $(#[$doc])*
         #[derive(Clone, Debug)]
         pub struct $name {
@@ -15,28 +47,70 @@ macro_rules! layer {
             conv: Conv,
         }
 
-        impl $name {
-            /// From `channels.0` to `channels.1` channels with a window of `kernel`; `conv` says how it slides. Weights
-            /// start as `init`, the bias, if asked for, at zero.
-            pub fn new(
-                params: &Params,
-                channels: (usize, usize),
-                kernel: [usize; $rank],
-                conv: Conv,
+        #[doc = concat!("Options of a [`", stringify!($name), "`], from [`", stringify!($name), "::builder`].")]
+        #[derive(Clone, Copy, Debug)]
+        pub struct $builder {
+            channels: (usize, usize),
+            kernel: [usize; $rank],
+            conv: Conv,
+            bias: bool,
+            init: Init,
+        }
+
+        impl $builder {
+            setters! {
+                /// Whether the layer adds a bias, which starts at zero. The default is `true`.
                 bias: bool,
+                /// Initial values of the weight; [`Init::KaimingUniform`] if not given.
                 init: Init,
-            ) -> Result<Self> {
-                let (cin, cout) = channels;
+            }
+            /// Step between windows; 1 if not given.
+            pub fn stride(mut self, stride: impl Into<Sides<$rank>>) -> Self {
+                self.conv.stride = stride.into().pair(1);
+                self
+            }
+            /// Zeros before and after; none if not given.
+            pub fn padding(mut self, padding: impl Into<Sides<$rank>>) -> Self {
+                self.conv.padding = padding.into().pair(0);
+                self
+            }
+            /// Step between the elements of a window; 1 if not given.
+            pub fn dilation(mut self, dilation: impl Into<Sides<$rank>>) -> Self {
+                self.conv.dilation = dilation.into().pair(1);
+                self
+            }
+            /// The number of groups of channels that do not see each other; 1 if not given.
+            pub fn groups(mut self, groups: usize) -> Self {
+                self.conv.groups = groups;
+                self
+            }
+            /// The layer, with the parameters `weight` and `bias`. Fails if these names are taken in `params`, or if the groups do
+            /// not divide both numbers of channels.
+            pub fn build(self, params: &Params) -> Result<$name> {
+                let ((cin, cout), conv) = (self.channels, self.conv);
                 if conv.groups == 0 || !cin.is_multiple_of(conv.groups) || !cout.is_multiple_of(conv.groups) {
                     let message = format!("{} groups do not divide {cin} and {cout} channels", conv.groups);
                     return Err(Error::invalid(stringify!($name), message));
                 }
-                let shape: Vec<usize> = [cout, cin / conv.groups].into_iter().chain(kernel).collect();
+                let shape: Vec<usize> = [cout, cin / conv.groups].into_iter().chain(self.kernel).collect();
                 Ok($name {
-                    weight: params.param("weight", &shape, init)?,
-                    bias: if bias { Some(params.param("bias", &[cout], Init::Zeros)?) } else { None },
+                    weight: params.param("weight", &shape, self.init)?,
+                    bias: if self.bias { Some(params.param("bias", &[cout], Init::Zeros)?) } else { None },
                     conv,
                 })
+            }
+        }
+
+        impl $name {
+            /// From `cin` to `cout` channels with a window of `kernel` that moves by 1, no padding, with a bias. Fails if the names
+            /// `weight` and `bias` are taken in `params`.
+            pub fn new(params: &Params, cin: usize, cout: usize, kernel: impl Into<Sides<$rank>>) -> Result<Self> {
+                $name::builder(cin, cout, kernel).build(params)
+            }
+            /// Options for a layer from `cin` to `cout` channels with a window of `kernel`.
+            pub fn builder(cin: usize, cout: usize, kernel: impl Into<Sides<$rank>>) -> $builder {
+                let (kernel, conv) = (kernel.into().0, Conv::default());
+                $builder { channels: (cin, cout), kernel, conv, bias: true, init: Init::KaimingUniform }
             }
             /// The weight.
             pub fn weight(&self) -> &Param {
@@ -48,7 +122,7 @@ macro_rules! layer {
             }
             /// The convolution of `x`; every image is a sample unless the context maps them otherwise.
             pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
-                $op(x, &self.weight, self.bias.as_ref(), self.conv, ctx.samples.as_ref())
+                $op(&ctx.activations(x)?, &self.weight, self.bias.as_ref(), self.conv, ctx.samples.as_ref())
             }
         }
     };
@@ -56,9 +130,20 @@ macro_rules! layer {
 
 layer! {
     /// `[B, Cin, T]` to `[B, Cout, T′]` with a weight `[Cout, Cin/groups, k]` and a bias `[Cout]`.
-    Conv1d, 1, conv1d
+    Conv1d, Conv1dBuilder, 1, conv1d
 }
 layer! {
     /// `[B, Cin, H, W]` to `[B, Cout, H′, W′]` with a weight `[Cout, Cin/groups, kh, kw]` and a bias `[Cout]`.
-    Conv2d, 2, conv2d
+    ///
+    /// ```
+    /// use prismgrad::nn::{Conv2d, Ctx, Params};
+    /// use prismgrad::{DType, Tensor};
+    /// # fn main() -> prismgrad::Result<()> {
+    /// let params = Params::new(0, DType::F32);
+    /// let conv = Conv2d::builder(3, 16, 3).padding(1).stride([2, 1]).build(&params.at("conv"))?;
+    /// let y = conv.forward(&Tensor::zeros(&[4, 3, 8, 8], DType::F32), &Ctx::eval())?;
+    /// assert_eq!(y.shape(), [4, 16, 4, 8]);
+    /// # Ok(()) }
+    /// ```
+    Conv2d, Conv2dBuilder, 2, conv2d
 }

@@ -1,9 +1,10 @@
 //! Embedding tables as layers.
 
+use super::{Ctx, Init, Params};
 use crate::base::{Error, Result};
 use crate::ops::embedding::{BagMode, embedding, embedding_bag};
 use crate::ops::segment::Segments;
-use crate::{Param, Samples, Tensor};
+use crate::{Array, Param, Tensor};
 
 fn expect_table(layer: &'static str, weight: &Param) -> Result<()> {
     match weight.shape() {
@@ -12,46 +13,136 @@ fn expect_table(layer: &'static str, weight: &Param) -> Result<()> {
     }
 }
 
-/// A table `[V, p]` looked up by id: `[B, …]` ids to `[B, …, p]`. Its weight may be shared with an output head: clones of
-/// a [`Param`] are the same parameter, and its gradient stays exact per sample.
+fn expect_row(padding: u32, rows: usize) -> Result<()> {
+    if padding as usize >= rows {
+        let message = format!("padding id {padding} is no row of a table with {rows} rows; ids are in 0..{rows}");
+        return Err(Error::invalid("Embedding", message));
+    }
+    Ok(())
+}
+
+/// A table `[V, d]` looked up by id: ids `[B, …]` (u32 or i64) to `[B, …, d]`.
+///
+/// ```
+/// use prismgrad::nn::{Ctx, Embedding, Params};
+/// use prismgrad::{DType, Tensor};
+/// # fn main() -> prismgrad::Result<()> {
+/// let params = Params::new(0, DType::F32);
+/// let table = Embedding::new(&params.at("wte"), 100, 16)?;
+/// let y = table.forward(&Tensor::from_slice(&[3i64, 1, 4, 1], &[2, 2])?, &Ctx::eval())?;
+/// assert_eq!(y.shape(), [2, 2, 16]);
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Embedding {
     weight: Param,
     padding: Option<u32>,
 }
 
-impl Embedding {
-    /// Over `weight [V, p]`; rows looked up by the id `padding` receive no gradient.
-    pub fn new(weight: Param, padding: Option<u32>) -> Result<Embedding> {
-        expect_table("Embedding", &weight)?;
-        if let Some(p) = padding
-            && p as usize >= weight.shape()[0]
-        {
-            let message = format!("padding id {p} outside {} with {} rows", weight.name(), weight.shape()[0]);
-            return Err(Error::invalid("Embedding", message));
+/// Options of an [`Embedding`], from [`Embedding::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddingBuilder {
+    sizes: (usize, usize),
+    padding: Option<u32>,
+    init: Init,
+}
+
+impl EmbeddingBuilder {
+    setters! {
+        /// Initial values of the table; N(0, 1), as in PyTorch, if not given.
+        init: Init,
+    }
+    /// The id whose row starts at zero and receives no gradient; none if not given.
+    pub fn padding(mut self, id: u32) -> Self {
+        self.padding = Some(id);
+        self
+    }
+    /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`, or if the padding id is no row.
+    pub fn build(self, params: &Params) -> Result<Embedding> {
+        let (rows, d) = self.sizes;
+        self.padding.map_or(Ok(()), |p| expect_row(p, rows))?;
+        let weight = params.param("weight", &[rows, d], self.init)?;
+        if let Some(p) = self.padding {
+            let mut value = weight.value();
+            value.write(p as usize * d, &Array::zeros(&[d], weight.dtype()))?;
+            weight.set(value)?;
         }
-        Ok(Embedding { weight, padding })
+        Ok(Embedding { weight, padding: self.padding })
+    }
+}
+
+impl Embedding {
+    /// `rows` rows of d elements, N(0, 1). Fails if the name `weight` is taken in `params`.
+    pub fn new(params: &Params, rows: usize, d: usize) -> Result<Embedding> {
+        Embedding::builder(rows, d).build(params)
+    }
+    /// Options for a table of `rows` rows of d elements.
+    pub fn builder(rows: usize, d: usize) -> EmbeddingBuilder {
+        EmbeddingBuilder { sizes: (rows, d), padding: None, init: Init::Normal { std: 1.0 } }
+    }
+    /// Over a parameter `[V, d]` that exists already, such as the weight of an output layer: clones of a [`Param`] are the same
+    /// parameter, and its gradient stays exact per sample. Fails if it is not a matrix.
+    pub fn tied(weight: Param) -> Result<Embedding> {
+        expect_table("Embedding", &weight)?;
+        Ok(Embedding { weight, padding: None })
+    }
+    /// The same table with rows looked up by the id `padding` receiving no gradient. Fails if the id is no row.
+    pub fn with_padding(mut self, padding: u32) -> Result<Embedding> {
+        expect_row(padding, self.weight.shape()[0])?;
+        self.padding = Some(padding);
+        Ok(self)
     }
     /// The table.
     pub fn weight(&self) -> &Param {
         &self.weight
     }
-    /// Rows of `ids` (u32 or i64); dimension 0 counts samples unless `samples` maps the ids otherwise.
-    pub fn forward(&self, ids: &Tensor, samples: Option<&Samples>) -> Result<Tensor> {
-        embedding(&self.weight, ids, self.padding, samples)
+    /// Rows of `ids` (u32 or i64) in the dtype of activations; dimension 0 counts samples unless the context maps the ids
+    /// otherwise.
+    pub fn forward(&self, ids: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+        ctx.activations(&embedding(&self.weight, ids, self.padding, ctx.samples.as_ref())?)
     }
 }
 
-/// A table `[V, p]` of which bags of ids are summed or averaged: `[bags, p]`.
+/// A table `[V, d]` of which bags of ids are summed or averaged: `[bags, d]`.
 #[derive(Clone, Debug)]
 pub struct EmbeddingBag {
     weight: Param,
     mode: BagMode,
 }
 
+/// Options of an [`EmbeddingBag`], from [`EmbeddingBag::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddingBagBuilder {
+    sizes: (usize, usize),
+    mode: BagMode,
+    init: Init,
+}
+
+impl EmbeddingBagBuilder {
+    setters! {
+        /// How the rows of a bag become one; their mean, as in PyTorch, if not given.
+        mode: BagMode,
+        /// Initial values of the table; N(0, 1), as in PyTorch, if not given.
+        init: Init,
+    }
+    /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`.
+    pub fn build(self, params: &Params) -> Result<EmbeddingBag> {
+        let (rows, d) = self.sizes;
+        EmbeddingBag::tied(params.param("weight", &[rows, d], self.init)?, self.mode)
+    }
+}
+
 impl EmbeddingBag {
-    /// Over `weight [V, p]`.
-    pub fn new(weight: Param, mode: BagMode) -> Result<EmbeddingBag> {
+    /// `rows` rows of d elements, N(0, 1), of which bags take the mean. Fails if the name `weight` is taken in `params`.
+    pub fn new(params: &Params, rows: usize, d: usize) -> Result<EmbeddingBag> {
+        EmbeddingBag::builder(rows, d).build(params)
+    }
+    /// Options for a table of `rows` rows of d elements.
+    pub fn builder(rows: usize, d: usize) -> EmbeddingBagBuilder {
+        EmbeddingBagBuilder { sizes: (rows, d), mode: BagMode::Mean, init: Init::Normal { std: 1.0 } }
+    }
+    /// Over a parameter `[V, d]` that exists already. Fails if it is not a matrix.
+    pub fn tied(weight: Param, mode: BagMode) -> Result<EmbeddingBag> {
         expect_table("EmbeddingBag", &weight)?;
         Ok(EmbeddingBag { weight, mode })
     }
@@ -59,15 +150,17 @@ impl EmbeddingBag {
     pub fn weight(&self) -> &Param {
         &self.weight
     }
-    /// Bags of `ids` (u32 or i64), each scaled by `scale` if given; every bag is a sample unless `samples` maps the bags
+    /// Bags of one length: ids `[B, k]` (u32 or i64) to `[B, d]`. Every bag is a sample unless the context maps the bags
     /// otherwise.
-    pub fn forward(
-        &self,
-        ids: &Tensor,
-        bags: &Segments,
-        scale: Option<&Tensor>,
-        samples: Option<&Samples>,
-    ) -> Result<Tensor> {
-        embedding_bag(&self.weight, ids, bags, self.mode, scale, samples)
+    pub fn forward(&self, ids: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+        let &[count, each] = ids.shape() else {
+            let message = format!("ids {:?}; they must be [bags, ids of a bag], or use forward_bags", ids.shape());
+            return Err(Error::shape("EmbeddingBag", message));
+        };
+        self.forward_bags(ids, &Segments::uniform(count, each), None, ctx)
+    }
+    /// Bags of any length over the ids, each id's row scaled by `scale` `[N]` if given.
+    pub fn forward_bags(&self, ids: &Tensor, bags: &Segments, scale: Option<&Tensor>, ctx: &Ctx) -> Result<Tensor> {
+        ctx.activations(&embedding_bag(&self.weight, ids, bags, self.mode, scale, ctx.samples.as_ref())?)
     }
 }

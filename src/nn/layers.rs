@@ -9,6 +9,18 @@ use crate::ops::norm::{group_norm, layer_norm, rms_norm};
 use crate::{Param, Tensor};
 
 /// y = act(x·Wᵀ + b) over the last dimension.
+///
+/// ```
+/// use prismgrad::nn::{Ctx, Init, Linear, Params};
+/// use prismgrad::{DType, Tensor};
+/// # fn main() -> prismgrad::Result<()> {
+/// let params = Params::new(0, DType::F32);
+/// let hidden = Linear::new(&params.at("hidden"), 8, 32)?;
+/// let out = Linear::builder(32, 10).bias(false).init(Init::Zeros).build(&params.at("out"))?;
+/// let y = out.forward(&hidden.forward(&Tensor::zeros(&[4, 8], DType::F32), &Ctx::eval())?, &Ctx::eval())?;
+/// assert_eq!(y.shape(), [4, 10]);
+/// # Ok(()) }
+/// ```
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
@@ -16,16 +28,47 @@ pub struct Linear {
     lora: Option<Lora>,
 }
 
-impl Linear {
-    /// d → p with parameters `weight` (`[p, d]` or `[d, p]`, see [`Layout`]) and, if asked for, `bias` (zeros).
-    pub fn new(params: &Params, d: usize, p: usize, bias: bool, layout: Layout, init: Init) -> Result<Linear> {
-        let shape = if layout == Layout::OutIn { [p, d] } else { [d, p] };
+/// Options of a [`Linear`] layer, from [`Linear::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct LinearBuilder {
+    sizes: (usize, usize),
+    bias: bool,
+    init: Init,
+    layout: Layout,
+}
+
+impl LinearBuilder {
+    setters! {
+        /// Whether the layer adds a bias, which starts at zero. The default is `true`.
+        bias: bool,
+        /// Initial values of the weight; [`Init::KaimingUniform`] with the number of inputs as fan-in if not given.
+        init: Init,
+        /// How the weight lies in memory; [`Layout::OutIn`], as in PyTorch, if not given.
+        layout: Layout,
+    }
+    /// The layer, with the parameters `weight` (`[p, d]`, or `[d, p]` for [`Layout::InOut`]) and `bias` `[p]`. Fails if these
+    /// names are taken in `params`.
+    pub fn build(self, params: &Params) -> Result<Linear> {
+        let (d, p) = self.sizes;
+        let shape = if self.layout == Layout::OutIn { [p, d] } else { [d, p] };
         Ok(Linear {
-            weight: params.param("weight", &shape, init)?,
-            bias: if bias { Some(params.param("bias", &[p], Init::Zeros)?) } else { None },
-            layout,
+            weight: params.param_with_fan_in("weight", &shape, self.init, d)?,
+            bias: if self.bias { Some(params.param("bias", &[p], Init::Zeros)?) } else { None },
+            layout: self.layout,
             lora: None,
         })
+    }
+}
+
+impl Linear {
+    /// From d inputs to p outputs, with a bias, the weight `[p, d]` uniform in ±1/√d. Fails if the names `weight` and `bias` are
+    /// taken in `params`.
+    pub fn new(params: &Params, d: usize, p: usize) -> Result<Linear> {
+        Linear::builder(d, p).build(params)
+    }
+    /// Options for a layer from d inputs to p outputs.
+    pub fn builder(d: usize, p: usize) -> LinearBuilder {
+        LinearBuilder { sizes: (d, p), bias: true, init: Init::KaimingUniform, layout: Layout::OutIn }
     }
     /// `[B, …, d]` → `[B, …, p]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
@@ -33,6 +76,7 @@ impl Linear {
     }
     /// With an activation fused into the product.
     pub fn forward_act(&self, x: &Tensor, act: Activation, ctx: &Ctx) -> Result<Tensor> {
+        let x = &ctx.activations(x)?;
         let run = |act| linear(x, &self.weight, self.layout, self.bias.as_ref(), act, ctx.samples.as_ref());
         match self.lora.as_ref().map(|l| l.forward(x, ctx)).transpose()?.flatten() {
             None => run(act),
@@ -76,19 +120,45 @@ impl Linear {
 /// Layer norm over the last dimension: `weight` and `bias` `[d]`.
 pub struct LayerNorm {
     weight: Param,
-    bias: Param,
+    bias: Option<Param>,
     eps: f64,
 }
 
+/// Options of a [`LayerNorm`], from [`LayerNorm::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNormBuilder {
+    d: usize,
+    bias: bool,
+    eps: f64,
+}
+
+impl LayerNormBuilder {
+    setters! {
+        /// Whether the layer adds a bias, which starts at zero. The default is `true`.
+        bias: bool,
+        /// What is added to the variance; 1e-5 if not given.
+        eps: f64,
+    }
+    /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`.
+    pub fn build(self, params: &Params) -> Result<LayerNorm> {
+        let weight = params.param("weight", &[self.d], Init::Ones)?;
+        let bias = if self.bias { Some(params.param("bias", &[self.d], Init::Zeros)?) } else { None };
+        Ok(LayerNorm { weight, bias, eps: self.eps })
+    }
+}
+
 impl LayerNorm {
-    /// Over d elements.
-    pub fn new(params: &Params, d: usize, eps: f64) -> Result<LayerNorm> {
-        let (weight, bias) = (params.param("weight", &[d], Init::Ones)?, params.param("bias", &[d], Init::Zeros)?);
-        Ok(LayerNorm { weight, bias, eps })
+    /// Over d elements, with weight and bias, ε = 1e-5. Fails if the names `weight` and `bias` are taken in `params`.
+    pub fn new(params: &Params, d: usize) -> Result<LayerNorm> {
+        LayerNorm::builder(d).build(params)
+    }
+    /// Options for a norm over d elements.
+    pub fn builder(d: usize) -> LayerNormBuilder {
+        LayerNormBuilder { d, bias: true, eps: 1e-5 }
     }
     /// `[B, …, d]` → `[B, …, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
-        layer_norm(x, Some(&self.weight), Some(&self.bias), self.eps, ctx.samples.as_ref())
+        layer_norm(x, Some(&self.weight), self.bias.as_ref(), self.eps, ctx.samples.as_ref())
     }
 }
 
@@ -98,10 +168,32 @@ pub struct RmsNorm {
     eps: f64,
 }
 
+/// Options of an [`RmsNorm`], from [`RmsNorm::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNormBuilder {
+    d: usize,
+    eps: f64,
+}
+
+impl RmsNormBuilder {
+    setters! {
+        /// What is added to the mean square; 1e-6 if not given.
+        eps: f64,
+    }
+    /// The layer, with the parameter `weight` (ones). Fails if this name is taken in `params`.
+    pub fn build(self, params: &Params) -> Result<RmsNorm> {
+        Ok(RmsNorm { weight: params.param("weight", &[self.d], Init::Ones)?, eps: self.eps })
+    }
+}
+
 impl RmsNorm {
-    /// Over d elements.
-    pub fn new(params: &Params, d: usize, eps: f64) -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: params.param("weight", &[d], Init::Ones)?, eps })
+    /// Over d elements, ε = 1e-6. Fails if the name `weight` is taken in `params`.
+    pub fn new(params: &Params, d: usize) -> Result<RmsNorm> {
+        RmsNorm::builder(d).build(params)
+    }
+    /// Options for a norm over d elements.
+    pub fn builder(d: usize) -> RmsNormBuilder {
+        RmsNormBuilder { d, eps: 1e-6 }
     }
     /// `[B, …, d]` → `[B, …, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
@@ -117,12 +209,43 @@ pub struct GroupNorm {
     eps: f64,
 }
 
-impl GroupNorm {
-    /// C channels in `groups` groups.
-    pub fn new(params: &Params, channels: usize, groups: usize, eps: f64) -> Result<GroupNorm> {
+/// Options of a [`GroupNorm`], from [`GroupNorm::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct GroupNormBuilder {
+    groups: usize,
+    channels: usize,
+    eps: f64,
+}
+
+impl GroupNormBuilder {
+    setters! {
+        /// What is added to the variance; 1e-5 if not given.
+        eps: f64,
+    }
+    /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`, or if the
+    /// groups do not divide the channels.
+    pub fn build(self, params: &Params) -> Result<GroupNorm> {
+        let GroupNormBuilder { groups, channels, eps } = self;
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            let message =
+                format!("{channels} channels do not divide into {groups} groups; the order is (groups, channels)");
+            return Err(Error::invalid("GroupNorm", message));
+        }
         let (weight, bias) =
             (params.param("weight", &[channels], Init::Ones)?, params.param("bias", &[channels], Init::Zeros)?);
         Ok(GroupNorm { weight, bias, groups, eps })
+    }
+}
+
+impl GroupNorm {
+    /// `channels` in `groups` groups of equal size, in PyTorch's order, with ε = 1e-5. Fails if the names `weight` and `bias` are
+    /// taken in `params`, or if the groups do not divide the channels.
+    pub fn new(params: &Params, groups: usize, channels: usize) -> Result<GroupNorm> {
+        GroupNorm::builder(groups, channels).build(params)
+    }
+    /// Options for a norm of `channels` in `groups` groups.
+    pub fn builder(groups: usize, channels: usize) -> GroupNormBuilder {
+        GroupNormBuilder { groups, channels, eps: 1e-5 }
     }
     /// `[B, C, …]` → `[B, C, …]`.
     pub fn forward(&self, x: &Tensor, _ctx: &Ctx) -> Result<Tensor> {
@@ -137,7 +260,8 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Probability `p` of zeroing; the mask stream is named by the scope.
+    /// Each element becomes 0 with probability `p`, and the others are divided by 1 − p. The scope of `params` names the stream
+    /// of masks, so that two layers in different scopes have different ones. Fails unless `p` lies in [0, 1).
     pub fn new(params: &Params, p: f64) -> Result<Dropout> {
         if !(0.0..1.0).contains(&p) {
             return Err(Error::invalid("Dropout", format!("probability {p}; it must lie in [0, 1)")));

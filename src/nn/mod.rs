@@ -1,4 +1,22 @@
 //! Layers and the parameter store.
+//!
+//! Every layer is made in the same way. `Linear::new(&params, d, p)` is the default case, and
+//! `Linear::builder(d, p).bias(false).build(&params)` changes what the builder names. The scope of `params` names the layer's
+//! parameters: `Linear::new(&params.at("hidden"), 64, 32)` makes `hidden.weight` and `hidden.bias`. Every layer has
+//! `forward(&x, &ctx)`.
+
+/// Setters of a builder's fields.
+macro_rules! setters {
+    ($($(#[$doc:meta])* $field:ident: $type:ty,)*) => {
+        $(
+            $(#[$doc])*
+            pub fn $field(mut self, $field: $type) -> Self {
+                self.$field = $field;
+                self
+            }
+        )*
+    };
+}
 
 mod attention;
 mod conv;
@@ -8,13 +26,14 @@ mod lora;
 mod params;
 mod transformer;
 
-pub use attention::{KvCache, MultiHeadAttention};
-pub use conv::{Conv1d, Conv2d};
-pub use embedding::{Embedding, EmbeddingBag};
-pub use layers::{Dropout, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
+pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder, Sides};
+pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};
+pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuilder, Linear, LinearBuilder};
+pub use layers::{RmsNorm, RmsNormBuilder};
 pub use lora::LoraConfig;
 pub use params::{Init, Params};
-pub use transformer::{BlockConfig, Mlp, SwiGlu, TransformerBlock};
+pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};
 use crate::{DType, Samples, Tensor};
@@ -28,8 +47,9 @@ pub struct Ctx {
     pub seed: u64,
     /// The map of rows to samples where it is not dimension 0.
     pub samples: Option<Samples>,
-    /// The dtype of activations, where it is not the parameters': what embeddings hand on, and everything after them
-    /// follows. With bf16 this is mixed precision: parameters, norms of gradients, sums and updates stay f32.
+    /// The dtype of activations, where it is not the parameters'. Linear layers and convolutions convert their inputs to it,
+    /// embeddings their outputs, and every op follows its input. With bf16 this is mixed precision: parameters, norms of
+    /// gradients, sums and updates stay f32.
     pub dtype: Option<DType>,
 }
 
@@ -51,7 +71,7 @@ impl Ctx {
         Ctx { dtype: Some(dtype), ..self.clone() }
     }
     /// What goes into the layers: `x` in the dtype of activations.
-    pub fn activations(&self, x: Tensor) -> Result<Tensor> {
+    pub fn activations(&self, x: &Tensor) -> Result<Tensor> {
         self.dtype.map_or(Ok(x.clone()), |d| x.cast(d))
     }
     /// The mask seed of the layer with this id.

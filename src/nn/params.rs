@@ -23,7 +23,8 @@ pub enum Init {
     Zeros,
     /// All 1.
     Ones,
-    /// Uniform in ±1/√fan_in, the fan-in being the product of all dimensions but the first (PyTorch's default).
+    /// Uniform in ±1/√fan_in (PyTorch's default), the fan-in being the number of inputs that an output adds up. Layers say what it
+    /// is; see [`Params::param`] for parameters of your own.
     KaimingUniform,
 }
 
@@ -64,7 +65,22 @@ impl Params {
         &self.prefix
     }
     /// A new parameter in this scope. Fails if the name is taken.
+    ///
+    /// [`Init::KaimingUniform`] takes the product of all dimensions but the first for the fan-in, which is right for weights
+    /// that lie `[out, in, …]`. For weights that lie otherwise use [`Params::param_with_fan_in`].
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        self.param_with_fan_in(name, shape, init, shape.iter().skip(1).product())
+    }
+    /// [`Params::param`] with the fan-in given, for weights that do not lie `[out, in, …]`: `d` for a weight `[d, p]`, and for
+    /// stacked weights `[experts, p, d]` as well. Only [`Init::KaimingUniform`] depends on it.
+    ///
+    /// ```
+    /// use prismgrad::{DType, nn::{Init, Params}};
+    /// let params = Params::new(0, DType::F32);
+    /// let experts = params.param_with_fan_in("experts", &[8, 32, 100], Init::KaimingUniform, 100).unwrap();
+    /// assert!(experts.value().to_f64().iter().all(|w| w.abs() <= 0.1)); // 1/√100
+    /// ```
+    pub fn param_with_fan_in(&self, name: &str, shape: &[usize], init: Init, fan_in: usize) -> Result<Param> {
         let name = self.full(name);
         let mut store = self.lock();
         if store.iter().any(|p| p.name() == name) {
@@ -81,7 +97,7 @@ impl Params {
                 Array::generate(shape, self.dtype, move |i| std * philox::normal(seed, stream, i as u64))
             }
             Init::Uniform { bound } => uniform(bound),
-            Init::KaimingUniform => uniform(1.0 / (shape.iter().skip(1).product::<usize>().max(1) as f64).sqrt()),
+            Init::KaimingUniform => uniform(1.0 / (fan_in.max(1) as f64).sqrt()),
         };
         let param = Param::new(name, value);
         store.push(param.clone());

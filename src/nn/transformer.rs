@@ -14,14 +14,44 @@ pub struct Mlp {
     act: Activation,
 }
 
-impl Mlp {
-    /// A layer d → hidden → d.
-    pub fn new(params: &Params, d: usize, hidden: usize, act: Activation, init: Init, init_out: Init) -> Result<Mlp> {
+/// Options of an [`Mlp`], from [`Mlp::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct MlpBuilder {
+    sizes: (usize, usize),
+    act: Activation,
+    init: Init,
+    init_out: Init,
+}
+
+impl MlpBuilder {
+    setters! {
+        /// The activation between the layers; [`Activation::Gelu`] if not given.
+        act: Activation,
+        /// Initial values of the first weight; [`Init::KaimingUniform`] if not given.
+        init: Init,
+        /// Initial values of the second weight; [`Init::KaimingUniform`] if not given.
+        init_out: Init,
+    }
+    /// The layers. Fails if the names are taken in `params`.
+    pub fn build(self, params: &Params) -> Result<Mlp> {
+        let (d, hidden) = self.sizes;
         Ok(Mlp {
-            fc: Linear::new(&params.at("c_fc"), d, hidden, true, Layout::InOut, init)?,
-            proj: Linear::new(&params.at("c_proj"), hidden, d, true, Layout::InOut, init_out)?,
-            act,
+            fc: Linear::builder(d, hidden).layout(Layout::InOut).init(self.init).build(&params.at("c_fc"))?,
+            proj: Linear::builder(hidden, d).layout(Layout::InOut).init(self.init_out).build(&params.at("c_proj"))?,
+            act: self.act,
         })
+    }
+}
+
+impl Mlp {
+    /// Layers d → hidden → d with GELU between. Fails if the names are taken in `params`.
+    pub fn new(params: &Params, d: usize, hidden: usize) -> Result<Mlp> {
+        Mlp::builder(d, hidden).build(params)
+    }
+    /// Options for layers d → hidden → d.
+    pub fn builder(d: usize, hidden: usize) -> MlpBuilder {
+        let init = Init::KaimingUniform;
+        MlpBuilder { sizes: (d, hidden), act: Activation::Gelu, init, init_out: init }
     }
     /// `[…, d]` → `[…, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
@@ -36,15 +66,41 @@ pub struct SwiGlu {
     down: Linear,
 }
 
-impl SwiGlu {
-    /// A layer d → hidden → d.
-    pub fn new(params: &Params, d: usize, hidden: usize, init: Init, init_out: Init) -> Result<SwiGlu> {
-        let linear = |name: &str, i, o, init| Linear::new(&params.at(name), i, o, false, Layout::OutIn, init);
+/// Options of a [`SwiGlu`], from [`SwiGlu::builder`].
+#[derive(Clone, Copy, Debug)]
+pub struct SwiGluBuilder {
+    sizes: (usize, usize),
+    init: Init,
+    init_out: Init,
+}
+
+impl SwiGluBuilder {
+    setters! {
+        /// Initial values of the first two weights; [`Init::KaimingUniform`] if not given.
+        init: Init,
+        /// Initial values of the last weight; [`Init::KaimingUniform`] if not given.
+        init_out: Init,
+    }
+    /// The layers. Fails if the names are taken in `params`.
+    pub fn build(self, params: &Params) -> Result<SwiGlu> {
+        let (d, hidden) = self.sizes;
+        let linear = |i, o, init| Linear::builder(i, o).bias(false).init(init);
         Ok(SwiGlu {
-            gate: linear("gate_proj", d, hidden, init)?,
-            up: linear("up_proj", d, hidden, init)?,
-            down: linear("down_proj", hidden, d, init_out)?,
+            gate: linear(d, hidden, self.init).build(&params.at("gate_proj"))?,
+            up: linear(d, hidden, self.init).build(&params.at("up_proj"))?,
+            down: linear(hidden, d, self.init_out).build(&params.at("down_proj"))?,
         })
+    }
+}
+
+impl SwiGlu {
+    /// Layers d → hidden → d. Fails if the names are taken in `params`.
+    pub fn new(params: &Params, d: usize, hidden: usize) -> Result<SwiGlu> {
+        SwiGlu::builder(d, hidden).build(params)
+    }
+    /// Options for layers d → hidden → d.
+    pub fn builder(d: usize, hidden: usize) -> SwiGluBuilder {
+        SwiGluBuilder { sizes: (d, hidden), init: Init::KaimingUniform, init_out: Init::KaimingUniform }
     }
     /// `[…, d]` → `[…, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
@@ -53,35 +109,64 @@ impl SwiGlu {
     }
 }
 
-/// What a block is made of.
+/// Options of a [`TransformerBlock`], from [`TransformerBlock::builder`].
 #[derive(Clone, Copy, Debug)]
-pub struct BlockConfig {
-    /// Width.
-    pub d: usize,
-    /// Attention heads.
-    pub heads: usize,
-    /// Width of the hidden layer.
-    pub hidden: usize,
-    /// Activation of the hidden layer.
-    pub act: Activation,
-    /// Attention span.
-    pub span: Span,
-    /// Dropout after attention and after the MLP.
-    pub dropout: f64,
-    /// Dropout of attention probabilities.
-    pub attn_dropout: f64,
-    /// ε of the norms.
-    pub eps: f64,
-    /// Initial values of the projections, and of those that write to the residual stream.
-    pub init: (Init, Init),
+pub struct TransformerBlockBuilder {
+    d: usize,
+    heads: usize,
+    hidden: usize,
+    act: Activation,
+    span: Span,
+    dropout: f64,
+    attn_dropout: f64,
+    eps: f64,
+    init: Init,
+    init_out: Init,
+}
+
+impl TransformerBlockBuilder {
+    setters! {
+        /// Width of the hidden layer; 4·d if not given.
+        hidden: usize,
+        /// Activation of the hidden layer; [`Activation::Gelu`] if not given.
+        act: Activation,
+        /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
+        span: Span,
+        /// Dropout after attention and after the MLP; 0 if not given.
+        dropout: f64,
+        /// Dropout of attention probabilities; 0 if not given.
+        attn_dropout: f64,
+        /// What the norms add to the variance; 1e-5 if not given.
+        eps: f64,
+        /// Initial values of the weights; [`Init::KaimingUniform`] if not given.
+        init: Init,
+        /// Initial values of the weights that write to the residual stream; [`Init::KaimingUniform`] if not given.
+        init_out: Init,
+    }
+    /// The block, with parameters under `params`. Fails if the width does not divide into the heads, if a dropout lies outside
+    /// [0, 1), or if the names are taken.
+    pub fn build(self, params: &Params) -> Result<TransformerBlock> {
+        let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
+        let norm = LayerNorm::builder(d).eps(self.eps);
+        let attn = MultiHeadAttention::builder(d, heads).span(self.span).dropout(self.attn_dropout);
+        let mlp = Mlp::builder(d, hidden).act(self.act);
+        Ok(TransformerBlock {
+            name: params.prefix().to_string(),
+            ln_1: norm.build(&params.at("ln_1"))?,
+            attn: attn.init(init).init_out(init_out).build(&params.at("attn"))?,
+            ln_2: norm.build(&params.at("ln_2"))?,
+            mlp: mlp.init(init).init_out(init_out).build(&params.at("mlp"))?,
+            drop_1: Dropout::new(&params.at("drop_1"), self.dropout)?,
+            drop_2: Dropout::new(&params.at("drop_2"), self.dropout)?,
+        })
+    }
 }
 
 /// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`.
 pub struct TransformerBlock {
     name: String,
     ln_1: LayerNorm,
-    /// The attention layer.
-    pub attn: MultiHeadAttention,
+    attn: MultiHeadAttention,
     ln_2: LayerNorm,
     mlp: Mlp,
     drop_1: Dropout,
@@ -89,19 +174,25 @@ pub struct TransformerBlock {
 }
 
 impl TransformerBlock {
-    /// A block with parameters under `params`.
-    pub fn new(params: &Params, c: &BlockConfig) -> Result<TransformerBlock> {
-        let mut attn = MultiHeadAttention::new(&params.at("attn"), c.d, c.heads, c.span, c.init.0, c.init.1)?;
-        attn.dropout = c.attn_dropout;
-        Ok(TransformerBlock {
-            name: params.prefix().to_string(),
-            ln_1: LayerNorm::new(&params.at("ln_1"), c.d, c.eps)?,
-            attn,
-            ln_2: LayerNorm::new(&params.at("ln_2"), c.d, c.eps)?,
-            mlp: Mlp::new(&params.at("mlp"), c.d, c.hidden, c.act, c.init.0, c.init.1)?,
-            drop_1: Dropout::new(&params.at("drop_1"), c.dropout)?,
-            drop_2: Dropout::new(&params.at("drop_2"), c.dropout)?,
-        })
+    /// A block of width `d` with `heads` heads, in which every query sees every key, without dropout. Fails if the width does not
+    /// divide into the heads, or if the names are taken in `params`.
+    pub fn new(params: &Params, d: usize, heads: usize) -> Result<TransformerBlock> {
+        TransformerBlock::builder(d, heads).build(params)
+    }
+    /// Options for a block of width `d` with `heads` heads.
+    pub fn builder(d: usize, heads: usize) -> TransformerBlockBuilder {
+        TransformerBlockBuilder {
+            d,
+            heads,
+            hidden: 4 * d,
+            act: Activation::Gelu,
+            span: Span::Full,
+            dropout: 0.0,
+            attn_dropout: 0.0,
+            eps: 1e-5,
+            init: Init::KaimingUniform,
+            init_out: Init::KaimingUniform,
+        }
     }
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 4] {
         let [qkv, out] = self.attn.linears_mut();
