@@ -48,7 +48,8 @@ impl Command {
         for (option, folder) in [("--example", "examples"), ("--test", "tests"), ("--bench", "benches")] {
             for name in self.given(option) {
                 let (file, main) = (format!("{folder}/{name}.rs"), format!("{folder}/{name}/main.rs"));
-                if !root().join(&file).exists() && !root().join(main).exists() {
+                let model = format!("{folder}/models/{name}.rs");
+                if ![&file, &main, &model].iter().any(|f| root().join(f).exists()) {
                     out.push(format!("there is no {file}"));
                 }
             }

@@ -173,6 +173,12 @@ impl fmt::Debug for Tensor {
     }
 }
 
+impl AsRef<Array> for Tensor {
+    fn as_ref(&self) -> &Array {
+        &self.value
+    }
+}
+
 impl From<Array> for Tensor {
     fn from(value: Array) -> Tensor {
         Tensor::new(value)

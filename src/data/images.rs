@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{read_maybe_gzip, shuffled};
 use crate::base::{Error, Result};
+use crate::{Tensor, no_grad};
 
 /// Greyscale images of one size with class labels.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,6 +50,20 @@ impl Images {
         let mut pixels = Vec::with_capacity(indices.len() * self.size());
         indices.iter().for_each(|&i| pixels.extend_from_slice(self.image(i)));
         Ok((pixels, indices.iter().map(|&i| self.labels[i]).collect()))
+    }
+
+    /// Some images as a tensor `[B, pixels]`, and their labels `[B]`.
+    pub fn tensors(&self, indices: &[usize]) -> Result<(Tensor, Tensor)> {
+        let (pixels, labels) = self.batch(indices)?;
+        let n = indices.len();
+        Ok((Tensor::from_slice(&pixels, &[n, self.size()])?, Tensor::from_slice(&labels, &[n])?))
+    }
+    /// The share of images whose largest logit is that of their label. `logits` returns `[B, classes]` for `[B, pixels]`.
+    pub fn accuracy(&self, logits: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<f64> {
+        let (pixels, labels) = self.tensors(&(0..self.len()).collect::<Vec<usize>>())?;
+        let read = no_grad(|| logits(&pixels))?.argmax(-1)?;
+        let right = read.array().to_f64().iter().zip(labels.array().to_f64()).filter(|&(r, l)| *r == l).count();
+        Ok(right as f64 / self.len() as f64)
     }
 
     /// The same images in an order fixed by the seed.

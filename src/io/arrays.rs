@@ -37,15 +37,28 @@ pub fn load_arrays(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> {
     arrays_of(&SafeTensors::open(path)?)
 }
 
+/// The dtype of an element type, where this crate computes with it.
+fn dtype_of(file: &SafeTensors, name: &str, element_type: ElementType) -> Result<DType> {
+    let known = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8];
+    known
+        .into_iter()
+        .find(|&d| element(d) == element_type)
+        .ok_or_else(|| Error::format(file.path(), format!("tensor {name} is {element_type}, which is not supported")))
+}
+
+/// One tensor of an open file.
+pub fn array_of(file: &SafeTensors, name: &str) -> Result<Array> {
+    let info = file.info(name)?;
+    let dtype = dtype_of(file, name, info.dtype)?;
+    Array::from_bytes(&file.read(name)?, &info.shape, dtype)
+}
+
 /// Every tensor of an open file.
 pub fn arrays_of(file: &SafeTensors) -> Result<Vec<(String, Array)>> {
-    let known = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8];
     file.read_all()?
         .into_iter()
         .map(|e| {
-            let dtype = known.into_iter().find(|&d| element(d) == e.dtype).ok_or_else(|| {
-                Error::format(file.path(), format!("tensor {} is {}, which is not supported", e.name, e.dtype))
-            })?;
+            let dtype = dtype_of(file, &e.name, e.dtype)?;
             Ok((e.name.to_string(), Array::from_bytes(&e.bytes, &e.shape, dtype)?))
         })
         .collect()

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::base::{Error, Result};
 
-pub use arrays::{arrays_of, entry, load_arrays, save_arrays};
+pub use arrays::{array_of, arrays_of, entry, load_arrays, save_arrays};
 pub use checkpoint::{Checkpoint, CheckpointFolder, CheckpointWriter};
 pub use safetensors::{ElementType, Entry, SafeTensors, TensorInfo};
 

@@ -4,8 +4,11 @@
 
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
+use crate::io::SafeTensors;
 use crate::kernels::Activation;
-use crate::nn::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, TransformerBlock};
+use crate::nn::{
+    Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, Strict, Taken, TransformerBlock, take,
+};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Layout, linear};
@@ -197,16 +200,24 @@ impl Gpt {
         &self.params
     }
     /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
-    pub fn forward(&self, ids: &Array, ctx: &Ctx) -> Result<Tensor> {
+    pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
+        let ids = ids.as_ref();
         let x = self.hidden(ids, 0, None, ctx)?;
         self.logits(&x, ctx)
     }
     /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token.
-    pub fn losses(&self, ids: &Array, targets: &Array, ctx: &Ctx) -> Result<Tensor> {
+    pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         cross_entropy(&self.forward(ids, ctx)?, targets, &CrossEntropy::default())
     }
     /// Logits of positions that continue those in `caches` (one per layer, empty at first).
-    pub fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor> {
+    pub fn forward_cached(
+        &self,
+        ids: impl AsRef<Array>,
+        caches: &mut [KvCache],
+        past: usize,
+        ctx: &Ctx,
+    ) -> Result<Tensor> {
+        let ids = ids.as_ref();
         let x = self.hidden(ids, past, Some(caches), ctx)?;
         self.logits(&x, ctx)
     }
@@ -292,19 +303,10 @@ impl Gpt {
         let dir = dir.as_ref();
         let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
         self.add_lora(&c)?;
-        let path = dir.join("adapter_model.safetensors");
-        let found = crate::io::load_arrays(&path)?;
-        for p in self.params.all().into_iter().filter(|p| is_lora(p.name())) {
-            let name = format!("base_model.model.transformer.{}", p.name());
-            let Some((_, a)) = found.iter().find(|(n, _)| *n == name) else {
-                return Err(Error::format(&path, format!("tensor {name} is missing")));
-            };
-            if a.shape() != p.shape() {
-                return Err(Error::format(&path, format!("tensor {name} is {:?}, not {:?}", a.shape(), p.shape())));
-            }
-            p.set(a.cast(p.dtype()).to(&p.device())?)?;
-        }
-        Ok(())
+        let name = |n: &str| vec![format!("base_model.model.transformer.{n}")];
+        let adapters: Vec<Param> = self.params.all().into_iter().filter(|p| is_lora(p.name())).collect();
+        take(&adapters, &SafeTensors::open(dir.join("adapter_model.safetensors"))?, &name, Strict::No)
+            .and_then(Taken::expect_all)
     }
 
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
@@ -327,21 +329,10 @@ impl Gpt {
         let config: GptConfig =
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
         let model = Gpt::new(config, 0)?;
-        let path = dir.join("model.safetensors");
-        let found = crate::io::load_arrays(&path)?;
-        for p in model.params.all() {
-            let names = [p.name().to_string(), format!("transformer.{}", p.name())];
-            let Some((_, a)) = found.iter().find(|(n, _)| names.contains(n)) else {
-                return Err(Error::format(&path, format!("tensor {} is missing", p.name())));
-            };
-            if a.shape() != p.shape() {
-                return Err(Error::format(
-                    &path,
-                    format!("tensor {} is {:?}, config.json makes it {:?}", p.name(), a.shape(), p.shape()),
-                ));
-            }
-            p.set(a.cast(p.dtype()))?;
-        }
+        // Files of Hugging Face hold causal masks beside the parameters.
+        let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
+        take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::No)
+            .and_then(Taken::expect_all)?;
         Ok(model)
     }
 }

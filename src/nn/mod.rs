@@ -21,18 +21,23 @@ macro_rules! setters {
 mod attention;
 mod conv;
 mod embedding;
+mod expr;
 mod layers;
 mod lora;
+mod module;
 mod params;
 mod transformer;
 
 pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
 pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder, Sides};
 pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};
+pub use expr::{Expr, Operand};
 pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuilder, Linear, LinearBuilder};
 pub use layers::{RmsNorm, RmsNormBuilder};
 pub use lora::LoraConfig;
-pub use params::{Init, Params};
+pub use module::{Module, Sequential};
+pub(crate) use params::take;
+pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};

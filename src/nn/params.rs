@@ -4,6 +4,9 @@ use crate::Param;
 use crate::array::Array;
 use crate::base::{DType, Error, Result, hash, matches, philox};
 use crate::device::Device;
+use crate::io::{self, SafeTensors};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Initial values.
@@ -26,6 +29,74 @@ pub enum Init {
     /// Uniform in ±1/√fan_in (PyTorch's default), the fan-in being the number of inputs that an output adds up. Layers say what it
     /// is; see [`Params::param`] for parameters of your own.
     KaimingUniform,
+}
+
+/// Whether a file must have exactly the parameters of a model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strict {
+    /// The same names on both sides.
+    Yes,
+    /// What is on one side alone is left as it is.
+    No,
+}
+
+/// What [`Params::load`] did not find a partner for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// The file.
+    pub path: PathBuf,
+    /// Parameters that the file does not have; they keep their values.
+    pub missing: Vec<String>,
+    /// Tensors of the file that no parameter takes.
+    pub unexpected: Vec<String>,
+}
+
+impl Taken {
+    /// Fails if a parameter was missing in the file.
+    pub fn expect_all(self) -> Result<()> {
+        if self.missing.is_empty() {
+            return Ok(());
+        }
+        let message = format!("holds no {}; it belongs to another model", self.missing.join(", "));
+        Err(Error::format(&self.path, message))
+    }
+}
+
+/// Reads a safetensors file into parameters; `names` gives the names that a parameter may have in the file. All or nothing: see
+/// [`Params::load`].
+pub(crate) fn take(
+    params: &[Param],
+    file: &SafeTensors,
+    names: &dyn Fn(&str) -> Vec<String>,
+    strict: Strict,
+) -> Result<Taken> {
+    let mut taken = Taken { path: file.path().to_path_buf(), ..Taken::default() };
+    let mut unused: BTreeSet<String> = file.tensors().iter().map(|t| t.name.to_string()).collect();
+    let (mut wrong, mut found) = (Vec::new(), Vec::new());
+    for p in params {
+        let Some(name) = names(p.name()).into_iter().find(|n| unused.remove(n)) else {
+            taken.missing.push(p.name().to_string());
+            continue;
+        };
+        let a = io::array_of(file, &name)?;
+        if a.shape() != p.shape() {
+            wrong.push(format!("{name} is {:?}, the model's {} is {:?}", a.shape(), p.name(), p.shape()));
+        } else if !a.dtype().is_float() {
+            wrong.push(format!("{name} is {}, which is no float", a.dtype()));
+        } else {
+            found.push((p, a));
+        }
+    }
+    taken.unexpected = unused.into_iter().collect();
+    if strict == Strict::Yes {
+        wrong.extend(taken.missing.iter().map(|n| format!("{n} is missing")));
+        wrong.extend(taken.unexpected.iter().map(|n| format!("{n} is in the file, but not in the model")));
+    }
+    if !wrong.is_empty() {
+        return Err(Error::format(&taken.path, format!("does not fit the model: {}", wrong.join("; "))));
+    }
+    found.into_iter().try_for_each(|(p, a)| p.set(a.cast(p.dtype()).to(&p.device())?))?;
+    Ok(taken)
 }
 
 /// Parameters under scoped names. A clone, and every scope made with [`Params::at`], is a handle on the same store.
@@ -137,6 +208,52 @@ impl Params {
             trained += on as usize;
         }
         Ok(trained)
+    }
+    /// Writes everything below this scope as one safetensors file, atomically. Names are relative to the scope: the parameter
+    /// `block.0.weight` of the scope `block` is saved as `0.weight`, so that a part of a model can be loaded into another.
+    ///
+    /// ```
+    /// use prismgrad::nn::{Linear, Params, Strict};
+    /// use prismgrad::DType;
+    /// # fn main() -> prismgrad::Result<()> {
+    /// # let folder = std::env::temp_dir().join(format!("prismgrad-doc-params-{}", std::process::id()));
+    /// # std::fs::create_dir_all(&folder).unwrap();
+    /// # let path = folder.join("model.safetensors");
+    /// let params = Params::new(0, DType::F32);
+    /// Linear::new(&params.at("fc"), 3, 2)?;
+    /// params.save(&path)?;
+    /// params.load(&path, Strict::Yes)?;
+    /// # std::fs::remove_dir_all(&folder).unwrap();
+    /// # Ok(()) }
+    /// ```
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.save_as(path, None)
+    }
+    /// [`Params::save`] with the values converted to a float dtype, such as bf16 for half the size.
+    pub fn save_as(&self, path: impl AsRef<Path>, dtype: Option<DType>) -> Result<()> {
+        if let Some(d) = dtype.filter(|d| !d.is_float()) {
+            return Err(Error::dtype("Params::save_as", format!("{d} holds no parameters; choose a float dtype")));
+        }
+        let named: Vec<(String, Array)> = self
+            .all()
+            .iter()
+            .map(|p| (self.relative(p.name()).to_string(), dtype.map_or(p.value(), |d| p.value().cast(d))))
+            .collect();
+        io::save_arrays(path, &named, &[("format", "pt")])
+    }
+    /// Reads what [`Params::save`] wrote, or any safetensors file with these names, into the parameters below this scope. Float
+    /// dtypes are converted. With [`Strict::Yes`], parameters that the file does not have and tensors that the model does not have
+    /// are an error; with [`Strict::No`] they are returned. A wrong shape or a dtype that is no float is an error in any case. The
+    /// error lists every mismatch, and then no parameter is changed.
+    pub fn load(&self, path: impl AsRef<Path>, strict: Strict) -> Result<Taken> {
+        self.load_from(&SafeTensors::open(path)?, strict)
+    }
+    /// [`Params::load`] from an open file.
+    pub fn load_from(&self, file: &SafeTensors, strict: Strict) -> Result<Taken> {
+        take(&self.all(), file, &|n| vec![self.relative(n).to_string()], strict)
+    }
+    fn relative<'a>(&self, name: &'a str) -> &'a str {
+        name.strip_prefix(&self.prefix).map_or(name, |n| n.strip_prefix('.').unwrap_or(n))
     }
     /// Moves everything below this scope to a device.
     pub fn to(&self, device: &Device) -> Result<()> {

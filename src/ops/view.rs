@@ -133,6 +133,15 @@ fn with_part(out: Array, part: &Array, d: usize, start: usize) -> Result<Array> 
 }
 
 impl Tensor {
+    /// The dimensions from `from` on in one: `[B, C, H, W]` flattened from 1 is `[B, C·H·W]`.
+    pub fn flatten(&self, from: usize) -> Result<Tensor> {
+        if from >= self.rank().max(1) {
+            return Err(Error::shape("flatten", format!("from dimension {from} of {:?}", self.shape())));
+        }
+        let mut shape = self.shape()[..from].to_vec();
+        shape.push(self.shape()[from..].iter().product());
+        self.reshape(&shape)
+    }
     fn view(&self, value: Array, info: &'static OpInfo, back: impl FnOnce() -> Undo) -> Tensor {
         Tensor::record(value, &[self], &[], || Back { info, back: back() })
     }

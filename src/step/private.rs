@@ -237,7 +237,7 @@ impl PrivateStep {
         let masked = Tensor::new(mask.clone());
         // The kernels that mask the losses are loaded before the capture, in which none can be loaded.
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            masked.cast(dtype)?.mul(&masked.cast(dtype)?)?;
+            Tensor::leaf(mask.cast(dtype)).mul(&masked.cast(dtype)?)?.backward()?;
         }
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();

@@ -6,7 +6,7 @@
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::io::{Checkpoint, CheckpointFolder, Entry, arrays_of, entry};
-use crate::nn::Params;
+use crate::nn::{Params, Strict, Taken};
 use crate::step::{PrivacyConfig, TrainStep};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -67,12 +67,5 @@ pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step:
 
 /// Only the parameters.
 pub fn load_params(checkpoint: &Checkpoint, params: &Params) -> Result<()> {
-    let model = arrays_of(&checkpoint.tensors("model.safetensors")?)?;
-    for p in params.all() {
-        let (_, a) = model.iter().find(|(n, _)| n == p.name()).ok_or_else(|| {
-            Error::format(checkpoint.path(), format!("holds no {}; it belongs to another model", p.name()))
-        })?;
-        p.set(a.cast(p.dtype()).to(&p.device())?)?;
-    }
-    Ok(())
+    params.load_from(&checkpoint.tensors("model.safetensors")?, Strict::No).and_then(Taken::expect_all)
 }

@@ -145,7 +145,8 @@ impl Rule for Back {
 /// Saves the logits and one number per row. A sample without a row that counts has loss 0 and no gradient.
 ///
 /// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
-pub fn cross_entropy(logits: &Tensor, targets: &Array, options: &CrossEntropy) -> Result<Tensor> {
+pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &CrossEntropy) -> Result<Tensor> {
+    let targets = targets.as_ref();
     let _op = spans::op("cross_entropy");
     spans::cost(0.0, (logits.numel() * logits.dtype().size()) as f64);
     const OP: &str = "cross_entropy";
