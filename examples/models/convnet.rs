@@ -1,4 +1,4 @@
-//! A convolutional network on 8×8 digits.
+// A convolutional network on 8×8 digits.
 use prismgrad::data::{digits, shuffled};
 use prismgrad::prelude::*;
 

@@ -1,4 +1,4 @@
-//! A gated recurrent unit that reads 8×8 digits row by row.
+// A gated recurrent unit that reads 8×8 digits row by row.
 use prismgrad::data::{digits, shuffled};
 use prismgrad::prelude::*;
 

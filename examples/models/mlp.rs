@@ -1,4 +1,4 @@
-//! A multilayer perceptron on 8×8 digits.
+// A multilayer perceptron on 8×8 digits.
 use prismgrad::data::{digits, shuffled};
 use prismgrad::prelude::*;
 
