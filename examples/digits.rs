@@ -66,14 +66,14 @@ fn convnet(params: &Params) -> Result<Model> {
 /// Plain or private training, as asked for.
 enum Step {
     Plain(PlainStep),
-    Private(Box<PrivateStep>),
+    Private(PrivateStep),
 }
 
 impl Step {
     fn as_step(&self) -> &dyn TrainStep {
         match self {
             Step::Plain(step) => step,
-            Step::Private(step) => &**step,
+            Step::Private(step) => step,
         }
     }
 }
@@ -128,7 +128,7 @@ fn run() -> Result<()> {
         };
         let sgd = Sgd { momentum: 0.9, weight_decay: 0.0 };
         let privacy = Privacy::new(config.style(style.clone()), key)?;
-        Step::Private(Box::new(PrivateStep::new(&params.all(), privacy, sgd, schedule)?))
+        Step::Private(PrivateStep::new(&params.all(), privacy, sgd, schedule)?)
     } else {
         Step::Plain(PlainStep::new(&params.all(), AdamW::default(), schedule)?)
     };

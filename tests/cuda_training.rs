@@ -37,7 +37,7 @@ fn gpu() -> Device {
 /// A plain step, or a private one with every record in every batch.
 enum Step {
     Plain(PlainStep),
-    Private(Box<PrivateStep>),
+    Private(PrivateStep),
 }
 
 /// What a step reports: its number, samples, learning rate, loss, clipped share, samples that were not finite, ε.
@@ -50,7 +50,7 @@ impl Step {
             None => Step::Plain(PlainStep::new(params, optimizer, schedule).unwrap()),
             Some(style) => {
                 let p = keyed(whole(records).style(style.clone()), 9);
-                Step::Private(Box::new(PrivateStep::new(params, p, optimizer, schedule).unwrap()))
+                Step::Private(PrivateStep::new(params, p, optimizer, schedule).unwrap())
             }
         }
     }
@@ -76,7 +76,7 @@ impl Step {
     fn any(&mut self) -> &mut dyn TrainStep {
         match self {
             Step::Plain(step) => step,
-            Step::Private(step) => &mut **step,
+            Step::Private(step) => step,
         }
     }
 }
@@ -456,10 +456,10 @@ fn ids_out_of_range_on_the_device_are_told() {
     let bad = Array::generate(&[2, 6], DType::U32, |i| if i == 7 { 17.0 } else { 3.0 });
     let e = model.losses(&bad, &y, &Ctx::eval()).err().unwrap().to_string();
     assert!(e.contains("id 17 at position 7"), "on the CPU at once: {e}");
-    let losses = model.losses(&bad.to(&device).unwrap(), &y, &Ctx::eval()).unwrap();
+    let losses = model.losses(bad.to(&device).unwrap(), &y, &Ctx::eval()).unwrap();
     let e = losses.array().to_vec::<f32>().unwrap_err().to_string();
     assert!(e.contains("position 7") && e.contains("wte") && e.contains("0..17"), "{e}");
-    let losses = model.losses(&x.to(&device).unwrap(), &y.to(&device).unwrap(), &Ctx::eval()).unwrap();
+    let losses = model.losses(x.to(&device).unwrap(), y.to(&device).unwrap(), &Ctx::eval()).unwrap();
     assert!(losses.array().to_vec::<f32>().unwrap().iter().all(|l| l.is_finite()), "told once");
 }
 

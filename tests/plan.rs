@@ -25,7 +25,7 @@ fn gpt(name: &'static str, (vocab, layers, width): (usize, usize, usize)) -> Cas
     let params = model.params().all();
     let losses = move |n: usize| {
         let ids = |k: usize| Array::generate(&[n, T], DType::U32, |i| ((i * 7 + i * i * 3 + k) % vocab) as f64);
-        model.losses(&ids(0), &ids(5), &Ctx::eval())
+        model.losses(ids(0), ids(5), &Ctx::eval())
     };
     (name, params, 8, Box::new(losses))
 }

@@ -237,7 +237,7 @@ fn microbatches_make_no_difference() {
             let params = model.params().all();
             let (x, y) = tokens(4, 1);
             let rows = |a: &Array, r: &[usize]| a.slice(0, r[0]..r[r.len() - 1] + 1).unwrap().contiguous();
-            let losses = |r: &[usize]| model.losses(&rows(&x, r), &rows(&y, r), &Ctx::eval());
+            let losses = |r: &[usize]| model.losses(rows(&x, r), rows(&y, r), &Ctx::eval());
             match style {
                 Some(style) => drop(private_whole(&params, style, 4).run(physical, losses).unwrap()),
                 None => {

@@ -38,7 +38,7 @@ use crate::optim::{Optimizer, Schedule};
 /// # }
 /// ```
 pub struct PlainStep {
-    core: Core,
+    core: Box<Core>,
 }
 
 /// What a plain step did.
@@ -70,7 +70,7 @@ impl PlainStep {
     /// A step over the trainable ones of `params`, which share a dtype (f32 or f64) and a device.
     pub fn new(params: &[Param], optimizer: impl Optimizer + 'static, schedule: Schedule) -> Result<PlainStep> {
         let plan = |flat: &Flat, slots| Ok(Plan::new(flat, None, slots));
-        Ok(PlainStep { core: Core::new(params, Box::new(optimizer), schedule, plan)? })
+        Ok(PlainStep { core: Box::new(Core::new(params, Box::new(optimizer), schedule, plan)?) })
     }
     /// Makes this one of several ranks that take every step together, each on its part of the batch (data parallelism, ZeRO
     /// stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order, so that the

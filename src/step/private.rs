@@ -32,8 +32,8 @@ const PRIVATE_STEPS: &str = "private steps";
 /// # Ok(()) }
 /// ```
 pub struct PrivateStep {
-    core: Core,
-    privacy: Privacy,
+    core: Box<Core>,
+    privacy: Box<Privacy>,
 }
 
 /// What a private step did.
@@ -99,7 +99,7 @@ impl PrivateStep {
             privacy.plan(flat.params())?;
             Ok(Plan::new(flat, Some(privacy.clipping()), slots))
         })?;
-        Ok(PrivateStep { core, privacy })
+        Ok(PrivateStep { core: Box::new(core), privacy: Box::new(privacy) })
     }
     /// Makes this one of several ranks that take every step together, each on its own records of the one Poisson batch (data
     /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,

@@ -11,5 +11,5 @@ pub fn losses(model: &Gpt, records: &[usize]) -> Result<Tensor> {
             ((records[i / 6] * 11 + i % 6 * 7 + i % 6 * i % 6 * 3 + k) % 17) as f64
         })
     };
-    model.losses(&f(0), &f(5), &Ctx::eval())
+    model.losses(f(0), f(5), &Ctx::eval())
 }

@@ -123,7 +123,7 @@ fn losses<T: Acc>() {
                     reduce: if mean { Reduce::Mean } else { Reduce::Sum },
                     samples: Some(samples),
                 };
-                let w = cross_entropy(&t, &Array::from_slice(&targets, &[n / 2, 2]).unwrap(), &o).unwrap();
+                let w = cross_entropy(&t, Array::from_slice(&targets, &[n / 2, 2]).unwrap(), &o).unwrap();
                 let want = w.array().to_f64();
                 let (x, bt, l, z) = (up::<T>(&v), Buf::from(&targets), Buf::<T::A>::new(n), Buf::<T::A>::new(n));
                 go!(format!("cross_entropy_{s}"), row_grid(n, d); x.ptr, bt.ptr, l.ptr, z.ptr, n as i64, d as i64, smooth, 9999i64);
