@@ -24,9 +24,9 @@ pub enum Mode {
 }
 
 /// Extents beside borders: of a warp (32), a tile (64, 128), a block (256), a row of the row rule (1024).
-const BORDERS: [usize; 9] = [31, 32, 33, 65, 127, 129, 257, 1024, 1025];
+const BORDERS: [&[usize]; 3] = [&[31, 32, 33], &[65, 127, 129, 257], &[1025]];
 /// The product of the extents of a case stays below this.
-const ROOM: usize = 20_000;
+const ROOM: usize = 6_000;
 /// What ties are made of.
 const TIES: [f64; 6] = [-0.5, -0.0, 0.0, 0.5, 1.0, 1.5];
 
@@ -97,9 +97,7 @@ impl Gen {
     }
     /// An extent whose square is work, as the positions of attention are.
     pub fn side(&mut self, low: usize, high: usize) -> usize {
-        let side = self.extent_within(low, high, 130);
-        self.extents *= side.max(1);
-        side
+        self.extent_within(low, high, 130)
     }
     /// How many samples, images or the like: as an extent, but never many, since each is a product of its own.
     pub fn count(&mut self, low: usize, high: usize) -> usize {
@@ -107,10 +105,15 @@ impl Gen {
     }
     fn extent_within(&mut self, low: usize, high: usize, most: usize) -> usize {
         let room = most.min(ROOM / self.extents.min(ROOM));
-        let borders: Vec<usize> = BORDERS.into_iter().filter(|&b| b >= low && b <= room).collect();
+        let borders = &BORDERS[..BORDERS.iter().filter(|b| b[0] <= room).count()];
         let mode = self.mode;
         let extent = match mode {
-            Mode::Large if !borders.is_empty() && self.chance(0.6) => borders[self.size(0, borders.len() - 1)],
+            Mode::Large if !borders.is_empty() && self.chance(0.5) => {
+                let near = borders[self.size(0, borders.len() - 1)];
+                near[self.size(0, near.iter().filter(|&&b| b <= room).count() - 1)]
+            }
+            // So that a special value or an equal one is also met by another thread.
+            Mode::Special | Mode::Ties if room > 130 && self.chance(0.2) => self.size(30, 130),
             Mode::Empty if low > 1 => low,
             Mode::Empty => self.size(low, 1),
             _ => self.size(low.max(1), high),
@@ -124,7 +127,12 @@ impl Gen {
     }
     /// The lengths of `low..=high` runs of rows, some of them 0: one may be long in [`Mode::Large`], or there are many.
     pub fn lengths(&mut self, low: usize, high: usize) -> Vec<usize> {
-        let longest = if self.mode == Mode::Empty { 1 } else { 4 };
+        let mode = self.mode;
+        let longest = match mode {
+            Mode::Empty => 1,
+            Mode::Special | Mode::Ties if self.chance(0.3) => 70,
+            _ => 4,
+        };
         let mut count = self.size(low, high);
         let long = self.chance(0.5);
         if self.mode == Mode::Large && !long {

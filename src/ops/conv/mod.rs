@@ -93,7 +93,7 @@ impl Conv {
 /// A random convolution over images (height 1 if `flat`) with small windows.
 fn case(g: &mut Gen, flat: bool) -> Result<Case> {
     let groups = g.size(1, 3);
-    let (b, cin, cout) = (g.count(0, 3), groups * g.extent(1, 2), groups * g.extent(1, 2));
+    let (b, cin, cout) = (g.count(0, 3), groups * g.side(1, 2), groups * g.side(1, 2));
     let k = [if flat { 1 } else { g.size(1, 3) }, g.size(1, 3)];
     let conv = Conv {
         stride: [g.size(1, 2), g.size(1, 2)],

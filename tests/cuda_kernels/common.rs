@@ -46,23 +46,6 @@ el! {
     u32, "u32", 0.0, |x| x as u32, |s| s as f64;
     i64, "i64", 0.0, |x| x as i64, |s| s as f64;
 }
-/// The type sums are taken in.
-pub trait Acc: El {
-    type A: El;
-}
-impl Acc for f32 {
-    type A = f32;
-}
-impl Acc for f64 {
-    type A = f64;
-}
-impl Acc for half::bf16 {
-    type A = f32;
-}
-impl Acc for half::f16 {
-    type A = f32;
-}
-
 /// A device buffer and its address.
 pub struct Buf<T: Pod> {
     buffer: Buffer<T>,
@@ -121,89 +104,22 @@ pub fn seed(s: (i64, i64)) {
 pub fn setup() -> MutexGuard<'static, ()> {
     prismgrad::device::emulator::lock()
 }
-/// Runs a test's body for f32 and f64 under every schedule, and once for the halves.
-macro_rules! floats {
-    ($f:ident) => {
-        for s in SEEDS {
-            seed(s);
-            $f::<f32>();
-            $f::<f64>();
-        }
-        seed((0, 0));
-        $f::<half::bf16>();
-        $f::<half::f16>();
-    };
-}
-
-/// The strided operands of a kernel, as `StridedN` in the prelude.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Strided<const N: usize> {
-    rank: i32,
-    pad: i32,
-    size: [i64; 6],
-    step: [[i64; 6]; N],
-}
-/// Adjacent dimensions merged where every operand allows it.
-pub fn strided<const N: usize>(shape: &[usize], strides: [&[usize]; N]) -> Strided<N> {
-    let mut dims: Vec<(usize, [usize; N])> = vec![];
-    for d in 0..shape.len() {
-        let (size, step) = (shape[d], std::array::from_fn::<usize, N, _>(|k| strides[k][d]));
-        if size == 1 {
-            continue;
-        }
-        match dims.last_mut() {
-            Some((s, st)) if (0..N).all(|k| st[k] == step[k] * size) => {
-                *s *= size;
-                *st = step;
-            }
-            _ => dims.push((size, step)),
-        }
-    }
-    if dims.is_empty() {
-        dims.push((1, [1; N]));
-    }
-    let mut out = Strided { rank: dims.len() as i32, pad: 0, size: [0; 6], step: [[0; 6]; N] };
-    for (i, (s, st)) in dims.iter().enumerate() {
-        out.size[i] = *s as i64;
-        for k in 0..N {
-            out.step[k][i] = st[k] as i64;
-        }
-    }
-    out
-}
-pub fn row_major(shape: &[usize]) -> Vec<usize> {
-    let mut s = vec![1; shape.len()];
-    for d in (0..shape.len().saturating_sub(1)).rev() {
-        s[d] = s[d + 1] * shape[d + 1];
-    }
-    s
-}
-/// Every operand n elements in a row.
-pub fn flat<const N: usize>(n: usize) -> Strided<N> {
-    let one = [1usize];
-    strided(&[n], [&one[..]; N])
-}
-
 /// Grid of an elementwise kernel.
 pub fn quads(n: usize) -> [u32; 3] {
     [n.div_ceil(1024) as u32, 1, 1]
-}
-/// Grid of a kernel by rows of d.
-pub fn row_grid(rows: usize, d: usize) -> [u32; 3] {
-    [if d <= 1024 { rows.div_ceil(8) } else { rows } as u32, 1, 1]
 }
 /// The bytes of an argument without padding.
 pub fn bytes<T: Copy>(v: &T) -> Vec<u8> {
     // SAFETY: plain values, read once.
     unsafe { std::slice::from_raw_parts((v as *const T).cast::<u8>(), size_of::<T>()) }.to_vec()
 }
-/// Launches with blocks of 256; a fault fails the test with its report.
+/// Launches with blocks of 256 (and so many bytes of shared memory); a fault fails the test with its report.
 macro_rules! go {
-    ($name:expr, $grid:expr; $($a:expr),*) => {{
+    ($name:expr, $grid:expr; $($a:expr),*) => { go!($name, $grid, 0; $($a),*) };
+    ($name:expr, $grid:expr, $shared:expr; $($a:expr),*) => {{
         let name: String = $name.to_string();
         let args = [$($crate::common::bytes(&$a)),*];
-        if let Err(e) = prismgrad::device::emulator::launch(&name, $grid, [256, 1, 1], 0, false, &args) {
+        if let Err(e) = prismgrad::device::emulator::launch(&name, $grid, [256, 1, 1], $shared, false, &args) {
             panic!("{name}: {e}");
         }
     }};

@@ -1,27 +1,10 @@
+//! Random bits and noise against the CPU to the bit, and optimizers with constants that are read from memory.
 use crate::common::*;
-use prismgrad::ops::rotary::{Pairing, RotaryTable};
 use prismgrad::optim::{AdamW, Layout, Optimizer, Segment, Sgd, Update};
 use prismgrad::random::{NoiseKey, add_gaussian, philox};
-use prismgrad::{Array, DType, Tensor};
+use prismgrad::{Array, DType};
 fn arr(v: &[f64], s: &[usize]) -> Array {
     Array::from_slice(v, s).unwrap()
-}
-
-fn drops<T: El>() {
-    for n in [1usize, 5, 1029] {
-        let v = round::<T>(&Rng(1).vec(n));
-        let (x, y) = (up::<T>(&v), Buf::<T>::new(n));
-        let seed = 0x1234_5678_9abc_def1u64;
-        go!(format!("dropout_{}", T::NAME), quads(n); x.ptr, y.ptr, n as i64, seed, 0.4f64);
-        let want = Tensor::new(arr(&v, &[n])).dropout(0.4, seed).unwrap();
-        close("dropout", &back(&y.get()), &want.array().to_f64(), T::TOL);
-        assert!(back(&y.get()).iter().zip(want.array().to_f64()).all(|(a, b)| (*a == 0.) == (b == 0.)));
-    }
-}
-#[test]
-fn dropout() {
-    let _g = setup();
-    floats!(drops);
 }
 
 #[test]
@@ -129,62 +112,4 @@ fn optim() {
         optimizers::<f32>();
         optimizers::<f64>();
     }
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Rotary {
-    n: [i64; 8],
-    flags: [i32; 2],
-}
-fn rotaries<T: Acc>() {
-    let (b, t, h, half, extra) = (2usize, 5usize, 3usize, 4usize, 3usize);
-    let d = 2 * half;
-    let (st, sb) = (h * d + extra, t * (h * d + extra) + 2);
-    let v = round::<T>(&Rng(1).vec(b * sb));
-    let mut x = vec![];
-    for i in 0..b {
-        for j in 0..t {
-            x.extend_from_slice(&v[i * sb + j * st..i * sb + j * st + h * d]);
-        }
-    }
-    let table = RotaryTable::new(20, d, 100.0).unwrap();
-    let (mut cos, mut sin) = (vec![], vec![]);
-    for p in 0..20 {
-        for i in 0..half {
-            let a = p as f64 * 100f64.powf(-2.0 * i as f64 / d as f64);
-            cos.push(a.cos());
-            sin.push(a.sin());
-        }
-    }
-    let (bx, bc, bs, y) = (up::<T>(&v), up::<T::A>(&cos), up::<T::A>(&sin), Buf::<T>::new(b * t * h * d));
-    for (pairing, inter) in [(Pairing::Half, 0), (Pairing::Interleaved, 1)] {
-        for inverse in [0, 1] {
-            let leaf = Tensor::leaf(arr(&x, &[b, t, h, d]));
-            let want = if inverse == 0 {
-                leaf.rotary(&table, 7, pairing).unwrap().array().to_f64()
-            } else {
-                leaf.rotary(&table, 7, pairing)
-                    .unwrap()
-                    .mul(&Tensor::new(arr(&x, &[b, t, h, d])))
-                    .unwrap()
-                    .backward()
-                    .unwrap()
-                    .of(&leaf)
-                    .unwrap()
-                    .to_f64()
-            };
-            let a = Rotary {
-                n: [b as i64, t as i64, h as i64, half as i64, sb as i64, st as i64, d as i64, 7],
-                flags: [inter, inverse],
-            };
-            go!(format!("rotary_{}", T::NAME), [(b * t * h * half).div_ceil(256) as u32, 1, 1]; bx.ptr, bc.ptr, bs.ptr, y.ptr, a);
-            close("rotary", &back(&y.get()), &want, T::TOL);
-        }
-    }
-}
-#[test]
-fn rotary() {
-    let _g = setup();
-    floats!(rotaries);
 }
