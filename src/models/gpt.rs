@@ -6,9 +6,7 @@ use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::io::SafeTensors;
 use crate::kernels::Activation;
-use crate::nn::{
-    Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, Strict, Taken, TransformerBlock, take,
-};
+use crate::nn::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, Strict, TransformerBlock, take};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Layout, linear};
@@ -305,8 +303,8 @@ impl Gpt {
         self.add_lora(&c)?;
         let name = |n: &str| vec![format!("base_model.model.transformer.{n}")];
         let adapters: Vec<Param> = self.params.all().into_iter().filter(|p| is_lora(p.name())).collect();
-        take(&adapters, &SafeTensors::open(dir.join("adapter_model.safetensors"))?, &name, Strict::No)
-            .and_then(Taken::expect_all)
+        take(&adapters, &SafeTensors::open(dir.join("adapter_model.safetensors"))?, &name, Strict::AllowUnexpected)
+            .map(drop)
     }
 
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
@@ -331,8 +329,7 @@ impl Gpt {
         let model = Gpt::new(config, 0)?;
         // Files of Hugging Face hold causal masks beside the parameters.
         let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
-        take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::No)
-            .and_then(Taken::expect_all)?;
+        take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::AllowUnexpected)?;
         Ok(model)
     }
 }

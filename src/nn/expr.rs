@@ -111,7 +111,10 @@ macro_rules! negation {
         $(impl Neg for $a {
             type Output = Expr;
             fn neg(self) -> Expr {
-                0.0 - self
+                match self.into() {
+                    Operand::Tensor(x) => Expr(x.and_then(|x| Tensor::neg(&x))),
+                    Operand::Scalar(x) => Expr(Tensor::from_slice(&[-x], &[])),
+                }
             }
         })*
     };

@@ -26,8 +26,8 @@ pub enum Init {
     Zeros,
     /// All 1.
     Ones,
-    /// Uniform in ±1/√fan_in (PyTorch's default), the fan-in being the number of inputs that an output adds up. Layers say what it
-    /// is; see [`Params::param`] for parameters of your own.
+    /// Uniform in ±1/√fan_in (PyTorch's default), the fan-in being the number of inputs that an output adds up. It is known to
+    /// layers; see [`Params::param`] for parameters of your own.
     KaimingUniform,
 }
 
@@ -36,6 +36,8 @@ pub enum Init {
 pub enum Strict {
     /// The same names on both sides.
     Yes,
+    /// Every parameter must be in the file; what else the file has is left.
+    AllowUnexpected,
     /// What is on one side alone is left as it is.
     No,
 }
@@ -49,17 +51,6 @@ pub struct Taken {
     pub missing: Vec<String>,
     /// Tensors of the file that no parameter takes.
     pub unexpected: Vec<String>,
-}
-
-impl Taken {
-    /// Fails if a parameter was missing in the file.
-    pub fn expect_all(self) -> Result<()> {
-        if self.missing.is_empty() {
-            return Ok(());
-        }
-        let message = format!("holds no {}; it belongs to another model", self.missing.join(", "));
-        Err(Error::format(&self.path, message))
-    }
 }
 
 /// Reads a safetensors file into parameters; `names` gives the names that a parameter may have in the file. All or nothing: see
@@ -78,7 +69,13 @@ pub(crate) fn take(
             taken.missing.push(p.name().to_string());
             continue;
         };
-        let a = io::array_of(file, &name)?;
+        let a = match io::array_of(file, &name) {
+            Ok(a) => a,
+            Err(e) => {
+                wrong.push(e.to_string());
+                continue;
+            }
+        };
         if a.shape() != p.shape() {
             wrong.push(format!("{name} is {:?}, the model's {} is {:?}", a.shape(), p.name(), p.shape()));
         } else if !a.dtype().is_float() {
@@ -88,14 +85,19 @@ pub(crate) fn take(
         }
     }
     taken.unexpected = unused.into_iter().collect();
-    if strict == Strict::Yes {
+    if strict != Strict::No {
         wrong.extend(taken.missing.iter().map(|n| format!("{n} is missing")));
+    }
+    if strict == Strict::Yes {
         wrong.extend(taken.unexpected.iter().map(|n| format!("{n} is in the file, but not in the model")));
     }
     if !wrong.is_empty() {
         return Err(Error::format(&taken.path, format!("does not fit the model: {}", wrong.join("; "))));
     }
-    found.into_iter().try_for_each(|(p, a)| p.set(a.cast(p.dtype()).to(&p.device())?))?;
+    // Everything is where it belongs before the first parameter changes.
+    let found: Vec<(&Param, Array)> =
+        found.into_iter().map(|(p, a)| Ok((p, a.cast(p.dtype()).to(&p.device())?))).collect::<Result<_>>()?;
+    found.into_iter().try_for_each(|(p, a)| p.set(a))?;
     Ok(taken)
 }
 
@@ -243,7 +245,7 @@ impl Params {
     }
     /// Reads what [`Params::save`] wrote, or any safetensors file with these names, into the parameters below this scope. Float
     /// dtypes are converted. With [`Strict::Yes`], parameters that the file does not have and tensors that the model does not have
-    /// are an error; with [`Strict::No`] they are returned. A wrong shape or a dtype that is no float is an error in any case. The
+    /// are an error; what the strictness allows is returned. A wrong shape or a dtype that is no float is an error in any case. The
     /// error lists every mismatch, and then no parameter is changed.
     pub fn load(&self, path: impl AsRef<Path>, strict: Strict) -> Result<Taken> {
         self.load_from(&SafeTensors::open(path)?, strict)

@@ -6,7 +6,7 @@
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::io::{Checkpoint, CheckpointFolder, Entry, arrays_of, entry};
-use crate::nn::{Params, Strict, Taken};
+use crate::nn::{Params, Strict};
 use crate::step::{PrivacyConfig, TrainStep};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -67,5 +67,5 @@ pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step:
 
 /// Only the parameters.
 pub fn load_params(checkpoint: &Checkpoint, params: &Params) -> Result<()> {
-    params.load_from(&checkpoint.tensors("model.safetensors")?, Strict::No).and_then(Taken::expect_all)
+    params.load_from(&checkpoint.tensors("model.safetensors")?, Strict::AllowUnexpected).map(drop)
 }
