@@ -48,6 +48,7 @@ mod tables {
             let text = without_comments(&read(file));
             structs(&text, &name, &mut layouts);
             enums(&text, &name, &mut layouts);
+            constants(&text, &name, &mut layouts);
         }
         fs::write(out.join("layouts.rs"), layouts).unwrap();
     }
@@ -103,6 +104,15 @@ mod tables {
             *fields += &format!("    pub {name}: {whole},\n");
         }
         Some(())
+    }
+
+    /// `constexpr int A_B = 12;` at the beginning of a line.
+    fn constants(text: &str, file: &str, out: &mut String) {
+        for line in text.lines().filter_map(|l| l.strip_prefix("constexpr int ")) {
+            if let Some((name, value)) = line.trim_end().trim_end_matches(';').split_once(" = ") {
+                *out += &format!("/// A number of `cuda/{file}`.\npub const {name}: usize = {value};\n");
+            }
+        }
     }
 
     /// `enum { A_B, A_C };` at the beginning of a line: codes from 0 on.

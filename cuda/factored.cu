@@ -69,6 +69,10 @@ DEV Sample sample(const i64* offsets, i64 each, const u32* order, i64 i) {
     return {a, b - a, order ? order + a : nullptr};
 }
 
+// Dynamic shared memory of a block, in bytes: a tile's, the ids of its rows, and eight numbers of a sum.
+constexpr int GRAM_SHARED = 34880;
+constexpr int DIRECT_SHARED = 33856;
+
 template <class Tile>
 DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const typename Tile::T* l2, const typename Tile::T* r2,
                    const u32* ids1, const u32* ids2, const i64* off1, const i64* off2, const u32* ord1, const u32* ord2,
@@ -76,6 +80,7 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
     typedef typename Tile::T T;
     typedef typename Tile::Acc Acc;
     enum { M = Tile::M, N = Tile::N, R = M / N };
+    static_assert(Tile::SMEM + 8 * M + 64 <= GRAM_SHARED, "GRAM_SHARED is too small");
     DYN_SHARED(char, smem);
     u32 *id1 = (u32*)(smem + Tile::SMEM), *id2 = id1 + M;
     double* red = (double*)(smem + Tile::SMEM + 8 * M);
@@ -128,6 +133,7 @@ template <class Tile>
 DEV void direct_body(const typename Tile::T* left, const typename Tile::T* right, const u32* group, const i64* offsets,
                      const u32* order, double* part, const DirectShape& s) {
     typedef typename Tile::Acc Acc;
+    static_assert(Tile::SMEM + 64 <= DIRECT_SHARED, "DIRECT_SHARED is too small");
     DYN_SHARED(char, smem);
     double* red = (double*)(smem + Tile::SMEM);
     const KScale<Acc> plain = {nullptr, nullptr, 1};

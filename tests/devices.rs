@@ -14,6 +14,7 @@ use common::privacy::{keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use common::values::values;
+use prismgrad::autograd::Groups;
 use prismgrad::check::{self, Gen};
 use prismgrad::device_tests;
 use prismgrad::io::CheckpointFolder;
@@ -24,7 +25,7 @@ use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::step::{PlainStep, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::state;
-use prismgrad::{Array, DType, Device, Param, Tensor};
+use prismgrad::{Array, DType, Device, Factor, Param, ParamGrad, Samples, Tensor};
 
 fn private(params: &[Param]) -> PrivateStep {
     PrivateStep::new(params, keyed(whole(3), 9), AdamW::default(), Schedule::constant(1e-2)).unwrap()
@@ -47,6 +48,28 @@ device_tests! {
                     check::per_sample(&|| case.losses(seed), &case.params, seed, 1e-9).unwrap_or_else(|e| why(e));
                 }
             }
+        }
+    }
+
+    /// A parameter that two grouped products use as blocks of other shapes: norms and inner products are those of the sums.
+    fn grouped_factors_of_other_widths(device) {
+        let samples = Samples::uniform(3, 2);
+        let array = |shape: &[usize], k: usize| {
+            Array::generate(shape, DType::F64, |i| ((i * k % 13) as f64 - 5.0) / 7.0).to(device).unwrap()
+        };
+        let mut g = ParamGrad::new(Param::new("w", array(&[2, 12], 1)), 3);
+        for (rd, cd) in [(2, 6), (3, 4)] {
+            let (left, right, samples) = (array(&[6, rd], 5), array(&[6, cd], 3), samples.clone());
+            let group = Groups::of_ids(vec![0, 1, 1, 1, 0, 0], 2).unwrap();
+            g.push(Factor::GroupedOuter { left, right, group, samples }).unwrap();
+        }
+        let each = g.per_sample().unwrap().to_f64();
+        let dot = |i: usize, j: usize| -> f64 { (0..24).map(|k| each[i * 24 + k] * each[j * 24 + k]).sum() };
+        let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-10, "{got} for {want}");
+        let (norms, gram) = (g.sample_sq_norms().unwrap(), g.gram(&g).unwrap().to_f64());
+        for i in 0..3 {
+            near(norms[i], dot(i, i));
+            (0..3).for_each(|j| near(gram[i * 3 + j], dot(i, j)));
         }
     }
 

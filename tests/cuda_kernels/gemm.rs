@@ -1,6 +1,6 @@
 //! Same bits under every schedule: split K on the tensor cores, Gram norms in parts.
 use crate::common::*;
-use prismgrad::device::cuda::layouts::{GemmShape, GramShape, PAIR_PRODUCT};
+use prismgrad::device::cuda::layouts::{GRAM_SHARED, GemmShape, GramShape, PAIR_PRODUCT};
 
 #[test]
 fn same_bits() {
@@ -49,7 +49,7 @@ fn same_bits() {
             all_pairs: 0,
             reserved: 0,
         };
-        go!("factor_gram_f32", [3, 2, 1], 34_880; a32.ptr, b32.ptr, a32.ptr, b32.ptr, ids, ids, offsets, offsets, ids, ids, norms.ptr, gram);
+        go!("factor_gram_f32", [3, 2, 1], GRAM_SHARED as u32; a32.ptr, b32.ptr, a32.ptr, b32.ptr, ids, ids, offsets, offsets, ids, ids, norms.ptr, gram);
         let now = (
             c.get().iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
             norms.get().iter().map(|x| x.to_bits()).collect::<Vec<_>>(),

@@ -223,7 +223,7 @@ fn gram_parts(gpu: &Arc<Gpu>, kind: i32, (x, y): (&Side, &Side), same: bool, pai
     };
     Launch::new(gpu, "factored", &format!("factor_gram_{}", suffix(x.left.dtype())))?
         .grid(width, count.min(MAX_GRID_YZ), 1)
-        .shared(34_880)
+        .shared(layouts::GRAM_SHARED)
         .array(x.left)
         .optional(x.right)
         .array(y.left)
@@ -267,7 +267,7 @@ pub(super) fn direct_parts(
     let part = Array::uninit_on(gpu, &[o.count, width], DType::F64)?;
     Launch::new(gpu, "factored", &format!("factor_direct_{}", suffix(left.dtype())))?
         .grid(width, o.count.min(MAX_GRID_YZ), 1)
-        .shared(33_856)
+        .shared(layouts::DIRECT_SHARED)
         .array(left)
         .array(right)
         .optional(group)

@@ -42,6 +42,11 @@ impl GroupedOuter<'_> {
         Ok(sum)
     }
 
+    /// Whether another grouped product, of `left` and `right`, has blocks of the same shape.
+    fn has_widths_of(&self, left: &Array, right: &Array) -> bool {
+        (width(self.left), width(self.right)) == (width(left), width(right))
+    }
+
     /// Whether the rows of one sample and one group lie together, for every sample and group.
     fn groups_are_neighbours(&self) -> bool {
         // Groups that are only on a GPU are not read back for this: the general form is right for any.
@@ -127,10 +132,10 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         }
         Ok(sum)
     }
-    /// With another grouped product.
+    /// With another grouped product of the same widths.
     fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<f64>> {
         match other {
-            Factor::GroupedOuter { left, right, group, samples } => {
+            Factor::GroupedOuter { left, right, group, samples } if self.has_widths_of(left, right) => {
                 self.inner_with::<T>(i, &GroupedOuter { left, right, group, samples }, j).map(Some)
             }
             _ => Ok(None),
@@ -149,9 +154,12 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         let (group, ..) = self.group.on_gpu(gpu)?;
         cuda::direct_parts(gpu, (self.left, self.right), Some(&group), &o).map(Some)
     }
-    /// With another grouped product.
+    /// With another grouped product of the same widths.
     fn pairing(&self, other: &Factor) -> Option<i32> {
-        matches!(other, Factor::GroupedOuter { .. }).then_some(layouts::PAIR_PRODUCT)
+        match other {
+            Factor::GroupedOuter { left, right, .. } if self.has_widths_of(left, right) => Some(layouts::PAIR_PRODUCT),
+            _ => None,
+        }
     }
     fn side(&self, gpu: &Arc<Gpu>, _pairing: i32, _second: bool) -> Result<Side<'a>> {
         let (ids, ..) = self.group.on_gpu(gpu)?;

@@ -114,11 +114,16 @@ static CUMSUM: OpInfo = OpInfo {
     name: "cumsum",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g| {
-        let shape = g.shape(3);
-        let d = g.size(0, 2) as isize;
-        Ok(Case::new(vec![g.array(&shape)], move |t| t[0].cumsum(d)))
-    }],
+    cases: &[
+        |g| {
+            let (shape, d) = ([g.extent(0, 4), g.extent(0, 4), g.extent(2, 4)], g.size(0, 1) as isize);
+            Ok(Case::new(vec![g.array(&shape)], move |t| t[0].cumsum(d)))
+        },
+        |g| {
+            let shape = g.shape(2);
+            Ok(Case::new(vec![g.array(&shape)], |t| t[0].cumsum(-1)))
+        },
+    ],
 };
 static SORT: OpInfo = OpInfo {
     name: "sort",
