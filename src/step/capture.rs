@@ -58,7 +58,7 @@ pub(super) struct Capture {
 
 impl Capture {
     /// Captures what `queue` launches; it returns the number of samples.
-    pub fn capture(core: &mut Core, queue: impl FnOnce(&mut Core, &StepScalars) -> Result<usize>) -> Result<Capture> {
+    pub fn new(core: &mut Core, queue: impl FnOnce(&mut Core, &StepScalars) -> Result<usize>) -> Result<Capture> {
         let op = "capture";
         let Device::Cuda(gpu) = core.flat.device() else {
             return Err(Error::invalid(op, "the model is on the CPU, where there is nothing to capture; use run"));
