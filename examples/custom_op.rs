@@ -10,7 +10,7 @@ mod args;
 
 use prismgrad::check::{Case, Gen, gradients, independence, per_sample};
 use prismgrad::ops::{Differentiable, FactorRule, OpInfo};
-use prismgrad::{Array, Error, Factor, Flow, Param, Result, Rule, Samples, Tensor, with_float};
+use prismgrad::{Array, Cotangents, Error, Factor, Param, Result, Rule, Samples, Tensor, with_float};
 use serde_json::json;
 
 /// The op's name for messages, what it delivers for its parameters, and random cases to check it on.
@@ -38,17 +38,17 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &EXP_SCALE
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        if flow.wants(0) {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        if back.needs(0) {
             // ∂y/∂x = exp(w): the op itself, applied to the gradient.
-            flow.input(0, scaled(&grad, &self.value)?);
+            back.input(0, scaled(&grad, &self.value)?);
         }
         // ∂y/∂w = y: each row n adds gradₙ ⊙ yₙ, and row n belongs to sample n / T. That is all the engine needs for
         // sums, norms, clipping and inner products per sample; none of them is written here.
         let rows = [self.y.numel() / self.w.numel(), self.w.numel()];
         let samples = Samples::leading(self.y.shape(), 1);
         let (grad, scale) = (grad.contiguous().reshape(&rows)?, self.y.reshape(&rows)?);
-        flow.param(&self.w, Factor::ScaledRowSum { grad, scale, samples });
+        back.param(&self.w, Factor::ScaledRowSum { grad, scale, samples });
         Ok(())
     }
 }

@@ -22,6 +22,6 @@ pub mod step;
 pub mod train;
 
 pub use array::Array;
-pub use autograd::{Factor, Flow, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
+pub use autograd::{Cotangents, Factor, GradHook, Gradients, Param, ParamGrad, Rule, Samples, Tensor, no_grad};
 pub use base::{DType, Element, Error, Float, Result};
 pub use device::Device;

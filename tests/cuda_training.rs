@@ -24,7 +24,7 @@ use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::profile::{self, Kind};
 use prismgrad::step::{
-    PlainStep, PrivateReport, PrivateStep, RecordedPrivateStep, RecordedStep, TrainStep, clipped_gradient,
+    CapturedPrivateStep, CapturedStep, PlainStep, PrivateReport, PrivateStep, TrainStep, clipped_gradient,
 };
 use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
 
@@ -305,8 +305,8 @@ fn a_model_on_two_devices_is_refused_by_name() {
 }
 
 enum Graph {
-    Plain(RecordedStep),
-    Private(RecordedPrivateStep),
+    Plain(CapturedStep),
+    Private(CapturedPrivateStep),
 }
 
 /// A recorded private step takes Poisson batches of any size up to its capacity: what is in the places that are left over does
@@ -328,7 +328,7 @@ fn a_replayed_private_step_masks_its_padding() {
             forward(&w, &x)
         };
         step.run(12, ordinary)?;
-        let mut graph = step.record(capacity, || forward(&w, &x))?;
+        let mut graph = step.capture(capacity, || forward(&w, &x))?;
         let mut found = Vec::new();
         for _ in 0..5 {
             let report = if recorded {
@@ -378,8 +378,8 @@ fn replayed_steps_are_ordinary_steps() {
             let losses = || model.losses(&x, &y, &Ctx::train(0));
             drop(step.run(4, 4, |_| losses()));
             let mut graph = recorded.then(|| match &mut step {
-                Step::Plain(step) => Graph::Plain(step.record([()], |_| losses()).unwrap()),
-                Step::Private(step) => Graph::Private(step.record(4, losses).unwrap()),
+                Step::Plain(step) => Graph::Plain(step.capture([()], |_| losses()).unwrap()),
+                Step::Private(step) => Graph::Private(step.capture(4, losses).unwrap()),
             });
             for t in 1..5 {
                 let (a, b) = put(t);
@@ -418,13 +418,13 @@ fn replayed_steps_are_ordinary_steps() {
 }
 
 #[test]
-fn what_cannot_be_recorded_says_so() {
+fn what_cannot_be_captured_says_so() {
     let _one = lock();
     let device = gpu();
     let cpu = gpt(1, true, DType::F32, &Device::Cpu);
     let mut step = PlainStep::new(&cpu.params().all(), AdamW::default(), Schedule::constant(0.1)).unwrap();
     let (x, y) = tokens(2, 1);
-    let e = step.record([()], |_| cpu.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
+    let e = step.capture([()], |_| cpu.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
     assert!(e.contains("on the CPU") && e.contains("use run"), "{e}");
 
     let model = gpt(1, true, DType::F32, &device);
@@ -432,17 +432,17 @@ fn what_cannot_be_recorded_says_so() {
     let host = (x.clone(), y.clone());
     let (x, y) = (x.to(&device).unwrap(), y.to(&device).unwrap());
     step.run([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
-    let e = step.record([host], |(x, y)| model.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
+    let e = step.capture([host], |(x, y)| model.losses(&x, &y, &Ctx::eval())).err().unwrap().to_string();
     assert!(e.contains("upload"), "{e}");
     let dropped = |_| model.losses(&x, &y, &Ctx::eval())?.dropout(0.5, 1);
-    let e = step.record([()], dropped).err().unwrap().to_string();
+    let e = step.capture([()], dropped).err().unwrap().to_string();
     assert!(e.contains("dropout"), "{e}");
-    // After all that, recording works; and parameters that somebody holds are not changed under them.
-    let mut graph = step.record([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
+    // After all that, capture works; and parameters that somebody holds are not changed under them.
+    let mut graph = step.capture([()], |_| model.losses(&x, &y, &Ctx::eval())).unwrap();
     let held = model.params().all()[0].value();
     let before = held.to_f64();
     let e = step.replay(&mut graph).err().unwrap().to_string();
-    assert!(e.contains("record again"), "{e}");
+    assert!(e.contains("capture again"), "{e}");
     assert_eq!(held.to_f64(), before);
 }
 

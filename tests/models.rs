@@ -32,15 +32,19 @@ macro_rules! programs {
     };
 }
 
-programs!(mlp convnet gru private);
+programs!(mlp convnet gru resnet encoder masked private);
 
 #[test]
 fn programs_are_short_and_learn_digits() {
     type Program = (&'static str, &'static str, fn() -> Result<()>, usize, f64);
-    let programs: [Program; 4] = [
+    let programs: [Program; 7] = [
         ("mlp", include_str!("../examples/models/mlp.rs"), mlp::run, 24, 0.95),
         ("convnet", include_str!("../examples/models/convnet.rs"), convnet::run, 34, 0.95),
         ("gru", include_str!("../examples/models/gru.rs"), gru::run, 30, 0.95),
+        ("resnet", include_str!("../examples/models/resnet.rs"), resnet::run, 34, 0.95),
+        ("encoder", include_str!("../examples/models/encoder.rs"), encoder::run, 29, 0.95),
+        // Guessing the commonest level, 0, is right for 0.489 of the pixels.
+        ("masked", include_str!("../examples/models/masked.rs"), masked::run, 40, 0.5),
         ("private", include_str!("../examples/models/private.rs"), private::run, 15, 0.8),
     ];
     for (name, text, run, most, least) in programs {

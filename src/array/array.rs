@@ -196,7 +196,7 @@ impl Array {
                 let block = with_dtype!(a.dtype, |T| gpu.upload(&a.raw::<T>()?[..a.numel()]))?;
                 Ok(Array::over(Storage::Cuda(Arc::new(block)), &a.shape, a.dtype))
             }
-            (Device::Cpu, Storage::Cuda(_) | Storage::Lost(_)) => {
+            (Device::Cpu, Storage::Cuda(_) | Storage::Failed(_)) => {
                 let a = self.contiguous();
                 let (block, at) = a.block("to")?;
                 let mut out = Array::uninit(&a.shape, a.dtype);
@@ -502,15 +502,15 @@ impl Array {
     /// A fresh row-major copy, on the same device.
     pub fn copy(&self) -> Array {
         if let Some(gpu) = self.gpu() {
-            return gpu_ops::copy(gpu, self).unwrap_or_else(|e| self.lost(gpu, self.dtype, &e));
+            return gpu_ops::copy(gpu, self).unwrap_or_else(|e| self.failed(gpu, self.dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, self.dtype);
         with_dtype!(self.dtype, |T| self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
     }
     /// Stands in for an array that could not be made; any use of it returns the error.
-    fn lost(&self, gpu: &Arc<Gpu>, dtype: DType, why: &Error) -> Array {
-        Array::over(Storage::lost(gpu, why), &self.shape, dtype)
+    fn failed(&self, gpu: &Arc<Gpu>, dtype: DType, why: &Error) -> Array {
+        Array::over(Storage::failed(gpu, why), &self.shape, dtype)
     }
     /// Converted to `dtype`: rounded to nearest even for floats, truncated for integers.
     pub fn cast(&self, dtype: DType) -> Array {
@@ -518,7 +518,7 @@ impl Array {
             return self.clone();
         }
         if let Some(gpu) = self.gpu() {
-            return gpu_ops::cast(gpu, self, dtype).unwrap_or_else(|e| self.lost(gpu, dtype, &e));
+            return gpu_ops::cast(gpu, self, dtype).unwrap_or_else(|e| self.failed(gpu, dtype, &e));
         }
         let mut out = Array::uninit(&self.shape, dtype);
         with_dtype!(self.dtype, |S| with_dtype!(dtype, |D| {

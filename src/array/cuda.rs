@@ -181,7 +181,7 @@ pub(crate) fn ids_below(gpu: &Arc<Gpu>, ids: &Array, below: usize, what: &str) -
     };
     let out = Array::uninit_on(gpu, ids.shape(), DType::U32)?;
     let n = ids.numel();
-    let (words, at) = gpu.fault_word(&format!("{what}: ids must be in 0..{below}"))?;
+    let (words, at) = gpu.deferred_word(&format!("{what}: ids must be in 0..{below}"))?;
     let l = Launch::new(gpu, "move", name)?.grid(n.div_ceil(1024), 1, 1).array(&ids).array(&out);
     l.val(n as i64).val(below as i64).buf(words, at).run()?;
     Ok(out)

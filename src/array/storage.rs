@@ -13,11 +13,11 @@ pub(crate) enum Storage {
     Cuda(Arc<Block>),
     /// A copy or conversion on a GPU that failed (out of memory, a lost device) where no error could be returned: any use of
     /// it returns the error.
-    Lost(Arc<Lost>),
+    Failed(Arc<Failure>),
 }
 
 /// Why there are no bytes.
-pub(crate) struct Lost {
+pub(crate) struct Failure {
     gpu: Arc<Gpu>,
     why: String,
 }
@@ -29,8 +29,8 @@ impl Storage {
     pub fn cuda(gpu: &Arc<Gpu>, bytes: usize) -> Result<Storage> {
         Ok(Storage::Cuda(Arc::new(gpu.alloc(bytes)?)))
     }
-    pub fn lost(gpu: &Arc<Gpu>, why: &Error) -> Storage {
-        Storage::Lost(Arc::new(Lost { gpu: gpu.clone(), why: why.to_string() }))
+    pub fn failed(gpu: &Arc<Gpu>, why: &Error) -> Storage {
+        Storage::Failed(Arc::new(Failure { gpu: gpu.clone(), why: why.to_string() }))
     }
     pub fn device(&self) -> Device {
         self.gpu().map_or(Device::Cpu, |gpu| Device::Cuda(gpu.clone()))
@@ -39,7 +39,7 @@ impl Storage {
         match self {
             Storage::Cpu(_) => None,
             Storage::Cuda(block) => Some(block.gpu()),
-            Storage::Lost(lost) => Some(&lost.gpu),
+            Storage::Failed(failure) => Some(&failure.gpu),
         }
     }
     /// Memory of a GPU; an error names the op that needed it there.
@@ -47,14 +47,14 @@ impl Storage {
         match self {
             Storage::Cuda(block) => Ok(block),
             Storage::Cpu(_) => Err(Error::device(op, "an operand is on the CPU; move it with .to()")),
-            Storage::Lost(lost) => Err(Error::device(op, format!("an operand was never made: {}", lost.why))),
+            Storage::Failed(failure) => Err(Error::device(op, format!("an operand was never made: {}", failure.why))),
         }
     }
     pub fn is_unique(&mut self) -> bool {
         match self {
             Storage::Cpu(b) => Arc::get_mut(b).is_some(),
             Storage::Cuda(b) => Arc::get_mut(b).is_some(),
-            Storage::Lost(_) => true,
+            Storage::Failed(_) => true,
         }
     }
     pub fn same(&self, other: &Storage) -> bool {
@@ -72,7 +72,9 @@ impl Storage {
                 let why = format!("the array is on cuda:{}; copy it with .to(&Device::Cpu) first", b.gpu().ordinal());
                 Err(Error::device("read on the CPU", why))
             }
-            Storage::Lost(lost) => Err(Error::device("read", format!("the array was never made: {}", lost.why))),
+            Storage::Failed(failure) => {
+                Err(Error::device("read", format!("the array was never made: {}", failure.why)))
+            }
         }
     }
     /// The bytes for writing, if they are on the CPU and nobody shares them.

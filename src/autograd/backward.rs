@@ -4,7 +4,7 @@
 //! it is popped, because everything computed from it is younger. A parameter is handed over as soon as its last use has
 //! delivered its factor: exactly once each, in an order that depends only on the graph.
 
-use super::rule::Flow;
+use super::rule::Cotangents;
 use super::tensor::Node;
 use super::{Param, ParamGrad, Tensor};
 use crate::array::Array;
@@ -149,16 +149,16 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
             ));
         };
         let wanted: SmallVec<[bool; 3]> = node.parents.iter().map(|p| p.is_some()).collect();
-        let mut flow = Flow::new(wanted);
+        let mut back = Cotangents::new(wanted);
         // A node that was reached only through inputs with no gradient gives none on.
         if let Some(g) = grad {
             let name = rule.info().name;
             let _op = spans::span(spans::Kind::Backward, name);
-            rule.backward(g, &mut flow)?;
+            rule.backward(g, &mut back)?;
             drop(rule);
             for (i, parent) in node.parents.iter().enumerate() {
                 let Some(parent) = parent else { continue };
-                match flow.inputs[i].take() {
+                match back.inputs[i].take() {
                     Some(g) => match grads.entry(parent.id) {
                         std::collections::hash_map::Entry::Vacant(e) => {
                             e.insert(g);
@@ -179,7 +179,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
                 heap.push(ById(parent.clone()));
             }
         }
-        for (param, factor) in flow.factors {
+        for (param, factor) in back.factors {
             pending.entry(param.id()).or_insert_with(|| ParamGrad::new(param.clone(), samples)).push(factor)?;
         }
         for param in &node.params {

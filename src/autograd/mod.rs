@@ -16,7 +16,7 @@ pub use factor::Factor;
 pub use param::Param;
 pub use param_grad::ParamGrad;
 pub(crate) use rule::NO_PARAMS;
-pub use rule::{Differentiable, FactorRule, Flow, OpInfo, Rule};
+pub use rule::{Cotangents, Differentiable, FactorRule, OpInfo, Rule};
 pub(crate) use samples::Owners;
 pub use samples::{Ragged, Samples};
 pub(crate) use segments::SegmentsOnGpu;

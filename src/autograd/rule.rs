@@ -8,30 +8,30 @@ use smallvec::{SmallVec, smallvec};
 
 /// The backward rule of one recorded operation, with the operands it saved.
 ///
-/// Rules compute on [`Array`]s, so a backward pass never builds a graph. They return gradients through [`Flow`]; only
+/// Rules compute on [`Array`]s, so a backward pass never builds a graph. They return gradients through [`Cotangents`]; only
 /// the engine adds gradients up.
 pub trait Rule: Send + Sync + 'static {
     /// The operation's entry in the registry; its name appears in errors.
     fn info(&self) -> &'static OpInfo;
-    /// Given the gradient of the output, hands over the gradient of each wanted input and the factor of each
+    /// Given the gradient of the output, hands over the gradient of each input that needs one and the factor of each
     /// trainable parameter.
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()>;
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()>;
 }
 
-/// What a rule returns: input gradients and parameter factors.
-pub struct Flow {
+/// What a backward rule returns: the cotangents (gradients) of the inputs, and the factors of the parameters.
+pub struct Cotangents {
     pub(crate) wanted: SmallVec<[bool; 3]>,
     pub(crate) inputs: SmallVec<[Option<Array>; 3]>,
     pub(crate) factors: SmallVec<[(Param, Factor); 2]>,
 }
 
-impl Flow {
-    pub(crate) fn new(wanted: SmallVec<[bool; 3]>) -> Flow {
+impl Cotangents {
+    pub(crate) fn new(wanted: SmallVec<[bool; 3]>) -> Cotangents {
         let n = wanted.len();
-        Flow { wanted, inputs: smallvec![None; n], factors: SmallVec::new() }
+        Cotangents { wanted, inputs: smallvec![None; n], factors: SmallVec::new() }
     }
-    /// Whether input `i`'s gradient is wanted; skip the work otherwise.
-    pub fn wants(&self, i: usize) -> bool {
+    /// Whether input `i` needs a gradient; skip the work otherwise.
+    pub fn needs(&self, i: usize) -> bool {
         self.wanted.get(i).copied().unwrap_or(false)
     }
     /// Hands over the gradient of input `i`, in the shape and dtype of that input.

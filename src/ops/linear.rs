@@ -5,7 +5,7 @@
 use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Factor, Flow, Gen, Rule, samples_or_leading};
+use crate::autograd::{Case, Cotangents, Factor, Gen, Rule, samples_or_leading};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 pub use crate::kernels::Activation;
@@ -93,14 +93,14 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &LINEAR
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (n, d) = (self.samples.rows(), *self.x.shape().last().unwrap_or(&1));
         let p = *grad.shape().last().unwrap_or(&1);
         let mut dz = grad.contiguous().reshape(&[n, p])?;
         if let Some(z) = &self.z {
             dz = activation_grad(self.act, dz, z)?;
         }
-        if flow.wants(0) {
+        if back.needs(0) {
             spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
             // Fetched again, not kept: a gathered weight lives only while it is used.
             let (layout, shape) = (self.layout, self.x.shape());
@@ -122,17 +122,17 @@ impl Rule for Back {
                     gpu_gemm::product(gpu, &dz, &w, gpu_gemm::Epilogue::default())?.0.reshape(shape)
                 },
             )?;
-            flow.input(0, dx);
+            back.input(0, dx);
         }
         // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
         let dz = dz.cast(dz.dtype().compute());
         if self.w.trainable() {
             let x = self.x.reshape(&[n, d])?.cast(dz.dtype());
             let (left, right) = if self.layout == Layout::OutIn { (dz.clone(), x) } else { (x, dz.clone()) };
-            flow.param(&self.w, Factor::Outer { left, right, samples: self.samples.clone() });
+            back.param(&self.w, Factor::Outer { left, right, samples: self.samples.clone() });
         }
         if let Some(b) = &self.bias {
-            flow.param(b, Factor::RowSum { grad: dz, samples: self.samples.clone() });
+            back.param(b, Factor::RowSum { grad: dz, samples: self.samples.clone() });
         }
         Ok(())
     }

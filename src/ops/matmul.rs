@@ -3,7 +3,7 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast, numel};
-use crate::autograd::{Case, Flow, Gen, Rule};
+use crate::autograd::{Case, Cotangents, Gen, Rule};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul as product};
@@ -53,14 +53,14 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &MATMUL
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        if flow.wants(0) {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        if back.needs(0) {
             let da = batched(&grad, &self.b.transpose(-1, -2)?)?;
-            flow.input(0, super::reduce::sum_to(&da, self.a.shape())?);
+            back.input(0, super::reduce::sum_to(&da, self.a.shape())?);
         }
-        if flow.wants(1) {
+        if back.needs(1) {
             let db = batched(&self.a.transpose(-1, -2)?, &grad)?;
-            flow.input(1, super::reduce::sum_to(&db, self.b.shape())?);
+            back.input(1, super::reduce::sum_to(&db, self.b.shape())?);
         }
         Ok(())
     }

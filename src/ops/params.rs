@@ -2,7 +2,7 @@
 
 use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
-use crate::autograd::{Case, Factor, Flow, Rule};
+use crate::autograd::{Case, Cotangents, Factor, Rule};
 use crate::base::Result;
 use crate::{Param, Tensor};
 
@@ -58,10 +58,10 @@ impl Rule for LeafUse {
     fn info(&self) -> &'static OpInfo {
         &INFO
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let grad = grad.cast(grad.dtype().compute());
         let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
-        flow.param(&self.param, factor);
+        back.param(&self.param, factor);
         Ok(())
     }
 }

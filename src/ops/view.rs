@@ -4,7 +4,7 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Flow, Gen, Rule};
+use crate::autograd::{Case, Cotangents, Gen, Rule};
 use crate::base::{Error, Result};
 use crate::device::{Device, spans};
 use crate::kernels::{Half, dispatch};
@@ -80,16 +80,16 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         self.info
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         match &self.back {
-            Undo::Reshape(s) => flow.input(0, grad.reshape(s)?),
-            Undo::Permute(p) => flow.input(0, grad.permute(p)?),
-            Undo::SumTo(s) => flow.input(0, super::reduce::sum_to(&grad, s)?),
-            Undo::Embed(s, d, start) => flow.input(0, embed(&grad, s, *d, *start)?),
+            Undo::Reshape(s) => back.input(0, grad.reshape(s)?),
+            Undo::Permute(p) => back.input(0, grad.permute(p)?),
+            Undo::SumTo(s) => back.input(0, super::reduce::sum_to(&grad, s)?),
+            Undo::Embed(s, d, start) => back.input(0, embed(&grad, s, *d, *start)?),
             Undo::Cut(d, parts) => {
                 for (i, r) in parts.iter().enumerate() {
-                    if flow.wants(i) {
-                        flow.input(i, grad.slice(*d as isize, r.clone())?);
+                    if back.needs(i) {
+                        back.input(i, grad.slice(*d as isize, r.clone())?);
                     }
                 }
             }

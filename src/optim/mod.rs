@@ -30,18 +30,18 @@ pub struct Segment {
 
 /// Which stretches the flat buffer is made of.
 #[derive(Debug)]
-pub struct Layout {
+pub struct FlatLayout {
     segments: Vec<Segment>,
     pieces: Vec<(Range<usize>, bool)>,
     /// Ends (i64) and decays (u8) of the pieces, in a GPU's memory.
     table: OnceLock<(Array, Array)>,
 }
 
-impl Layout {
+impl FlatLayout {
     /// Segments one after the other, in all `n` elements; what they leave out at the end is not decayed.
-    pub fn new(segments: Vec<Segment>, n: usize) -> Layout {
+    pub fn new(segments: Vec<Segment>, n: usize) -> FlatLayout {
         let pieces = pieces(n, &segments);
-        Layout { segments, pieces, table: OnceLock::new() }
+        FlatLayout { segments, pieces, table: OnceLock::new() }
     }
     /// The stretches, one per parameter.
     pub fn segments(&self) -> &[Segment] {
@@ -78,7 +78,7 @@ pub struct Update<'a> {
     /// The optimizer's own buffers, in the order of [`Optimizer::slots`].
     pub state: &'a mut [Array],
     /// Where each parameter lies.
-    pub layout: &'a Layout,
+    pub layout: &'a FlatLayout,
     pub(crate) gpu: GpuUpdate<'a>,
 }
 
@@ -98,7 +98,7 @@ impl<'a> Update<'a> {
         params: &'a mut Array,
         grads: &'a Array,
         state: &'a mut [Array],
-        layout: &'a Layout,
+        layout: &'a FlatLayout,
     ) -> Self {
         Update { step, lr, params, grads, state, layout, gpu: GpuUpdate::default() }
     }

@@ -1,9 +1,9 @@
 //! What plain and private steps share: the buffers, and the slots collect, contract, accumulate, reduce and update.
 
+use super::capture::StepScalars;
 use super::counters::{Counters, Snapshot, Tally, not_finite};
 use super::flat::Flat;
 use super::plan::{Event, Measurement, Plan, Prediction, Trace};
-use super::record::StepScalars;
 use super::reduce::{Counts, reduce};
 use super::update::{update, zero};
 use crate::array::Array;

@@ -50,7 +50,7 @@ impl Counters {
         self.0.slice(0, STOP..STOP + 1)
     }
     /// Adds the losses of a microbatch that begins with sample `before`; with `guard`, one that is not finite stops
-    /// training. The step's number is `step`, or is read from `number` where a recorded step is replayed.
+    /// training. The step's number is `step`, or is read from `number` where a captured step is replayed.
     pub fn losses(
         &self,
         losses: &Array,

@@ -5,7 +5,7 @@ use crate::autograd::Param;
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Tag, TagScope};
-use crate::optim::{Layout, Segment};
+use crate::optim::{FlatLayout, Segment};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use std::ops::Range;
 /// older value keeps that value (the buffer is then copied once).
 pub struct Flat {
     params: Vec<Param>,
-    layout: Layout,
+    layout: FlatLayout,
     at: HashMap<u64, usize>,
     buffer: Array,
 }
@@ -57,7 +57,7 @@ impl Flat {
         for (p, s) in params.iter().zip(&segments) {
             buffer.write(s.range.start, &p.value())?;
         }
-        let flat = Flat { params, layout: Layout::new(segments, n), at, buffer };
+        let flat = Flat { params, layout: FlatLayout::new(segments, n), at, buffer };
         flat.attach()?;
         Ok(flat)
     }
@@ -68,7 +68,7 @@ impl Flat {
         Ok(())
     }
     /// Changes the buffer in place. Parameters set from outside since the last update are taken over first.
-    pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array, &Layout) -> Result<()>) -> Result<()> {
+    pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array, &FlatLayout) -> Result<()>) -> Result<()> {
         for (p, s) in self.params.iter().zip(self.layout.segments()) {
             let value = p.value();
             if !value.same_storage(&self.buffer.slice(0, s.range.clone())?) {

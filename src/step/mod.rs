@@ -9,6 +9,7 @@
 //! Gradients are added to one flat buffer as soon as they are delivered, so that nothing is copied between backward and the
 //! optimizer. What is settled before the first step is in the step's [`Plan`].
 
+mod capture;
 mod contract;
 mod core;
 mod counters;
@@ -19,18 +20,17 @@ mod plain;
 mod plan;
 mod privacy;
 mod private;
-mod record;
 mod reduce;
 mod update;
 mod weigh;
 
 pub use self::core::Phases;
+pub use capture::{CapturedPrivateStep, CapturedStep};
 pub use flat::Flat;
 pub use plain::{PlainStep, Report};
 pub use plan::{Measurement, Plan, PlannedParam, Prediction, Retain};
 pub use privacy::{Privacy, PrivacyConfig};
 pub use private::{PrivateReport, PrivateStep};
-pub use record::{RecordedPrivateStep, RecordedStep};
 
 use self::core::{Collect, Context, Weighting};
 use crate::array::Array;

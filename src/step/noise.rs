@@ -8,7 +8,7 @@ use crate::random::{self, add_gaussian};
 
 impl Privacy {
     /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
-    /// `before` holds the step's number, from 0, where a recorded one is replayed.
+    /// `before` holds the step's number, from 0, where a captured one is replayed.
     pub(super) fn add_noise(&self, step: u64, before: Option<&Array>, grads: &mut Array) -> Result<()> {
         let std = self.gradient_noise_multiplier() * self.sensitivity();
         if let Some(gpu) = grads.gpu() {

@@ -1,8 +1,8 @@
 //! The ordinary training step.
 
+use super::capture::{Capture, CapturedStep};
 use super::core::{Core, Found, Microbatch};
 use super::plan::Plan;
-use super::record::{RecordedStep, Recording};
 use super::weigh::Plain;
 use super::{Flat, TrainStep};
 use crate::array::Array;
@@ -105,31 +105,31 @@ impl PlainStep {
         self.core.predict(&Plain, (samples, usize::MAX), forward)?;
         Ok(&self.core.plan)
     }
-    /// Records a step as a CUDA graph instead of taking it, the update included. Take at least one ordinary step first, so
+    /// Captures a step as a CUDA graph instead of taking it, the update included. Take at least one ordinary step first, so
     /// that kernels are compiled and memory is allocated.
     ///
     /// The forward pass runs once, now: its data must be on the GPU already ([`Array::to`]), and whatever the host decides in it
     /// is decided for all replays. Dropout is refused, because its mask would be the same in every replay. An optimizer can be
-    /// recorded if it gives [`step_scalars`](Optimizer::step_scalars).
-    pub fn record<B>(
+    /// captured if it gives [`step_scalars`](Optimizer::step_scalars).
+    pub fn capture<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
         mut forward: impl FnMut(B) -> Result<Tensor>,
-    ) -> Result<RecordedStep> {
-        let recording = Recording::capture(&mut self.core, |core, scalars| {
+    ) -> Result<CapturedStep> {
+        let capture = Capture::new(&mut self.core, |core, scalars| {
             let losses = |b| Ok(Microbatch { losses: forward(b)?, public: None });
             let counts = core.accumulate(&Plain, microbatches, losses, Some(scalars))?;
             core.update(1.0 / counts.samples.max(1) as f64, Some(scalars))?;
             Ok(counts.samples)
         })?;
-        Ok(RecordedStep(recording))
+        Ok(CapturedStep(capture))
     }
-    /// Takes a recorded step with one launch. It reads its data from the arrays that the recorded forward pass read: write the
-    /// next batch there with [`Array::refill`] first. The schedule goes on; recorded and ordinary steps may follow each other.
-    pub fn replay(&mut self, recorded: &mut RecordedStep) -> Result<Report> {
+    /// Takes a captured step with one launch. It reads its data from the arrays that the captured forward pass read: write the
+    /// next batch there with [`Array::refill`] first. The schedule goes on; captured and ordinary steps may follow each other.
+    pub fn replay(&mut self, captured: &mut CapturedStep) -> Result<Report> {
         self.core.begin();
-        recorded.0.launch(&mut self.core)?;
-        self.report(recorded.0.samples, Found::Here(0.0, Default::default()))
+        captured.0.launch(&mut self.core)?;
+        self.report(captured.0.samples, Found::Here(0.0, Default::default()))
     }
     fn report(&mut self, samples: usize, here: Found) -> Result<Report> {
         let (lr, found) = self.core.end(here)?;

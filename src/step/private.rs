@@ -1,8 +1,8 @@
 //! The private training step.
 
+use super::capture::{Capture, CapturedPrivateStep};
 use super::core::{Core, Found, Microbatch, PublicPart};
 use super::plan::Plan;
-use super::record::{RecordedPrivateStep, Recording};
 use super::update::zero;
 use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
@@ -224,14 +224,14 @@ impl PrivateStep {
         self.core.predict(self.privacy.clipping(), most, |n| forward(&records[..n]))?;
         Ok(&self.core.plan)
     }
-    /// Records a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
+    /// Captures a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
     /// returns `capacity` losses, of records that it reads from arrays on the GPU. Take at least one ordinary step first, so that
-    /// kernels are compiled and memory is allocated. What [`PlainStep::record`](super::PlainStep::record) says holds here, too.
-    pub fn record(
+    /// kernels are compiled and memory is allocated. What [`PlainStep::capture`](super::PlainStep::capture) says holds here, too.
+    pub fn capture(
         &mut self,
         capacity: usize,
         mut forward: impl FnMut() -> Result<Tensor>,
-    ) -> Result<RecordedPrivateStep> {
+    ) -> Result<CapturedPrivateStep> {
         let device = self.core.flat.device();
         let mask = Array::zeros_at(&device, &[capacity], self.core.flat.dtype())?;
         let masked = Tensor::new(mask.clone());
@@ -241,7 +241,7 @@ impl PrivateStep {
         }
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
-        let recording = Recording::capture(&mut self.core, |core, scalars| {
+        let capture = Capture::new(&mut self.core, |core, scalars| {
             let losses = |_| {
                 let losses = forward()?;
                 expect_losses(&losses, capacity, 0)?;
@@ -254,33 +254,33 @@ impl PrivateStep {
             Ok(capacity)
         });
         zero(&mut self.core.grads)?;
-        Ok(RecordedPrivateStep { recording: recording?, mask })
+        Ok(CapturedPrivateStep { capture: capture?, mask })
     }
-    /// Takes a recorded step with one launch: draws the next Poisson batch, lets `fill` write its records into the first places
-    /// of the arrays that the recorded forward pass reads ([`Array::refill`]), and masks the losses of the places that are left
+    /// Takes a captured step with one launch: draws the next Poisson batch, lets `fill` write its records into the first places
+    /// of the arrays that the captured forward pass reads ([`Array::refill`]), and masks the losses of the places that are left
     /// over. A batch that is larger than the capacity is refused before anything is spent: take that step with
     /// [`PrivateStep::run`].
     pub fn replay(
         &mut self,
-        recorded: &mut RecordedPrivateStep,
+        captured: &mut CapturedPrivateStep,
         fill: impl FnOnce(&[usize]) -> Result<()>,
     ) -> Result<PrivateReport> {
         self.core.begin();
-        let (records, capacity) = (self.next_batch(), recorded.mask.numel());
+        let (records, capacity) = (self.next_batch(), captured.mask.numel());
         if records.len() > capacity {
             return Err(Error::invalid(
                 "replay",
                 format!(
-                    "a Poisson batch of more than the {capacity} records that were recorded: take this step with run"
+                    "a Poisson batch of more than the {capacity} records that were captured: take this step with run"
                 ),
             ));
         }
-        recorded.recording.expect_places(&mut self.core)?;
+        captured.capture.expect_places(&mut self.core)?;
         fill(&records)?;
-        let mask = Array::generate(&[capacity], recorded.mask.dtype(), |i| (i < records.len()) as u8 as f64);
-        recorded.mask.refill(&mask)?;
+        let mask = Array::generate(&[capacity], captured.mask.dtype(), |i| (i < records.len()) as u8 as f64);
+        captured.mask.refill(&mask)?;
         let epsilon = self.privacy.admit(self.core.steps, self.core.flat.buffer())?;
-        recorded.recording.launch(&mut self.core)?;
+        captured.capture.launch(&mut self.core)?;
         let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
         self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
     }

@@ -1,8 +1,8 @@
 //! The updating slot: the gradient is scaled to a mean, and the optimizer changes the parameters.
 
+use super::capture::StepScalars;
 use super::counters::Counters;
 use super::flat::Flat;
-use super::record::StepScalars;
 use crate::array::Array;
 use crate::base::{Float, Result};
 use crate::device::spans::{self, Kind};

@@ -1,6 +1,6 @@
 //! Random bits and noise against the CPU to the bit, and optimizers with constants that are read from memory.
 use crate::common::*;
-use prismgrad::optim::{AdamW, Layout, Optimizer, Segment, Sgd, Update};
+use prismgrad::optim::{AdamW, FlatLayout, Optimizer, Segment, Sgd, Update};
 use prismgrad::random::{NoiseKey, add_gaussian, philox};
 use prismgrad::{Array, DType};
 fn arr(v: &[f64], s: &[usize]) -> Array {
@@ -65,7 +65,7 @@ fn optimizers<T: El + prismgrad::Element>() {
             .enumerate()
             .map(|(k, &e)| Segment { range: if k == 0 { 0 } else { ends[k - 1] }..e, decay: k % 2 == 0 })
             .collect();
-        let layout = Layout::new(segs, n);
+        let layout = FlatLayout::new(segs, n);
         let [p, g, m, v] = [0; 4].map(|_| round::<T>(&r.vec(n)));
         let v: Vec<f64> = v.iter().map(|x| x.abs()).collect();
         let dt = if T::NAME == "f32" { DType::F32 } else { DType::F64 };

@@ -1,7 +1,7 @@
 //! One GPU: its primary context, three streams, events, and the counters that tests hold against promises.
 
+use super::deferred::DeferredErrors;
 use super::errors::{check, explain};
-use super::faults::Faults;
 use super::kernels::Modules;
 use super::pool::Pool;
 use super::probe;
@@ -120,7 +120,7 @@ pub struct Gpu {
     pub(crate) pool: Pool,
     pub(crate) staging: Staging,
     pub(crate) modules: Modules,
-    pub(crate) faults: Faults,
+    pub(crate) deferred: DeferredErrors,
     /// Room for a library of products, which the code above this folder loads.
     pub(crate) products: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
@@ -212,7 +212,7 @@ impl Gpu {
             pool: Pool::from_env()?,
             staging: Staging::default(),
             modules: Modules::default(),
-            faults: Faults::default(),
+            deferred: DeferredErrors::default(),
             products: Default::default(),
         })
     }

@@ -123,7 +123,7 @@ impl Graph {
         let code = unsafe { sys::cuGraphLaunch(self.exec, self.gpu.raw_stream(Stream::Compute)) };
         self.gpu.check(&format!("launch a CUDA graph of {} kernels", self.launches), code)?;
         count(&self.gpu.counters.graph_launches);
-        self.gpu.expect_faults();
+        self.gpu.expect_deferred_errors();
         Ok(())
     }
 

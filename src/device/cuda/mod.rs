@@ -13,7 +13,7 @@
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `layouts` | structs and codes that kernels and launches share |
 //! | `graph` | [`Graph`]: a recorded step |
-//! | `faults` | ids out of range, found by kernels, reported at the next read |
+//! | `deferred` | ids out of range, found by kernels, reported at the next read |
 //! | `library` | where NVIDIA's libraries may lie |
 //! | `errors` | result codes as sentences |
 //!
@@ -27,8 +27,8 @@
 
 pub mod cache;
 mod context;
+pub(crate) mod deferred;
 mod errors;
-pub(crate) mod faults;
 mod graph;
 pub mod kernels;
 mod launch;

@@ -170,7 +170,7 @@ impl Gpu {
             self.land(landed)?;
         }
         self.pool.poll(self);
-        self.tell_faults()
+        self.report_deferred_errors()
     }
 
     fn land(&self, (slot, event, piece): (Slot, RawEvent, &mut [u8])) -> Result<()> {

@@ -8,7 +8,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::{Array, Dims};
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{Error, Result};
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
@@ -144,7 +144,7 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ATTENTION
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let gradients = dispatch(
             self.operands(grad),
             Half::Native,
@@ -169,7 +169,7 @@ impl Rule for Back {
                 Ok(d)
             },
         )?;
-        gradients.into_iter().enumerate().for_each(|(i, d)| flow.input(i, d));
+        gradients.into_iter().enumerate().for_each(|(i, d)| back.input(i, d));
         Ok(())
     }
 }
@@ -184,7 +184,7 @@ impl Rule for FusedBack {
     fn info(&self) -> &'static OpInfo {
         &ATTENTION
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (h, d) = (self.shape[3], self.shape[4]);
         let dx = dispatch(
             self.inner.operands(grad),
@@ -205,7 +205,7 @@ impl Rule for FusedBack {
                 Ok(dx)
             },
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }

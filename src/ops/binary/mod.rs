@@ -7,7 +7,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast};
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
@@ -71,9 +71,9 @@ impl<B: Binary + ?Sized> Rule for Back<B> {
     fn info(&self) -> &'static OpInfo {
         B::INFO
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for side in [0, 1] {
-            if flow.wants(side) {
+            if back.needs(side) {
                 let full = match &self.saved {
                     Some([a, b]) => gradient::<B>([a.clone(), b.clone(), grad.clone()], side)?,
                     None => {
@@ -81,7 +81,7 @@ impl<B: Binary + ?Sized> Rule for Back<B> {
                         unary::gradient::<unary::MulScalar>(grad.clone(), None, [slope, 0.0])?
                     }
                 };
-                flow.input(side, sum_to(&full, &self.shapes[side])?);
+                back.input(side, sum_to(&full, &self.shapes[side])?);
             }
         }
         Ok(())
@@ -414,9 +414,9 @@ impl Rule for WhereBack {
     fn info(&self) -> &'static OpInfo {
         &WHERE
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for (side, keep) in [(0, true), (1, false)] {
-            if flow.wants(side) {
+            if back.needs(side) {
                 let part = dispatch(
                     [grad.clone(), self.mask.clone()],
                     Half::Move,
@@ -427,7 +427,7 @@ impl Rule for WhereBack {
                     },
                     |gpu, [grad, mask]| cuda::mask(gpu, &grad, &mask, keep),
                 )?;
-                flow.input(side, sum_to(&part, &self.shapes[side])?);
+                back.input(side, sum_to(&part, &self.shapes[side])?);
             }
         }
         Ok(())

@@ -11,7 +11,7 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{
-    Case, Differentiable, Factor, FactorRule, Flow, Gen, Groups, NO_PARAMS, OpInfo, Rule, is_recording,
+    Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, NO_PARAMS, OpInfo, Rule, is_recording,
 };
 use crate::base::{Error, Float, Result};
 use crate::device::cpu::par::par_units;
@@ -187,12 +187,12 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &CONV
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();
         let (b, groups, places) = (self.shape[0], self.groups, self.window.places());
         let (channels, cout) = (self.shape[1] / groups, g.shape()[1]);
         let (each, k, blocks) = (cout / groups, channels * self.window.area(), b * groups);
-        if flow.wants(0) {
+        if back.needs(0) {
             let image = channels * self.window.size[0] * self.window.size[1];
             let dx = dispatch(
                 [g.clone(), self.w.value()],
@@ -220,7 +220,7 @@ impl Rule for Back {
                     cuda::fold(gpu, &rows, (blocks, channels), &self.window, &self.shape)
                 },
             )?;
-            flow.input(0, dx);
+            back.input(0, dx);
         }
         // Factors are f32 or f64.
         let g = g.cast(g.dtype().compute());
@@ -246,12 +246,12 @@ impl Rule for Back {
                 let group = Groups::of_ids((0..n).map(|i| (i / places % groups) as u32).collect(), groups)?;
                 Factor::GroupedOuter { left, right, group, samples }
             };
-            flow.param(&self.w, factor);
+            back.param(&self.w, factor);
         }
         if let Some(bias) = &self.bias {
             // Summed over places already: one row per image.
             let grad = super::reduce::sum_dims(&g.reshape(&[b, cout, places])?, &[2])?;
-            flow.param(bias, Factor::RowSum { grad, samples: self.samples.clone() });
+            back.param(bias, Factor::RowSum { grad, samples: self.samples.clone() });
         }
         Ok(())
     }
@@ -410,9 +410,9 @@ impl Rule for Windows {
     fn info(&self) -> &'static OpInfo {
         self.info
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let folds = self.shape.len() == 4;
-        flow.input(0, if folds { fold(&grad, &self.shape, &self.window)? } else { unfold(&grad, &self.window)? });
+        back.input(0, if folds { fold(&grad, &self.shape, &self.window)? } else { unfold(&grad, &self.window)? });
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Flow, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Rule};
 use crate::base::philox::dropout_uniform;
 use crate::base::{Element, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
@@ -64,8 +64,8 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &DROPOUT
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                flow.input(0, apply(&grad, self.0, self.1)?);
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+                back.input(0, apply(&grad, self.0, self.1)?);
                 Ok(())
             }
         }

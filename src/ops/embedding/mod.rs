@@ -6,7 +6,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{par_rows, par_units};
 use crate::device::cpu::simd::simd;
@@ -133,7 +133,7 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
         fn info(&self) -> &'static OpInfo {
             &EMBEDDING
         }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let (n, p) = (self.ids.numel(), self.weight.shape()[1]);
             // Factors are f32 or f64.
             let grad = grad.cast(grad.dtype().compute()).contiguous().reshape(&[n, p])?;
@@ -141,7 +141,7 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
                 Some(padding) => without_padding(grad, &self.ids, padding)?,
                 None => grad,
             };
-            flow.param(
+            back.param(
                 &self.weight,
                 Factor::Lookup { ids: self.ids.reshape(&[n])?, grad, samples: self.samples.clone() },
             );
@@ -271,15 +271,15 @@ impl Rule for BagBack {
     fn info(&self) -> &'static OpInfo {
         &EMBEDDING_BAG
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         // Factors are f32 or f64.
         let g = grad.cast(grad.dtype().compute()).contiguous();
-        if flow.wants(0) {
-            flow.input(0, self.scale_grad(&g)?);
+        if back.needs(0) {
+            back.input(0, self.scale_grad(&g)?);
         }
         if self.weight.trainable() {
             let (ids, grad) = (self.ids.clone(), self.rows(&g)?);
-            flow.param(&self.weight, Factor::Lookup { ids, grad, samples: self.samples.clone() });
+            back.param(&self.weight, Factor::Lookup { ids, grad, samples: self.samples.clone() });
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, Groups, OpInfo, Rule, Segments};
+use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, OpInfo, Rule, Segments};
 use crate::base::{Element, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::gemm::{Mat, matmul};
@@ -104,11 +104,11 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &GROUPED_LINEAR
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();
         let (d, p) = (self.x.shape()[1], g.shape()[1]);
-        if flow.wants(0) {
-            flow.input(0, products(&g, &self.w.value(), None, &self.groups, (p, d), self.layout == Layout::InOut)?);
+        if back.needs(0) {
+            back.input(0, products(&g, &self.w.value(), None, &self.groups, (p, d), self.layout == Layout::InOut)?);
         }
         // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
         let g = g.cast(g.dtype().compute());
@@ -116,14 +116,14 @@ impl Rule for Back {
             let (x, g) = (self.x.cast(g.dtype()), g.clone());
             let (left, right) = if self.layout == Layout::OutIn { (g, x) } else { (x, g) };
             let group = Groups::of_segments(&self.groups);
-            flow.param(&self.w, Factor::GroupedOuter { left, right, group, samples: self.samples.clone() });
+            back.param(&self.w, Factor::GroupedOuter { left, right, group, samples: self.samples.clone() });
         }
         if let Some(b) = &self.bias {
             let ids = match g.gpu() {
                 Some(gpu) => self.groups.on_gpu(gpu)?.owner,
                 None => Array::from_slice(self.groups.ids(), &[self.groups.rows()])?,
             };
-            flow.param(b, Factor::Lookup { ids, grad: g, samples: self.samples.clone() });
+            back.param(b, Factor::Lookup { ids, grad: g, samples: self.samples.clone() });
         }
         Ok(())
     }

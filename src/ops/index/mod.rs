@@ -6,7 +6,7 @@ pub(crate) mod cuda;
 
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Element, Error, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::spans;
@@ -193,9 +193,9 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &GATHER
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
-                flow.input(0, put(zeros, self.d, &self.index, &grad)?);
+                back.input(0, put(zeros, self.d, &self.index, &grad)?);
                 Ok(())
             }
         }
@@ -218,11 +218,11 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &SCATTER_ADD
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                if flow.wants(1) {
-                    flow.input(1, pick(&grad, self.d, &self.index)?);
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+                if back.needs(1) {
+                    back.input(1, pick(&grad, self.d, &self.index)?);
                 }
-                flow.input(0, grad);
+                back.input(0, grad);
                 Ok(())
             }
         }
@@ -266,9 +266,9 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &INDEX_SELECT
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
-                flow.input(0, add_slices(zeros, self.d, &self.ids, &grad)?);
+                back.input(0, add_slices(zeros, self.d, &self.ids, &grad)?);
                 Ok(())
             }
         }

@@ -4,7 +4,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule, samples_or_leading};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule, samples_or_leading};
 use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
@@ -104,7 +104,7 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &CROSS_ENTROPY
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.logits.shape().last().unwrap_or(&1);
         let dx = dispatch(
             [self.logits.clone(), self.lse.clone(), grad],
@@ -136,7 +136,7 @@ impl Rule for Back {
                 }
             },
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }
@@ -246,7 +246,7 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
         fn info(&self) -> &'static OpInfo {
             &BCE
         }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let dx = dispatch(
                 [self.x.clone(), self.t.clone(), grad],
                 Half::Native,
@@ -258,7 +258,7 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
                 },
                 |gpu, [x, t, grad]| cuda::bce_grad(gpu, &x, &t, &grad),
             )?;
-            flow.input(0, dx);
+            back.input(0, dx);
             Ok(())
         }
     }

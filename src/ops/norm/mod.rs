@@ -7,7 +7,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Factor, FactorRule, Flow, Gen, OpInfo, Rule, samples_or_leading};
+use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Rule, samples_or_leading};
 use crate::base::{DType, Element, Error, Result};
 use crate::device::spans;
 use crate::kernels::{Exact, Half, dispatch};
@@ -63,12 +63,12 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         self.info
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.x.shape().last().unwrap_or(&1);
         let flat = [self.samples.rows(), d];
         let dy = grad.contiguous().reshape(&flat)?;
         let needs_xhat = self.gain.as_ref().is_some_and(|g| g.trainable());
-        let wanted = (flow.wants(0), needs_xhat);
+        let wanted = (back.needs(0), needs_xhat);
         let factors = [&self.gain, &self.bias].into_iter().flatten().any(|p| p.trainable());
         let gain = self.gain.as_ref().map(|g| g.value().cast(self.stats.dtype()));
         let (name, center) = (self.info.name, self.center);
@@ -99,13 +99,13 @@ impl Rule for Back {
             },
         )?;
         if let Some(dx) = dx {
-            flow.input(0, dx);
+            back.input(0, dx);
         }
         if let (Some(g), Some(scale)) = (&self.gain, xhat) {
-            flow.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: self.samples.clone() });
+            back.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: self.samples.clone() });
         }
         if let Some(b) = &self.bias {
-            flow.param(b, Factor::RowSum { grad: dy, samples: self.samples.clone() });
+            back.param(b, Factor::RowSum { grad: dy, samples: self.samples.clone() });
         }
         Ok(())
     }
@@ -222,23 +222,23 @@ fn affine(x: &Tensor, gain: Option<&Param>, bias: Option<&Param>) -> Result<Tens
         fn info(&self) -> &'static OpInfo {
             &GROUP_NORM
         }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let (c, samples) = (*grad.shape().last().unwrap_or(&1), Samples::leading(grad.shape(), 1));
             let dy = grad.contiguous().reshape(&[samples.rows(), c])?;
             let dy = dy.cast(dy.dtype().compute());
-            if flow.wants(0) {
+            if back.needs(0) {
                 let dx = match &self.gain {
                     Some(g) => Tensor::new(g.value().cast(grad.dtype())).mul(&Tensor::new(grad))?.into_array(),
                     None => grad,
                 };
-                flow.input(0, dx);
+                back.input(0, dx);
             }
             if let Some(g) = &self.gain {
                 let scale = self.x.contiguous().reshape(&[samples.rows(), c])?.cast(dy.dtype());
-                flow.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: samples.clone() });
+                back.param(g, Factor::ScaledRowSum { grad: dy.clone(), scale, samples: samples.clone() });
             }
             if let Some(b) = &self.bias {
-                flow.param(b, Factor::RowSum { grad: dy, samples });
+                back.param(b, Factor::RowSum { grad: dy, samples });
             }
             Ok(())
         }

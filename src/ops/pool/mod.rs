@@ -4,7 +4,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_rows2, par_units};
 use crate::device::spans;
@@ -134,7 +134,7 @@ impl Rule for AverageBack {
     fn info(&self) -> &'static OpInfo {
         &AVG_POOL
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (grid, shape) = (&self.grid, &self.shape);
         let dx = dispatch(
             [grad.contiguous()],
@@ -160,7 +160,7 @@ impl Rule for AverageBack {
             },
             |gpu, [g]| cuda::average_grad(gpu, &g, &grid.pool, shape),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }
@@ -204,7 +204,7 @@ impl Rule for LargestBack {
     fn info(&self) -> &'static OpInfo {
         &MAX_POOL
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let shape = &self.shape;
         let dx = dispatch(
             [grad.contiguous(), self.index.clone()],
@@ -222,7 +222,7 @@ impl Rule for LargestBack {
             },
             |gpu, [g, index]| cuda::largest_grad(gpu, &g, &index, &self.grid.pool, shape),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ pub(crate) mod cuda;
 
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch, elementwise as ew, sums as cpu};
@@ -174,8 +174,8 @@ impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
         &SUM
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        flow.input(0, grad.reshape(&self.ones)?.expand(&self.shape)?);
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        back.input(0, grad.reshape(&self.ones)?.expand(&self.shape)?);
         Ok(())
     }
 }
@@ -244,7 +244,7 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &LOGSUMEXP
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let (y, grad) = (self.y.reshape(&self.ones)?, grad.reshape(&self.ones)?);
                 let dx = dispatch(
                     [self.x.clone(), y, grad],
@@ -259,7 +259,7 @@ impl Tensor {
                         cuda::logsumexp_grad(gpu, &x, &y.expand(x.shape())?, &grad.contiguous().expand(x.shape())?)
                     },
                 )?;
-                flow.input(0, dx);
+                back.input(0, dx);
                 Ok(())
             }
         }
@@ -298,8 +298,8 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &CUMSUM
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                flow.input(0, scan(&grad, self.0, true)?);
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+                back.input(0, scan(&grad, self.0, true)?);
                 Ok(())
             }
         }
@@ -381,8 +381,8 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
         fn info(&self) -> &'static OpInfo {
             &MAX
         }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-            flow.input(0, unpick(&grad, &self.index, 1, self.cols, &self.order, &self.shape)?);
+        fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+            back.input(0, unpick(&grad, &self.index, 1, self.cols, &self.order, &self.shape)?);
             Ok(())
         }
     }
@@ -454,10 +454,10 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
         fn info(&self) -> &'static OpInfo {
             &SORT
         }
-        fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+        fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let cols = self.shape[self.order[self.order.len() - 1]];
             let grad = grad.permute(&self.order)?;
-            flow.input(0, unpick(&grad, &self.index, self.k, cols, &self.order, &self.shape)?);
+            back.input(0, unpick(&grad, &self.index, self.k, cols, &self.order, &self.shape)?);
             Ok(())
         }
     }

@@ -6,7 +6,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::par_rows;
 use crate::device::cpu::simd::simd;
@@ -131,8 +131,8 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ROTARY
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        flow.input(0, turn(&grad, &self.table, self.offset, self.pairing, true)?);
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        back.input(0, turn(&grad, &self.table, self.offset, self.pairing, true)?);
         Ok(())
     }
 }

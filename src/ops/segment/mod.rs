@@ -5,7 +5,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{par_rows2, par_units};
 use crate::device::cpu::simd::simd;
@@ -120,7 +120,7 @@ impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_SUM
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let SumBack { segments, mean, shape } = self;
         let dx = dispatch(
             [grad.contiguous()],
@@ -134,7 +134,7 @@ impl Rule for SumBack {
             },
             |gpu, [g]| cuda::spread(gpu, &segments.on_gpu(gpu)?, &g, shape, *mean),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }
@@ -173,7 +173,7 @@ impl Rule for MaxBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_MAX
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (segments, shape) = (&self.segments, &self.shape);
         let dx = dispatch(
             [grad.contiguous(), self.index.clone()],
@@ -194,7 +194,7 @@ impl Rule for MaxBack {
             },
             |gpu, [g, index]| cuda::max_grad(gpu, &segments.on_gpu(gpu)?, &g, &index, shape),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }
@@ -208,7 +208,7 @@ impl Rule for SoftmaxBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_SOFTMAX
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let segments = &self.segments;
         let dx = dispatch(
             [self.y.clone(), grad.contiguous()],
@@ -228,7 +228,7 @@ impl Rule for SoftmaxBack {
             },
             |gpu, [y, g]| cuda::softmax_grad(gpu, &segments.on_gpu(gpu)?, &y, &g),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }
@@ -242,8 +242,8 @@ impl Rule for RepeatBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_REPEAT
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        flow.input(0, sums(&grad, &self.segments, &self.shape, false)?);
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        back.input(0, sums(&grad, &self.segments, &self.shape, false)?);
         Ok(())
     }
 }

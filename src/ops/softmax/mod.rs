@@ -4,7 +4,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::Result;
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
@@ -41,7 +41,7 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         if self.log { &LOG_SOFTMAX } else { &SOFTMAX }
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (d, log) = (*self.y.shape().last().unwrap_or(&1), self.log);
         let dx = dispatch(
             [self.y.clone(), grad.contiguous()],
@@ -55,7 +55,7 @@ impl Rule for Back {
             },
             |gpu, [y, grad]| cuda::softmax_grad(gpu, &y, &grad, log),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }

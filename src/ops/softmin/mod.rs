@@ -3,7 +3,7 @@
 mod cuda;
 
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Differentiable, Flow, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Rule};
 use crate::base::{Float, Result};
 use crate::device::cpu::par::par_rows;
 use crate::device::cpu::simd::simd;
@@ -51,7 +51,7 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &SOFTMIN
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.0.shape().last().unwrap_or(&1);
         let dx = dispatch(
             [self.0.clone(), grad.contiguous()],
@@ -66,7 +66,7 @@ impl Rule for Back {
             },
             |gpu, [y, dy]| cuda::softmin_grad(gpu, &y, &dy),
         )?;
-        flow.input(0, dx);
+        back.input(0, dx);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Differentiable, Flow, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
 use crate::base::{DType, Element, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
@@ -103,8 +103,8 @@ impl<U: Unary + ?Sized> Rule for Back<U> {
     fn info(&self) -> &'static OpInfo {
         U::INFO
     }
-    fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-        flow.input(0, gradient::<U>(grad, self.saved.clone(), self.p)?);
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        back.input(0, gradient::<U>(grad, self.saved.clone(), self.p)?);
         Ok(())
     }
 }
@@ -665,8 +665,8 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &CAST
             }
-            fn backward(&self, grad: Array, flow: &mut Flow) -> Result<()> {
-                flow.input(0, grad.cast(self.0));
+            fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+                back.input(0, grad.cast(self.0));
                 Ok(())
             }
         }

@@ -12,7 +12,7 @@ const KINDS: usize = 256;
 
 /// The words that checks write to, and what each of them means.
 #[derive(Default)]
-pub(crate) struct Faults {
+pub(crate) struct DeferredErrors {
     /// A u64 for each kind of check: all ones while all is well, else the first position that is wrong.
     words: OnceLock<Block>,
     kinds: Mutex<Vec<String>>,
@@ -22,43 +22,43 @@ pub(crate) struct Faults {
 
 impl Gpu {
     /// The words, made at the first call.
-    pub(crate) fn fault_words(self: &Arc<Self>) -> Result<&Block> {
-        if let Some(words) = self.faults.words.get() {
+    pub(crate) fn deferred_words(self: &Arc<Self>) -> Result<&Block> {
+        if let Some(words) = self.deferred.words.get() {
             return Ok(words);
         }
         self.refuse_in_capture("check ids for the first time")?;
         let words = self.alloc(8 * KINDS)?;
         self.fill(&words, 0, 8 * KINDS, 0xff)?;
-        Ok(self.faults.words.get_or_init(|| words))
+        Ok(self.deferred.words.get_or_init(|| words))
     }
-    /// The word of a kind of check. Whoever asks is about to queue one.
-    pub(crate) fn fault_word(self: &Arc<Self>, kind: &str) -> Result<(&Block, usize)> {
-        let words = self.fault_words()?;
-        let mut kinds = lock(&self.faults.kinds);
+    /// The word of a kind of check. The caller queues one next.
+    pub(crate) fn deferred_word(self: &Arc<Self>, kind: &str) -> Result<(&Block, usize)> {
+        let words = self.deferred_words()?;
+        let mut kinds = lock(&self.deferred.kinds);
         let at = kinds.iter().position(|k| k == kind).unwrap_or_else(|| {
             if kinds.len() < KINDS {
                 kinds.push(kind.to_string());
             }
             kinds.len() - 1
         });
-        self.faults.pending.store(true, Relaxed);
+        self.deferred.pending.store(true, Relaxed);
         Ok((words, 8 * at))
     }
 
     /// A recorded step may hold checks.
-    pub(crate) fn expect_faults(&self) {
-        self.faults.pending.store(true, Relaxed);
+    pub(crate) fn expect_deferred_errors(&self) {
+        self.deferred.pending.store(true, Relaxed);
     }
 
     /// Reads the words if checks have been queued; an error names the first one that failed. Waits: to be called where
     /// the host waits anyway.
-    pub(crate) fn tell_faults(&self) -> Result<()> {
-        let Some(words) = self.faults.words.get() else { return Ok(()) };
-        if !self.faults.pending.swap(false, Relaxed) {
+    pub(crate) fn report_deferred_errors(&self) -> Result<()> {
+        let Some(words) = self.deferred.words.get() else { return Ok(()) };
+        if !self.deferred.pending.swap(false, Relaxed) {
             return Ok(());
         }
         let found: Vec<u64> = self.download(words, 0, KINDS)?;
-        let kinds = lock(&self.faults.kinds);
+        let kinds = lock(&self.deferred.kinds);
         let Some((kind, position)) = kinds.iter().zip(&found).find(|(_, p)| **p != u64::MAX) else { return Ok(()) };
         self.fill(words, 0, 8 * KINDS, 0xff)?;
         Err(Error::invalid("ids", format!("the id at position {position} is outside {kind} (it was read as 0)")))

@@ -1,4 +1,4 @@
-//! Steps recorded as a CUDA graph and replayed: one launch instead of hundreds.
+//! Steps captured as a CUDA graph and replayed: one launch instead of hundreds.
 
 use super::core::Core;
 use crate::array::Array;
@@ -6,7 +6,7 @@ use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::Graph;
 
-/// The numbers that change from step to step, in the GPU's memory, where a recorded step reads them.
+/// The numbers that change from step to step, in the GPU's memory, where a captured step reads them.
 pub(super) struct StepScalars {
     /// Steps before this one (u64 in i64): the noise's counter.
     pub before: Array,
@@ -16,18 +16,18 @@ pub(super) struct StepScalars {
     pub optimizer: Array,
 }
 
-/// A step recorded by [`PlainStep::record`](super::PlainStep::record).
-pub struct RecordedStep(pub(super) Recording);
+/// A step captured by [`PlainStep::capture`](super::PlainStep::capture).
+pub struct CapturedStep(pub(super) Capture);
 
-/// A step recorded by [`PrivateStep::record`](super::PrivateStep::record).
-pub struct RecordedPrivateStep {
-    pub(super) recording: Recording,
+/// A step captured by [`PrivateStep::capture`](super::PrivateStep::capture).
+pub struct CapturedPrivateStep {
+    pub(super) capture: Capture,
     /// 1 for the places that hold a record of the batch, 0 for padding.
     pub(super) mask: Array,
 }
 
-impl RecordedStep {
-    /// Kernels in the recording.
+impl CapturedStep {
+    /// Kernels in the capture.
     pub fn kernels(&self) -> u64 {
         self.0.graph.kernels()
     }
@@ -37,37 +37,37 @@ impl RecordedStep {
     }
 }
 
-impl RecordedPrivateStep {
-    /// Kernels in the recording.
+impl CapturedPrivateStep {
+    /// Kernels in the capture.
     pub fn kernels(&self) -> u64 {
-        self.recording.graph.kernels()
+        self.capture.graph.kernels()
     }
     /// Records that a replay takes at most.
     pub fn capacity(&self) -> usize {
-        self.recording.samples
+        self.capture.samples
     }
 }
 
-pub(super) struct Recording {
+pub(super) struct Capture {
     graph: Graph,
     scalars: StepScalars,
     pub samples: usize,
-    /// Where the buffers lay when it was recorded.
+    /// Where the buffers lay when it was captured.
     places: Vec<u64>,
 }
 
-impl Recording {
-    /// Records what `queue` launches; it returns the number of samples.
-    pub fn capture(core: &mut Core, queue: impl FnOnce(&mut Core, &StepScalars) -> Result<usize>) -> Result<Recording> {
-        let op = "record";
+impl Capture {
+    /// Captures what `queue` launches; it returns the number of samples.
+    pub fn new(core: &mut Core, queue: impl FnOnce(&mut Core, &StepScalars) -> Result<usize>) -> Result<Capture> {
+        let op = "capture";
         let Device::Cuda(gpu) = core.flat.device() else {
-            return Err(Error::invalid(op, "the model is on the CPU, where there is nothing to record; use run"));
+            return Err(Error::invalid(op, "the model is on the CPU, where there is nothing to capture; use run"));
         };
         let device = Device::Cuda(gpu.clone());
         let Some(numbers) = core.optimizer.step_scalars(core.steps + 1, core.schedule.at(core.steps)) else {
             return Err(Error::invalid(op, format!("{} gives no step_scalars", core.optimizer.describe())));
         };
-        gpu.fault_words()?;
+        gpu.deferred_words()?;
         let places = core.places()?;
         let word = || Array::zeros_at(&device, &[1], DType::I64);
         let scalars = StepScalars {
@@ -76,20 +76,20 @@ impl Recording {
             optimizer: Array::zeros_at(&device, &[numbers.len()], DType::F64)?,
         };
         let (graph, samples) = gpu.capture(|| queue(core, &scalars))?;
-        Ok(Recording { graph, scalars, samples, places })
+        Ok(Capture { graph, scalars, samples, places })
     }
-    /// Fails where a buffer no longer lies where it was recorded.
+    /// Fails where a buffer no longer lies where it was captured.
     pub fn expect_places(&self, core: &mut Core) -> Result<()> {
         if core.places()? == self.places {
             return Ok(());
         }
         Err(Error::invalid(
             "replay",
-            "the parameters or the optimizer's buffers are no longer where they were recorded: drop what was taken of \
-             them with value(), state() or last_gradient() before the next step, then record again",
+            "the parameters or the optimizer's buffers are no longer where they were captured: drop what was taken of \
+             them with value(), state() or last_gradient() before the next step, then capture again",
         ))
     }
-    /// Writes the step's numbers into the GPU's memory and launches the recording.
+    /// Writes the step's numbers into the GPU's memory and launches the capture.
     pub fn launch(&mut self, core: &mut Core) -> Result<()> {
         self.expect_places(core)?;
         let numbers = core.optimizer.step_scalars(core.steps + 1, core.schedule.at(core.steps)).unwrap_or_default();
