@@ -133,17 +133,13 @@ impl Gen {
             Mode::Special | Mode::Ties if self.chance(0.3) => 70,
             _ => 4,
         };
-        let mut count = self.size(low, high);
-        let long = self.chance(0.5);
-        if self.mode == Mode::Large && !long {
-            count = self.side(low, high);
+        let (large, mut count, long) = (mode == Mode::Large, self.size(low, high), self.chance(0.5));
+        if large && !long {
+            count = self.size(30, 70);
         }
         let mut lengths: Vec<usize> = (0..count).map(|_| self.size(0, longest)).collect();
-        if let Some(n) = lengths.len().checked_sub(1)
-            && self.mode == Mode::Large
-            && long
-        {
-            let at = self.size(0, n);
+        if large && long && count > 0 {
+            let at = self.size(0, count - 1);
             lengths[at] = self.extent(0, longest);
         }
         lengths
