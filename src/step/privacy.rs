@@ -7,6 +7,7 @@ use crate::base::{Error, Result};
 use crate::privacy::accountant::Steps;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
 use crate::random::NoiseKey;
+use crate::with_float;
 use serde::{Deserialize, Serialize};
 
 /// The target of private training. Everything else follows from it.
@@ -373,7 +374,11 @@ impl Privacy {
             Some(gpu) => format!("{machine} {}", gpu.name()),
             None => {
                 let level = crate::device::cpu::simd::level();
-                format!("{machine} {level:?} {:08x}", crc32fast::hash(&params.to_bytes()))
+                // Read in place: this is done at every step.
+                let sum = with_float!("step", params.dtype(), |T| {
+                    Ok(crc32fast::hash(bytemuck::cast_slice(params.as_slice::<T>()?)))
+                })?;
+                format!("{machine} {level:?} {sum:08x}")
             }
         };
         Ok(format!("{state} configuration {:08x}", self.digest()?))
