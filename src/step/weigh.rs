@@ -138,7 +138,7 @@ impl GradHook for Clipper<'_> {
             SqNorms::Gpu(sq) => {
                 let gpu = self.step.grads.gpu().cloned();
                 let gpu = gpu.ok_or_else(|| Error::autograd("run", "the gradient moved during a step"))?;
-                *sq = Some(grad.sq_norms_on(&gpu, sq.take())?);
+                *sq = Some(grad.sq_bounds_on(&gpu, sq.take())?);
                 group.normed.push(grad);
             }
             SqNorms::Cpu(sq) => {

@@ -15,6 +15,7 @@ use crate::device::cuda::Gpu;
 use crate::device::spans;
 use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::{Exact, Half, dispatch};
+use crate::random::masks;
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -220,7 +221,7 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
     check(&q, &k, &v, options)?;
-    let inner = forward(&q, &k, &v, options)?;
+    let inner = forward(&q, &k, &v, &masked(options))?;
     Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
 }
 
@@ -259,8 +260,14 @@ fn unit_last(a: &Array) -> Array {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
-    let saved = forward(q, k, v, options)?;
+    let saved = forward(q, k, v, &masked(options))?;
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
+}
+
+/// The options with the seed of dropout that holds here.
+fn masked(options: &AttentionOptions) -> AttentionOptions {
+    let dropout = options.dropout.and_then(|(p, seed)| masks::seed(seed).map(|seed| (p, seed)));
+    AttentionOptions { dropout, ..options.clone() }
 }
 
 /// Refuses operands that do not fit together.
