@@ -15,6 +15,7 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
     static RECORDING: Cell<bool> = const { Cell::new(true) };
+    static PRIVATE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// An [`Array`] with the history needed to differentiate it. Cheap to clone.
@@ -61,6 +62,23 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     }
     let _restore = Restore(RECORDING.with(|r| r.replace(false)));
     f()
+}
+
+/// Runs the forward pass `f` of a private step: layers can ask [`in_private_step`], and refuse what mixes samples.
+pub(crate) fn privately<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            PRIVATE.with(|p| p.set(self.0));
+        }
+    }
+    let _restore = Restore(PRIVATE.with(|p| p.replace(true)));
+    f()
+}
+
+/// Whether this is the forward pass of a private step.
+pub(crate) fn in_private_step() -> bool {
+    PRIVATE.with(|p| p.get())
 }
 
 /// Whether operations are recorded here: not inside [`no_grad`].

@@ -3,5 +3,5 @@
 pub mod generate;
 pub mod gpt;
 
-pub use generate::{Sampling, generate};
-pub use gpt::{Gpt, GptConfig};
+pub use generate::{LanguageModel, Sampling, generate};
+pub use gpt::{Gpt, GptConfig, GptOut};

@@ -6,7 +6,7 @@ use super::plan::Plan;
 use super::update::zero;
 use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
-use crate::autograd::{Param, Tensor};
+use crate::autograd::{Param, Tensor, privately};
 use crate::base::{DType, Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
@@ -184,7 +184,7 @@ impl PrivateStep {
         let scale = if share == 0.0 { 1.0 } else { mean * expected / share };
         let has_public = !public.is_empty();
         let losses = |(p, q): (Range<usize>, Range<usize>)| {
-            let losses = forward(&records[p.clone()], &public[q.clone()])?;
+            let losses = privately(|| forward(&records[p.clone()], &public[q.clone()]))?;
             expect_losses(&losses, p.len(), q.len())?;
             Ok(Microbatch { losses, public: has_public.then_some(PublicPart { from: p.len(), weight: scale }) })
         };
@@ -221,7 +221,7 @@ impl PrivateStep {
     ) -> Result<&Plan> {
         let records: Vec<usize> = (0..self.privacy.config().records.min(physical_batch)).collect();
         let most = (physical_batch, records.len());
-        self.core.predict(self.privacy.clipping(), most, |n| forward(&records[..n]))?;
+        self.core.predict(self.privacy.clipping(), most, |n| privately(|| forward(&records[..n])))?;
         Ok(&self.core.plan)
     }
     /// Captures a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
@@ -243,7 +243,7 @@ impl PrivateStep {
         let scale = 1.0 / privacy.expected_batch();
         let capture = Capture::new(&mut self.core, |core, scalars| {
             let losses = |_| {
-                let losses = forward()?;
+                let losses = privately(&mut forward)?;
                 expect_losses(&losses, capacity, 0)?;
                 let losses = losses.mul(&masked.cast(losses.dtype())?)?;
                 Ok(Microbatch { losses, public: None })
