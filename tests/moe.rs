@@ -349,7 +349,9 @@ fn one_expert_is_a_dense_layer() {
         let x = input(&[2, 6, D], 1);
         let want = if swiglu {
             let layer = SwiGlu::new(&dense, D, 9).unwrap();
-            ["gate_proj", "up_proj", "down_proj"].map(|n| copy(&format!("experts.{n}.weight"), &format!("{n}.weight")));
+            for n in ["gate_proj.weight", "up_proj.weight", "down_proj.weight"] {
+                copy(&format!("experts.{n}"), n);
+            }
             layer.forward(&x, &Ctx::eval()).unwrap()
         } else {
             let layer = Mlp::new(&dense, D, 9).unwrap();
