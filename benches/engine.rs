@@ -2,9 +2,12 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use prismgrad::kernels::gemm::{Mat, matmul};
+use prismgrad::nn::{Ctx, Moe, MoeConfig, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
+use prismgrad::ops::combine::combine;
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::ops::norm::layer_norm;
+use prismgrad::ops::route::{Choice, Gate, route};
 use prismgrad::random::{NoiseKey, add_gaussian};
 use prismgrad::{Array, DType, Param, ParamGrad, Tensor};
 
@@ -58,6 +61,27 @@ fn layers(c: &mut Criterion) {
     });
 }
 
+/// 2,048 tokens of width 256 through two of 8 experts of 1,024 hidden units each.
+fn experts(c: &mut Criterion) {
+    let params = Params::new(1, DType::F32);
+    let moe = Moe::new(&params, 256, &MoeConfig::new(8, 2, 1024)).unwrap();
+    let x = Tensor::leaf(wave(&[8, 256, 256]));
+    let logits = Tensor::leaf(Array::generate(&[2048, 8], DType::F32, |i| (i as f64 * 12.9898).sin()));
+    let mut group = c.benchmark_group("mixture of experts");
+    group.sample_size(20).throughput(Throughput::Elements(12 * 4096 * 256 * 1024));
+    group.bench_function("layer, forward and backward (elements are FLOPs)", |b| {
+        b.iter(|| moe.forward(&x, &Ctx::train(0)).unwrap().output.backward().unwrap())
+    });
+    group.throughput(Throughput::Elements(2048));
+    let choice = Choice { top_k: 2, gate: Gate::Softmax, renormalise: true };
+    group.bench_function("route", |b| b.iter(|| route(&logits, &choice, None).unwrap()));
+    let (weights, routing) = route(&logits, &choice, None).unwrap();
+    let rows = Tensor::leaf(wave(&[4096, 256]));
+    group.bench_function("combine, forward and backward", |b| {
+        b.iter(|| combine(&rows, &weights.detach(), &routing).unwrap().backward().unwrap())
+    });
+}
+
 fn noise(c: &mut Criterion) {
     let (key, mut out) = (NoiseKey::from_seed_for_tests(1), vec![0f32; 1 << 20]);
     let mut group = c.benchmark_group("noise");
@@ -65,5 +89,5 @@ fn noise(c: &mut Criterion) {
     group.bench_function("ChaCha20 Gaussian, 1 Mi elements", |b| b.iter(|| add_gaussian(&key, 0, 0, 1.0, &mut out)));
 }
 
-criterion_group!(benches, gemm, queries, layers, noise);
+criterion_group!(benches, gemm, queries, layers, experts, noise);
 criterion_main!(benches);

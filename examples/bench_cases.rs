@@ -4,7 +4,7 @@
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `dp/MODEL/STYLE`. A training case is a whole step:
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
 //! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
@@ -13,7 +13,7 @@
 
 use clap::{Arg, ArgAction, Command, value_parser};
 use prismgrad::models::{Gpt, GptConfig};
-use prismgrad::nn::{Ctx, Linear, Params};
+use prismgrad::nn::{Balance, Ctx, Linear, Moe, MoeConfig, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
 use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
@@ -78,6 +78,7 @@ const NAMES: &[(&str, Make)] = &[
     ("attn/window256_fwd", attn),
     ("attn/block256", attn),
     ("attn/block256_fwd", attn),
+    ("moe/top2", moe),
     ("dp/gptS/nonprivate", dp),
     ("dp/gptS/layer-wise", dp),
     ("dp/gptS/all-layer", dp),
@@ -90,6 +91,10 @@ const NAMES: &[(&str, Make)] = &[
     ("dp/mlp/layer-wise", dp),
     ("dp/mlp/all-layer", dp),
     ("dp/mlp/param-wise", dp),
+    ("dp/moe/nonprivate", dp),
+    ("dp/moe/layer-wise", dp),
+    ("dp/moe/all-layer", dp),
+    ("dp/moe/param-wise", dp),
 ];
 
 fn random(shape: &[usize], seed: u64) -> Result<Array> {
@@ -271,6 +276,48 @@ fn attn(name: &str) -> Result<(Step, Work, usize)> {
     Ok((Box::new(step), Work::Gflop(flops / 1e9), 0))
 }
 
+/// A mixture of 8 experts of width 256 and hidden width 1,024, two for each token.
+fn experts(params: &Params, balance: Balance) -> Result<Moe> {
+    let moe = Moe::new(params, 256, &MoeConfig { balance, ..MoeConfig::new(8, 2, 1024) })?;
+    params.to(device())?;
+    Ok(moe)
+}
+
+/// Forwards and backwards with the contraction of every gradient, beside the products of as many rows for each expert.
+fn moe(_: &str) -> Result<(Step, Work, usize)> {
+    let params = Params::new(1, DType::F32);
+    let moe = experts(&params, Balance::Off)?;
+    let x = Tensor::leaf(random(&[8, 256, 256], 1)?);
+    let seed = random(&[8, 256, 256], 2)?;
+    let load = moe.forward(&x, &Ctx::train(0))?.stats.read()?.load;
+    let (all, count) = (params.all(), params.count());
+    let step = move || {
+        let y = moe.forward(&x, &Ctx::train(0))?.output;
+        let mut grads = prismgrad::Gradients::default();
+        y.backward_from(seed.clone(), false, &mut grads)?;
+        all.iter().filter_map(|p| grads.param(p)).try_for_each(|g| g.sum().map(drop))
+    };
+    // x, its hidden rows, and both matrices of each expert.
+    let operands = load.iter().enumerate().map(|(e, &n)| {
+        let t = |shape: &[usize], k: u64| Ok(Tensor::new(random(shape, 10 * e as u64 + k)?));
+        Ok([t(&[n as usize, 256], 3)?, t(&[n as usize, 1024], 4)?, t(&[256, 1024], 5)?, t(&[1024, 256], 6)?])
+    });
+    let operands = operands.collect::<Result<Vec<[Tensor; 4]>>>()?;
+    let bare = move || {
+        for [x, h, fc, proj] in &operands {
+            x.matmul(fc)?;
+            h.matmul(proj)?;
+            x.matmul(&proj.transpose(0, 1)?)?;
+            h.transpose(0, 1)?.matmul(x)?;
+            h.matmul(&fc.transpose(0, 1)?)?;
+            x.transpose(0, 1)?.matmul(h)?;
+        }
+        Ok(())
+    };
+    let gflop = 6.0 * 2.0 * 4096.0 * 256.0 * 1024.0 / 1e9;
+    Ok((Box::new(step), Work::Products(gflop, Box::new(bare)), count))
+}
+
 fn dp(name: &str) -> Result<(Step, Work, usize)> {
     let (model, style) = name[3..].split_once('/').unwrap_or_default();
     // Every record is in every batch (rate 1), so that each step is the same work.
@@ -293,6 +340,17 @@ fn dp(name: &str) -> Result<(Step, Work, usize)> {
         let (x, y) = (Tensor::new(random(&[256, 784], 1)?), ids(&[256], 10, 2)?);
         let step = make(&params.all(), 256, Box::new(move || m.losses(&x, &y)))?;
         return Ok((step, Work::None, params.count()));
+    }
+    if model == "moe" {
+        let params = Params::new(1, DType::F32);
+        let m = experts(&params, Balance::PerSample(0.01))?;
+        let x = Tensor::new(random(&[8, 256, 256], 1)?);
+        let losses = move || {
+            let out = m.forward(&x, &Ctx::train(0))?;
+            out.output.square()?.mean(&[1, 2], false)?.add(&out.losses)
+        };
+        let step = make(&params.all(), 8, Box::new(losses))?;
+        return Ok((step, Work::Tokens(2048.0, 0.0), params.count()));
     }
     let (m, x, y) = gpt_model(&model.replace("gpt", "gpt/"))?;
     let params = m.params().clone();

@@ -265,7 +265,7 @@ fn tf32_is_for_products_and_not_for_gradients_of_parameters() {
                 "w",
                 random(if layout == Layout::OutIn { &[2, 24, 48] } else { &[2, 48, 24] }, 3, at).into_array(),
             );
-            let y = grouped_linear(&a, &w, layout, None, &groups, &samples).unwrap();
+            let y = grouped_linear(&a, &w, layout, None, Activation::None, &groups, &samples).unwrap();
             all.extend(y.array().to_f64());
             let grads = y.sum(&[1], false).unwrap().backward().unwrap();
             exact.push(grads.param(&w).unwrap().sum().unwrap().to_f64());

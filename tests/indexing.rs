@@ -5,7 +5,7 @@ use prismgrad::check::Gen;
 use prismgrad::ops::conv::{Conv, conv1d, conv2d};
 use prismgrad::ops::embedding::{BagMode, embedding, embedding_bag};
 use prismgrad::ops::grouped::grouped_linear;
-use prismgrad::ops::linear::Layout;
+use prismgrad::ops::linear::{Activation, Layout};
 use prismgrad::ops::rotary::{Pairing, RotaryTable};
 use prismgrad::ops::segment::Segments;
 use prismgrad::{Array, DType, Param, Samples, Tensor};
@@ -292,16 +292,23 @@ fn grouped_linear_is_a_linear_per_group() {
     let groups = Segments::new(&[0, 1, 1, 3]).unwrap();
     let x = t(&[1.0, 1.0, 1.0, 0.0, 0.0, 1.0], &[3, 2]);
     let samples = Samples::owners(vec![1, 0, 1], 2).unwrap();
-    let y = grouped_linear(&x, &w, Layout::InOut, Some(&bias), &groups, &samples).unwrap();
+    let y = grouped_linear(&x, &w, Layout::InOut, Some(&bias), Activation::None, &groups, &samples).unwrap();
     holds(&y, &[3.5, 99.0, 199.0], 1e-12);
     let other = Segments::new(&[0, 3]).unwrap();
-    assert!(why(grouped_linear(&x, &w, Layout::InOut, None, &other, &samples)).contains("1 groups for the 3"));
-    assert!(why(grouped_linear(&x, &w, Layout::OutIn, None, &groups, &samples)).contains("rows must have 1"));
+    assert!(
+        why(grouped_linear(&x, &w, Layout::InOut, None, Activation::None, &other, &samples))
+            .contains("1 groups for the 3")
+    );
+    assert!(
+        why(grouped_linear(&x, &w, Layout::OutIn, None, Activation::None, &groups, &samples))
+            .contains("rows must have 1")
+    );
     let few = Samples::uniform(1, 2);
-    assert!(why(grouped_linear(&x, &w, Layout::InOut, None, &groups, &few)).contains("map 2 rows"));
+    assert!(why(grouped_linear(&x, &w, Layout::InOut, None, Activation::None, &groups, &few)).contains("map 2 rows"));
     let none = Segments::uniform(3, 0);
     let x = Tensor::zeros(&[0, 2], DType::F64);
-    let y = grouped_linear(&x, &w, Layout::InOut, Some(&bias), &none, &Samples::uniform(2, 0)).unwrap();
+    let y =
+        grouped_linear(&x, &w, Layout::InOut, Some(&bias), Activation::None, &none, &Samples::uniform(2, 0)).unwrap();
     assert_eq!(y.shape(), [0, 1]);
 }
 

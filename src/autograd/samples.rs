@@ -5,7 +5,7 @@ use crate::base::{Error, Result};
 use crate::device::Device;
 use crate::device::cuda::Gpu;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Maps rows to samples. A *sample* is the unit whose gradient is told apart: a sequence, an image, a table, all
 /// records of one user. Layers see rows; this says whose they are.
@@ -29,15 +29,45 @@ pub enum Samples {
     Ragged(Arc<Ragged>),
 }
 
-/// Owner of each row, and the rows sorted by owner.
+/// Owner of each row, and the rows sorted by owner. Maps that were made on a GPU stay there until the host asks for them.
 #[derive(Debug)]
 pub struct Ragged {
     count: usize,
+    rows: usize,
+    host: OnceLock<Host>,
+    on_gpu: Mutex<Option<(usize, Owners)>>,
+}
+
+#[derive(Debug)]
+struct Host {
     owner: Vec<u32>,
     /// Rows sorted by owner, each owner's in ascending order; `None` if they are sorted already.
     order: Option<Vec<u32>>,
     offsets: Vec<usize>,
-    on_gpu: Mutex<Option<(usize, Owners)>>,
+}
+
+impl Ragged {
+    fn from_host(count: usize, owner: Vec<u32>, order: Option<Vec<u32>>, offsets: Vec<usize>) -> Samples {
+        let rows = owner.len();
+        let host = OnceLock::from(Host { owner, order, offsets });
+        Samples::Ragged(Arc::new(Ragged { count, rows, host, on_gpu: Mutex::default() }))
+    }
+    /// On the host: read from a GPU, which waits for it, where the map was made there.
+    ///
+    /// Panics where that reading fails, as [`Array::to_f64`] does.
+    fn host(&self) -> &Host {
+        self.host.get_or_init(|| {
+            let slot = self.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
+            let read = || -> Result<Host> {
+                let (_, there) = slot.as_ref().ok_or_else(|| Error::invalid("samples", "they are nowhere"))?;
+                let ids = |a: &Option<Array>| a.as_ref().map(|a| a.to_vec::<u32>()).transpose();
+                let offsets = there.offsets.as_ref().map(|o| o.to_vec::<i64>()).transpose()?.unwrap_or_default();
+                let offsets = offsets.into_iter().map(|o| o as usize).collect();
+                Ok(Host { owner: ids(&there.owner)?.unwrap_or_default(), order: ids(&there.order)?, offsets })
+            };
+            read().unwrap_or_else(|e| panic!("{e}"))
+        })
+    }
 }
 
 impl Samples {
@@ -52,13 +82,7 @@ impl Samples {
         }
         let owner =
             offsets.windows(2).enumerate().flat_map(|(i, w)| std::iter::repeat_n(i as u32, w[1] - w[0])).collect();
-        Ok(Samples::Ragged(Arc::new(Ragged {
-            count: offsets.len() - 1,
-            owner,
-            order: None,
-            offsets: offsets.to_vec(),
-            on_gpu: Mutex::default(),
-        })))
+        Ok(Ragged::from_host(offsets.len() - 1, owner, None, offsets.to_vec()))
     }
     /// Row `r` belongs to sample `owner[r]`, of `count` samples in all. Rows may come in any order (routed tokens,
     /// several records of one user); samples may own none.
@@ -78,7 +102,12 @@ impl Samples {
             }
             order
         });
-        Ok(Samples::Ragged(Arc::new(Ragged { count, owner, order, offsets, on_gpu: Mutex::default() })))
+        Ok(Ragged::from_host(count, owner, order, offsets))
+    }
+    /// A map of `rows` rows that was made on a GPU. Nothing is read back for it.
+    pub(crate) fn of_gpu(gpu: &Arc<Gpu>, rows: usize, owners: Owners) -> Samples {
+        let (count, on_gpu) = (owners.count, Mutex::new(Some((gpu.ordinal(), owners))));
+        Samples::Ragged(Arc::new(Ragged { count, rows, host: OnceLock::new(), on_gpu }))
     }
     /// Dimension 0 is the sample axis; the dimensions before the last `row_dims` count rows.
     /// `[B, T, d]` with one row dimension is `B` samples of `T` rows.
@@ -100,14 +129,14 @@ impl Samples {
     pub fn rows(&self) -> usize {
         match self {
             Samples::Uniform { count, each } => count * each,
-            Samples::Ragged(r) => r.owner.len(),
+            Samples::Ragged(r) => r.rows,
         }
     }
     /// The sample that owns row `row`.
     pub fn owner(&self, row: usize) -> usize {
         match self {
             Samples::Uniform { each, .. } => row / each.max(&1),
-            Samples::Ragged(r) => r.owner[row] as usize,
+            Samples::Ragged(r) => r.host().owner[row] as usize,
         }
     }
     /// The owner of every row.
@@ -116,28 +145,28 @@ impl Samples {
             Samples::Uniform { count, each } => {
                 (0..*count).flat_map(|i| std::iter::repeat_n(i as u32, *each)).collect()
             }
-            Samples::Ragged(r) => r.owner.clone(),
+            Samples::Ragged(r) => r.host().owner.clone(),
         }
     }
     /// Every sample's rows are consecutive: [`Samples::range`] works.
     pub fn is_sorted(&self) -> bool {
         match self {
             Samples::Uniform { .. } => true,
-            Samples::Ragged(r) => r.order.is_none(),
+            Samples::Ragged(r) => r.host().order.is_none(),
         }
     }
     /// Places of sample `i` in [`Samples::order`]; its very rows if the samples are sorted.
     pub fn range(&self, i: usize) -> Range<usize> {
         match self {
             Samples::Uniform { each, .. } => i * each..(i + 1) * each,
-            Samples::Ragged(r) => r.offsets[i]..r.offsets[i + 1],
+            Samples::Ragged(r) => r.host().offsets[i]..r.host().offsets[i + 1],
         }
     }
     /// Rows sorted by sample, or `None` if they are sorted already.
     pub fn order(&self) -> Option<&[u32]> {
         match self {
             Samples::Uniform { .. } => None,
-            Samples::Ragged(r) => r.order.as_deref(),
+            Samples::Ragged(r) => r.host().order.as_deref(),
         }
     }
     /// The map in a GPU's memory, copied there once.
@@ -156,16 +185,24 @@ impl Samples {
             return Ok(owners.clone());
         }
         let device = Device::Cuda(gpu.clone());
-        let ids = |v: &[u32]| Array::from_slice(v, &[v.len()])?.to(&device);
-        let offsets: Vec<i64> = r.offsets.iter().map(|&o| o as i64).collect();
-        let owners = Owners {
-            each: 0,
-            count: r.count,
-            longest: r.offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0),
-            owner: Some(ids(&r.owner)?),
-            offsets: Some(Array::from_slice(&offsets, &[offsets.len()])?.to(&device)?),
-            order: r.order.as_deref().map(ids).transpose()?,
+        let there = match &*slot {
+            // On another GPU.
+            Some((_, there)) => there.clone(),
+            None => {
+                let (host, ids) = (r.host(), |v: &[u32]| Array::from_slice(v, &[v.len()]));
+                let offsets: Vec<i64> = host.offsets.iter().map(|&o| o as i64).collect();
+                Owners {
+                    each: 0,
+                    count: r.count,
+                    longest: host.offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0),
+                    owner: Some(ids(&host.owner)?),
+                    offsets: Some(Array::from_slice(&offsets, &[offsets.len()])?),
+                    order: host.order.as_deref().map(ids).transpose()?,
+                }
+            }
         };
+        let to = |a: Option<Array>| a.map(|a| a.to(&device)).transpose();
+        let owners = Owners { owner: to(there.owner)?, offsets: to(there.offsets)?, order: to(there.order)?, ..there };
         *slot = Some((gpu.ordinal(), owners.clone()));
         Ok(owners)
     }
@@ -174,7 +211,7 @@ impl Samples {
         match self {
             Samples::Uniform { count, each } => Ok(Samples::uniform(*count, each * k)),
             Samples::Ragged(r) => {
-                let owner = r.owner.iter().flat_map(|&o| std::iter::repeat_n(o, k)).collect();
+                let owner = r.host().owner.iter().flat_map(|&o| std::iter::repeat_n(o, k)).collect();
                 Samples::owners(owner, r.count)
             }
         }

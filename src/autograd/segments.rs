@@ -93,9 +93,7 @@ impl Segments {
         }
         if let Some(gpu) = ids.gpu() {
             let owner = ids_below(gpu, ids, count, &format!("segments: {count} segments"))?;
-            let offsets = rows::cuda::run_starts(gpu, &owner, count)?;
-            let on_gpu = Mutex::new(Some(SegmentsOnGpu { offsets, owner }));
-            return Ok(Segments(Arc::new(Inner { count, rows: ids.numel(), host: OnceLock::new(), on_gpu })));
+            return Segments::of_sorted_on(gpu, owner, count);
         }
         let ids = ids.to_vec::<u32>()?;
         if !ids.is_sorted() || ids.last().is_some_and(|&id| id as usize >= count) {
@@ -105,6 +103,12 @@ impl Segments {
         let mut lengths = vec![0; count];
         ids.iter().for_each(|&id| lengths[id as usize] += 1);
         Ok(Segments::lengths(&lengths))
+    }
+    /// From the segment of each row on a GPU, sorted and below `count`.
+    pub(crate) fn of_sorted_on(gpu: &Arc<Gpu>, owner: Array, count: usize) -> Result<Segments> {
+        let (rows, offsets) = (owner.numel(), rows::cuda::run_starts(gpu, &owner, count)?);
+        let on_gpu = Mutex::new(Some(SegmentsOnGpu { offsets, owner }));
+        Ok(Segments(Arc::new(Inner { count, rows, host: OnceLock::new(), on_gpu })))
     }
     /// `count` segments of `each` rows.
     pub fn uniform(count: usize, each: usize) -> Segments {
@@ -259,6 +263,10 @@ impl Groups {
     /// The group of every row.
     pub fn ids(&self) -> &Arc<Vec<u32>> {
         self.scattered.as_ref().map_or_else(|| self.segments.ids(), |s| &s.ids)
+    }
+    /// Whether the rows of every group lie together, and the groups in order.
+    pub(crate) fn is_sorted(&self) -> bool {
+        self.scattered.is_none()
     }
     /// Whether [`Groups::ids`] need not wait for a GPU.
     pub(crate) fn is_on_host(&self) -> bool {

@@ -1,10 +1,22 @@
 //! Text generation with a KV cache.
 
-use super::Gpt;
+use crate::Tensor;
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::nn::{Ctx, KvCache};
 use crate::random::Rng;
+
+/// A model that continues a sequence of tokens, with a cache for each layer.
+pub trait LanguageModel {
+    /// Number of tokens it knows.
+    fn vocabulary(&self) -> usize;
+    /// Its longest sequence.
+    fn positions(&self) -> usize;
+    /// Number of caches.
+    fn layers(&self) -> usize;
+    /// Logits `[B, T, vocab]` of positions that continue the `past` ones in `caches`, which are empty at first.
+    fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor>;
+}
 
 /// How the next token is drawn.
 #[derive(Clone, Debug)]
@@ -67,7 +79,13 @@ impl Sampling {
 
 /// Continues `prompt` by up to `count` tokens, stopping after `stop`. The cache is refilled with the later half of the
 /// text whenever the model's positions run out.
-pub fn generate(model: &Gpt, prompt: &[u32], count: usize, sampling: &Sampling, stop: Option<u32>) -> Result<Vec<u32>> {
+pub fn generate(
+    model: &impl LanguageModel,
+    prompt: &[u32],
+    count: usize,
+    sampling: &Sampling,
+    stop: Option<u32>,
+) -> Result<Vec<u32>> {
     sampling.validate()?;
     if prompt.is_empty() {
         return Err(Error::invalid(
@@ -75,14 +93,14 @@ pub fn generate(model: &Gpt, prompt: &[u32], count: usize, sampling: &Sampling, 
             "an empty prompt; give at least one token, such as the end-of-text token",
         ));
     }
-    let vocab = model.config().vocab_size;
+    let vocab = model.vocabulary();
     if let Some(bad) = prompt.iter().find(|&&t| t as usize >= vocab) {
         return Err(Error::invalid("generate", format!("token {bad} of a vocabulary of {vocab}")));
     }
-    let max = model.config().n_positions;
+    let max = model.positions();
     let (ctx, mut rng) = (Ctx::eval(), Rng::new(sampling.seed));
     let mut text = prompt.to_vec();
-    let mut caches = vec![KvCache::default(); model.config().n_layer];
+    let mut caches = vec![KvCache::default(); model.layers()];
     let mut past = 0;
     for _ in 0..count {
         if past == 0 || past + 1 > max {

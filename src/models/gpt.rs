@@ -1,12 +1,14 @@
-//! GPT-2 (Radford et al. 2019), with an attention span per layer.
+//! GPT-2 (Radford et al. 2019), with an attention span per layer, and a mixture of experts in any of them.
 //!
 //! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
 
+use super::LanguageModel;
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::io::SafeTensors;
 use crate::kernels::Activation;
 use crate::nn::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, Strict, TransformerBlock, take};
+use crate::nn::{Moe, MoeConfig, MoeOut};
 use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Layout, linear};
@@ -15,7 +17,7 @@ use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Sizes and options; serialised as Hugging Face's `config.json`, with one field of our own (`spans`).
+/// Sizes and options; serialised as Hugging Face's `config.json`, with two fields of our own (`spans`, `moe`).
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct GptConfig {
@@ -50,6 +52,9 @@ pub struct GptConfig {
     /// Attention span per layer; causal everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spans: Option<Vec<Span>>,
+    /// The mixture of experts of each layer, `None` where it has an MLP; MLPs everywhere if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub moe: Option<Vec<Option<MoeConfig>>>,
 }
 
 impl Default for GptConfig {
@@ -71,6 +76,7 @@ impl Default for GptConfig {
             initializer_range: 0.02,
             tie_word_embeddings: true,
             spans: None,
+            moe: None,
         }
     }
 }
@@ -129,8 +135,23 @@ impl GptConfig {
         {
             return Err(Error::invalid("GptConfig", format!("{} spans for {} layers", s.len(), self.n_layer)));
         }
+        if let Some(moe) = &self.moe {
+            if moe.len() != self.n_layer {
+                let message = format!("{} entries of moe for {} layers", moe.len(), self.n_layer);
+                return Err(Error::invalid("GptConfig", message));
+            }
+            moe.iter().flatten().try_for_each(MoeConfig::validate)?;
+        }
         self.activation().map(|_| ())
     }
+}
+
+/// What [`Gpt::forward_moe`] returns.
+pub struct GptOut {
+    /// `[B, T, vocab]`.
+    pub logits: Tensor,
+    /// What each layer's mixture of experts returned; `None` where the layer has an MLP.
+    pub layers: Vec<Option<MoeOut>>,
 }
 
 /// Whether a parameter belongs to an adapter.
@@ -149,6 +170,21 @@ pub struct Gpt {
     ln_f: LayerNorm,
     head: Option<Param>,
     lora: Option<LoraConfig>,
+}
+
+impl LanguageModel for Gpt {
+    fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+    fn positions(&self) -> usize {
+        self.config.n_positions
+    }
+    fn layers(&self) -> usize {
+        self.config.n_layer
+    }
+    fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor> {
+        Gpt::forward_cached(self, ids, caches, past, ctx)
+    }
 }
 
 impl Gpt {
@@ -172,6 +208,7 @@ impl Gpt {
             let block = TransformerBlock::builder(d, config.n_head)
                 .hidden(config.n_inner.unwrap_or(4 * d))
                 .act(config.activation()?)
+                .moe(config.moe.as_ref().and_then(|m| m[i]))
                 .span(config.spans.as_ref().map_or(Span::Causal, |s| s[i]))
                 .dropout(config.resid_pdrop)
                 .attn_dropout(config.attn_pdrop)
@@ -199,13 +236,35 @@ impl Gpt {
     }
     /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
-        let ids = ids.as_ref();
-        let x = self.hidden(ids, 0, None, ctx)?;
-        self.logits(&x, ctx)
+        Ok(self.forward_moe(ids, ctx)?.logits)
     }
-    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token.
+    /// Logits, and what the mixtures of experts returned.
+    pub fn forward_moe(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<GptOut> {
+        let (x, layers) = self.hidden(ids.as_ref(), 0, None, ctx)?;
+        Ok(GptOut { logits: self.logits(&x, ctx)?, layers })
+    }
+    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token. While training, the losses of the
+    /// mixtures of experts are added.
     pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
-        cross_entropy(&self.forward(ids, ctx)?, targets, &CrossEntropy::default())
+        Ok(self.losses_moe(ids, targets, ctx)?.0)
+    }
+    /// [`Gpt::losses`], and what the mixtures of experts returned.
+    pub fn losses_moe(
+        &self,
+        ids: impl AsRef<Array>,
+        targets: impl AsRef<Array>,
+        ctx: &Ctx,
+    ) -> Result<(Tensor, Vec<Option<MoeOut>>)> {
+        let GptOut { logits, layers } = self.forward_moe(ids, ctx)?;
+        let mut losses = cross_entropy(&logits, targets, &CrossEntropy::default())?;
+        for out in layers.iter().flatten().filter(|_| ctx.train) {
+            losses = losses.add(&out.losses.cast(losses.dtype())?)?;
+        }
+        Ok((losses, layers))
+    }
+    /// The mixture of experts of each layer, `None` where it has an MLP.
+    pub fn moe(&self) -> Vec<Option<&Moe>> {
+        self.blocks.iter().map(TransformerBlock::moe).collect()
     }
     /// Logits of positions that continue those in `caches` (one per layer, empty at first).
     pub fn forward_cached(
@@ -215,15 +274,20 @@ impl Gpt {
         past: usize,
         ctx: &Ctx,
     ) -> Result<Tensor> {
-        let ids = ids.as_ref();
-        let x = self.hidden(ids, past, Some(caches), ctx)?;
+        let (x, _) = self.hidden(ids.as_ref(), past, Some(caches), ctx)?;
         self.logits(&x, ctx)
     }
     fn logits(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         let w = self.head.as_ref().unwrap_or(&self.wte);
         linear(x, w, Layout::OutIn, None, Activation::None, ctx.samples.as_ref())
     }
-    fn hidden(&self, ids: &Array, past: usize, mut caches: Option<&mut [KvCache]>, ctx: &Ctx) -> Result<Tensor> {
+    fn hidden(
+        &self,
+        ids: &Array,
+        past: usize,
+        mut caches: Option<&mut [KvCache]>,
+        ctx: &Ctx,
+    ) -> Result<(Tensor, Vec<Option<MoeOut>>)> {
         let [b, t] = ids.shape()[..] else {
             return Err(Error::shape("Gpt", format!("token ids {:?}; they must be [B, T]", ids.shape())));
         };
@@ -243,13 +307,13 @@ impl Gpt {
             s,
         )?)?;
         let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
+        let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
-            x = match &mut caches {
-                Some(c) => block.forward_cached(&x, &mut c[i], ctx)?,
-                None => block.forward(&x, ctx)?,
-            };
+            let (y, routed) = block.forward_moe(&x, caches.as_mut().map(|c| &mut c[i]), ctx)?;
+            x = y;
+            layers.push(routed);
         }
-        self.ln_f.forward(&x, ctx)
+        Ok((self.ln_f.forward(&x, ctx)?, layers))
     }
 
     /// Freezes the model and gives the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`) low-rank
@@ -268,7 +332,10 @@ impl Gpt {
             }
         }
         if adapted == 0 {
-            let what = format!("no layer is called {:?}; a GPT has c_attn, c_proj and c_fc", c.target_modules);
+            let what = format!(
+                "no linear layer is called {:?}; a GPT has c_attn, c_proj and c_fc, and experts take no adapters",
+                c.target_modules
+            );
             return Err(Error::invalid("Gpt::add_lora", what));
         }
         self.lora = Some(c.clone());

@@ -2,6 +2,8 @@
 
 pub mod generate;
 pub mod gpt;
+pub mod mixtral;
 
-pub use generate::{Sampling, generate};
-pub use gpt::{Gpt, GptConfig};
+pub use generate::{LanguageModel, Sampling, generate};
+pub use gpt::{Gpt, GptConfig, GptOut};
+pub use mixtral::{Mixtral, MixtralConfig};

@@ -22,7 +22,7 @@ impl KvCache {
         self.kv.is_none()
     }
     /// Appends new positions and drops those no later query can see; returns what the new queries see.
-    fn extend(&mut self, k: Tensor, v: Tensor, span: Span) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn extend(&mut self, k: Tensor, v: Tensor, span: Span) -> Result<(Tensor, Tensor)> {
         let (k, v) = match self.kv.take() {
             Some((pk, pv)) => (Tensor::concat(&[&pk, &k], 1)?, Tensor::concat(&[&pv, &v], 1)?),
             None => (k, v),

@@ -25,6 +25,7 @@ mod expr;
 mod layers;
 mod lora;
 mod module;
+mod moe;
 mod params;
 mod transformer;
 
@@ -36,12 +37,14 @@ pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuild
 pub use layers::{RmsNorm, RmsNormBuilder};
 pub use lora::LoraConfig;
 pub use module::{Module, Sequential};
+pub use moe::{Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary};
 pub(crate) use params::take;
 pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};
 use crate::{DType, Samples, Tensor};
+use std::sync::Arc;
 
 /// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.
 #[derive(Clone, Debug, Default)]
@@ -56,6 +59,9 @@ pub struct Ctx {
     /// embeddings their outputs, and every op follows its input. With bf16 this is mixed precision: parameters, norms of
     /// gradients, sums and updates stay f32.
     pub dtype: Option<DType>,
+    /// A number for each sample, on which its random draws depend where they are drawn by sample (a router's jitter); the sample's
+    /// place in the batch if not given. With the numbers of the records, a record's draws do not depend on who else is in the batch.
+    pub keys: Option<Arc<[u64]>>,
 }
 
 impl Ctx {
@@ -74,6 +80,10 @@ impl Ctx {
     /// The same with activations of a dtype ([`Ctx::dtype`]).
     pub fn with_dtype(&self, dtype: DType) -> Ctx {
         Ctx { dtype: Some(dtype), ..self.clone() }
+    }
+    /// The same with a number for each sample ([`Ctx::keys`]).
+    pub fn with_keys(&self, keys: impl Into<Arc<[u64]>>) -> Ctx {
+        Ctx { keys: Some(keys.into()), ..self.clone() }
     }
     /// What goes into the layers: `x` in the dtype of activations.
     pub fn activations(&self, x: &Tensor) -> Result<Tensor> {

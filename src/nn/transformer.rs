@@ -1,6 +1,6 @@
 //! The pre-norm transformer block.
 
-use super::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, MultiHeadAttention, Params};
+use super::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, Moe, MoeConfig, MoeOut, MultiHeadAttention, Params};
 use crate::Tensor;
 use crate::base::Result;
 use crate::kernels::Activation;
@@ -115,6 +115,7 @@ pub struct TransformerBlockBuilder {
     d: usize,
     heads: usize,
     hidden: usize,
+    moe: Option<MoeConfig>,
     act: Activation,
     span: Span,
     dropout: f64,
@@ -128,7 +129,9 @@ impl TransformerBlockBuilder {
     setters! {
         /// Width of the hidden layer; 4·d if not given.
         hidden: usize,
-        /// Activation of the hidden layer; [`Activation::Gelu`] if not given.
+        /// A mixture of experts in the place of the MLP; `None` if not given.
+        moe: Option<MoeConfig>,
+        /// Activation of the hidden layer; [`Activation::Gelu`] if not given. Experts have their own.
         act: Activation,
         /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
         span: Span,
@@ -149,26 +152,39 @@ impl TransformerBlockBuilder {
         let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
         let norm = LayerNorm::builder(d).eps(self.eps);
         let attn = MultiHeadAttention::builder(d, heads).span(self.span).dropout(self.attn_dropout);
-        let mlp = Mlp::builder(d, hidden).act(self.act);
+        let feed = match &self.moe {
+            None => {
+                let mlp = Mlp::builder(d, hidden).act(self.act).init(init).init_out(init_out);
+                Feed::Dense(mlp.build(&params.at("mlp"))?)
+            }
+            Some(c) => Feed::Moe(Moe::builder(d, c).init(init).init_out(init_out).build(&params.at("moe"))?),
+        };
         Ok(TransformerBlock {
             name: params.prefix().to_string(),
             ln_1: norm.build(&params.at("ln_1"))?,
             attn: attn.init(init).init_out(init_out).build(&params.at("attn"))?,
             ln_2: norm.build(&params.at("ln_2"))?,
-            mlp: mlp.init(init).init_out(init_out).build(&params.at("mlp"))?,
+            feed,
             drop_1: Dropout::new(&params.at("drop_1"), self.dropout)?,
             drop_2: Dropout::new(&params.at("drop_2"), self.dropout)?,
         })
     }
 }
 
-/// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`.
+/// What follows attention in a block.
+enum Feed {
+    Dense(Mlp),
+    Moe(Moe),
+}
+
+/// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`; with a mixture of experts in
+/// the place of the MLP, `moe`.
 pub struct TransformerBlock {
     name: String,
     ln_1: LayerNorm,
     attn: MultiHeadAttention,
     ln_2: LayerNorm,
-    mlp: Mlp,
+    feed: Feed,
     drop_1: Dropout,
     drop_2: Dropout,
 }
@@ -185,6 +201,7 @@ impl TransformerBlock {
             d,
             heads,
             hidden: 4 * d,
+            moe: None,
             act: Activation::Gelu,
             span: Span::Full,
             dropout: 0.0,
@@ -194,19 +211,31 @@ impl TransformerBlock {
             init_out: Init::KaimingUniform,
         }
     }
-    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 4] {
-        let [qkv, out] = self.attn.linears_mut();
-        [qkv, out, &mut self.mlp.fc, &mut self.mlp.proj]
+    pub(crate) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let mut all: Vec<&mut Linear> = self.attn.linears_mut().into_iter().collect();
+        if let Feed::Dense(mlp) = &mut self.feed {
+            all.extend([&mut mlp.fc, &mut mlp.proj]);
+        }
+        all
+    }
+    /// The mixture of experts, if the block has one.
+    pub fn moe(&self) -> Option<&Moe> {
+        match &self.feed {
+            Feed::Dense(_) => None,
+            Feed::Moe(moe) => Some(moe),
+        }
     }
     /// `[B, T, d]` → `[B, T, d]`.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
-        self.run(x, None, ctx)
+        Ok(self.forward_moe(x, None, ctx)?.0)
     }
     /// As [`TransformerBlock::forward`] for positions that continue those in the cache.
     pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache, ctx: &Ctx) -> Result<Tensor> {
-        self.run(x, Some(cache), ctx)
+        Ok(self.forward_moe(x, Some(cache), ctx)?.0)
     }
-    fn run(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<Tensor> {
+    /// As [`TransformerBlock::forward`], with what the mixture of experts returned, if there is one; with a cache, for positions
+    /// that continue those in it.
+    pub fn forward_moe(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<(Tensor, Option<MoeOut>)> {
         let _layer = crate::device::spans::layer(&self.name);
         let h = self.ln_1.forward(x, ctx)?;
         let a = match cache {
@@ -214,7 +243,14 @@ impl TransformerBlock {
             None => self.attn.forward(&h, ctx)?,
         };
         let x = x.add(&self.drop_1.forward(&a, ctx)?)?;
-        let m = self.mlp.forward(&self.ln_2.forward(&x, ctx)?, ctx)?;
-        x.add(&self.drop_2.forward(&m, ctx)?)
+        let h = self.ln_2.forward(&x, ctx)?;
+        let (m, routed) = match &self.feed {
+            Feed::Dense(mlp) => (mlp.forward(&h, ctx)?, None),
+            Feed::Moe(moe) => {
+                let out = moe.forward(&h, ctx)?;
+                (out.output.clone(), Some(out))
+            }
+        };
+        Ok((x.add(&self.drop_2.forward(&m, ctx)?)?, routed))
     }
 }

@@ -8,6 +8,7 @@ pub use crate::autograd::{Differentiable, FactorRule, OpInfo};
 
 pub mod attention;
 pub mod binary;
+pub mod combine;
 pub mod conv;
 pub mod dropout;
 pub mod embedding;
@@ -22,6 +23,7 @@ pub mod pool;
 pub mod random;
 pub mod reduce;
 pub mod rotary;
+pub mod route;
 pub mod segment;
 pub mod softmax;
 pub mod softmin;
@@ -32,6 +34,7 @@ pub mod view;
 pub static REGISTRY: &[&[&OpInfo]] = &[
     attention::OPS,
     binary::OPS,
+    combine::OPS,
     conv::OPS,
     dropout::OPS,
     embedding::OPS,
@@ -46,6 +49,7 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     random::OPS,
     reduce::OPS,
     rotary::OPS,
+    route::OPS,
     segment::OPS,
     softmax::OPS,
     softmin::OPS,

@@ -1,4 +1,4 @@
-//! Where the masks of dropout come from while a private step runs its forward pass.
+//! Where the masks of dropout, and other random factors, come from while a private step runs its forward pass.
 //!
 //! A record's mask must not depend on who else is in the batch. Masks follow the place in the batch, so that taking one record out
 //! gives the others the masks of their neighbours; that is no loss of privacy as long as masks are independent of each other and
@@ -14,7 +14,7 @@ enum Masks {
     Known,
     /// Of the caller's seed and this.
     Secret(u64),
-    /// None: dropout leaves its input as it is.
+    /// None: nothing is random.
     Off,
 }
 
@@ -41,6 +41,11 @@ pub(crate) fn secret<R>(secret: u64, f: impl FnOnce() -> R) -> R {
 pub(crate) fn off<R>(f: impl FnOnce() -> R) -> R {
     let _scope = Scope(MASKS.replace(Masks::Off));
     f()
+}
+
+/// Whether this is the forward pass of a private step: layers then refuse what mixes samples.
+pub(crate) fn in_private_step() -> bool {
+    !matches!(MASKS.get(), Masks::Known)
 }
 
 /// The seed of a mask for the caller's seed; `None` where there is to be no dropout.

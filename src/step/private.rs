@@ -232,7 +232,8 @@ impl PrivateStep {
     ) -> Result<&Plan> {
         let records: Vec<usize> = (0..self.privacy.config().records.min(physical_batch)).collect();
         let most = (physical_batch, records.len());
-        self.core.predict(self.privacy.clipping(), most, |n| forward(&records[..n]))?;
+        let secret = self.privacy.mask_secret(self.core.steps);
+        self.core.predict(self.privacy.clipping(), most, |n| masks::secret(secret, || forward(&records[..n])))?;
         Ok(&self.core.plan)
     }
     /// Captures a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
@@ -253,8 +254,9 @@ impl PrivateStep {
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
         let capture = Capture::new(&mut self.core, |core, scalars| {
+            let secret = privacy.mask_secret(core.steps);
             let losses = |_| {
-                let losses = forward()?;
+                let losses = masks::secret(secret, &mut forward)?;
                 expect_losses(&losses, capacity, 0)?;
                 let losses = losses.mul(&masked.cast(losses.dtype())?)?;
                 Ok(Microbatch { losses, public: None })

@@ -51,6 +51,10 @@ impl GroupedOuter<'_> {
 
     /// Whether the rows of one sample and one group lie together, for every sample and group.
     fn groups_are_neighbours(&self) -> bool {
+        // A sample's rows are walked in rising order, and so in the order of groups that are sorted.
+        if self.group.is_sorted() {
+            return true;
+        }
         // Groups that are only on a GPU are not read back for this: the general form is right for any.
         if !self.group.is_on_host() {
             return false;

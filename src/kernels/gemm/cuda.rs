@@ -20,7 +20,7 @@ pub(crate) struct Epilogue<'a> {
 }
 
 /// Code of an activation.
-fn code(act: Activation) -> i32 {
+pub(crate) fn code(act: Activation) -> i32 {
     match act {
         Activation::None => layouts::ACT_NONE,
         Activation::Relu => layouts::ACT_RELU,

@@ -17,7 +17,7 @@ use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use crate::kernels::Activation;
 use kernel::{Kernel, MAX_TILE};
-use pack::{pack_a, pack_b};
+use pack::{pack_b, pack_rows, scale_columns};
 use std::sync::Mutex;
 
 /// A strided matrix.
@@ -57,6 +57,8 @@ pub struct Epilogue<'a, T> {
     pub accumulate: bool,
     /// Column k of `a` is multiplied by `scale[k]`.
     pub scale: Option<&'a [T]>,
+    /// The rows of `a` that are multiplied, in this order, repeats allowed; all of them if not given.
+    pub gather: Option<&'a [u32]>,
     /// Added to every row.
     pub bias: Option<&'a [T]>,
     /// Applied last.
@@ -67,7 +69,7 @@ pub struct Epilogue<'a, T> {
 
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
-        Epilogue { accumulate: false, scale: None, bias: None, act: Activation::None, pre: None }
+        Epilogue { accumulate: false, scale: None, gather: None, bias: None, act: Activation::None, pre: None }
     }
 }
 
@@ -114,9 +116,9 @@ pub fn matmul<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &
     gemm(a, b, Epilogue { accumulate, ..Epilogue::default() }, out)
 }
 
-/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`.
+/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`, or a row for each that is gathered.
 pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let (m, n, k) = (e.gather.map_or(a.rows, <[u32]>::len), b.cols, a.cols);
     if m == 0 || n == 0 {
         return;
     }
@@ -158,7 +160,8 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
                     // SAFETY: each panel is written once.
                     let to = unsafe { to.slice(place(s, p)) };
                     if p < mp {
-                        pack_a(&a, p * kern.mr, kern.mr, k, kc, e.scale, to);
+                        pack_rows(&a, e.gather, p * kern.mr, kern.mr, k, kc, to);
+                        scale_columns(kern.mr, k, e.scale, to);
                     } else {
                         pack_b(&b, (p - mp) * kern.nr, kern.nr, k, kc, to);
                     }

@@ -7,24 +7,44 @@ use crate::kernels::gemm::{Mat, copy_row};
 /// Columns `k0..k0 + kc` of rows `i0..i0 + mr` of `a`, k-major: out[k·mr + i]. Rows past the end are zeros. `scale`
 /// multiplies column k by scale[k].
 pub fn pack_a<T: Float>(a: &Mat<T>, i0: usize, mr: usize, k0: usize, kc: usize, scale: Option<&[T]>, out: &mut [T]) {
-    panel(a.data, (a.rs, a.cs), i0, a.rows, mr, k0, kc, out);
+    pack_rows(a, None, i0, mr, k0, kc, out);
+    scale_columns(mr, k0, scale, &mut out[..kc * mr]);
+}
+
+/// Multiplies what was packed of columns `k0..` of `a` by the scale of each column.
+pub fn scale_columns<T: Float>(mr: usize, k0: usize, scale: Option<&[T]>, packed: &mut [T]) {
     if let Some(s) = scale {
-        for (row, &s) in out.chunks_exact_mut(mr).zip(&s[k0..k0 + kc]) {
+        for (row, &s) in packed.chunks_exact_mut(mr).zip(&s[k0..]) {
             row.iter_mut().for_each(|x| *x *= s);
         }
     }
 }
 
-/// Rows `k0..k0 + kc` of columns `j0..j0 + nr` of `b`, k-major: out[k·nr + j]. Columns past the end are zeros.
-pub fn pack_b<T: Float>(b: &Mat<T>, j0: usize, nr: usize, k0: usize, kc: usize, out: &mut [T]) {
-    panel(b.data, (b.cs, b.rs), j0, b.cols, nr, k0, kc, out);
+/// [`pack_a`] of the rows `index[i0..i0 + mr]` of `a`, whose number is that of the index; without one, of its own.
+pub fn pack_rows<T: Float>(
+    a: &Mat<T>,
+    index: Option<&[u32]>,
+    i0: usize,
+    mr: usize,
+    k0: usize,
+    kc: usize,
+    out: &mut [T],
+) {
+    panel(a.data, (a.rs, a.cs), index, i0, index.map_or(a.rows, <[u32]>::len), mr, k0, kc, out);
 }
 
-/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, zero where i0 + i ≥ n.
+/// Rows `k0..k0 + kc` of columns `j0..j0 + nr` of `b`, k-major: out[k·nr + j]. Columns past the end are zeros.
+pub fn pack_b<T: Float>(b: &Mat<T>, j0: usize, nr: usize, k0: usize, kc: usize, out: &mut [T]) {
+    panel(b.data, (b.cs, b.rs), None, j0, b.cols, nr, k0, kc, out);
+}
+
+/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, zero where i0 + i ≥ n; `index[i0 + i]` in the place of i0 + i where
+/// there is an index.
 #[allow(clippy::too_many_arguments)]
 fn panel<T: Float>(
     data: &[T],
     (si, sk): (usize, usize),
+    index: Option<&[u32]>,
     i0: usize,
     n: usize,
     w: usize,
@@ -37,11 +57,11 @@ fn panel<T: Float>(
     }
     let live = w.min(n - i0);
     let out = &mut out[..kc * w];
-    let at = |i: usize, k: usize| (i0 + i) * si + (k0 + k) * sk;
+    let at = |i: usize, k: usize| index.map_or(i0 + i, |x| x[i0 + i] as usize) * si + (k0 + k) * sk;
     if live < w {
         out.fill(T::ZERO);
     }
-    if si == 1 {
+    if si == 1 && index.is_none() {
         // Contiguous across the panel: copies.
         simd(
             #[inline(always)]
@@ -64,8 +84,9 @@ fn panel<T: Float>(
             turn4(rows, &mut out[i..], w);
         }
         for i in full..live {
+            let from = at(i, 0);
             for k in 0..kc {
-                out[k * w + i] = data[at(i, k)];
+                out[k * w + i] = data[from + k * sk];
             }
         }
         return;
@@ -87,8 +108,9 @@ fn panel<T: Float>(
         },
     );
     for i in full..live {
+        let from = at(i, 0);
         for k in 0..kc {
-            out[k * w + i] = data[at(i, k)];
+            out[k * w + i] = data[from + k * sk];
         }
     }
 }

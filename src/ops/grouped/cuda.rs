@@ -3,16 +3,35 @@
 use crate::array::{Arguments, Array};
 use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch, layouts};
+use crate::kernels::Activation;
 use crate::kernels::gemm::cuda as gemm;
 use std::sync::Arc;
 
-/// y[r] = x[r]·W_e + bias_e for the rows of each group e: `x [N, k]`, `w [E, k, n]` in any strides with one of the last two
-/// 1, `bias [E, n]`, `offsets [E + 1]` i64.
-pub(crate) fn rows(gpu: &Arc<Gpu>, x: &Array, w: &Array, bias: Option<&Array>, offsets: &Array) -> Result<Array> {
-    let (rows, k, groups, n) = (x.shape()[0], x.shape()[1], w.shape()[0], w.shape()[2]);
+/// Where the rows of a grouped product come from and how they lie.
+pub(crate) struct Rows<'a> {
+    /// Where the rows of each group begin, `[E + 1]` i64.
+    pub offsets: &'a Array,
+    /// The row of `x` that each row reads, `[N]` u32; its own number if not given.
+    pub index: Option<&'a Array>,
+    /// N.
+    pub count: usize,
+}
+
+/// y[r] = act(x[r]·W_e + bias_e) for the rows of each group e: `x [·, k]`, `w [E, k, n]` in any strides with one of the last two
+/// 1, `bias [E, n]`. With it what goes into the activation, if `pre`.
+pub(crate) fn rows(
+    gpu: &Arc<Gpu>,
+    x: &Array,
+    w: &Array,
+    bias: Option<&Array>,
+    from: &Rows,
+    (act, pre): (Activation, bool),
+) -> Result<(Array, Option<Array>)> {
+    let (rows, k, groups, n) = (from.count, x.shape()[1], w.shape()[0], w.shape()[2]);
     let y = Array::uninit_on(gpu, &[rows, n], x.dtype())?;
+    let pre = if pre { Some(Array::uninit_on(gpu, &[rows, n], x.dtype())?) } else { None };
     if y.numel() == 0 {
-        return Ok(y);
+        return Ok((y, pre));
     }
     let way = if w.strides()[2] == 1 { 'n' } else { 't' };
     let tile = gemm::tile(x.dtype());
@@ -26,7 +45,7 @@ pub(crate) fn rows(gpu: &Arc<Gpu>, x: &Array, w: &Array, bias: Option<&Array>, o
         w_s: step(0),
         w_rs: step(1),
         w_cs: step(2),
-        act: layouts::ACT_NONE,
+        act: gemm::code(act),
         accumulate: 0,
     };
     let kind = gemm::kind(gpu, x.dtype());
@@ -37,10 +56,10 @@ pub(crate) fn rows(gpu: &Arc<Gpu>, x: &Array, w: &Array, bias: Option<&Array>, o
         .array(w)
         .array(&y)
         .optional(bias)
-        .null()
-        .array(offsets)
-        .null()
+        .optional(pre.as_ref())
+        .array(from.offsets)
+        .optional(from.index)
         .val(shape)
         .run()?;
-    Ok(y)
+    Ok((y, pre))
 }

@@ -1,102 +1,206 @@
 //! Grouped linear: rows sorted by group, each group with its own matrix (experts of a mixture).
 //!
-//! FLOPs 2·N·d·p whatever the number of groups; groups without rows cost nothing. The weight's gradient stays a grouped
-//! outer factor: one `[d, p]` product per group that saw rows, and per-sample gradients of experts stay exact although
-//! routing has mixed the rows of all samples.
+//! FLOPs 2·N·d·p whatever the number of groups; groups without rows cost nothing. Rows that a router has sorted are gathered
+//! while they are read. The weight's gradient stays a grouped outer factor: one `[d, p]` product per group that saw rows, and
+//! per-sample gradients of experts stay exact although routing has mixed the rows of all samples.
 
 pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, OpInfo, Rule, Segments};
-use crate::base::{Element, Error, Float, Result};
+use crate::base::{Element, Error, Result};
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::shared::Shared;
 use crate::device::spans;
-use crate::kernels::gemm::{Mat, matmul};
-use crate::kernels::{Half, dispatch};
-use crate::ops::linear::Layout;
-use crate::{Param, Samples, Tensor, with_float};
+use crate::kernels::gemm::{Epilogue, Mat, gemm};
+use crate::kernels::{Activation, Half, dispatch, rows};
+use crate::ops::combine::gather_sum;
+use crate::ops::linear::{Layout, activation_grad};
+use crate::ops::route::{Choice, Gate, Routing, route};
+use crate::{Param, Samples, Tensor, with_dtype, with_float};
 
 static GROUPED_LINEAR: OpInfo = OpInfo {
     name: "grouped_linear",
     differentiable: Differentiable::Yes,
     factor: FactorRule::Kinds(&["grouped outer", "lookup"]),
-    cases: &[|g: &mut Gen| {
-        let (e, d, p, b) = (g.size(1, 4), g.extent(1, 4), g.extent(1, 4), g.size(1, 4));
-        let lengths = g.lengths(e, e);
-        let e = lengths.len();
-        let groups = Segments::lengths(&lengths);
-        let n = groups.rows();
-        let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };
-        let shape = if layout == Layout::OutIn { [e, p, d] } else { [e, d, p] };
-        let w = Param::new("weight", g.array(&shape));
-        let bias = g.chance(0.7).then(|| Param::new("bias", g.array(&[e, p])));
-        let params = std::iter::once(w.clone()).chain(bias.clone()).collect();
-        let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
-        let samples = Samples::owners(owner.clone(), b)?;
-        let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
-        Ok(Case::new(vec![g.array(&[n, d])], move |t| {
-            let y = grouped_linear(&t[0], &w, layout, bias.as_ref(), &groups, &samples)?;
-            Tensor::new(pick.clone()).matmul(&y.sin()?)
-        })
-        .params(params)
-        .samples(b))
-    }],
+    cases: &[
+        |g: &mut Gen| {
+            let (e, d, p, b) = (g.size(1, 4), g.extent(1, 4), g.extent(1, 4), g.size(1, 4));
+            let lengths = g.lengths(e, e);
+            let e = lengths.len();
+            let groups = Segments::lengths(&lengths);
+            let n = groups.rows();
+            let (w, layout, bias, act) = layer(g, (e, d, p));
+            let params = std::iter::once(w.clone()).chain(bias.clone()).collect();
+            let owner: Vec<u32> = (0..n).map(|_| g.size(0, b - 1) as u32).collect();
+            let samples = Samples::owners(owner.clone(), b)?;
+            let pick = Array::generate(&[b, n], g.dtype(), |i| (owner[i % n] as usize == i / n) as u8 as f64);
+            Ok(Case::new(vec![g.array(&[n, d])], move |t| {
+                let y = grouped_linear(&t[0], &w, layout, bias.as_ref(), act, &groups, &samples)?;
+                Tensor::new(pick.clone()).matmul(&y.sin()?)
+            })
+            .params(params)
+            .samples(b))
+        },
+        // Rows that a router has sorted, of samples of any length.
+        |g: &mut Gen| {
+            let (e, d, p, b) = (g.size(1, 5), g.extent(1, 4), g.extent(1, 4), g.size(1, 3));
+            let top_k = g.size(1, e);
+            let lengths = g.lengths(b, b);
+            let samples = Segments::lengths(&lengths).samples();
+            let (t, b) = (samples.rows(), samples.count());
+            let (w, layout, bias, act) = layer(g, (e, d, p));
+            let params = std::iter::once(w.clone()).chain(bias.clone()).collect();
+            let c = Choice { top_k, gate: Gate::Softmax, renormalise: false };
+            let routing = route(&Tensor::new(g.distinct(&[t, e])), &c, None)?.1;
+            let rows = routing.samples(&samples)?;
+            let pick = Array::generate(&[b, t], g.dtype(), |i| (samples.owner(i % t) == i / t) as u8 as f64);
+            let weights = g.ordinary(&[t, top_k]);
+            Ok(Case::new(vec![g.array(&[t, d])], move |x| {
+                let y = grouped_linear(&x[0], &w, layout, bias.as_ref(), act, &routing, &rows)?;
+                let y = crate::ops::combine::combine(&y.sin()?, &Tensor::new(weights.clone()), &routing)?;
+                Tensor::new(pick.clone()).matmul(&y)
+            })
+            .params(params)
+            .samples(b))
+        },
+    ],
 };
+
+/// What the cases have in common: a weight in one of the layouts, a bias or none, an activation.
+fn layer(g: &mut Gen, (e, d, p): (usize, usize, usize)) -> (Param, Layout, Option<Param>, Activation) {
+    let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };
+    let shape = if layout == Layout::OutIn { [e, p, d] } else { [e, d, p] };
+    let w = Param::new("weight", g.array(&shape));
+    let bias = g.chance(0.7).then(|| Param::new("bias", g.array(&[e, p])));
+    let act = [Activation::None, Activation::None, Activation::Gelu, Activation::Silu, Activation::Tanh][g.size(0, 4)];
+    (w, layout, bias, act)
+}
 
 /// This family's entries.
 pub static OPS: &[&OpInfo] = &[&GROUPED_LINEAR];
 
+/// Where the rows of a grouped product come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Grouped<'a> {
+    /// The rows of the input, sorted by group already.
+    Sorted(&'a Segments),
+    /// Tokens, which are gathered while they are read: each goes to the groups that the router chose for it.
+    Routed(&'a Routing),
+}
+
+impl<'a> From<&'a Segments> for Grouped<'a> {
+    fn from(s: &'a Segments) -> Grouped<'a> {
+        Grouped::Sorted(s)
+    }
+}
+
+impl<'a> From<&'a Routing> for Grouped<'a> {
+    fn from(r: &'a Routing) -> Grouped<'a> {
+        Grouped::Routed(r)
+    }
+}
+
 struct Back {
     x: Array,
+    /// What went into the activation.
+    z: Option<Array>,
     w: Param,
     bias: Option<Param>,
     layout: Layout,
+    act: Activation,
     groups: Segments,
+    routing: Option<Routing>,
     samples: Samples,
 }
 
-/// y[rows of e] = x[rows of e]·W_e (+ b_e), with W_e the `k × m` matrix of group e in `w`, each stored transposed if
-/// `transposed`; `bias [E, m]`.
+/// What [`products`] makes of its sums.
+#[derive(Default)]
+struct Finish<'a> {
+    /// `[E, m]`.
+    bias: Option<&'a Array>,
+    act: Activation,
+    /// Whether what goes into the activation is wanted.
+    pre: bool,
+}
+
+/// y[rows of e] = act(x[rows of e]·W_e (+ b_e)), with W_e the `k × m` matrix of group e in `w`, each stored transposed if
+/// `transposed`. With a routing, row j reads the token of row j. The second array is what went into the activation.
 fn products(
     x: &Array,
     w: &Array,
-    bias: Option<&Array>,
-    groups: &Segments,
+    (groups, routing): (&Segments, Option<&Routing>),
     (k, m): (usize, usize),
     transposed: bool,
-) -> Result<Array> {
+    finish: Finish,
+) -> Result<(Array, Option<Array>)> {
+    let Finish { bias, act, pre } = finish;
     dispatch(
         [x.clone(), w.clone()],
         Half::Native,
         |[x, w]| {
-            let mut y = Array::uninit(&[x.shape()[0], m], x.dtype());
+            let n = groups.rows();
+            let (mut y, mut z) = (Array::uninit(&[n, m], x.dtype()), pre.then(|| Array::uninit(&[n, m], x.dtype())));
             with_float!("grouped_linear", x.dtype(), |T| {
                 let w = w.cast(T::DTYPE);
                 let (x, w) = (x.as_slice::<T>()?, w.as_slice::<T>()?);
                 let bias = bias.map(|b| b.cast(T::DTYPE));
                 let bias = bias.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
-                groups.par_rows(y.fresh_mut::<T>(), m, |e, y| {
-                    let r = groups.range(e);
-                    if k == 0 || m == 0 {
-                        y.fill(T::ZERO);
-                    } else if !r.is_empty() {
+                let token = routing.map(|r| r.tokens_of_rows().as_slice::<u32>()).transpose()?;
+                let offsets = groups.offsets();
+                let (y, z) = (Shared::new(y.fresh_mut::<T>()), z.as_mut().map(|z| Shared::new(z.fresh_mut::<T>())));
+                par_chunks(groups.count(), groups.grain(m), |part| {
+                    for e in part {
+                        let r = offsets[e]..offsets[e + 1];
+                        if r.is_empty() || m == 0 {
+                            continue;
+                        }
+                        let at = r.start * m..r.end * m;
+                        // SAFETY: groups are disjoint runs of rows, since offsets never fall.
+                        let (y, pre) = unsafe { (y.slice(at.clone()), z.as_ref().map(|z| z.slice(at))) };
                         let w = &w[e * k * m..(e + 1) * k * m];
                         let w = if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) };
-                        matmul(Mat::new(&x[r.start * k..r.end * k], r.len(), k), w, false, y);
-                    }
-                    if let Some(bias) = bias {
-                        let b = &bias[e * m..(e + 1) * m];
-                        y.chunks_exact_mut(m.max(1)).for_each(|y| y.iter_mut().zip(b).for_each(|(y, &b)| *y += b));
+                        let bias = bias.map(|b| &b[e * m..(e + 1) * m]);
+                        let finish = Epilogue { bias, act, pre, ..Epilogue::default() };
+                        match token {
+                            Some(token) => {
+                                let all = Mat::new(x, x.len().checked_div(k).unwrap_or(0), k);
+                                gemm(all, w, Epilogue { gather: Some(&token[r]), ..finish }, y);
+                            }
+                            None => gemm(Mat::new(&x[r.start * k..r.end * k], r.len(), k), w, finish, y),
+                        }
                     }
                 });
-                Ok(y)
-            })
+                Ok(())
+            })?;
+            Ok((y, z))
         },
         |gpu, [x, w]| {
             let w = w.cast(x.dtype());
             let w = if transposed { w.transpose(1, 2)? } else { w };
             let bias = bias.map(|b| crate::array::cuda::on(gpu, &b.cast(x.dtype()))).transpose()?;
-            cuda::rows(gpu, &x, &w, bias.as_ref(), &groups.on_gpu(gpu)?.offsets)
+            let index = routing.map(|r| crate::array::cuda::on(gpu, r.tokens_of_rows())).transpose()?;
+            let offsets = groups.on_gpu(gpu)?.offsets;
+            let from = cuda::Rows { offsets: &offsets, index: index.as_ref(), count: groups.rows() };
+            cuda::rows(gpu, &x, &w, bias.as_ref(), &from, (act, pre))
         },
+    )
+}
+
+/// The rows of `x` that a router has chosen, one after the other.
+fn gathered(x: &Array, routing: &Routing) -> Result<Array> {
+    let (tokens, d) = (x.shape()[0], x.shape()[1]);
+    dispatch(
+        [x.clone(), routing.tokens_of_rows().clone()],
+        Half::Move,
+        |[x, token]| {
+            let mut y = Array::uninit(&[token.numel(), d], x.dtype());
+            with_dtype!(x.dtype(), |T| {
+                rows::take(x.as_slice::<T>()?, token.as_slice::<u32>()?, 1, d, y.fresh_mut::<T>());
+            });
+            Ok(y)
+        },
+        |gpu, [x, token]| rows::cuda::take(gpu, &x, &token, 1, tokens, d, &[token.numel(), d]),
     )
 }
 
@@ -105,15 +209,32 @@ impl Rule for Back {
         &GROUPED_LINEAR
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
-        let g = grad.contiguous();
+        let mut g = grad.contiguous();
+        if let Some(z) = &self.z {
+            g = activation_grad(self.act, g, z)?;
+        }
         let (d, p) = (self.x.shape()[1], g.shape()[1]);
         if back.needs(0) {
-            back.input(0, products(&g, &self.w.value(), None, &self.groups, (p, d), self.layout == Layout::InOut)?);
+            spans::cost(2.0 * (self.groups.rows() * d * p) as f64, 0.0);
+            let turned = self.layout == Layout::InOut;
+            let sorted = (&self.groups, None);
+            let dx = products(&g, &self.w.value(), sorted, (p, d), turned, Finish::default())?.0;
+            back.input(
+                0,
+                match &self.routing {
+                    Some(r) => gather_sum(&dx, None, r)?,
+                    None => dx,
+                },
+            );
         }
         // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
         let g = g.cast(g.dtype().compute());
         if self.w.trainable() {
-            let (x, g) = (self.x.cast(g.dtype()), g.clone());
+            let x = match &self.routing {
+                Some(r) => gathered(&self.x, r)?,
+                None => self.x.clone(),
+            };
+            let (x, g) = (x.cast(g.dtype()), g.clone());
             let (left, right) = if self.layout == Layout::OutIn { (g, x) } else { (x, g) };
             let group = Groups::of_segments(&self.groups);
             back.param(&self.w, Factor::GroupedOuter { left, right, group, samples: self.samples.clone() });
@@ -129,27 +250,34 @@ impl Rule for Back {
     }
 }
 
-/// `y = x·W_e (+ b_e)` for the rows of each group e: `x [N, d]` sorted by group, `y [N, p]`.
+/// `y = act(x·W_e (+ b_e))` for the rows of each group e, giving `[N, p]`.
 ///
-/// `w` is `[E, p, d]` ([`Layout::OutIn`]) or `[E, d, p]` ([`Layout::InOut`]), `bias` `[E, p]`; `groups` has E segments,
-/// any of them empty. Rows have been routed, so `samples` must say whose each is: [`Samples::select`] of the map before
-/// routing. bf16 and f16 inputs are computed in f32 and the result rounded back.
-pub fn grouped_linear(
+/// `rows` says what the rows are: segments of an input `[N, d]` that is sorted by group ([`Segments`]), or the tokens of an
+/// input `[T, d]`, which are gathered while they are read ([`Routing`]). `w` is `[E, p, d]` ([`Layout::OutIn`]) or `[E, d, p]`
+/// ([`Layout::InOut`]), `bias` `[E, p]`; any of the E groups may be empty. `samples` says whose each of the N rows is:
+/// [`Routing::samples`], or [`Samples::select`] of the map before routing. bf16 and f16 inputs are computed in f32 and the result
+/// rounded back.
+pub fn grouped_linear<'a>(
     x: &Tensor,
     w: &Param,
     layout: Layout,
     bias: Option<&Param>,
-    groups: &Segments,
+    act: Activation,
+    rows: impl Into<Grouped<'a>>,
     samples: &Samples,
 ) -> Result<Tensor> {
     let _op = spans::op("grouped_linear");
     let op = "grouped_linear";
     x.dtype().expect_float(op)?;
+    let (groups, routing) = match rows.into() {
+        Grouped::Sorted(s) => (s, None),
+        Grouped::Routed(r) => (r.groups(), Some(r)),
+    };
     let &[e, a, b] = w.shape() else {
         return Err(Error::shape(op, format!("weight {} is {:?}, not one matrix per group", w.name(), w.shape())));
     };
     let (d, p) = if layout == Layout::OutIn { (b, a) } else { (a, b) };
-    let &[n, xd] = x.shape() else {
+    let &[given, xd] = x.shape() else {
         return Err(Error::shape(op, format!("input {:?} must be rows [N, {d}]; reshape it", x.shape())));
     };
     if xd != d {
@@ -162,25 +290,40 @@ pub fn grouped_linear(
         let message = format!("offsets of {} groups for the {e} of {} {:?}", groups.count(), w.name(), w.shape());
         return Err(Error::shape(op, message));
     }
-    groups.expect_rows(op, n)?;
+    match routing {
+        None => groups.expect_rows(op, given)?,
+        Some(r) if r.tokens() == given => {}
+        Some(r) => {
+            let message = format!("{} tokens were routed, the input has {given} rows", r.tokens());
+            return Err(Error::shape(op, message));
+        }
+    }
+    let n = groups.rows();
     if samples.rows() != n {
-        return Err(Error::shape(op, format!("the samples map {} rows, the input has {n}", samples.rows())));
+        return Err(Error::shape(op, format!("the samples map {} rows, the groups have {n}", samples.rows())));
     }
     if let Some(b) = bias
         && b.shape() != [e, p]
     {
         return Err(Error::shape(op, format!("bias {} is {:?}, not [{e}, {p}]", b.name(), b.shape())));
     }
+    spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + e * d * p) * x.dtype().size()) as f64);
     let xa = x.array().contiguous();
     let bv = bias.map(Param::value);
-    let y = products(&xa, &w.value(), bv.as_ref(), groups, (d, p), layout == Layout::OutIn)?;
+    // What goes into the activation is kept only if a backward pass can ask for it.
+    let pre = act != Activation::None && Tensor::would_record(&[x], &[w]);
+    let finish = Finish { bias: bv.as_ref(), act, pre };
+    let (y, z) = products(&xa, &w.value(), (groups, routing), (d, p), layout == Layout::OutIn, finish)?;
     let params: Vec<&Param> = std::iter::once(w).chain(bias).collect();
     Ok(Tensor::record(y, &[x], &params, || Back {
         x: xa,
+        z,
         w: w.clone(),
         bias: bias.cloned(),
         layout,
+        act,
         groups: groups.clone(),
+        routing: routing.cloned(),
         samples: samples.clone(),
     }))
 }

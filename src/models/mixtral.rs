@@ -1,0 +1,511 @@
+//! Mixtral (Jiang et al. 2024): a decoder of RMS norms, rotary positions, grouped queries and SwiGLU experts.
+//!
+//! Reads the two layouts in which Hugging Face's transformers write it: a tensor for each matrix of each expert
+//! (`block_sparse_moe.experts.N.w1`, `w2`, `w3`), and one for all of a layer (`mlp.experts.gate_up_proj`, gate first, and
+//! `down_proj`). Writes the first, which every version reads.
+
+use super::LanguageModel;
+use crate::array::Array;
+use crate::base::{DType, Error, Result};
+use crate::io::{self, SafeTensors};
+use crate::nn::{Balance, Ctx, Embedding, ExpertKind, Init, KvCache, Linear, Moe, MoeConfig, MoeOut, Params, RmsNorm};
+use crate::ops::attention::{AttentionOptions, Span, attention};
+use crate::ops::loss::{CrossEntropy, cross_entropy};
+use crate::ops::rotary::{Pairing, RotaryTable};
+use crate::{Param, Tensor};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Sizes and options; serialised as Hugging Face's `config.json`.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct MixtralConfig {
+    /// Always `mixtral`.
+    pub model_type: String,
+    /// Always `MixtralForCausalLM`.
+    pub architectures: Vec<String>,
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Width.
+    pub hidden_size: usize,
+    /// Hidden width of each expert.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub num_hidden_layers: usize,
+    /// Heads of the queries.
+    pub num_attention_heads: usize,
+    /// Heads of keys and values; each serves equally many heads of queries.
+    pub num_key_value_heads: usize,
+    /// Width of a head; hidden_size/num_attention_heads if absent.
+    pub head_dim: Option<usize>,
+    /// Always `silu`.
+    pub hidden_act: String,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// What the norms add to the mean square.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// The same where newer files have it.
+    #[serde(skip_serializing)]
+    pub rope_parameters: Option<RopeParameters>,
+    /// Positions that a query sees, itself included; all before it if absent.
+    pub sliding_window: Option<usize>,
+    /// Experts of each layer.
+    pub num_local_experts: usize,
+    /// Experts for each token.
+    pub num_experts_per_tok: usize,
+    /// Coefficient of the balance loss, here [`Balance::PerSample`].
+    pub router_aux_loss_coef: f64,
+    /// Jitter of the router's logits while training.
+    pub router_jitter_noise: f64,
+    /// Output head = token embedding.
+    pub tie_word_embeddings: bool,
+    /// Standard deviation of initial weights.
+    pub initializer_range: f64,
+}
+
+/// Rotary options of newer files.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct RopeParameters {
+    /// Base of the frequencies.
+    pub rope_theta: f64,
+    /// `default`; scaled variants are refused.
+    pub rope_type: String,
+}
+
+impl Default for RopeParameters {
+    fn default() -> Self {
+        RopeParameters { rope_theta: 1e6, rope_type: "default".into() }
+    }
+}
+
+impl Default for MixtralConfig {
+    /// Mixtral 8×7B, 46.7 billion parameters.
+    fn default() -> Self {
+        MixtralConfig {
+            model_type: "mixtral".into(),
+            architectures: vec!["MixtralForCausalLM".into()],
+            vocab_size: 32000,
+            hidden_size: 4096,
+            intermediate_size: 14336,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: 8,
+            head_dim: None,
+            hidden_act: "silu".into(),
+            max_position_embeddings: 32768,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e6,
+            rope_parameters: None,
+            sliding_window: None,
+            num_local_experts: 8,
+            num_experts_per_tok: 2,
+            router_aux_loss_coef: 0.02,
+            router_jitter_noise: 0.0,
+            tie_word_embeddings: false,
+            initializer_range: 0.02,
+        }
+    }
+}
+
+impl MixtralConfig {
+    fn head(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
+    }
+    /// Refuses sizes that make no model.
+    pub fn validate(&self) -> Result<()> {
+        let bad = |message: String| Err(Error::invalid("MixtralConfig", message));
+        let sizes = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("head_dim", self.head()),
+        ];
+        if let Some((name, _)) = sizes.iter().find(|(_, v)| *v == 0) {
+            return bad(format!("{name} is 0"));
+        }
+        if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            return bad(format!(
+                "hidden_size {} does not divide into {} heads",
+                self.hidden_size, self.num_attention_heads
+            ));
+        }
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            return bad(format!(
+                "{} heads of queries cannot share {} heads of keys equally",
+                self.num_attention_heads, self.num_key_value_heads
+            ));
+        }
+        if self.model_type != "mixtral" || self.hidden_act != "silu" {
+            return bad(format!(
+                "model_type {:?} with {:?}; it must be mixtral with silu",
+                self.model_type, self.hidden_act
+            ));
+        }
+        if let Some(r) = self.rope_parameters.as_ref().filter(|r| r.rope_type != "default") {
+            return bad(format!("rope_type {:?}; only the default one is there", r.rope_type));
+        }
+        self.moe().validate()
+    }
+    /// The mixture of experts of each layer.
+    pub fn moe(&self) -> MoeConfig {
+        MoeConfig {
+            expert: ExpertKind::SwiGlu,
+            renormalise: true,
+            jitter: self.router_jitter_noise,
+            balance: Balance::PerSample(self.router_aux_loss_coef),
+            ..MoeConfig::new(self.num_local_experts, self.num_experts_per_tok, self.intermediate_size)
+        }
+    }
+}
+
+struct Block {
+    input_norm: RmsNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    post_norm: RmsNorm,
+    moe: Moe,
+}
+
+/// The language model.
+pub struct Mixtral {
+    config: MixtralConfig,
+    params: Params,
+    embed: Embedding,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    head: Option<Linear>,
+    rotary: RotaryTable,
+}
+
+impl LanguageModel for Mixtral {
+    fn vocabulary(&self) -> usize {
+        self.config.vocab_size
+    }
+    fn positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+    fn layers(&self) -> usize {
+        self.config.num_hidden_layers
+    }
+    fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor> {
+        Ok(self.run(ids, past, Some(caches), ctx)?.0)
+    }
+}
+
+impl Mixtral {
+    /// A model with fresh parameters, f32.
+    pub fn new(config: MixtralConfig, seed: u64) -> Result<Mixtral> {
+        Mixtral::with_dtype(config, seed, DType::F32)
+    }
+    /// A model with fresh parameters of a dtype.
+    pub fn with_dtype(mut config: MixtralConfig, seed: u64, dtype: DType) -> Result<Mixtral> {
+        config.validate()?;
+        if let Some(r) = config.rope_parameters.take() {
+            config.rope_theta = r.rope_theta;
+        }
+        let c = &config;
+        let (d, head, init) = (c.hidden_size, c.head(), Init::Normal { std: c.initializer_range });
+        let params = Params::new(seed, dtype);
+        let norm = RmsNorm::builder(d).eps(c.rms_norm_eps);
+        let embed = Embedding::builder(c.vocab_size, d).init(init).build(&params.at("embed_tokens"))?;
+        let mut blocks = Vec::new();
+        for i in 0..c.num_hidden_layers {
+            let at = params.at("layers").at(&i.to_string());
+            let project = |name: &str, from, to| {
+                Linear::builder(from, to).bias(false).init(init).build(&at.at("self_attn").at(name))
+            };
+            let (queries, keys) = (c.num_attention_heads * head, c.num_key_value_heads * head);
+            blocks.push(Block {
+                input_norm: norm.build(&at.at("input_layernorm"))?,
+                q: project("q_proj", d, queries)?,
+                k: project("k_proj", d, keys)?,
+                v: project("v_proj", d, keys)?,
+                o: project("o_proj", queries, d)?,
+                post_norm: norm.build(&at.at("post_attention_layernorm"))?,
+                moe: Moe::builder(d, &c.moe()).init(init).init_out(init).build(&at.at("moe"))?,
+            });
+        }
+        let last = norm.build(&params.at("norm"))?;
+        let head_layer = match c.tie_word_embeddings {
+            true => None,
+            false => Some(Linear::builder(d, c.vocab_size).bias(false).init(init).build(&params.at("lm_head"))?),
+        };
+        let rotary = RotaryTable::new(c.max_position_embeddings, head, c.rope_theta)?;
+        Ok(Mixtral { params, embed, blocks, norm: last, head: head_layer, rotary, config })
+    }
+    /// Sizes and options.
+    pub fn config(&self) -> &MixtralConfig {
+        &self.config
+    }
+    /// All parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
+    pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
+        Ok(self.forward_moe(ids, ctx)?.0)
+    }
+    /// Logits, and what each layer's mixture of experts returned.
+    pub fn forward_moe(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<(Tensor, Vec<MoeOut>)> {
+        self.run(ids.as_ref(), 0, None, ctx)
+    }
+    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token. While training, the balance losses
+    /// are added.
+    pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
+        let (logits, layers) = self.forward_moe(ids, ctx)?;
+        let mut losses = cross_entropy(&logits, targets, &CrossEntropy::default())?;
+        for out in layers.iter().filter(|_| ctx.train) {
+            losses = losses.add(&out.losses.cast(losses.dtype())?)?;
+        }
+        Ok(losses)
+    }
+    fn run(
+        &self,
+        ids: &Array,
+        past: usize,
+        mut caches: Option<&mut [KvCache]>,
+        ctx: &Ctx,
+    ) -> Result<(Tensor, Vec<MoeOut>)> {
+        let c = &self.config;
+        let [b, t] = ids.shape()[..] else {
+            return Err(Error::shape("Mixtral", format!("token ids {:?}; they must be [B, T]", ids.shape())));
+        };
+        if past + t > c.max_position_embeddings {
+            let message =
+                format!("{} positions, the model has {}; shorten the input", past + t, c.max_position_embeddings);
+            return Err(Error::shape("Mixtral", message));
+        }
+        let span = c.sliding_window.map_or(Span::Causal, Span::Window);
+        let mut x = ctx.activations(&self.embed.forward(&Tensor::new(ids.clone()), ctx)?)?;
+        let mut layers = Vec::new();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let h = block.input_norm.forward(&x, ctx)?;
+            let heads = |l: &Linear, n: usize| l.forward(&h, ctx)?.reshape(&[b, t, n, c.head()]);
+            let turn = |x: Tensor| x.rotary(&self.rotary, past, Pairing::Half);
+            let q = turn(heads(&block.q, c.num_attention_heads)?)?;
+            let k = turn(heads(&block.k, c.num_key_value_heads)?)?;
+            let v = heads(&block.v, c.num_key_value_heads)?;
+            let (k, v) = match &mut caches {
+                Some(caches) => caches[i].extend(k, v, span)?,
+                None => (k, v),
+            };
+            let a = attention(&q, &k, &v, &AttentionOptions::new(span))?;
+            let a = a.reshape(&[b, t, c.num_attention_heads * c.head()])?;
+            x = x.add(&block.o.forward(&a, ctx)?)?;
+            let out = block.moe.forward(&block.post_norm.forward(&x, ctx)?, ctx)?;
+            x = x.add(&out.output)?;
+            layers.push(out);
+        }
+        let x = self.norm.forward(&x, ctx)?;
+        let logits = match &self.head {
+            Some(head) => head.forward(&x, ctx)?,
+            None => {
+                use crate::ops::linear::{Activation, Layout, linear};
+                linear(&x, self.embed.weight(), Layout::OutIn, None, Activation::None, ctx.samples.as_ref())?
+            }
+        };
+        Ok((logits, layers))
+    }
+
+    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically, a tensor for each matrix of each expert.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        io::write_json(dir.join("config.json"), &self.config)?;
+        let mut named = Vec::new();
+        for p in self.params.all() {
+            for (e, name) in pieces(&p, Layout::Single).into_iter().enumerate() {
+                let value = p.value().to(&crate::Device::Cpu)?;
+                named.push((name, if is_stack(&p) { value.slice(0, e..e + 1)?.squeeze(0)? } else { value }));
+            }
+        }
+        io::save_arrays(dir.join("model.safetensors"), &named, &[("format", "pt")])
+    }
+    /// Reads what [`Mixtral::save`] or Hugging Face's `save_pretrained` wrote, in either layout, in one file or several. Every
+    /// tensor is read exactly once; what is missing, left over or of another shape is listed in the error.
+    pub fn load(dir: impl AsRef<Path>) -> Result<Mixtral> {
+        let dir = dir.as_ref();
+        let config: MixtralConfig = io::read_json(dir.join("config.json"))?;
+        let model = Mixtral::new(config, 0)?;
+        model.take(&Files::open(dir)?)?;
+        Ok(model)
+    }
+    /// Fills every parameter from the files.
+    fn take(&self, files: &Files) -> Result<()> {
+        let layout = match files.at.keys().any(|n| n.contains(".mlp.experts.")) {
+            true => Layout::Stacked,
+            false => Layout::Single,
+        };
+        let (all, mut wrong) = (self.params.all(), Vec::new());
+        if let Some(found) = files.experts().filter(|&e| e != self.config.num_local_experts) {
+            let said = self.config.num_local_experts;
+            return Err(files.misfit(&[format!("it has {found} experts in each layer, config.json says {said}")]));
+        }
+        let mut left: BTreeSet<&str> = files.at.keys().map(String::as_str).collect();
+        for p in &all {
+            let want = shape(p, layout);
+            for name in pieces(p, layout) {
+                // Gate and up share a tensor in the stacked layout.
+                match (left.remove(name.as_str()), files.at.get(&name)) {
+                    (_, None) => wrong.push(format!("{name} is missing")),
+                    (_, Some((_, got))) if *got != want => {
+                        wrong.push(format!("{name} is {got:?}, the model's is {want:?}"));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        wrong.extend(left.iter().map(|n| format!("{n} is in the file, but not in the model")));
+        if !wrong.is_empty() {
+            wrong.dedup();
+            return Err(files.misfit(&wrong));
+        }
+        let mut shared: BTreeMap<String, Array> = BTreeMap::new();
+        let values = all.iter().map(|p| {
+            let names = pieces(p, layout);
+            let value = match (is_stack(p), layout) {
+                (true, Layout::Single) => {
+                    let parts = names.iter().map(|n| files.read(n)).collect::<Result<Vec<Tensor>>>()?;
+                    Tensor::stack(&parts.iter().collect::<Vec<_>>(), 0)?.into_array()
+                }
+                (true, Layout::Stacked) => match half(p) {
+                    Some(half) => {
+                        // The second of the two takes it out.
+                        let whole = match shared.remove(&names[0]) {
+                            Some(whole) => whole,
+                            None => files.read(&names[0])?.into_array(),
+                        };
+                        let rows = p.shape()[1];
+                        let part = whole.slice(1, half * rows..(half + 1) * rows)?.copy();
+                        if half == 0 {
+                            shared.insert(names[0].clone(), whole);
+                        }
+                        part
+                    }
+                    None => files.read(&names[0])?.into_array(),
+                },
+                (false, _) => files.read(&names[0])?.into_array(),
+            };
+            Ok((p, value.cast(p.dtype())))
+        });
+        // Everything has been read before the first parameter changes.
+        let values = values.collect::<Result<Vec<(&Param, Array)>>>()?;
+        values.into_iter().try_for_each(|(p, v)| p.set(v))
+    }
+}
+
+/// How a file lays out the experts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// A tensor for each matrix of each expert.
+    Single,
+    /// A tensor for the same matrix of all experts, gate and up in one.
+    Stacked,
+}
+
+/// Whether a parameter holds a matrix for each expert.
+fn is_stack(p: &Param) -> bool {
+    p.name().contains(".moe.experts.")
+}
+
+/// Which half of `gate_up_proj` a parameter is.
+fn half(p: &Param) -> Option<usize> {
+    match () {
+        _ if p.name().ends_with("gate_proj.weight") => Some(0),
+        _ if p.name().ends_with("up_proj.weight") => Some(1),
+        _ => None,
+    }
+}
+
+/// The names of a parameter's tensors in a file.
+fn pieces(p: &Param, layout: Layout) -> Vec<String> {
+    let Some((block, part)) = p.name().split_once(".moe.") else {
+        let name = p.name();
+        return vec![if name.starts_with("lm_head") { name.to_string() } else { format!("model.{name}") }];
+    };
+    if part == "router.weight" {
+        return vec![match layout {
+            Layout::Single => format!("model.{block}.block_sparse_moe.gate.weight"),
+            Layout::Stacked => format!("model.{block}.mlp.gate.weight"),
+        }];
+    }
+    match layout {
+        Layout::Stacked => {
+            let name = if half(p).is_some() { "gate_up_proj" } else { "down_proj" };
+            vec![format!("model.{block}.mlp.experts.{name}")]
+        }
+        Layout::Single => {
+            let w = half(p).map_or("w2", |h| ["w1", "w3"][h]);
+            (0..p.shape()[0]).map(|e| format!("model.{block}.block_sparse_moe.experts.{e}.{w}.weight")).collect()
+        }
+    }
+}
+
+/// The shape of each of these tensors.
+fn shape(p: &Param, layout: Layout) -> Vec<usize> {
+    match (is_stack(p), layout) {
+        (true, Layout::Single) => p.shape()[1..].to_vec(),
+        (true, Layout::Stacked) if half(p).is_some() => vec![p.shape()[0], 2 * p.shape()[1], p.shape()[2]],
+        _ => p.shape().to_vec(),
+    }
+}
+
+/// The safetensors files of a folder: where each tensor is, and its shape.
+struct Files {
+    files: Vec<SafeTensors>,
+    at: BTreeMap<String, (usize, Vec<usize>)>,
+}
+
+impl Files {
+    /// `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    fn open(dir: &Path) -> Result<Files> {
+        #[derive(Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let index = dir.join("model.safetensors.index.json");
+        let names: BTreeSet<String> = match index.exists() {
+            true => io::read_json::<Index>(&index)?.weight_map.into_values().collect(),
+            false => BTreeSet::from(["model.safetensors".to_string()]),
+        };
+        let files = names.iter().map(|n| SafeTensors::open(dir.join(n))).collect::<Result<Vec<_>>>()?;
+        let mut at = BTreeMap::new();
+        for (i, file) in files.iter().enumerate() {
+            for t in file.tensors() {
+                if at.insert(t.name.clone(), (i, t.shape.clone())).is_some() {
+                    return Err(Error::format(file.path(), format!("{} is in two files of the folder", t.name)));
+                }
+            }
+        }
+        Ok(Files { files, at })
+    }
+    fn read(&self, name: &str) -> Result<Tensor> {
+        let Some((file, _)) = self.at.get(name) else {
+            return Err(self.misfit(&[format!("{name} is missing")]));
+        };
+        Ok(Tensor::new(io::array_of(&self.files[*file], name)?))
+    }
+    /// The number of experts of a layer, by the names or the shapes.
+    fn experts(&self) -> Option<usize> {
+        let number = |n: &String| {
+            n.split_once(".block_sparse_moe.experts.")?.1.split('.').next()?.parse::<usize>().ok().map(|e| e + 1)
+        };
+        let stacked = self.at.iter().find(|(n, _)| n.ends_with(".mlp.experts.down_proj"));
+        stacked.and_then(|(_, (_, s))| s.first().copied()).or_else(|| self.at.keys().filter_map(number).max())
+    }
+    fn misfit(&self, wrong: &[String]) -> Error {
+        match self.files.first() {
+            Some(f) => Error::format(f.path(), format!("does not fit the model: {}", wrong.join("; "))),
+            None => Error::invalid("Mixtral::load", "the folder names no file"),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The experts: stacked matrices, one for each.
+
+use super::MoeConfig;
+use crate::base::Result;
+use crate::kernels::Activation;
+use crate::nn::{Init, Params};
+use crate::ops::grouped::{Grouped, grouped_linear};
+use crate::ops::linear::Layout;
+use crate::ops::route::Routing;
+use crate::{Param, Samples, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// What an expert is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertKind {
+    /// Two matrices with biases and an activation between, as in [`Mlp`](crate::nn::Mlp).
+    Mlp(Activation),
+    /// Three matrices without biases, as in [`SwiGlu`](crate::nn::SwiGlu).
+    SwiGlu,
+}
+
+impl Default for ExpertKind {
+    /// Two matrices with GELU between.
+    fn default() -> ExpertKind {
+        ExpertKind::Mlp(Activation::Gelu)
+    }
+}
+
+impl ExpertKind {
+    /// Parameters of one expert from d to d.
+    pub(super) fn params(self, d: usize, hidden: usize) -> usize {
+        match self {
+            ExpertKind::Mlp(_) => 2 * d * hidden + hidden + d,
+            ExpertKind::SwiGlu => 3 * d * hidden,
+        }
+    }
+}
+
+/// A matrix for each expert, and a bias.
+pub(super) struct Stack {
+    weight: Param,
+    bias: Option<Param>,
+    layout: Layout,
+}
+
+impl Stack {
+    /// `experts` matrices from d to p, laid out and named as a layer of this kind of expert.
+    fn new(params: &Params, kind: ExpertKind, (experts, d, p): (usize, usize, usize), init: Init) -> Result<Stack> {
+        let swiglu = kind == ExpertKind::SwiGlu;
+        let (layout, shape) = if swiglu { (Layout::OutIn, [experts, p, d]) } else { (Layout::InOut, [experts, d, p]) };
+        let weight = params.param_with_fan_in("weight", &shape, init, d)?;
+        let bias = if swiglu { None } else { Some(params.param("bias", &[experts, p], Init::Zeros)?) };
+        Ok(Stack { weight, bias, layout })
+    }
+    fn forward<'a>(
+        &self,
+        x: &Tensor,
+        act: Activation,
+        rows: impl Into<Grouped<'a>>,
+        samples: &Samples,
+    ) -> Result<Tensor> {
+        grouped_linear(x, &self.weight, self.layout, self.bias.as_ref(), act, rows, samples)
+    }
+}
+
+/// All experts of a layer.
+pub(super) enum Experts {
+    Mlp { fc: Stack, proj: Stack, act: Activation },
+    SwiGlu { gate: Stack, up: Stack, down: Stack },
+}
+
+impl Experts {
+    pub(super) fn new(params: &Params, d: usize, c: &MoeConfig, (init, init_out): (Init, Init)) -> Result<Experts> {
+        let stack = |name: &str, from, to, init| Stack::new(&params.at(name), c.expert, (c.experts, from, to), init);
+        let h = c.hidden;
+        Ok(match c.expert {
+            ExpertKind::Mlp(act) => {
+                Experts::Mlp { fc: stack("c_fc", d, h, init)?, proj: stack("c_proj", h, d, init_out)?, act }
+            }
+            ExpertKind::SwiGlu => Experts::SwiGlu {
+                gate: stack("gate_proj", d, h, init)?,
+                up: stack("up_proj", d, h, init)?,
+                down: stack("down_proj", h, d, init_out)?,
+            },
+        })
+    }
+    /// `[T, d]` → a row for each choice, `[T·k, d]`, sorted by expert. `samples` says whose the rows are.
+    pub(super) fn forward(&self, x: &Tensor, routing: &Routing, samples: &Samples) -> Result<Tensor> {
+        self.run(x, routing.into(), routing.groups().into(), samples)
+    }
+    /// The two kinds of products: of the input's rows, and of the hidden ones, which lie by expert already.
+    fn run(&self, x: &Tensor, first: Grouped, then: Grouped, samples: &Samples) -> Result<Tensor> {
+        match self {
+            Experts::Mlp { fc, proj, act } => {
+                proj.forward(&fc.forward(x, *act, first, samples)?, Activation::None, then, samples)
+            }
+            Experts::SwiGlu { gate, up, down } => {
+                let g = gate.forward(x, Activation::Silu, first, samples)?;
+                let u = up.forward(x, Activation::None, first, samples)?;
+                down.forward(&g.mul(&u)?, Activation::None, then, samples)
+            }
+        }
+    }
+}

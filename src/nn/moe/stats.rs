@@ -1,0 +1,83 @@
+//! What a router did with a batch.
+
+use crate::array::Array;
+use crate::base::{Error, Result};
+use crate::ops::route::Routing;
+use crate::{Samples, Tensor};
+
+/// Where the tokens of one forward pass went. Everything is on the device of the layer, and computed when it is asked for; only
+/// [`RouterStats::read`] waits. It looks at the data: nothing of it is private.
+#[derive(Clone, Debug)]
+pub struct RouterStats {
+    logits: Array,
+    routing: Routing,
+    kept: Option<Array>,
+}
+
+/// [`RouterStats`] on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouterSummary {
+    /// Choices that fell on each expert.
+    pub load: Vec<f64>,
+    /// Entropy of the load in nats: ln(experts) where it is even, 0 where one expert has it all.
+    pub entropy: f64,
+    /// Experts without a token.
+    pub idle: usize,
+    /// Choices that were dropped for want of capacity.
+    pub dropped: usize,
+}
+
+impl RouterStats {
+    pub(super) fn new(logits: Array, routing: Routing, kept: Option<Array>) -> RouterStats {
+        RouterStats { logits, routing, kept }
+    }
+    /// The router's logits `[T, E]`, jitter included.
+    pub fn logits(&self) -> &Array {
+        &self.logits
+    }
+    /// Where every token went.
+    pub fn routing(&self) -> &Routing {
+        &self.routing
+    }
+    /// Choices that fell on each expert, `[E]` f32; those that were dropped count.
+    pub fn load(&self) -> Result<Array> {
+        self.routing.load(&Samples::uniform(1, self.routing.tokens()))?.reshape(&[self.routing.experts()])
+    }
+    /// Entropy of the load in nats, `[1]` f32.
+    pub fn entropy(&self) -> Result<Array> {
+        let load = Tensor::new(self.load()?);
+        let share = load.div(&load.sum(&[0], true)?.clamp(1.0, f64::INFINITY)?)?;
+        // 0·ln 0 is 0.
+        let logs = share.clamp(f32::MIN_POSITIVE as f64, 1.0)?.log()?;
+        Ok(share.mul(&logs)?.sum(&[0], true)?.neg()?.into_array())
+    }
+    /// How many tokens went to both of two experts, `[E, E]` f32; the load on the diagonal.
+    pub fn co_activation(&self) -> Result<Array> {
+        let chosen = Tensor::new(self.routing.choices().clone()).one_hot(self.routing.experts(), crate::DType::F32)?;
+        let chosen = chosen.sum(&[1], false)?;
+        Ok(chosen.transpose(0, 1)?.matmul(&chosen)?.into_array())
+    }
+    /// Number of choices that were dropped for want of capacity, `[1]` f32.
+    pub fn dropped(&self) -> Result<Array> {
+        match &self.kept {
+            None => Array::zeros_at(&self.logits.device(), &[1], crate::DType::F32),
+            Some(kept) => {
+                let kept = Tensor::new(kept.reshape(&[kept.numel()])?);
+                Ok(kept.sum(&[0], true)?.neg()?.add_scalar(kept.numel() as f64)?.into_array())
+            }
+        }
+    }
+    /// The figures on the host; waits for the device. Fails if a token's logits are not finite, since such a token was sent to
+    /// the experts with the lowest numbers for want of better.
+    pub fn read(&self) -> Result<RouterSummary> {
+        if let Some(at) = self.logits.to_f64().iter().position(|x| !x.is_finite()) {
+            let (token, expert) = (at / self.routing.experts(), at % self.routing.experts());
+            let message = format!("the router's logit of token {token} for expert {expert} is not finite");
+            return Err(Error::invalid("Moe", message));
+        }
+        let load = self.load()?.to_f64();
+        let idle = load.iter().filter(|&&l| l == 0.0).count();
+        let (entropy, dropped) = (self.entropy()?.item()?, self.dropped()?.item()? as usize);
+        Ok(RouterSummary { load, entropy, idle, dropped })
+    }
+}

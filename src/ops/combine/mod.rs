@@ -1,0 +1,182 @@
+//! The way back from experts to tokens: each token adds up the rows that its choices became, times their weights.
+//!
+//! Every token gathers its own k rows in the order of its choices, so that there are no atomics and the bits depend on nothing
+//! else in the batch. Bytes: the rows are read once and the tokens written once; backward the rows and the tokens' gradients
+//! are read once for each of the two gradients.
+
+pub(crate) mod cuda;
+
+use crate::array::Array;
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::base::{Error, Float, Result};
+use crate::device::cpu::par::{GRAIN, par_units};
+use crate::device::cpu::simd::simd;
+use crate::device::spans;
+use crate::kernels::{Exact, Half, dispatch};
+use crate::ops::route::{Choice, Gate, Routing, route};
+use crate::{Tensor, with_float};
+
+static COMBINE: OpInfo = OpInfo {
+    name: "combine",
+    differentiable: Differentiable::Yes,
+    factor: NO_PARAMS,
+    cases: &[|g: &mut Gen| {
+        let (t, d, e) = (g.extent(0, 5), g.extent(1, 5), g.size(1, 5));
+        let top_k = g.size(1, e);
+        let c = Choice { top_k, gate: Gate::Softmax, renormalise: false };
+        let routing = route(&Tensor::new(g.distinct(&[t, e])), &c, None)?.1;
+        Ok(Case::new(vec![g.array(&[t * top_k, d]), g.array(&[t, top_k])], move |x| combine(&x[0], &x[1], &routing)))
+    }],
+};
+
+/// This family's entries.
+pub static OPS: &[&OpInfo] = &[&COMBINE];
+
+/// `out[t]` = Σ over its choices s of `w[t, s]`·`y[place[t, s]]`, or the plain sum without weights: `y [N, d]`, `w [T, k]` of the
+/// dtype that `y` is computed in, giving `[T, d]`.
+pub(crate) fn gather_sum(y: &Array, w: Option<&Array>, routing: &Routing) -> Result<Array> {
+    let (t, k, d) = (routing.tokens(), routing.top_k(), y.shape()[1]);
+    dispatch(
+        [y.contiguous(), routing.places().clone()],
+        Half::Native,
+        |[y, place]| {
+            let mut out = Array::uninit(&[t, d], y.dtype());
+            with_float!("combine", y.dtype(), |T| {
+                let (y, place) = (y.as_slice::<T>()?, place.as_slice::<u32>()?);
+                let w = w.map(|w| w.as_slice::<T>()).transpose()?;
+                let grain = (GRAIN / (k * d).max(1)).max(1);
+                par_units(out.fresh_mut::<T>(), d.max(1), grain, |tokens, out| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (t, out) in tokens.zip(out.chunks_exact_mut(d)) {
+                                for s in 0..k {
+                                    let at = place[t * k + s] as usize * d;
+                                    let (y, w) = (&y[at..at + d], w.map_or(T::ONE, |w| w[t * k + s]));
+                                    match s {
+                                        0 => out.iter_mut().zip(y).for_each(|(o, &y)| *o = w * y),
+                                        _ => out.iter_mut().zip(y).for_each(|(o, &y)| *o += w * y),
+                                    }
+                                }
+                            }
+                        },
+                    )
+                });
+                Ok(out)
+            })
+        },
+        |gpu, [y, place]| cuda::gather_sum(gpu, &y, w, &place, (t, k)),
+    )
+}
+
+/// The gradient of the rows: `w[pair]`·`g[token]` for each.
+fn spread(g: &Array, w: &Array, routing: &Routing) -> Result<Array> {
+    let (k, d, n) = (routing.top_k(), g.shape()[1], routing.groups().rows());
+    dispatch(
+        [g.clone(), routing.pairs_of_rows().clone()],
+        Half::Native,
+        |[g, pairs]| {
+            let mut dy = Array::uninit(&[n, d], g.dtype());
+            with_float!("combine", g.dtype(), |T| {
+                let (g, pairs, w) = (g.as_slice::<T>()?, pairs.as_slice::<u32>()?, w.as_slice::<T>()?);
+                par_units(dy.fresh_mut::<T>(), d.max(1), (GRAIN / d.max(1)).max(1), |rows, dy| {
+                    for (row, dy) in rows.zip(dy.chunks_exact_mut(d)) {
+                        let pair = pairs[row] as usize;
+                        let g = &g[pair / k * d..][..d];
+                        dy.iter_mut().zip(g).for_each(|(dy, &g)| *dy = w[pair] * g);
+                    }
+                });
+                Ok(dy)
+            })
+        },
+        |gpu, [g, pairs]| cuda::spread(gpu, &g, w, &pairs, (n, k)),
+    )
+}
+
+/// The gradient of the weights: ⟨`g[t]`, `y[place[t, s]]`⟩ for each.
+fn inner(g: &Array, y: &Array, routing: &Routing) -> Result<Array> {
+    let (t, k, d) = (routing.tokens(), routing.top_k(), g.shape()[1]);
+    let Exact(dw) = dispatch(
+        [g.clone(), y.clone(), routing.places().clone()],
+        Half::Native,
+        |[g, y, place]| {
+            let mut dw = Array::uninit(&[t, k], g.dtype());
+            with_float!("combine", g.dtype(), |T| {
+                let (g, y, place) = (g.as_slice::<T>()?, y.as_slice::<T>()?, place.as_slice::<u32>()?);
+                par_units(dw.fresh_mut::<T>(), 1, (GRAIN / d.max(1)).max(1), |pairs, dw| {
+                    for (pair, dw) in pairs.zip(dw) {
+                        let (g, y) = (&g[pair / k * d..][..d], &y[place[pair] as usize * d..][..d]);
+                        *dw = dot(g, y);
+                    }
+                });
+                Ok(Exact(dw))
+            })
+        },
+        |gpu, [g, y, place]| cuda::inner(gpu, &g, &y, &place, (t, k)).map(Exact),
+    )?;
+    Ok(dw)
+}
+
+/// In eight sums, so that it runs at the speed of the vectors.
+fn dot<T: Float>(a: &[T], b: &[T]) -> T {
+    simd(
+        #[inline(always)]
+        || {
+            let mut sums = [T::ZERO; 8];
+            let (x, y) = (a.chunks_exact(8), b.chunks_exact(8));
+            let rest: T = x.remainder().iter().zip(y.remainder()).map(|(&a, &b)| a * b).sum();
+            for (a, b) in x.zip(y) {
+                sums.iter_mut().zip(a.iter().zip(b)).for_each(|(s, (&a, &b))| *s += a * b);
+            }
+            sums.into_iter().sum::<T>() + rest
+        },
+    )
+}
+
+struct Back {
+    y: Array,
+    w: Array,
+    routing: Routing,
+}
+
+impl Rule for Back {
+    fn info(&self) -> &'static OpInfo {
+        &COMBINE
+    }
+    fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        let g = grad.contiguous();
+        if back.needs(0) {
+            back.input(0, spread(&g, &self.w, &self.routing)?);
+        }
+        if back.needs(1) {
+            back.input(1, inner(&g, &self.y, &self.routing)?);
+        }
+        Ok(())
+    }
+}
+
+/// The rows of each token added up, times their weights: `y [T·k, d]` sorted as `routing` says, `weights [T, k]`, giving
+/// `[T, d]` of `y`'s dtype (Shazeer et al. 2017, equation 1). Weights are taken in the precision that `y` is computed in.
+pub fn combine(y: &Tensor, weights: &Tensor, routing: &Routing) -> Result<Tensor> {
+    let _op = spans::op("combine");
+    let op = "combine";
+    y.dtype().expect_float(op)?;
+    let (t, k, n) = (routing.tokens(), routing.top_k(), routing.groups().rows());
+    let &[rows, d] = y.shape() else {
+        return Err(Error::shape(op, format!("rows {:?} must be [{n}, d]", y.shape())));
+    };
+    if rows != n || weights.shape() != [t, k] {
+        let message =
+            format!("rows {:?} and weights {:?} for {t} tokens with {k} rows each", y.shape(), weights.shape());
+        return Err(Error::shape(op, message));
+    }
+    spans::cost((2 * n * d) as f64, ((n + t) * d * y.dtype().size()) as f64);
+    let weights = &weights.cast(y.dtype().compute())?;
+    let (ya, w) = (y.array().contiguous(), weights.array().contiguous());
+    let w = match ya.gpu() {
+        Some(gpu) => crate::array::cuda::on(gpu, &w)?,
+        None => w,
+    };
+    let out = gather_sum(&ya, Some(&w), routing)?;
+    Ok(Tensor::record(out, &[y, weights], &[], || Back { y: ya, w, routing: routing.clone() }))
+}
