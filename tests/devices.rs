@@ -14,8 +14,10 @@ use common::privacy::{keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use common::values::values;
+use prismgrad::array::ArrayArguments;
 use prismgrad::autograd::Groups;
 use prismgrad::check::{self, Gen};
+use prismgrad::device::cuda::{CudaModule, Launch};
 use prismgrad::device_tests;
 use prismgrad::io::CheckpointFolder;
 use prismgrad::models::Gpt;
@@ -31,7 +33,73 @@ fn private(params: &[Param]) -> PrivateStep {
     PrivateStep::new(params, keyed(whole(3), 9), AdamW::default(), Schedule::constant(1e-2)).unwrap()
 }
 
+/// Kernels that this crate does not have: `y = a·x`, reading `past` elements too far.
+static TIMES: CudaModule = CudaModule::new(
+    "times",
+    "#include \"prelude.cuh\"
+     static const float units[2] = {1.f, 1.f};
+     extern \"C\" __global__ void times_f32(const float* x, float* y, float a, i64 n, i64 past) {
+         i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+         if (i < n) y[i] = a * units[i % 2] * x[i + past];
+     }",
+);
+/// Another kernel of the same name, and a kernel file's name of this crate.
+static SOFTMAX: CudaModule = CudaModule::new(
+    "softmax",
+    "#include \"prelude.cuh\"
+     extern \"C\" __global__ void times_f32(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] + 1; }",
+);
+
 device_tests! {
+    /// A user's kernel runs beside the crate's own; what does not fit it is refused in a sentence that names it.
+    fn kernels_of_a_user(device) {
+        let Some(gpu) = device.gpu() else { return };
+        let x = Array::generate(&[3, 100], DType::F32, |i| i as f64).to(device).unwrap();
+        let mut y = Array::zeros_at(device, &[3, 100], DType::F32).unwrap();
+        let before = y.clone();
+        let times = TIMES.kernel(gpu, "times_f32").unwrap();
+        macro_rules! launch {
+            () => {
+                Launch::of(gpu, times).grid(2, 1, 1).block(256)
+            };
+        }
+        launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).val(300i64).val(0i64).run().unwrap();
+        assert!(y.to_f64().iter().enumerate().all(|(i, y)| *y == 2.0 * i as f64));
+        assert!(before.to_f64().iter().all(|x| *x == 0.0), "another handle of the output sees no change");
+        let other = Launch::of(gpu, SOFTMAX.kernel(gpu, "times_f32").unwrap()).block(100);
+        other.input::<f32>(&x).output::<f32>(&mut y).run().unwrap();
+        assert_eq!(y.to_f64()[..3], [1.0, 2.0, 3.0]);
+        assert_eq!(TIMES.kernel(gpu, "times_f32").unwrap().file(), "times");
+
+        let refused = |e: prismgrad::Result<()>, why: &[&str]| {
+            let e = e.unwrap_err().to_string();
+            assert!(why.iter().all(|w| e.contains(w)), "{e} lacks one of {why:?}");
+        };
+        let few = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).run();
+        refused(few, &["times_f32 (times.cu)", "5 parameters of [8, 8, 4, 8, 8]", "3 arguments of [8, 8, 4]"]);
+        let wide = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f64).val(300i64).val(0i64).run();
+        refused(wide, &["5 arguments of [8, 8, 8, 8, 8]"]);
+        refused(launch!().input::<f64>(&x).run(), &["times_f32", "argument 0", "holds f32, not f64"]);
+        let (turned, here) = (x.transpose(0, 1).unwrap(), x.to(&Device::Cpu).unwrap());
+        refused(launch!().input::<f32>(&turned).run(), &["strided view"]);
+        refused(launch!().input::<f32>(&x).input::<f32>(&here).run(), &["argument 1", "on the CPU"]);
+        refused(TIMES.kernel(gpu, "divide_f32").map(drop), &["divide_f32 of times.cu", "no kernel of that name"]);
+        static WRONG: CudaModule = CudaModule::new("wrong", "#include \"prelude.cuh\"\nextern \"C\" __global__ void f(flot* x) {}");
+        refused(WRONG.kernel(gpu, "f").map(drop), &["compile wrong.cu", "flot"]);
+        static NAMELESS: CudaModule = CudaModule::new("../x", "");
+        refused(NAMELESS.kernel(gpu, "f").map(drop), &["\"../x\"", "letters, digits and underscores"]);
+        // The emulated device says where a kernel has read outside of its buffers, in other texts than its own, too.
+        #[cfg(feature = "emulator")]
+        if gpu.is_emulated() && prismgrad::device::emulator::is_checked() {
+            let x = Array::zeros_at(device, &[300], DType::F32).unwrap();
+            let ran = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).val(300i64).val(1i64 << 34).run();
+            let ran = ran.and_then(|()| gpu.synchronize());
+            let report = prismgrad::device::emulator::last_report();
+            assert!(report.contains("out of bounds") && report.contains("times.cu:5"), "{ran:?} {report}");
+            prismgrad::device::emulator::reset();
+        }
+    }
+
     /// Every differentiable input and parameter of every op, against central differences; every query of every factor,
     /// against each sample alone.
     fn gradients_and_factors_of_every_op(device) {

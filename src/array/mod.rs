@@ -9,4 +9,5 @@ mod storage;
 
 pub use array::Array;
 pub(crate) use cuda::Arguments;
+pub use cuda::ArrayArguments;
 pub use shape::Dims;
