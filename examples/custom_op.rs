@@ -83,7 +83,7 @@ fn on_the_cpu(x: &Array, w: &Array) -> Result<Array> {
 }
 
 fn on_a_gpu(gpu: &Arc<Gpu>, x: &Array, w: &Array) -> Result<Array> {
-    let mut y = Array::zeros_at(&x.device(), x.shape(), x.dtype())?;
+    let mut y = Array::zeros(x.shape(), (x.dtype(), &x.device()));
     let (n, channels) = (x.numel() as i64, w.numel() as i64);
     let name = if x.dtype() == DType::F64 { "exp_scale_f64" } else { "exp_scale_f32" };
     with_float!("exp_scale", x.dtype(), |T| {

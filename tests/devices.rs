@@ -17,11 +17,13 @@ use common::values::values;
 use prismgrad::array::ArrayArguments;
 use prismgrad::autograd::Groups;
 use prismgrad::check::{self, Gen};
+use prismgrad::data::IGNORE;
 use prismgrad::device::cuda::{CudaModule, Launch};
 use prismgrad::device_tests;
 use prismgrad::io::CheckpointFolder;
 use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
+use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
@@ -51,11 +53,43 @@ static SOFTMAX: CudaModule = CudaModule::new(
 );
 
 device_tests! {
+    /// Labels of u32 and of i64 give the same losses and gradients, with each type's mark for rows that do not count.
+    fn labels_of_both_types(device) {
+        let logits = Array::generate(&[3, 4, 5], DType::F64, |i| (i as f64 * 0.7).sin()).to(device).unwrap();
+        let run = |labels: Array, ignore_index: Option<i64>| {
+            let x = Tensor::leaf(logits.clone());
+            let options = CrossEntropy { ignore_index, ..CrossEntropy::default() };
+            let losses = cross_entropy(&x, labels.to(device).unwrap(), &options).unwrap();
+            let grads = losses.backward().unwrap();
+            (losses.array().to_f64(), grads.of(&x).unwrap().to_f64())
+        };
+        let class = |i: usize| (i * 7 % 5) as i64;
+        let signed = |mark: i64| {
+            let labels: Vec<i64> = (0..12).map(|i| if i % 3 == 1 { mark } else { class(i) }).collect();
+            Array::from_slice(&labels, &[3, 4]).unwrap()
+        };
+        let unsigned: Vec<u32> = (0..12).map(|i| if i % 3 == 1 { IGNORE } else { class(i) as u32 }).collect();
+        let want = run(Array::from_slice(&unsigned, &[3, 4]).unwrap(), Some(-100));
+        assert!(want.0.iter().all(|l| l.is_finite() && *l > 0.0));
+        for mark in [-100, -1, 1 << 40] {
+            assert_eq!(run(signed(mark), Some(mark)), want, "{mark}");
+        }
+        // Without a mark all rows count, and on a GPU a target that is no class is a loss of NaN.
+        assert_ne!(run(signed(2), None), want);
+        if device.is_cuda() {
+            assert!(run(signed(-1), None).0.iter().all(|l| l.is_nan()));
+            assert!(run(signed(1 << 40), Some(-100)).0.iter().all(|l| l.is_nan()));
+        }
+        let like = Tensor::new(logits.clone()).full_like(2.5);
+        assert_eq!((like.device(), like.dtype(), like.shape()), (device.clone(), DType::F64, &[3, 4, 5][..]));
+        assert_eq!(like.mean_all().unwrap().item().unwrap(), 2.5);
+    }
+
     /// A user's kernel runs beside the crate's own; what does not fit it is refused in a sentence that names it.
     fn kernels_of_a_user(device) {
         let Some(gpu) = device.gpu() else { return };
         let x = Array::generate(&[3, 100], DType::F32, |i| i as f64).to(device).unwrap();
-        let mut y = Array::zeros_at(device, &[3, 100], DType::F32).unwrap();
+        let mut y = Array::zeros(&[3, 100], (DType::F32, device));
         let before = y.clone();
         let times = TIMES.kernel(gpu, "times_f32").unwrap();
         macro_rules! launch {
@@ -91,7 +125,7 @@ device_tests! {
         // The emulated device says where a kernel has read outside of its buffers, in other texts than its own, too.
         #[cfg(feature = "emulator")]
         if gpu.is_emulated() && prismgrad::device::emulator::is_checked() {
-            let x = Array::zeros_at(device, &[300], DType::F32).unwrap();
+            let x = Array::zeros(&[300], (DType::F32, device));
             let ran = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).val(300i64).val(1i64 << 34).run();
             let ran = ran.and_then(|()| gpu.synchronize());
             let report = prismgrad::device::emulator::last_report();
@@ -169,9 +203,9 @@ device_tests! {
                 same("select", &Tensor::select(&there, &ga, &gb).unwrap(), &chosen);
                 same("masked_fill", &ga.masked_fill(&there, 3.0).unwrap(), &a.masked_fill(&mask, 3.0).unwrap());
             }
-            let full = |d: &Device| Tensor::new(Array::full_at(d, &[5, 3], 7.0, dtype).unwrap());
+            let full = |d: &Device| Tensor::new(Array::full(&[5, 3], 7.0, (dtype, d)));
             same("full", &full(device), &full(&Device::Cpu));
-            let range = |d: &Device| Tensor::new(Array::arange_at(d, 100, dtype).unwrap());
+            let range = |d: &Device| Tensor::new(Array::arange(100, (dtype, d)));
             if !dtype.is_half() && dtype != DType::U8 {
                 same("arange", &range(device), &range(&Device::Cpu));
             }

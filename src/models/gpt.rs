@@ -197,13 +197,13 @@ impl Gpt {
     pub fn params(&self) -> &Params {
         &self.params
     }
-    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
+    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32 or i64).
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         let ids = ids.as_ref();
         let x = self.hidden(ids, 0, None, ctx)?;
         self.logits(&x, ctx)
     }
-    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token.
+    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32 or i64), in nats per token.
     pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         cross_entropy(&self.forward(ids, ctx)?, targets, &CrossEntropy::default())
     }
@@ -233,15 +233,10 @@ impl Gpt {
                 format!("{} positions, the model has {}; shorten the input", past + t, self.config.n_positions),
             ));
         }
-        let positions = Array::arange_at(&self.wpe.device(), past + t, DType::U32)?;
+        let positions = Array::arange(past + t, (DType::U32, &self.wpe.device()));
         let positions = positions.slice(0, past..past + t)?.expand(&[b, t])?;
         let s = ctx.samples.as_ref();
-        let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(
-            &self.wpe,
-            &Tensor::new(positions),
-            None,
-            s,
-        )?)?;
+        let x = embedding(&self.wte, ids, None, s)?.add(&embedding(&self.wpe, positions, None, s)?)?;
         let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
         for (i, block) in self.blocks.iter().enumerate() {
             x = match &mut caches {

@@ -339,7 +339,7 @@ pub(crate) fn sq_norms(
     let mut accumulate = base.is_some();
     let sq = match base {
         Some(b) => b,
-        None if factors.is_empty() => Array::zeros_on(gpu, &[count], DType::F64)?,
+        None if factors.is_empty() => Array::zeros(&[count], (DType::F64, gpu)),
         None => Array::uninit_on(gpu, &[count], DType::F64)?,
     };
     if count == 0 || factors.is_empty() {
@@ -396,7 +396,7 @@ pub(super) fn outer_form(
 /// The gradients of the samples in `range`: `[len, numel]`.
 pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>, numel: usize) -> Result<Array> {
     let dtype = factors.first().map_or(DType::F32, Factor::dtype);
-    let mut out = Array::zeros_on(gpu, &[range.len(), numel], dtype)?;
+    let mut out = Array::zeros(&[range.len(), numel], (dtype, gpu));
     for f in factors {
         if f.form_on(gpu, range.clone(), &mut out)? {
             continue;
@@ -412,7 +412,7 @@ pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>
 
 /// ⟨gᵢ, hⱼ⟩ for all i, j: `[count₁, count₂]` f64.
 pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, usize), numel: usize) -> Result<Array> {
-    let out = Array::zeros_on(gpu, &[n, m], DType::F64)?;
+    let out = Array::zeros(&[n, m], (DType::F64, gpu));
     if a.is_empty() || b.is_empty() || n * m == 0 {
         return Ok(out);
     }

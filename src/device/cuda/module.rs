@@ -33,7 +33,7 @@ use cudarc::driver::sys;
 /// fn double(x: &Array) -> Result<Array> {
 ///     let device = x.device();
 ///     let Device::Cuda(gpu) = &device else { return Ok(Array::generate(&[0], DType::F32, |_| 0.0)) };
-///     let (x, mut y) = (x.contiguous(), Array::zeros_at(&device, x.shape(), DType::F32)?);
+///     let (x, mut y) = (x.contiguous(), Array::zeros(x.shape(), (DType::F32, &device)));
 ///     let launch = Launch::of(gpu, DOUBLE.kernel(gpu, "double_f32")?).grid(x.numel().div_ceil(256), 1, 1).block(256);
 ///     launch.input::<f32>(&x).output::<f32>(&mut y).val(x.numel() as i64).run()?;
 ///     Ok(y)
