@@ -158,8 +158,11 @@ impl Gpt {
     }
     /// A model with fresh parameters of a dtype.
     pub fn with_dtype(config: GptConfig, seed: u64, dtype: DType) -> Result<Gpt> {
+        Gpt::over(config, Params::new(seed, dtype))
+    }
+    /// A model whose parameters are made in a store.
+    fn over(config: GptConfig, params: Params) -> Result<Gpt> {
         config.validate()?;
-        let params = Params::new(seed, dtype);
         let std = config.initializer_range;
         let init = Init::Normal { std };
         // Projections into the residual stream are scaled down by the number of additions to it.
@@ -249,9 +252,37 @@ impl Gpt {
 
     /// Freezes the model and gives the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`) low-rank
     /// adapters, which alone are trained from then on. Returns how many there are.
+    ///
+    /// Fails if the model has adapters already, or if no layer has one of these names. A failure leaves the model as it was.
     pub fn add_lora(&mut self, c: &LoraConfig) -> Result<usize> {
+        self.adapt(c, true, |_| Ok(()))
+    }
+    /// Adds adapters and calls `fill` with their parameters, whose values are drawn or zeros. An error of either leaves the model
+    /// as it was before: parameters, layers, and what is trained.
+    fn adapt(&mut self, c: &LoraConfig, draw: bool, fill: impl FnOnce(&[Param]) -> Result<()>) -> Result<usize> {
+        if self.lora.is_some() {
+            return Err(Error::invalid("LoRA", "the model has adapters already; load it again for others"));
+        }
+        let before: Vec<(Param, bool)> = self.params.all().into_iter().map(|p| (p.clone(), p.trainable())).collect();
+        let done = self.adapt_layers(c, draw).and_then(|adapted| {
+            let new = &self.params.all()[before.len()..];
+            new.iter().try_for_each(|p| p.to(&self.wte.device()))?;
+            fill(new)?;
+            Ok(adapted)
+        });
+        match done {
+            Ok(_) => self.lora = Some(c.clone()),
+            Err(_) => {
+                self.params.truncate(before.len());
+                self.blocks.iter_mut().flat_map(|b| b.linears_mut()).for_each(Linear::forget_adapter);
+                before.iter().for_each(|(p, trained)| p.set_trainable(*trained));
+            }
+        }
+        done
+    }
+    fn adapt_layers(&mut self, c: &LoraConfig, draw: bool) -> Result<usize> {
         c.validate()?;
-        let params = self.params.clone();
+        let params = self.params.drawing(draw);
         self.params.set_trainable(false);
         let mut adapted = 0;
         for l in self.blocks.iter_mut().flat_map(|b| b.linears_mut()) {
@@ -266,8 +297,6 @@ impl Gpt {
             let what = format!("no layer is called {:?}; a GPT has c_attn, c_proj and c_fc", c.target_modules);
             return Err(Error::invalid("Gpt::add_lora", what));
         }
-        self.lora = Some(c.clone());
-        self.params.to(&self.wte.device())?;
         Ok(adapted)
     }
     /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole.
@@ -291,15 +320,14 @@ impl Gpt {
             all.map(|p| (format!("base_model.model.transformer.{}", p.name()), p.value())).collect();
         crate::io::save_arrays(dir.join("adapter_model.safetensors"), &named, &[("format", "pt")])
     }
-    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote.
+    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote: [`Gpt::add_lora`] with the values of the file. A failure, such as a
+    /// missing file, another shape or a missing adapter, leaves the model as it was.
     pub fn load_lora(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
-        self.add_lora(&c)?;
+        let file = SafeTensors::open(dir.join("adapter_model.safetensors"))?;
         let name = |n: &str| vec![format!("base_model.model.transformer.{n}")];
-        let adapters: Vec<Param> = self.params.all().into_iter().filter(|p| is_lora(p.name())).collect();
-        take(&adapters, &SafeTensors::open(dir.join("adapter_model.safetensors"))?, &name, Strict::AllowUnexpected)
-            .map(drop)
+        self.adapt(&c, false, |adapters| take(adapters, &file, &name, Strict::AllowUnexpected).map(drop)).map(drop)
     }
 
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
@@ -321,7 +349,10 @@ impl Gpt {
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read model configuration", &path, e))?;
         let config: GptConfig =
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
-        let model = Gpt::new(config, 0)?;
+        // No initial values are drawn: each is in the file.
+        let params = Params::new(0, DType::F32);
+        let mut model = Gpt::over(config, params.drawing(false))?;
+        model.params = params;
         // Files of Hugging Face hold causal masks beside the parameters.
         let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
         take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::AllowUnexpected)?;
