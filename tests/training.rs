@@ -128,7 +128,7 @@ fn random_model(seed: u64, keep: &[bool]) -> (Tensor, Vec<Param>) {
     let (n, b) = (ids.len(), number(keep.len()) as usize);
     let samples = Samples::owners(owners.clone(), b).unwrap();
     let s = Some(&samples);
-    let mut x = embedding(&table, &Tensor::from_slice(&ids, &[n]).unwrap(), None, s).unwrap();
+    let mut x = embedding(&table, Tensor::from_slice(&ids, &[n]).unwrap(), None, s).unwrap();
     for i in 0..depth {
         let (w, bias) = if reused { &layers[0] } else { &layers[i] };
         x = linear(&x, w, Layout::OutIn, Some(bias), Activation::Tanh, s).unwrap();

@@ -111,7 +111,7 @@ impl ParamGrad {
         Ok(out)
     }
     fn sum_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>) -> Result<Array> {
-        let out = Array::zeros_on(gpu, &[self.numel()], self.dtype())?;
+        let out = Array::zeros(&[self.numel()], (self.dtype(), gpu));
         self.add_on(weights, &out)?;
         out.reshape(self.param.shape())
     }
@@ -292,7 +292,7 @@ impl ParamGrad {
         let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
         if let Some(gpu) = self.gpu() {
             if self.factors.is_empty() {
-                return Array::zeros_on(gpu, &shape, self.dtype());
+                return Ok(Array::zeros(&shape, (self.dtype(), gpu)));
             }
             return gpu_factored::per_sample(gpu, &self.factors, 0..self.samples, self.numel())?.reshape(&shape);
         }

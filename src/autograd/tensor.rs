@@ -2,7 +2,7 @@
 
 use super::rule::Rule;
 use super::{Param, Samples};
-use crate::array::Array;
+use crate::array::{Array, ArrayOptions};
 use crate::base::{DType, Element, Result};
 use crate::device::Device;
 use smallvec::SmallVec;
@@ -89,9 +89,29 @@ impl Tensor {
     pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::new(Array::from_slice(data, shape)?))
     }
-    /// Zeros, without history.
-    pub fn zeros(shape: &[usize], dtype: DType) -> Tensor {
-        Tensor::new(Array::zeros(shape, dtype))
+    /// Zeros, without history. `at` is the element type, `DType::F32`, or element type and device, `(DType::F32, &device)`.
+    pub fn zeros(shape: &[usize], at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::new(Array::zeros(shape, at))
+    }
+    /// Ones, without history.
+    pub fn ones(shape: &[usize], at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::full(shape, 1.0, at)
+    }
+    /// All elements equal to `value`, without history.
+    pub fn full(shape: &[usize], value: f64, at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::new(Array::full(shape, value, at))
+    }
+    /// Zeros of this tensor's shape and element type, on its device, without history.
+    pub fn zeros_like(&self) -> Tensor {
+        Tensor::zeros(self.shape(), (self.dtype(), &self.device()))
+    }
+    /// Ones of this tensor's shape and element type, on its device, without history.
+    pub fn ones_like(&self) -> Tensor {
+        self.full_like(1.0)
+    }
+    /// A tensor of this one's shape and element type, on its device, without history, all of whose elements are `value`.
+    pub fn full_like(&self, value: f64) -> Tensor {
+        Tensor::full(self.shape(), value, (self.dtype(), &self.device()))
     }
     /// The data.
     pub fn array(&self) -> &Array {

@@ -99,6 +99,10 @@ impl Linear {
         self.bias.iter().for_each(|b| b.set_trainable(false));
         Ok(())
     }
+    /// Takes the adapter away as if it had never been given; its parameters stay in the store.
+    pub(crate) fn forget_adapter(&mut self) {
+        self.lora = None;
+    }
     /// Adds the adapter to the weight, so that it costs nothing any more; nothing without one.
     pub fn merge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.merge(&self.weight, self.layout))

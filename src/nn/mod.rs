@@ -29,8 +29,9 @@ mod moe;
 mod params;
 mod transformer;
 
+pub use crate::ops::conv::Sides;
 pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
-pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder, Sides};
+pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder};
 pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};
 pub use expr::{Expr, Operand};
 pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuilder, Linear, LinearBuilder};

@@ -245,7 +245,7 @@ impl PrivateStep {
         mut forward: impl FnMut() -> Result<Tensor>,
     ) -> Result<CapturedPrivateStep> {
         let device = self.core.flat.device();
-        let mask = Array::zeros_at(&device, &[capacity], self.core.flat.dtype())?;
+        let mask = Array::zeros(&[capacity], (self.core.flat.dtype(), &device));
         let masked = Tensor::new(mask.clone());
         // The kernels that mask the losses are loaded before the capture, in which none can be loaded.
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {

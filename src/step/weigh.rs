@@ -175,7 +175,7 @@ impl Clipper<'_> {
                 let weights = match self.public {
                     None => of(&sq, (clip, threshold), Some(&tally))?,
                     Some(public) => {
-                        let mut all = Array::zeros_on(&gpu, sq.shape(), dtype)?;
+                        let mut all = Array::zeros(sq.shape(), (dtype, &gpu));
                         if private > 0 {
                             let part = sq.slice(0, 0..private)?.contiguous();
                             all.write(0, &of(&part, (clip, threshold), Some(&tally))?)?;

@@ -436,8 +436,8 @@ struct Norms {
 
 /// Squared norms of every sample. Parameters used several times include their cross terms.
 fn norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> Result<Norms> {
-    let zeros = || Array::zeros_on(gpu, &[count], DType::F64);
-    let Norms { sq, error, reach } = Norms { sq: zeros()?, error: zeros()?, reach: zeros()? };
+    let zeros = || Array::zeros(&[count], (DType::F64, gpu));
+    let Norms { sq, error, reach } = Norms { sq: zeros(), error: zeros(), reach: zeros() };
     let add = |parts: &Parts, factor: f64| -> Result<()> {
         sum_parts(gpu, parts, &sq, factor, true)?;
         match &parts.errors {
@@ -484,7 +484,7 @@ fn norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> 
 /// |gᵢ|² of every sample: `[count]` f64.
 pub(crate) fn sq_norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> Result<Array> {
     if count == 0 || factors.is_empty() {
-        return Array::zeros_on(gpu, &[count], DType::F64);
+        return Ok(Array::zeros(&[count], (DType::F64, gpu)));
     }
     Ok(norms(gpu, factors, (count, numel))?.sq)
 }
@@ -500,7 +500,7 @@ pub(crate) fn sq_bounds(
     let accumulate = base.is_some();
     let out = match base {
         Some(b) => b,
-        None => Array::zeros_on(gpu, &[count], DType::F64)?,
+        None => Array::zeros(&[count], (DType::F64, gpu)),
     };
     if count == 0 || factors.is_empty() {
         return Ok(out);
@@ -588,7 +588,7 @@ pub(super) fn outer_form(
 /// The gradients of the samples in `range`: `[len, numel]`.
 pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>, numel: usize) -> Result<Array> {
     let dtype = factors.first().map_or(DType::F32, Factor::dtype);
-    let mut out = Array::zeros_on(gpu, &[range.len(), numel], dtype)?;
+    let mut out = Array::zeros(&[range.len(), numel], (dtype, gpu));
     for f in factors {
         if f.form_on(gpu, range.clone(), &mut out)? {
             continue;
@@ -604,7 +604,7 @@ pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>
 
 /// ⟨gᵢ, hⱼ⟩ for all i, j: `[count₁, count₂]` f64.
 pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, usize), numel: usize) -> Result<Array> {
-    let out = Array::zeros_on(gpu, &[n, m], DType::F64)?;
+    let out = Array::zeros(&[n, m], (DType::F64, gpu));
     if a.is_empty() || b.is_empty() || n * m == 0 {
         return Ok(out);
     }

@@ -305,7 +305,7 @@ impl Moe {
         let value = bias.value();
         let load = Tensor::new(stats.load()?.to(&value.device())?.cast(value.dtype()));
         let over = load.sub(&load.mean(&[0], true)?)?;
-        let zero = Tensor::new(Array::zeros_at(&value.device(), &[1], value.dtype())?);
+        let zero = Tensor::new(Array::zeros(&[1], (value.dtype(), &value.device())));
         let sign = over.gt(&zero)?.cast(value.dtype())?.sub(&over.lt(&zero)?.cast(value.dtype())?)?;
         bias.set(Tensor::new(value).sub(&sign.mul_scalar(rate)?)?.into_array())
     }

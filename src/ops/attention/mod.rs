@@ -162,7 +162,7 @@ impl Rule for Back {
                 // Without queries or keys nothing is launched that would write the others' gradients.
                 let none = operands.iter().any(|a| a.numel() == 0);
                 let fresh = |i: usize| match none {
-                    true => Array::zeros_on(gpu, operands[i].shape(), operands[i].dtype()),
+                    true => Ok(Array::zeros(operands[i].shape(), (operands[i].dtype(), gpu))),
                     false => Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype()),
                 };
                 let d = [fresh(0)?, fresh(1)?, fresh(2)?];
