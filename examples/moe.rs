@@ -228,6 +228,14 @@ fn choose_rate(arm: &Arm, text: &Text, tokens: usize, rates: &[f64]) -> Result<f
     Ok(best.1)
 }
 
+/// A mean and its interval in words; one run has none.
+fn with_interval(x: &[f64]) -> String {
+    match interval(x) {
+        (mean, half) if half.is_finite() => format!("{mean:.4} ± {half:.4}"),
+        (mean, _) => format!("{mean:.4}, one seed"),
+    }
+}
+
 /// Whether a is below b: the paired differences, their mean and 95 % interval, and what they say.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
@@ -238,7 +246,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
         // One seed has no interval.
         _ => "undecided",
     };
-    println!("{claim}: {word} (difference {mean:+.4} ± {half:.4}, {} seeds)", differences.len());
+    println!("{claim}: {word} (difference {})", with_interval(&differences));
     let half = half.is_finite().then_some(half);
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }
@@ -277,11 +285,10 @@ fn sparse_and_dense(
         let test: Vec<f64> = runs.iter().map(|r| r.test).collect();
         let seconds = runs.iter().map(|r| r.points.last().map_or(0.0, |p| p.1)).sum::<f64>() / seeds as f64;
         println!(
-            "{:<24} {all:>8} parameters, {active:>7} active, {:.2} MFLOP a token, {seconds:.1} s: test loss {:.4} ± {:.4}",
+            "{:<24} {all:>8} parameters, {active:>7} active, {:.2} MFLOP a token, {seconds:.1} s: test loss {}",
             arm.name,
             arm.flops()? / 1e6,
-            interval(&test).0,
-            interval(&test).1
+            with_interval(&test)
         );
         let row = json!({
             "experiment": "sparse and dense", "arm": arm.name, "parameters": all, "active": active, "lr": lr,
