@@ -426,8 +426,7 @@ fn a_private_step_refuses_what_mixes_samples() {
             objective(&moe.forward(&x, &Ctx::train(0))?)
         });
         // Outside of a private step it is as good as any other.
-        let mut plain =
-            PlainStep::new(&step.flat().params().to_vec(), Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let mut plain = PlainStep::new(step.flat().params(), Sgd::default(), Schedule::constant(0.1)).unwrap();
         plain.run_one(|| objective(&moe.forward(&x, &Ctx::train(0))?)).unwrap();
         message.err().map(|e| e.to_string()).unwrap_or_default()
     };
