@@ -332,7 +332,7 @@ fn sparse_and_dense(
     let values: Vec<f64> = (0..8).flat_map(|e| load.iter().map(move |l| l[e])).collect();
     let steps = (tokens / (BATCH * SEQ)).max(2);
     let columns: Vec<String> = (0..load.len()).map(|i| (i * (steps / 24).max(1)).to_string()).collect();
-    HeatMap::new("Share of each expert, first layer, top 1", (0..8).map(|e| e.to_string()), columns, &values)?
+    HeatMap::new("Load of the first layer, top 1", (0..8).map(|e| e.to_string()), columns, &values)?
         .x_label("step")
         .y_label("expert")
         .save(folder.plot("load"))?;
@@ -387,14 +387,17 @@ fn balance(
     Ok((rows, verdicts))
 }
 
-/// One private run: (validation loss along the way, test loss, ε).
+/// Steps and validation losses along a private run, its test loss, ε.
+type PrivateRun = (Vec<(f64, f64)>, f64, f64);
+
+/// One private run.
 fn train_privately(
     arm: &Arm,
     text: &Text,
     (epsilon, steps, batch): (f64, u64, f64),
     lr: f64,
     seed: u64,
-) -> Result<(Vec<(f64, f64)>, f64, f64)> {
+) -> Result<PrivateRun> {
     let model = Gpt::new(arm.config.clone(), seed)?;
     let records = text.train.len();
     let config = PrivacyConfig::target(epsilon, DELTA).records(records).expected_batch(batch).steps(steps);
