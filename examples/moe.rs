@@ -228,6 +228,14 @@ fn choose_rate(arm: &Arm, text: &Text, tokens: usize, rates: &[f64]) -> Result<f
     Ok(best.1)
 }
 
+/// A mean and its interval in words; one run has none.
+fn with_interval(x: &[f64]) -> String {
+    match interval(x) {
+        (mean, half) if half.is_finite() => format!("{mean:.4} ± {half:.4}"),
+        (mean, _) => format!("{mean:.4}, one seed"),
+    }
+}
+
 /// Whether a is below b: the paired differences, their mean and 95 % interval, and what they say.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
@@ -238,7 +246,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
         // One seed has no interval.
         _ => "undecided",
     };
-    println!("{claim}: {word} (difference {mean:+.4} ± {half:.4}, {} seeds)", differences.len());
+    println!("{claim}: {word} (difference {})", with_interval(&differences));
     let half = half.is_finite().then_some(half);
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }
@@ -277,11 +285,10 @@ fn sparse_and_dense(
         let test: Vec<f64> = runs.iter().map(|r| r.test).collect();
         let seconds = runs.iter().map(|r| r.points.last().map_or(0.0, |p| p.1)).sum::<f64>() / seeds as f64;
         println!(
-            "{:<24} {all:>8} parameters, {active:>7} active, {:.2} MFLOP a token, {seconds:.1} s: test loss {:.4} ± {:.4}",
+            "{:<24} {all:>8} parameters, {active:>7} active, {:.2} MFLOP a token, {seconds:.1} s: test loss {}",
             arm.name,
             arm.flops()? / 1e6,
-            interval(&test).0,
-            interval(&test).1
+            with_interval(&test)
         );
         let row = json!({
             "experiment": "sparse and dense", "arm": arm.name, "parameters": all, "active": active, "lr": lr,
@@ -325,7 +332,7 @@ fn sparse_and_dense(
     let values: Vec<f64> = (0..8).flat_map(|e| load.iter().map(move |l| l[e])).collect();
     let steps = (tokens / (BATCH * SEQ)).max(2);
     let columns: Vec<String> = (0..load.len()).map(|i| (i * (steps / 24).max(1)).to_string()).collect();
-    HeatMap::new("Share of each expert, first layer, top 1", (0..8).map(|e| e.to_string()), columns, &values)?
+    HeatMap::new("Load of the first layer, top 1", (0..8).map(|e| e.to_string()), columns, &values)?
         .x_label("step")
         .y_label("expert")
         .save(folder.plot("load"))?;
@@ -380,14 +387,17 @@ fn balance(
     Ok((rows, verdicts))
 }
 
-/// One private run: (validation loss along the way, test loss, ε).
+/// Steps and validation losses along a private run, its test loss, ε.
+type PrivateRun = (Vec<(f64, f64)>, f64, f64);
+
+/// One private run.
 fn train_privately(
     arm: &Arm,
     text: &Text,
     (epsilon, steps, batch): (f64, u64, f64),
     lr: f64,
     seed: u64,
-) -> Result<(Vec<(f64, f64)>, f64, f64)> {
+) -> Result<PrivateRun> {
     let model = Gpt::new(arm.config.clone(), seed)?;
     let records = text.train.len();
     let config = PrivacyConfig::target(epsilon, DELTA).records(records).expected_batch(batch).steps(steps);

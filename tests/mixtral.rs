@@ -101,9 +101,12 @@ fn per_sample_gradients_are_those_of_each_sample_alone() {
     check::per_sample(&|| model.losses(&x, &y, &Ctx::train(0)), &model.params().all(), 1, 1e-9).unwrap();
 }
 
+/// Changes a file's tensors and its configuration.
+type Change<'a> = &'a dyn Fn(&mut Vec<(String, Array)>, &mut serde_json::Value);
+
 #[test]
 fn a_file_that_does_not_fit_is_told_by_name() {
-    let edit = |layout: &str, change: &dyn Fn(&mut Vec<(String, Array)>, &mut serde_json::Value)| {
+    let edit = |layout: &str, change: Change| {
         let folder = Scratch::new("mixtral-edit");
         let from = data().join(layout);
         let mut tensors = load_arrays(from.join("model.safetensors")).unwrap();

@@ -426,8 +426,7 @@ fn a_private_step_refuses_what_mixes_samples() {
             objective(&moe.forward(&x, &Ctx::train(0))?)
         });
         // Outside of a private step it is as good as any other.
-        let mut plain =
-            PlainStep::new(&step.flat().params().to_vec(), Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let mut plain = PlainStep::new(step.flat().params(), Sgd::default(), Schedule::constant(0.1)).unwrap();
         plain.run_one(|| objective(&moe.forward(&x, &Ctx::train(0))?)).unwrap();
         message.err().map(|e| e.to_string()).unwrap_or_default()
     };
@@ -512,6 +511,42 @@ device_tests! {
             }
         }
     }
+}
+
+/// A private step with experts on the device, recorded or not, is the same step, and the host reads nothing in it.
+#[cfg(feature = "emulator")]
+#[test]
+fn a_recorded_private_step_reads_nothing() {
+    use prismgrad::device::emulator::{config, lock, stat};
+    let _one = lock();
+    config("seed", 1);
+    let device = prismgrad::Device::cuda(0).unwrap();
+    let run = |recorded: bool| {
+        let c = MoeConfig { balance: Balance::PerSample(0.1), z: 0.1, shared: 1, ..MoeConfig::new(3, 2, 4) };
+        let params = Params::new(4, DType::F32);
+        let moe = Moe::new(&params, D, &c).unwrap();
+        params.to(&device).unwrap();
+        let batch = |t: u64| Array::generate(&[4, 3, D], DType::F32, |i| noise(100 * t + i as u64));
+        let x = batch(0).to(&device).unwrap();
+        // Every record in every batch.
+        let config = PrivacyConfig::target(1e3, 1e-4).records(4).expected_batch(4.0).steps(100).noise_multiplier(1.5);
+        let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(9)).unwrap();
+        let mut step = PrivateStep::new(&params.all(), privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let losses = || objective(&moe.forward(&Tensor::new(x.clone()), &Ctx::train(0))?);
+        step.run(4, |_| losses()).unwrap();
+        let mut graph = recorded.then(|| step.capture(4, losses).unwrap());
+        for t in 1..4 {
+            let (next, before) = (batch(t), stat("synchronisations"));
+            match &mut graph {
+                Some(graph) => step.replay(graph, |_| x.refill(&next)).map(drop),
+                None => x.refill(&next).and_then(|()| step.run(4, |_| losses()).map(drop)),
+            }
+            .unwrap();
+            assert_eq!(stat("synchronisations"), before, "the host waits, recorded {recorded}");
+        }
+        params.all().iter().map(|p| p.value().to_f64()).collect::<Vec<_>>()
+    };
+    assert!(run(false) == run(true));
 }
 
 #[test]

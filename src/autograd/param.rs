@@ -20,6 +20,7 @@ struct Inner {
     dtype: DType,
     value: RwLock<Array>,
     trainable: AtomicBool,
+    placed: AtomicBool,
 }
 
 impl Param {
@@ -32,6 +33,7 @@ impl Param {
             dtype: value.dtype(),
             value: RwLock::new(value.contiguous()),
             trainable: AtomicBool::new(true),
+            placed: AtomicBool::new(false),
         }))
     }
     /// Unique in this process; also the tie-break of every fixed order.
@@ -92,6 +94,15 @@ impl Param {
     /// Whether gradients are taken and updates applied.
     pub fn trainable(&self) -> bool {
         self.0.trainable.load(Ordering::Relaxed)
+    }
+    /// Whether this rank alone holds it, as a rank does its own experts: a step with ranks neither takes its value over from another
+    /// rank nor sums its gradient over them.
+    pub fn placed(&self) -> bool {
+        self.0.placed.load(Ordering::Relaxed)
+    }
+    /// Says so. To be done before the step is made.
+    pub fn set_placed(&self, on: bool) {
+        self.0.placed.store(on, Ordering::Relaxed);
     }
     /// Freezes or thaws.
     pub fn set_trainable(&self, on: bool) {

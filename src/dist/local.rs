@@ -103,9 +103,22 @@ impl Local {
         }
         Ok(board)
     }
-    /// Everybody's array for this call, in the order of the ranks.
+    /// Everybody's array for this call, in the order of the ranks. The share of its bytes that this rank sends is counted for each
+    /// of the others.
     fn exchange(&self, kind: &str, what: &str, data: &Array, share: f64) -> Result<Vec<Array>> {
         let call = format!("{kind} of {what} {:?} {}", data.shape(), data.dtype());
+        let all = self.post(call, data)?;
+        let bytes = (data.numel() * data.dtype().size()) as f64;
+        self.count(bytes * share * (self.size as f64 - 1.0));
+        Ok(all)
+    }
+    /// A collective has been made, in which this rank sent so many bytes.
+    fn count(&self, bytes: f64) {
+        self.calls.fetch_add(1, Relaxed);
+        self.bytes.fetch_add(bytes.round() as u64, Relaxed);
+    }
+    /// Everybody's array, if all ranks made the same call.
+    fn post(&self, call: String, data: &Array) -> Result<Vec<Array>> {
         if data.device().is_cuda() {
             return Err(self.error(&call, "local ranks exchange arrays of the CPU".into()));
         }
@@ -143,9 +156,6 @@ impl Local {
                 self.error(&call, format!("rank {r} is at {}: the ranks have taken different paths", other.call)),
             ));
         }
-        self.calls.fetch_add(1, Relaxed);
-        let all = (data.numel() * data.dtype().size()) as f64;
-        self.bytes.fetch_add((all * share * (self.size as f64 - 1.0)).round() as u64, Relaxed);
         Ok(posts.into_iter().map(|p| p.data).collect())
     }
     /// Bytes in units of (N − 1) times the buffer.
@@ -217,6 +227,36 @@ impl Communicator for Local {
         let own = self.rank * n..(self.rank + 1) * n;
         let all = self.exchange("all_to_all", what, x, self.one_nth())?;
         self.join(&all.iter().map(|a| a.slice(0, own.clone())).collect::<Result<Vec<_>>>()?)
+    }
+    fn all_to_all_rows(&self, what: &str, x: &Array, rows: &[usize]) -> Result<(Array, Vec<usize>)> {
+        let op = "all_to_all_rows";
+        if rows.len() != self.size || x.rank() == 0 || x.shape()[0] != rows.iter().sum::<usize>() {
+            let why = format!("{rows:?} rows for {} ranks of {:?}", self.size, x.shape());
+            return Err(self.error(op, why));
+        }
+        // Counts first, then rows: their number differs from rank to rank, the rest of their shape does not.
+        let counts: Vec<i64> = rows.iter().map(|&r| r as i64).collect();
+        let counts = self.post(format!("counts of {what}"), &Array::from_slice(&counts, &[self.size])?)?;
+        let counts = counts.iter().map(|c| c.to_vec::<i64>()).collect::<Result<Vec<_>>>()?;
+        let all = self.post(format!("{op} of {what} rows of {:?} {}", &x.shape()[1..], x.dtype()), x)?;
+        let mine = counts.iter().zip(&all).map(|(counts, x)| {
+            let before: i64 = counts[..self.rank].iter().sum();
+            x.slice(0, before as usize..(before + counts[self.rank]) as usize)
+        });
+        let mine = mine.collect::<Result<Vec<Array>>>()?;
+        let received: Vec<usize> = counts.iter().map(|c| c[self.rank] as usize).collect();
+        let mut shape = x.shape().to_vec();
+        shape[0] = received.iter().sum();
+        let mut out = Array::zeros(&[shape.iter().product()], x.dtype());
+        let mut at = 0;
+        for part in mine {
+            out.write(at, &part.reshape(&[part.numel()])?)?;
+            at += part.numel();
+        }
+        let row = x.shape()[1..].iter().product::<usize>() * x.dtype().size();
+        let away = x.shape()[0] - rows[self.rank];
+        self.count((away * row + 8 * (self.size - 1)) as f64);
+        Ok((out.reshape(&shape)?, received))
     }
     fn barrier(&self) -> Result<()> {
         self.exchange("barrier", "all", &Array::zeros(&[0], DType::U8), 0.0).map(|_| ())

@@ -5,8 +5,10 @@
 //! stalls makes the others stop with a sentence that names it.
 
 mod local;
+mod shared;
 
 pub use local::Local;
+pub use shared::Shared;
 
 use crate::array::Array;
 use crate::base::Result;
@@ -17,7 +19,7 @@ pub struct Traffic {
     /// Collectives.
     pub calls: u64,
     /// Bytes this rank would send in a ring: 2·(N−1)/N of a buffer for an all-reduce, (N−1)/N for a reduce-scatter, a broadcast
-    /// or an all-to-all, N−1 parts for an all-gather.
+    /// or an all-to-all, N−1 parts for an all-gather; of an exchange of rows, the rows for other ranks and a count for each.
     pub bytes: u64,
 }
 
@@ -38,6 +40,10 @@ pub trait Communicator: Send {
     fn broadcast(&self, what: &str, x: &Array, root: usize) -> Result<Array>;
     /// Part r of `x [N·n]` goes to rank r: the result has everybody's part for this rank, in order.
     fn all_to_all(&self, what: &str, x: &Array) -> Result<Array>;
+    /// Rows of `x [n, …]` for each rank, `rows` of them for one rank after the other: the result has everybody's rows for this
+    /// rank, in the order of the ranks, and how many there are of each. Ranks may send any number, and need not know what they will
+    /// receive. The traffic is what this rank sends to the others.
+    fn all_to_all_rows(&self, what: &str, x: &Array, rows: &[usize]) -> Result<(Array, Vec<usize>)>;
     /// Returns when all ranks are here.
     fn barrier(&self) -> Result<()>;
     /// What went through so far.

@@ -265,6 +265,10 @@ impl Gpt {
         }
         Ok((losses, layers))
     }
+    /// Spreads the experts of every mixture over ranks ([`Moe::place`]).
+    pub fn place_experts(&mut self, ranks: &crate::dist::Shared) -> Result<()> {
+        self.blocks.iter_mut().filter_map(TransformerBlock::moe_mut).try_for_each(|moe| moe.place(ranks))
+    }
     /// The mixture of experts of each layer, `None` where it has an MLP.
     pub fn moe(&self) -> Vec<Option<&Moe>> {
         self.blocks.iter().map(TransformerBlock::moe).collect()

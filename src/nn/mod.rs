@@ -38,7 +38,7 @@ pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuild
 pub use layers::{RmsNorm, RmsNormBuilder};
 pub use lora::LoraConfig;
 pub use module::{Module, Sequential};
-pub use moe::{Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary};
+pub use moe::{Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary, expert_traffic};
 pub(crate) use params::take;
 pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};

@@ -188,6 +188,16 @@ impl Params {
         store.push(param.clone());
         Ok(param)
     }
+    /// Puts a parameter of the same name in the place of one of the store.
+    pub(crate) fn swap(&self, new: &Param) -> Result<()> {
+        match self.lock().iter_mut().find(|p| p.name() == new.name()) {
+            Some(old) => {
+                *old = new.clone();
+                Ok(())
+            }
+            None => Err(Error::invalid("Params", format!("there is no {}", new.name()))),
+        }
+    }
     /// All parameters of the store below this scope, in order of creation.
     pub fn all(&self) -> Vec<Param> {
         let below = format!("{}.", self.prefix);

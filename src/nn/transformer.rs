@@ -155,9 +155,12 @@ impl TransformerBlockBuilder {
         let feed = match &self.moe {
             None => {
                 let mlp = Mlp::builder(d, hidden).act(self.act).init(init).init_out(init_out);
-                Feed::Dense(mlp.build(&params.at("mlp"))?)
+                Feed::Dense(Box::new(mlp.build(&params.at("mlp"))?))
             }
-            Some(c) => Feed::Moe(Moe::builder(d, c).init(init).init_out(init_out).build(&params.at("moe"))?),
+            Some(c) => {
+                let moe = Moe::builder(d, c).init(init).init_out(init_out).build(&params.at("moe"))?;
+                Feed::Moe(Box::new(moe))
+            }
         };
         Ok(TransformerBlock {
             name: params.prefix().to_string(),
@@ -173,8 +176,8 @@ impl TransformerBlockBuilder {
 
 /// What follows attention in a block.
 enum Feed {
-    Dense(Mlp),
-    Moe(Moe),
+    Dense(Box<Mlp>),
+    Moe(Box<Moe>),
 }
 
 /// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`; with a mixture of experts in
@@ -221,6 +224,13 @@ impl TransformerBlock {
     /// The mixture of experts, if the block has one.
     pub fn moe(&self) -> Option<&Moe> {
         match &self.feed {
+            Feed::Dense(_) => None,
+            Feed::Moe(moe) => Some(moe),
+        }
+    }
+    /// The same, to be changed: [`Moe::place`].
+    pub fn moe_mut(&mut self) -> Option<&mut Moe> {
+        match &mut self.feed {
             Feed::Dense(_) => None,
             Feed::Moe(moe) => Some(moe),
         }

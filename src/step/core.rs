@@ -134,8 +134,10 @@ impl Core {
         if self.flat.device().is_cuda() {
             return Err(Error::invalid("with_ranks", "ranks are on the CPU so far; move the model there"));
         }
-        let first = ranks.broadcast("parameters", self.flat.buffer(), 0)?;
-        self.flat.update(|params, _| params.write(0, &first))?;
+        for stretch in self.flat.shared() {
+            let first = ranks.broadcast("parameters", &self.flat.buffer().slice(0, stretch.clone())?, 0)?;
+            self.flat.update(|params, _| params.write(stretch.start, &first))?;
+        }
         self.ranks = Some(ranks);
         Ok(())
     }

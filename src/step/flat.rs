@@ -104,6 +104,18 @@ impl Flat {
     pub fn range(&self, p: &Param) -> Option<Range<usize>> {
         self.index(p).map(|i| self.layout.segments()[i].range.clone())
     }
+    /// The stretches of the buffer that the ranks share: all but the placed parameters ([`Param::placed`]).
+    pub(crate) fn shared(&self) -> Vec<Range<usize>> {
+        let mut out: Vec<Range<usize>> = Vec::new();
+        for (p, s) in self.params.iter().zip(self.layout.segments()) {
+            match out.last_mut() {
+                _ if p.placed() => {}
+                Some(last) if last.end == s.range.start => last.end = s.range.end,
+                _ => out.push(s.range.clone()),
+            }
+        }
+        out
+    }
     /// Number of trainable elements.
     pub fn numel(&self) -> usize {
         self.buffer.numel()

@@ -153,11 +153,14 @@ impl Plan {
             },
             group: clipping.map(|c| c.group_of[i]),
         });
-        let (n, each) = (flat.numel(), flat.numel() * flat.dtype().size());
+        let each = flat.numel() * flat.dtype().size();
+        let buckets = |r: Range<usize>| {
+            (0..r.len().div_ceil(BUCKET)).map(move |b| r.start + b * BUCKET..r.end.min(r.start + (b + 1) * BUCKET))
+        };
         Plan {
             params: params.collect(),
             groups,
-            buckets: (0..n.div_ceil(BUCKET)).map(|b| b * BUCKET..n.min((b + 1) * BUCKET)).collect(),
+            buckets: flat.shared().into_iter().flat_map(buckets).collect(),
             bytes: [("parameters", each), ("gradients", each), ("optimizer", slots * each)],
             predicted: None,
             measured: None,
@@ -172,7 +175,7 @@ impl Plan {
     pub fn groups(&self) -> &[(f64, usize)] {
         &self.groups
     }
-    /// The stretches of the flat gradient that are summed over the ranks one after the other.
+    /// The stretches of the flat gradient that are summed over the ranks one after the other; placed parameters are in none.
     pub fn buckets(&self) -> &[Range<usize>] {
         &self.buckets
     }

@@ -9,6 +9,7 @@ use crate::ops::linear::Layout;
 use crate::ops::route::Routing;
 use crate::{Param, Samples, Tensor};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// What an expert is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -53,6 +54,19 @@ impl Stack {
         let bias = if swiglu { None } else { Some(params.param("bias", &[experts, p], Init::Zeros)?) };
         Ok(Stack { weight, bias, layout })
     }
+    /// Keeps the experts in the range alone, as a parameter of this rank.
+    fn place(&mut self, params: &Params, own: &Range<usize>) -> Result<()> {
+        let part = |p: &Param| {
+            let new = Param::new(p.name(), p.value().slice(0, own.clone())?.copy());
+            new.set_trainable(p.trainable());
+            new.set_placed(true);
+            params.swap(&new)?;
+            Ok(new)
+        };
+        self.weight = part(&self.weight)?;
+        self.bias = self.bias.as_ref().map(part).transpose()?;
+        Ok(())
+    }
     fn forward<'a>(
         &self,
         x: &Tensor,
@@ -84,6 +98,13 @@ impl Experts {
                 down: stack("down_proj", h, d, init_out)?,
             },
         })
+    }
+    /// Keeps the experts in the range alone.
+    pub(super) fn place(&mut self, params: &Params, own: &Range<usize>) -> Result<()> {
+        match self {
+            Experts::Mlp { fc, proj, .. } => [fc, proj].into_iter().try_for_each(|s| s.place(params, own)),
+            Experts::SwiGlu { gate, up, down } => [gate, up, down].into_iter().try_for_each(|s| s.place(params, own)),
+        }
     }
     /// `[T, d]` → a row for each choice, `[T·k, d]`, sorted by expert. `samples` says whose the rows are.
     pub(super) fn forward(&self, x: &Tensor, routing: &Routing, samples: &Samples) -> Result<Tensor> {

@@ -5,22 +5,26 @@
 
 mod experts;
 mod losses;
+mod parallel;
 mod stats;
 
 pub use experts::ExpertKind;
 pub use losses::Balance;
+pub use parallel::expert_traffic;
 pub use stats::{RouterStats, RouterSummary};
 
 use super::{Ctx, Init, Linear, Mlp, Params, SwiGlu};
 use crate::array::Array;
 use crate::autograd::samples_or_leading;
 use crate::base::{DType, Error, Result, philox};
+use crate::dist::Shared as Ranks;
 use crate::ops::combine::combine;
 use crate::ops::route::{Choice, Gate, route};
 use crate::random::masks;
 use crate::{Param, Samples, Tensor};
 use experts::Experts;
 use losses::Losses;
+use parallel::Placement;
 use serde::{Deserialize, Serialize};
 
 /// Sizes and options of a [`Moe`] layer.
@@ -174,6 +178,8 @@ pub struct Moe {
     shared: Option<Shared>,
     bias: Option<Param>,
     id: u64,
+    params: Params,
+    placement: Option<Placement>,
 }
 
 /// Options of a [`Moe`] layer, from [`Moe::builder`].
@@ -220,7 +226,8 @@ impl MoeBuilder {
             _ => None,
         };
         let name = params.prefix().to_string();
-        Ok(Moe { name, config: c, d, router, experts, shared, bias, id: params.id("jitter") })
+        let (id, params) = (params.id("jitter"), params.clone());
+        Ok(Moe { name, config: c, d, router, experts, shared, bias, id, params, placement: None })
     }
 }
 
@@ -292,8 +299,10 @@ impl Moe {
                 Some(kept)
             }
         };
-        let rows = routing.samples(samples)?;
-        let y = self.experts.forward(flat, &routing, &rows)?;
+        let y = match &self.placement {
+            Some(placement) => placement.forward(&self.experts, flat, &routing)?,
+            None => self.experts.forward(flat, &routing, &routing.samples(samples)?)?,
+        };
         let out = combine(&y, &weights, &routing)?;
         let losses = Losses { config: c, logits, routing: &routing, samples }.all()?;
         Ok((out, losses, RouterStats::new(logits.array().clone(), routing, kept)))
@@ -308,6 +317,21 @@ impl Moe {
         let zero = Tensor::new(Array::zeros(&[1], (value.dtype(), &value.device())));
         let sign = over.gt(&zero)?.cast(value.dtype())?.sub(&over.lt(&zero)?.cast(value.dtype())?)?;
         bias.set(Tensor::new(value).sub(&sign.mul_scalar(rate)?)?.into_array())
+    }
+    /// Spreads the experts over ranks (Lepikhin et al. 2021, section 3): this rank keeps its share of them, tokens travel to the rank
+    /// that holds their expert and the outputs come back. Numbers are those of one rank. Call it on every rank, with the same
+    /// parameters, before the step is made; give the step a handle on the same communicator (`with_ranks`), so that the other
+    /// parameters' gradients are summed. From then on `experts.…` in the store is this rank's part, and every rank must take part
+    /// in every forward and backward pass, with at least one sample. On the CPU; a private step refuses it. Use
+    /// [`expert_traffic`] for what it sends.
+    pub fn place(&mut self, ranks: &Ranks) -> Result<()> {
+        if self.placement.is_some() {
+            return Err(Error::invalid("Moe::place", format!("{} is on ranks already", self.name)));
+        }
+        let placement = Placement::new(ranks.clone(), self.config.experts);
+        self.experts.place(&self.params, &placement.own())?;
+        self.placement = Some(placement);
+        Ok(())
     }
     /// What each logit is multiplied by while training: `[T, experts]`.
     fn jitter(&self, samples: &Samples, ctx: &Ctx, (seed, dtype): (u64, DType)) -> Result<Array> {
@@ -338,6 +362,12 @@ impl Moe {
             return Err(Error::privacy(format!(
                 "{layer} drops tokens beyond a capacity of {capacity}: whether a sample's token is dropped depends on the \
                  other samples. Set capacity to None, with which no token is dropped"
+            )));
+        }
+        if self.placement.is_some() {
+            return Err(Error::privacy(format!(
+                "{layer} has its experts on several ranks: a sample's norm would lie on all of them, and summing it is not \
+                 there yet. Keep the experts on every rank (no Moe::place) and give the step the ranks (with_ranks)"
             )));
         }
         let what = match self.config.balance {
