@@ -42,6 +42,7 @@ pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};
+use crate::ops::attention::Documents;
 use crate::{DType, Samples, Tensor};
 
 /// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.
@@ -57,6 +58,9 @@ pub struct Ctx {
     /// embeddings their outputs, and every op follows its input. With bf16 this is mixed precision: parameters, norms of
     /// gradients, sums and updates stay f32.
     pub dtype: Option<DType>,
+    /// The documents of packed sequences, or the lengths of padded ones, to which attention keeps; every sequence is one document if
+    /// not given. See [`Documents`].
+    pub documents: Option<Documents>,
 }
 
 impl Ctx {
@@ -75,6 +79,16 @@ impl Ctx {
     /// The same with activations of a dtype ([`Ctx::dtype`]).
     pub fn with_dtype(&self, dtype: DType) -> Ctx {
         Ctx { dtype: Some(dtype), ..self.clone() }
+    }
+    /// The same for sequences that are padded to a common length: sequence b of the batch is its first `lengths[b]` positions. No
+    /// position attends to padding, and the attention of padding is zeros. What is made of the sequences afterwards, such as a mean
+    /// over positions or a loss, has to leave the padding out as well.
+    pub fn with_lengths(&self, lengths: &[usize]) -> Ctx {
+        self.with_documents(Documents::lengths(lengths))
+    }
+    /// The same for packed sequences, each of which holds several documents.
+    pub fn with_documents(&self, documents: Documents) -> Ctx {
+        Ctx { documents: Some(documents), ..self.clone() }
     }
     /// What goes into the layers: `x` in the dtype of activations.
     pub fn activations(&self, x: &Tensor) -> Result<Tensor> {
