@@ -105,7 +105,7 @@ device_tests! {
                 let together = values_and_gradients(&x, span, Some(Documents::lengths(&lengths)));
                 for (b, n) in lengths.into_iter().enumerate() {
                     let row = |a: &Array, r: std::ops::Range<usize>| {
-                        a.slice(0, b as usize..b + 1).unwrap().slice(1, r).unwrap().to_f64()
+                        a.slice(0, b..b + 1).unwrap().slice(1, r).unwrap().to_f64()
                     };
                     let one = x.slice(0, b..b + 1).unwrap().slice(1, 0..n).unwrap();
                     let alone = values_and_gradients(&one.contiguous(), span, None);
