@@ -45,7 +45,8 @@ use crate::base::{Result, philox};
 use crate::ops::attention::Documents;
 use crate::{DType, Samples, Tensor};
 
-/// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.
+/// What every layer of a forward pass is given besides its input: whether the model is being trained, the seed of the dropout masks, which
+/// rows belong to which sample, which positions belong together, and the dtype of activations.
 #[derive(Clone, Debug, Default)]
 pub struct Ctx {
     /// Dropout is on.

@@ -1,8 +1,10 @@
-//! Attention by blocks: scores live in tiles of the cache, never as a T × T matrix.
+//! Attention by blocks: scores are tiles in the cache, never a T × T matrix.
 //!
-//! Everything is computed transposed, queries along the vector: a panel of `nr` queries is one vector operand, so the
-//! softmax over keys runs lane by lane without horizontal sums, and a block of probabilities is already packed for the
-//! next product. Spans are loop bounds: blocks that no query of a panel sees are never touched. FLOPs 4·pairs·D forward,
+//! Everything is computed transposed, with queries along the vector. A panel is `nr` queries (32 in f32 with AVX-512), the width of
+//! the micro-kernel of `gemm`, and a tile is `mr` keys (12) by one panel, row-major, so that a row of it is one key against all
+//! queries of the panel. Maximum, exponential and sum over the keys then go lane by lane, without sums across a vector, and the
+//! probabilities of some keys, row after row, are what the micro-kernel takes as its packed right operand: P goes into P·V without
+//! being rearranged. Spans are loop bounds: tiles that no query of a panel sees are not computed. FLOPs 4·pairs·D forward,
 //! 10·pairs·D backward. Forward is parallel over (document, head, query block), backward over (document, key head).
 
 use crate::array::Array;
@@ -133,9 +135,11 @@ impl<'a, T> Target<'a, T> {
     }
 }
 
-/// Keys of one pass over a query panel: their probabilities stay in the cache.
+/// Keys of one pass over a query panel: 240 · 32 probabilities of f32 are 30 KiB and stay in the first-level cache between the softmax
+/// and the product with V. It is a multiple of every `mr`.
 const KEYS: usize = 240;
-/// Query panels handled together in backward, so that products over queries are long enough.
+/// Query panels handled together in backward. The products dK = dSᵀ·Q and dV = Pᵀ·dO sum over queries, and a micro-kernel call over only
+/// one panel of 32 would spend as much on loading and storing its tile as on multiplying; over 128 it is a quarter of that.
 const PANELS: usize = 4;
 
 /// A scratch buffer of elements.
@@ -217,7 +221,20 @@ fn panel_ranges(
     (any, all)
 }
 
-/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query.
+/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query; rows of no part are not written.
+///
+/// A task is one head of one part and a stretch of its query panels. It packs the keys that the stretch sees once (K by rows, so that the
+/// scores sum over D; V by columns, so that the output sums over keys), which reads each of them once from memory, and then goes
+/// through its panels. For a panel it keeps, in the first-level cache, the packed queries (nr·D), the scores of up to [`KEYS`] keys and the
+/// output so far (D·nr, transposed); the running maximum m and sum z of each query are in two arrays of a lane each. A pass over up
+/// to [`KEYS`] keys
+///
+/// 1. computes the scores tile by tile, masks them, and raises the maximum: m' = max(m, s),
+/// 2. rescales what there is: z and the output by exp(m − m'),
+/// 3. replaces the scores by exp(s − m') and adds them to z,
+/// 4. adds Pᵀ·V, tile by tile of D, to the output.
+///
+/// At the end the output is divided by z. This is the online softmax of FlashAttention (Dao et al. 2022, algorithm 1).
 pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (out, lse): (&mut [T], &mut [T])) {
     let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
     let (mr, nr) = (kern.mr, kern.nr);
@@ -360,7 +377,19 @@ fn drop_probabilities<T: Kernels>(
     }
 }
 
-/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp.
+/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp; rows of no part are not written.
+///
+/// With P = exp(S − lse), δᵢ = Σ outᵢ·gradᵢ and dS = P ⊙ (grad·Vᵀ − δ)·scale: dV = Pᵀ·grad, dQ = dS·K, dK = dSᵀ·Q (Dao et al. 2022,
+/// algorithm 4). Five products of 2·pairs·D FLOPs. A task is one key head of one part with all query heads that share it, so that dK and dV are
+/// summed by one thread, in order. It packs K by rows (for S), V by rows (for grad·Vᵀ) and K by columns (for dQ) once, and keeps dK and dV
+/// of all its keys in `ksum` and `vsum`, as tiles. Then, for [`PANELS`] panels of queries at a time and up to [`KEYS`] keys:
+///
+/// 1. for each tile of `mr` keys and each panel, S and grad·Vᵀ by two micro-kernel calls over D, then P and dS in the same tile,
+/// 2. both are turned (queries become the packed steps of a sum: `pt` and `dst`), and dV and dK of these keys grow by one call over all
+///    queries for each tile of D,
+/// 3. dS of all panels is kept for the pass; at its end dQ of each panel grows by one call over up to [`KEYS`] keys for each tile of D.
+///
+/// All tiles of one pass are in the first two cache levels: 4·240·32 values of dS are 120 KiB in f32.
 pub fn backward<T: Kernels>(
     p: &Problem,
     (q, k, v): (View<T>, View<T>, View<T>),

@@ -289,6 +289,8 @@ fn unit_last(a: &Array) -> Array {
     if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
 }
 
+/// Scaled dot-product attention (Vaswani et al. 2017, equation 1): softmax(q·kᵀ·scale)·v over the keys that each query sees.
+///
 /// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
 /// fused projection are read in place. A query that sees no key gives zeros.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
