@@ -8,9 +8,14 @@
 //       bound > 0: bound·(2u − 1); bound 0: u in [0, 1).
 //   philox_normal_{f32,f64} (T* y, i64 n, u64 seed, u64 stream, f64 std)      grid ceil(n / 512)
 //       std·z, Box and Muller in f64; the logarithm, sine and cosine are written out below.
-//   chacha_gaussian_{f32,f64} (T* y, i64 n, ChaChaKey key, u64 step, u64 first, f32 std, const u64* live)
-//       y[i] += std·z(key, step, first + i). grid ceil(16·groups / 256), groups = ceil((first + n) / 256) − first / 256.
-//       live, if not null, holds the step (for captured graphs). The key is never written to memory.
+//   chacha_digest (const u32* words, i64 n, const u32* key, u32* out)         grid ceil(n / 2048)
+//       Four words for each chunk of 2048: one level of src/random/digest.rs.
+//   chacha_release (ChaChaKey key, u64 step, u64 context0, u64 context1, const u32* digest, u32* out, const u64* live)
+//       grid 1, block 32. The eight words of a release's key; digest may be null: all zeros.
+//   chacha_gaussian_{f32,f64} (T* y, i64 n, const u32* key, u64 step, u64 first, f64 std, f64 magic, const u64* live)
+//       y[i] ← grid(y[i] + std·z(key, step, first + i)); magic is 1.5·2⁵² steps of the grid.
+//       grid ceil(16·groups / 256), groups = ceil((first + n) / 256) − first / 256.
+//   live, if not null, holds the step (for captured graphs). Only keys of single releases are ever in memory.
 
 // ---------------------------------------------------------------- Philox 4×32-10
 struct Four { u32 v[4]; };
@@ -136,9 +141,8 @@ DEV void quarter(u32& a, u32& b, u32& c, u32& d) {
     a += b; d = rotate(d ^ a, 8);
     c += d; b = rotate(b ^ c, 7);
 }
-// Block `counter` of the noise stream of a step: 16 words.
-DEV void chacha_block(const ChaChaKey& key, u64 counter, u64 step, u32 (&x)[16]) {
-    const u32 domain = 0x6e6f6973u;
+// Block `counter` of a stream of a step: 16 words.
+DEV void chacha_block(const ChaChaKey& key, u64 counter, u32 domain, u64 step, u32 (&x)[16]) {
     u32 init[16] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u, key.word[0], key.word[1], key.word[2], key.word[3],
                     key.word[4], key.word[5], key.word[6], key.word[7], (u32)counter, domain ^ (u32)(counter >> 32),
                     (u32)step, (u32)(step >> 32)};
@@ -158,19 +162,25 @@ DEV void chacha_block(const ChaChaKey& key, u64 counter, u64 step, u32 (&x)[16])
 #pragma unroll
     for (int i = 0; i < 16; i++) x[i] += init[i];
 }
-// ln u for u = (a + ½)/2³², near 1 taken from 1 − u; and sine and cosine of b/2³² of a turn: as src/random/chacha.rs.
+// √(−2·ln u) for u = (a + ½)/2³², near 1 taken from 1 − u, and for u = (2³²·a + b + ½)/2⁶⁴; and sine and cosine of b/2³² of a
+// turn: as src/random/chacha.rs.
 DEV F unit_of(u32 a) { return F((float)a) * __uint_as_float(0x2f800000u) + __uint_as_float(0x2f000000u); }
-DEV F ln_uniform(u32 a) {
-    u32 bits = bits_of(unit_of(a).v);
+DEV F radius_of(F u, bool near_one, F rest) {
+    u32 bits = bits_of(u.v);
     i32 e = (i32)(bits - 0x3f3504f3u) >> 23;
     F m = F(__uint_as_float(bits - ((u32)e << 23))) - 1.f, ef = (float)e;
-    if (a >= 0xc0000000u) {
-        m = F(-unit_of(~a).v);
+    if (near_one) {
+        m = F(-rest.v);
         ef = 0.f;
     }
     F s = m / (2.f + m), z = s * s;
     F p = 1.f + z * (1.f / 3.f + z * (1.f / 5.f + z * (1.f / 7.f + z * F(1.f / 9.f))));
-    return ef * 0.6933594f + (ef * -2.1219444e-4f + 2.f * s * p);
+    return F(sqrtf((-2.f * (ef * 0.6933594f + (ef * -2.1219444e-4f + 2.f * s * p))).v));
+}
+DEV F radius(u32 a) { return radius_of(unit_of(a), a >= 0xc0000000u, unit_of(~a)); }
+DEV F rare_radius(u32 a, u32 b) {
+    F u = F((float)((u64)a << 32 | b)) * __uint_as_float(0x1f800000u) + __uint_as_float(0x1f000000u);
+    return radius_of(u, false, F(0.f));
 }
 DEV void sin_cos_turn(u32 b, F& sine, F& cosine) {
     u32 q = (b + (1u << 29)) >> 30;
@@ -182,29 +192,92 @@ DEV void sin_cos_turn(u32 b, F& sine, F& cosine) {
     cosine = (q + 1) & 2 ? F(-d.v) : d;
 }
 // A thread per ChaCha block: word w of block l of a group of 16 is element 256·group + 16·w + l, so that 16 neighbouring
-// threads write 16 neighbouring elements. About 700 integer and 400 float operations for 16 normals.
+// threads write 16 neighbouring elements. About 700 integer, 400 float and 130 double operations for 16 normals, and in one block of
+// 8,000 the words of a second one.
 template <class T>
-DEV void gaussian_body(T* y, i64 n, const ChaChaKey& key, u64 step, u64 first, float std, const u64* live) {
+DEV void gaussian_body(T* y, i64 n, const u32* words, u64 step, u64 first, double std, double magic, const u64* live) {
     u64 block = first / 256 * 16 + (u64)blockIdx.x * 256 + threadIdx.x, at = block / 16 * 256 + block % 16, end = first + n;
     if (block / 16 * 256 >= end) return;
+    if (live) step = *live;
+    ChaChaKey key;
+#pragma unroll
+    for (int i = 0; i < 8; i++) key.word[i] = words[i];
     u32 x[16];
-    chacha_block(key, block, live ? *live : step, x);
+    chacha_block(key, block, 0x6e6f6973u, step, x);
 #pragma unroll
     for (int pair = 0; pair < 8; pair++) {
-        F r = sqrtf((-2.f * ln_uniform(x[2 * pair])).v), s, c;
+        F r = radius(x[2 * pair]), s, c;
+        if (x[2 * pair] < (1u << 16)) {
+            u32 more[16], second = 0;
+            chacha_block(key, block, 0x7461696cu, step, more);
+#pragma unroll
+            for (int i = 0; i < 16; i++) second = i == 2 * pair ? more[i] : second;
+            r = rare_radius(x[2 * pair], second);
+        }
         sin_cos_turn(x[2 * pair + 1], s, c);
-        float z[2] = {(std * (r * c)).v, (std * (r * s)).v};
+        // Products of two f32 numbers are exact in f64.
+        D z[2] = {D((double)r.v) * (double)c.v, D((double)r.v) * (double)s.v};
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             u64 e = at + (2 * pair + k) * 16;
-            if (e >= first && e < end) y[e - first] = add_rn(y[e - first], (T)z[k]);
+            if (e < first || e >= end) continue;
+            D sum = D((double)y[e - first]) + std * z[k];
+            D rounded = (sum + magic) - magic;
+            y[e - first] = (T)(fabs(sum.v) < magic * (1.0 / 3.0) ? rounded.v : sum.v);
         }
     }
 }
 #define CHACHA(T, S)                                                                                           \
-    KERNEL chacha_gaussian_##S(T* y, i64 n, const __grid_constant__ ChaChaKey key, u64 step, u64 first,        \
-                               float std, const u64* live) {                                                   \
-        gaussian_body(y, n, key, step, first, std, live);                                                      \
+    KERNEL chacha_gaussian_##S(T* y, i64 n, const u32* key, u64 step, u64 first, double std, double magic,     \
+                               const u64* live) {                                                              \
+        gaussian_body(y, n, key, step, first, std, magic, live);                                               \
     }
 CHACHA(float, f32)
 CHACHA(double, f64)
+
+// The key of a release is three blocks in turn: of the step, of what scales the noise, of what it is added to.
+KERNEL chacha_release(const __grid_constant__ ChaChaKey key, u64 step, u64 context0, u64 context1, const u32* digest, u32* out,
+                      const u64* live) {
+    if (threadIdx.x) return;
+    if (live) step = *live;
+    u64 low[3] = {0x64657269ull << 32, context0, 0}, high[3] = {step, context1, 0};
+    if (digest) {
+        low[2] = digest[0] | (u64)digest[1] << 32;
+        high[2] = digest[2] | (u64)digest[3] << 32;
+    }
+    ChaChaKey now = key;
+#pragma unroll 1
+    for (int i = 0; i < 3; i++) {
+        u32 x[16];
+        chacha_block(now, (u32)low[i], (u32)(low[i] >> 32), high[i], x);
+#pragma unroll
+        for (int w = 0; w < 8; w++) now.word[w] = x[w];
+    }
+#pragma unroll
+    for (int w = 0; w < 8; w++) out[w] = now.word[w];
+}
+
+// NH of a chunk, twice: each thread takes four pairs of words, of which 8 bytes are read and 4 multiplied with the key's, so that
+// the pass is bound by memory. Integer sums mod 2⁶⁴ are the same in any order.
+KERNEL chacha_digest(const u32* words, i64 n, const u32* key, u32* out) {
+    __shared__ u64 parts[2][8];
+    i64 from = (i64)blockIdx.x * 2048, count = n - from < 2048 ? n - from : 2048;
+    u64 sum[2] = {0, 0};
+    for (i64 i = 2 * threadIdx.x; i < count; i += 512) {
+        u32 a = words[from + i], b = i + 1 < count ? words[from + i + 1] : 0;
+        sum[0] += (u64)(a + key[i]) * (b + key[i + 1]);
+        sum[1] += (u64)(a + key[i + 2]) * (b + key[i + 3]);
+    }
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        for (int d = 16; d; d /= 2) sum[t] += __shfl_down_sync(0xffffffffu, sum[t], d);
+        if (threadIdx.x % 32 == 0) parts[t][threadIdx.x / 32] = sum[t];
+    }
+    __syncthreads();
+    if (threadIdx.x < 2) {
+        u64 total = 0;
+        for (int w = 0; w < 8; w++) total += parts[threadIdx.x][w];
+        out[4 * (i64)blockIdx.x + 2 * threadIdx.x] = (u32)total;
+        out[4 * (i64)blockIdx.x + 2 * threadIdx.x + 1] = (u32)(total >> 32);
+    }
+}

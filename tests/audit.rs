@@ -68,7 +68,7 @@ fn broken(seed: u64, noise: f64, size: f64, threshold: f64) -> f64 {
     for t in 0..STEPS {
         let batch: Vec<usize> = sampler.batch(t).into_iter().filter(|&i| coins[i]).collect();
         let mut out = vec![0f32; CANARIES];
-        add_gaussian(&key, t, 0, (noise * SIGMA) as f32, &mut out);
+        add_gaussian(&key, t, 0, noise * SIGMA, &mut out);
         scores.iter_mut().zip(&out).for_each(|(s, n)| *s += *n as f64);
         if !batch.is_empty() {
             let l = losses(&w, &batch, &vec![size; batch.len()]).unwrap();

@@ -16,7 +16,7 @@ use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::coupling::Mixture;
 use prismgrad::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, Public, Thresholds, Weight};
-use prismgrad::random::NoiseKey;
+use prismgrad::random::{Grid, NoiseKey};
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor};
 
@@ -84,6 +84,47 @@ device_tests! {
         }
     }
 
+    /// Releases of the same step under the same key that differ in anything carry noise that has nothing in common; the same release
+    /// has the same bits, and its values lie on the grid of its noise.
+    fn no_two_releases_share_noise(device) {
+        const N: usize = 4096;
+        let noise = |sigma: f64, bound: f64, clip: ClipFn, from: f64, slope: f64, dtype: DType| -> Vec<f64> {
+            let w = Param::new("w", Array::generate(&[N], dtype, |_| from).to(device).unwrap());
+            let c = PrivacyConfig::target(1e3, 1e-4).records(40).expected_batch(8.0).steps(100).noise_multiplier(sigma);
+            let c = c.max_grad_norm(bound).clip(clip).style(ClipStyle::AllLayer);
+            let privacy = Privacy::new(c, NoiseKey::from_bytes([5; 32])).unwrap();
+            let params = std::slice::from_ref(&w);
+            let mut step = PrivateStep::new(params, privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
+            let mut sum = Vec::new();
+            step.run(40, |ids| {
+                let losses = || w.per_sample(ids.len())?.square()?.mul_scalar(slope)?.sum(&[1], false);
+                sum = clipped_gradient(&losses()?, params, &ClipStyle::AllLayer, clip, bound)?[0].to_f64();
+                losses()
+            })
+            .unwrap();
+            let std = sigma * step.privacy().sensitivity();
+            let released: Vec<f64> = step.last_gradient().to_f64().iter().map(|g| g * 8.0).collect();
+            assert!(released.iter().all(|g| (g / Grid::of(std).step()).fract() == 0.0));
+            released.iter().zip(sum).map(|(g, s)| (g - s) / std).collect()
+        };
+        let of = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / N as f64;
+        let first = noise(1.0, 1.0, ClipFn::Abadi, 0.1, 1.0, DType::F32);
+        assert!((of(&first, &first) - 1.0).abs() < 0.1, "variance {}", of(&first, &first));
+        assert_eq!(first, noise(1.0, 1.0, ClipFn::Abadi, 0.1, 1.0, DType::F32), "the same release");
+        for (what, other) in [
+            ("another noise multiplier", noise(3.0, 1.0, ClipFn::Abadi, 0.1, 1.0, DType::F32)),
+            ("another threshold", noise(1.0, 0.25, ClipFn::Abadi, 0.1, 1.0, DType::F32)),
+            ("another threshold with the same noise", noise(4.0, 0.25, ClipFn::Abadi, 0.1, 1.0, DType::F32)),
+            ("another clip function", noise(1.0, 1.0, ClipFn::default(), 0.1, 1.0, DType::F32)),
+            ("other parameters", noise(1.0, 1.0, ClipFn::Abadi, 1e-3, 1.0, DType::F32)),
+            ("another loss", noise(1.0, 1.0, ClipFn::Abadi, 0.1, -1.0, DType::F32)),
+            ("another dtype", noise(1.0, 1.0, ClipFn::Abadi, 0.1, 1.0, DType::F64)),
+        ] {
+            let rho = of(&first, &other);
+            assert!(rho.abs() < 4.5 / (N as f64).sqrt(), "{what}: correlation {rho}");
+        }
+    }
+
     /// g = α·(clipped sum + noise)/B₁ + (1 − α)·mean of the public gradients, however it is cut into microbatches.
     fn coupled_steps_are_the_weighted_mean(device) {
         let public = [7usize, 8, 9];
@@ -115,6 +156,8 @@ device_tests! {
             let off = distance(a, b);
             assert!(off < 1e-9, "{what}: {off:e}");
         };
+        // Private sums are rounded to the grid of their noise, and this divided by the expected batch.
+        let grid = Grid::of(1.0).step() / 4.0;
         close(&clipped, &step.last_gradient().to_f64(), "private");
         let model = gpt(device);
         let mut step = PlainStep::new(&model.params().all(), Sgd::default(), Schedule::constant(0.1)).unwrap();
@@ -123,7 +166,7 @@ device_tests! {
         for (alpha, microbatch) in [(0.25, 100), (0.25, 3), (0.8, 1)] {
             let (mixed, _, report, spent) = gradient(alpha, microbatch);
             let want: Vec<f64> = clipped.iter().zip(&alone).map(|(a, b)| alpha * a + (1.0 - alpha) * b).collect();
-            close(&mixed, &want, &format!("α = {alpha}"));
+            assert!(distance(&mixed, &want) <= grid * (1.0 + 1e-6), "α = {alpha}: {:e}", distance(&mixed, &want));
             assert_eq!((spent, report.samples), (1, ids.len() + 3));
             assert!(report.loss().unwrap().is_finite());
         }
@@ -283,8 +326,8 @@ fn only_private_steps_are_counted() {
     assert_eq!(resumed.privacy().steps(), 2);
 }
 
-/// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, one that
-/// would reuse noise over other parameters is refused, one under another key is another release, a damaged log is refused.
+/// Every private step is on disk before it is taken: ε after a kill is never below the truth, a repeated step counts once, another
+/// sum of the same batch or a step under another key is another release, another rate or a damaged log is refused.
 #[test]
 fn the_log_of_steps_outlives_a_kill() {
     let folder = Scratch::new("log");
@@ -296,9 +339,8 @@ fn the_log_of_steps_outlives_a_kill() {
         PrivateStep::new(std::slice::from_ref(w), p, Sgd::default(), Schedule::constant(0.1))
     };
     let make = |seed: u64, sigma: f64| make_from(&start(&[0.0; 3]), seed, sigma);
-    // Records without a gradient: only the noise moves the parameters.
     let try_go = |step: &mut PrivateStep, w: &Param| {
-        step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(0.0)?.sum(&[1], false)).map(|r| r.epsilon)
+        step.run(40, |ids| w.per_sample(ids.len())?.square()?.sum(&[1], false)).map(|r| r.epsilon)
     };
     let go = |step: &mut PrivateStep, w: &Param| try_go(step, w).unwrap();
     let w = start(&[0.0; 3]);
@@ -325,31 +367,44 @@ fn the_log_of_steps_outlives_a_kill() {
     let e = make(1, 1.0).err().unwrap().to_string();
     assert!(e.contains("in use by another run"), "{e}");
     drop(again);
-    // Under the same key, neither another noise multiplier nor another threshold is a repetition.
-    let same = start(&saved[2]);
-    for (sigma, norm) in [(3.0, 1.0), (1.0, 0.25)] {
+    // Under the same key, neither another noise multiplier, nor another threshold, nor other parameters are a repetition: each
+    // is a further sum of the batch of step 2, which then tells as much as one with less noise.
+    let accounted = |steps: u64, releases: &[f64]| {
+        let mut truth = Accountant::new();
+        truth.record(1.0, 0.1, steps - 1).unwrap();
+        truth.record(releases.iter().map(|s| s.powi(-2)).sum::<f64>().powf(-0.5), 0.1, 1).unwrap();
+        truth.epsilon(1e-4).unwrap()
+    };
+    let mut releases = vec![1.0];
+    for (sigma, norm, from) in [(3.0, 1.0, &saved[2]), (1.0, 0.25, &saved[2]), (1.0, 1.0, &vec![7.0; 3])] {
+        let w = start(from);
         let c = config(40).noise_multiplier(sigma).max_grad_norm(norm);
         let p = Privacy::new(c, NoiseKey::from_seed_for_tests(1)).unwrap().log_to(&path).unwrap();
-        let mut other =
-            PrivateStep::new(std::slice::from_ref(&same), p, Sgd::default(), Schedule::constant(0.1)).unwrap();
+        let mut other = PrivateStep::new(std::slice::from_ref(&w), p, Sgd::default(), Schedule::constant(0.1)).unwrap();
         other.restore(2, &[]).unwrap();
-        let e = try_go(&mut other, &same).err().unwrap().to_string();
-        assert!(e.contains("the same noise"), "σ {sigma}, R {norm}: {e}");
+        releases.push(sigma);
+        let (epsilon, want) = (go(&mut other, &w), accounted(6, &releases));
+        assert!((epsilon - want).abs() < 1e-9 && other.privacy().steps() == 6, "σ {sigma}, R {norm}: {epsilon} {want}");
     }
-    // The same noise over other parameters would cancel in the difference.
-    let far = start(&[7.0; 3]);
-    let mut elsewhere = make_from(&far, 1, 1.0).unwrap();
-    elsewhere.restore(2, &[]).unwrap();
-    let e = try_go(&mut elsewhere, &far).err().unwrap().to_string();
-    assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
-    drop(elsewhere);
+    // Two batches drawn by one key at other rates are not independent.
+    let c = config(40).noise_multiplier(1.0).expected_batch(5.0);
+    let p = Privacy::new(c, NoiseKey::from_seed_for_tests(1)).unwrap().log_to(&path).unwrap();
+    let w = start(&saved[2]);
+    let mut other = PrivateStep::new(std::slice::from_ref(&w), p, Sgd::default(), Schedule::constant(0.1)).unwrap();
+    other.restore(2, &[]).unwrap();
+    let e = try_go(&mut other, &w).err().unwrap().to_string();
+    assert!(e.contains("step 2") && e.contains("sampling rate") && e.contains("fresh key"), "{e}");
+    drop(other);
     // Cut off in the middle of a line: that step was never taken.
     let text = std::fs::read_to_string(&path).unwrap();
-    assert_eq!(text.lines().count(), 6);
+    assert_eq!(text.lines().count(), 9);
     std::fs::write(&path, &text[..text.len() - 9]).unwrap();
     let torn = make(1, 1.0).unwrap();
-    assert_eq!(torn.privacy().steps(), 5);
+    let want = accounted(6, &releases[..3]);
+    assert!((torn.privacy().spent().unwrap() - want).abs() < 1e-9);
     drop(torn);
+    let five: String = text.lines().take(5).map(|l| format!("{l}\n")).collect();
+    std::fs::write(&path, five).unwrap();
     let fresh = start(&[0.0; 3]);
     let mut other = make_from(&fresh, 2, 2.0).unwrap();
     let before = other.privacy().spent().unwrap();
@@ -408,7 +463,9 @@ fn the_released_gradient_is_sum_plus_noise_over_the_expected_batch() {
         assert!(size > 0 && size != 8, "a batch whose size is not the expected one: {size}");
         let got = step.last_gradient().to_f64();
         let off = got.iter().zip(&noise).zip(sum).map(|((g, n), s)| (g - (s + n) / 8.0).abs());
-        assert!(off.fold(0.0, f64::max) < 1e-12, "a batch of {size}");
+        // Both were rounded to the grid.
+        assert!(off.fold(0.0, f64::max) <= Grid::of(std).step() / 8.0, "a batch of {size}");
+        assert!(got.iter().all(|g| (g * 8.0 / Grid::of(std).step()).fract() == 0.0));
     }
 }
 
@@ -428,32 +485,50 @@ fn a_record_has_one_loss_and_a_failed_step_leaves_nothing() {
     assert_eq!((step.steps(), w.value().to_f64()), (0, vec![0.0; 3]));
 }
 
-/// Without a log as well: a step that is taken again in this process is counted once if it is the same, and refused if it is not;
-/// going back to a checkpoint never lowers the count.
+/// Without a log as well: a step that is taken again in this process is counted once if it is the same, and otherwise as another
+/// sum of the same batch; going back to a checkpoint never lowers the count.
 #[test]
 fn going_back_spends_nothing_less() {
     let w = Param::new("w", Array::zeros(&[3], DType::F64));
     let mut step = private(std::slice::from_ref(&w), config(40), Sgd::default());
-    let go = |step: &mut PrivateStep| step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(0.0)?.sum(&[1], false));
+    let go = |step: &mut PrivateStep, scale: f64| {
+        step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(scale)?.sum(&[1], false)).unwrap()
+    };
     let mut states = Vec::new();
     for _ in 0..5 {
         states.push(w.value());
-        go(&mut step).unwrap();
+        go(&mut step, 1.0);
     }
     let spent = step.privacy().spent().unwrap();
     step.restore(2, &[]).unwrap();
     assert_eq!((step.steps(), step.privacy().steps(), step.privacy().spent().unwrap()), (2, 5, spent));
-    let e = go(&mut step).err().unwrap().to_string();
-    assert!(e.contains("step 2") && e.contains("the same noise"), "{e}");
-    w.set(states[2].clone()).unwrap();
-    let report = go(&mut step).unwrap();
-    assert_eq!((report.epsilon, step.privacy().steps()), (spent, 5), "the same step again");
+    let report = go(&mut step, 1.0);
+    assert_eq!((report.epsilon, step.privacy().steps()), (spent, 5), "the same sum, whatever the parameters");
     assert!(report.test_key && report.to_string().contains("NOT private"), "{report}");
+    step.restore(2, &[]).unwrap();
+    w.set(states[2].clone()).unwrap();
+    let report = go(&mut step, -1.0);
+    let mut truth = Accountant::new();
+    truth.record(1.0, 0.1, 4).unwrap();
+    truth.record(0.5f64.sqrt(), 0.1, 1).unwrap();
+    assert!((report.epsilon - truth.epsilon(1e-4).unwrap()).abs() < 1e-9, "{} {spent}", report.epsilon);
     // A checkpoint that knows of more steps than this process has taken raises the count, and only once.
     (0..2).for_each(|_| step.restore(8, &[]).unwrap());
     assert_eq!(step.privacy().steps(), 8);
     step.restore(3, &[]).unwrap();
     assert_eq!(step.privacy().steps(), 8);
+    // What a budget does not allow is refused before the sum has its noise, also where the step is not new.
+    let tight = PrivacyConfig { epsilon: spent * 1.001, ..config(40) };
+    let mut step = private(std::slice::from_ref(&w), tight, Sgd::default());
+    for _ in 0..5 {
+        go(&mut step, 1.0);
+    }
+    step.restore(2, &[]).unwrap();
+    go(&mut step, 1.0);
+    step.restore(2, &[]).unwrap();
+    let e = step.run(40, |ids| w.per_sample(ids.len())?.mul_scalar(-1.0)?.sum(&[1], false)).err().unwrap().to_string();
+    assert!(e.contains("budget"), "{e}");
+    assert_eq!(step.last_gradient().to_f64(), [0.0; 3]);
 }
 
 /// Noise that f32 cannot hold would be no noise.

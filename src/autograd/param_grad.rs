@@ -2,11 +2,14 @@
 
 use super::{Factor, Param};
 use crate::array::Array;
+use crate::autograd::factor::Norm;
 use crate::autograd::factor::{cpu, cuda as gpu_factored};
 use crate::base::{DType, Error, Result};
 use crate::device::Device;
+use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{Bounded, UNCERTAIN, sum_sq, upwards};
 use crate::with_float;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -157,21 +160,55 @@ impl ParamGrad {
             sq.iter_mut().filter(|s| **s < 0.0).for_each(|s| *s = 0.0);
             return Ok(sq);
         }
+        Ok(self.norms()?.iter().map(|n| if n.sq.value < 0.0 { 0.0 } else { n.sq.value }).collect())
+    }
+    /// Squared norms per sample, on the CPU, with what bounds them.
+    fn norms(&self) -> Result<Vec<Norm>> {
         self.expect_samples()?;
         let factors = self.sorted()?;
         with_float!("sample_sq_norms", self.dtype(), |T| {
-            cpu::collect(self.samples, |i| {
-                let mut sum = 0.0;
-                for (k, f) in factors.iter().enumerate() {
-                    sum += f.sq_norm::<T>(i, self.numel())?;
-                    for other in &factors[k + 1..] {
-                        sum += 2.0 * f.inner::<T>(i, other, i, self.numel())?;
-                    }
-                }
-                // Rounding may leave a cross term a little below zero; NaN has to stay NaN, so that it is seen.
-                Ok(if sum < 0.0 { 0.0 } else { sum })
+            cpu::collect(self.samples, |i| match &factors[..] {
+                [one] => one.norm::<T>(i, self.numel()),
+                all => self.norm_of_uses::<T>(all, i),
             })
         })
+    }
+    /// The norm of sample `i` of a parameter with several uses: by the inner products of all pairs of them, or of its gradient,
+    /// where that is shorter to form or the inner products cancel.
+    fn norm_of_uses<T: Kernels>(&self, factors: &[Factor], i: usize) -> Result<Norm> {
+        let rows: usize = factors.iter().map(|f| f.rows_of(i)).sum();
+        let widths = factors.iter().map(Factor::widths).max().unwrap_or(0);
+        let mut norm = Norm { rows, ..Norm::default() };
+        let pairs = rows * rows / 2 * widths > rows * self.numel() + 2 * self.numel();
+        if !pairs {
+            for (k, f) in factors.iter().enumerate() {
+                let own = f.norm::<T>(i, self.numel())?;
+                norm.sq += own.sq;
+                norm.reach += own.reach;
+                for other in &factors[k + 1..] {
+                    let cross = f.inner::<T>(i, other, i, self.numel())?;
+                    norm.sq += Bounded { value: 2.0 * cross.value, error: 2.0 * cross.error };
+                }
+            }
+            let sizes = norm.reach * norm.reach;
+            norm.sq.error += f64::EPSILON * factors.len() as f64 * sizes;
+            if norm.sq.error <= UNCERTAIN * norm.sq.value {
+                return Ok(norm);
+            }
+        } else {
+            for f in factors {
+                norm.reach += f.norm::<T>(i, self.numel())?.reach;
+            }
+        }
+        let mut x = vec![T::ZERO; self.numel()];
+        factors.iter().try_for_each(|f| f.sample_add::<T>(i, &mut x))?;
+        Ok(Norm { sq: Bounded { value: sum_sq(&x), error: 0.0 }, ..norm })
+    }
+    /// Upper bounds on the squared norms of what the samples add to a weighted sum, on the CPU: what clipping has to divide by.
+    fn sq_bounds(&self) -> Result<Vec<f64>> {
+        let chain = self.factors.iter().map(Factor::chain).sum();
+        let norms = self.norms()?;
+        with_float!("sample_sq_norms", self.dtype(), |T| Ok(norms.iter().map(|n| n.bound::<T>(chain)).collect()))
     }
     /// Norms and clipped sum in one pass, for a group whose other members' squared norms are already in `base`:
     /// totalᵢ = baseᵢ + |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
@@ -200,7 +237,7 @@ impl ParamGrad {
         {
             return Ok(totals);
         }
-        let totals: Vec<f64> = self.sample_sq_norms()?.iter().zip(base).map(|(n, b)| n + b).collect();
+        let totals: Vec<f64> = self.sq_bounds()?.iter().zip(base).map(|(n, b)| n + b).collect();
         let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
         self.add_sum(Some(&weights), out)?;
         Ok(totals)
@@ -212,12 +249,15 @@ impl ParamGrad {
         }
         Ok(())
     }
-    /// The gradient in the form in which it is best kept until the samples' weights are known, and |gᵢ|² per sample.
+    /// The gradient in the form in which it is best kept until the samples' weights are known, and an upper bound on |gᵢ|² per
+    /// sample.
     ///
     /// Where the per-sample gradients of a single use take no more memory than its operands, they are formed: the norms
-    /// need them anyway, and the weighted sum is then one pass over them instead of a second product.
+    /// need them anyway, and the weighted sum is then one pass over them instead of a second product. The same is done for a
+    /// parameter that is used many times.
     pub(crate) fn kept(self) -> Result<(ParamGrad, Vec<f64>)> {
         let formed = self.samples * self.numel() * self.dtype().size();
+        let single = self.factors.len() == 1;
         if let [one] = &self.factors[..]
             && one.forms_for_norms()
             && formed <= self.bytes()
@@ -225,18 +265,22 @@ impl ParamGrad {
             self.expect_samples()?;
             let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
             let mut grads = Array::uninit(&shape, self.dtype());
-            let norms = with_float!("sample_sq_norms", self.dtype(), |T| one.form::<T>(grads.fresh_mut::<T>()))?;
+            let norms = with_float!("sample_sq_norms", self.dtype(), |T| {
+                let mut norms = one.form::<T>(grads.fresh_mut::<T>())?;
+                norms.iter_mut().for_each(|n| *n *= upwards(T::UNIT));
+                Ok(norms)
+            })?;
             return Ok((ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self }, norms));
         }
-        let form = self.factors.iter().all(Factor::forms_as_it_sums) && 2 * formed <= self.bytes();
-        let kept = match form {
+        let sums = self.factors.iter().all(Factor::forms_as_it_sums) && 2 * formed <= self.bytes();
+        let kept = match sums || (!single && formed <= self.bytes()) {
             true => {
                 let grads = self.per_sample()?;
                 ParamGrad { factors: smallvec::smallvec![Factor::PerSample { grads }], ..self }
             }
             false => self,
         };
-        let norms = kept.sample_sq_norms()?;
+        let norms = kept.sq_bounds()?;
         Ok((kept, norms))
     }
     /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
@@ -252,10 +296,12 @@ impl ParamGrad {
         let factors = self.sorted()?;
         let mut out = Array::zeros(&shape, self.dtype());
         with_float!("per_sample", self.dtype(), |T| {
-            for (i, g) in out.as_mut_slice::<T>()?.chunks_exact_mut(self.numel().max(1)).enumerate() {
-                factors.iter().try_for_each(|f| f.sample_add::<T>(i, g))?;
-            }
-            Ok(())
+            let all = Shared::new(out.as_mut_slice::<T>()?);
+            cpu::collect(self.samples, |i| {
+                // SAFETY: each sample has its own part.
+                let g = unsafe { all.slice(i * self.numel()..(i + 1) * self.numel()) };
+                factors.iter().try_for_each(|f| f.sample_add::<T>(i, g))
+            })
         })?;
         Ok(out)
     }
@@ -277,7 +323,7 @@ impl ParamGrad {
                 let mut sum = 0.0;
                 for f in &a {
                     for h in &b {
-                        sum += f.inner::<T>(k / n, h, k % n, self.numel())?;
+                        sum += f.inner::<T>(k / n, h, k % n, self.numel())?.value;
                     }
                 }
                 Ok(sum)

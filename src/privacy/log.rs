@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 struct Line {
     step: u64,
     key: String,
-    state: String,
+    /// Name of what was released; none where it was not known before the step (on a GPU).
+    release: Option<String>,
     sigma: f64,
     rate: f64,
 }
@@ -22,23 +23,42 @@ struct Line {
 ///
 /// The file is locked while it is open: a second run that opens it is refused, because each would hide the other's steps.
 ///
-/// A step that a resumed process takes again counts once, if key, parameters and machine are those of the first time: it is
-/// the same release. Under the same key but other parameters it is refused: both would carry the same noise, and their
-/// difference none. A step under another key is another release, and counts again.
+/// What counts is a release: the noised sum of one step. A step that a resumed process takes again counts once if it releases
+/// the same bits, which the name of the release tells. Other sums of the same step carry other noise, but come from the same
+/// Poisson batch: together they tell as much about it as one sum with the noise multiplier (Σ σᵢ⁻²)^(−½), and count as that.
 #[derive(Debug)]
 pub struct StepLog {
     file: Option<(File, PathBuf)>,
     key: String,
-    /// What each (step, key) started from.
-    seen: BTreeMap<(u64, String), String>,
-    /// σ and q of every distinct step.
-    history: Vec<(f64, f64)>,
+    /// The releases of each (step, key).
+    seen: BTreeMap<(u64, String), Taken>,
+}
+
+/// The releases of one step under one key.
+#[derive(Clone, Debug)]
+struct Taken {
+    /// Names of the releases that have one, and σ of all.
+    releases: Vec<(Option<String>, f64)>,
+    rate: f64,
+}
+
+impl Taken {
+    /// σ of a single release that tells as much.
+    fn sigma(&self) -> f64 {
+        match &self.releases[..] {
+            [(_, sigma)] => *sigma,
+            all => all.iter().map(|(_, s)| s.powi(-2)).sum::<f64>().powf(-0.5),
+        }
+    }
+    fn has(&self, release: Option<&str>) -> bool {
+        release.is_some() && self.releases.iter().any(|(r, _)| r.as_deref() == release)
+    }
 }
 
 impl StepLog {
     /// A log without a file. `key` is a number that follows from the key and from which the key does not follow.
     pub fn in_memory(key: String) -> StepLog {
-        StepLog { file: None, key, seen: BTreeMap::new(), history: Vec::new() }
+        StepLog { file: None, key, seen: BTreeMap::new() }
     }
     /// Opens or creates a log. A last line that was cut off by a kill is a step that was not taken.
     pub fn open(path: impl AsRef<Path>, key: String) -> Result<StepLog> {
@@ -63,36 +83,47 @@ impl StepLog {
             .map_err(fail)?;
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(|e| Error::io("read the log of private steps", &path, e))?;
-        let (mut seen, mut history) = (BTreeMap::new(), Vec::new());
+        let mut log = StepLog { file: None, key, seen: BTreeMap::new() };
         let whole = text.rfind('\n').map_or(0, |i| i + 1);
         for (i, line) in text[..whole].lines().enumerate() {
             let l: Line = serde_json::from_str(line).map_err(|e| {
                 let what = format!("line {}: {e}; a damaged log would under-report ε, so it is not used", i + 1);
                 Error::format(&path, what)
             })?;
-            if seen.insert((l.step, l.key), l.state).is_none() {
-                history.push((l.sigma, l.rate));
-            }
+            log.add(l);
         }
         file.set_len(whole as u64).map_err(fail)?;
-        Ok(StepLog { file: Some((file, path)), key, seen, history })
+        Ok(StepLog { file: Some((file, path)), ..log })
     }
-    /// Whether this very release is in the log already; an error if another one with its noise is. `state` stands for what
-    /// the step starts from.
-    pub fn has(&self, step: u64, state: &str) -> Result<bool> {
-        match self.seen.get(&(step, self.key.clone())) {
+    fn add(&mut self, l: Line) {
+        let taken = self.seen.entry((l.step, l.key)).or_insert_with(|| Taken { releases: Vec::new(), rate: l.rate });
+        if !taken.has(l.release.as_deref()) {
+            taken.releases.push((l.release, l.sigma));
+            // A log that other versions or hands have written: the larger rate is the safe one.
+            taken.rate = taken.rate.max(l.rate);
+        }
+    }
+    fn own(&self, step: u64) -> Option<&Taken> {
+        self.seen.get(&(step, self.key.clone()))
+    }
+    /// Whether this step has released something under this key; an error if from a batch that was drawn at another rate.
+    pub fn has(&self, step: u64, rate: f64) -> Result<bool> {
+        match self.own(step) {
             None => Ok(false),
-            Some(before) if before == state => Ok(true),
-            Some(before) => Err(Error::privacy(format!(
-                "step {step} was taken before under this key from another state ({before}; now {state}): both would carry the \
-                 same noise, and their difference none. Resume from the checkpoint before that step on the same kind of machine, \
-                 or go on with a fresh key"
+            Some(taken) if taken.rate == rate => Ok(true),
+            Some(taken) => Err(Error::privacy(format!(
+                "step {step} was taken before under this key with a sampling rate of {}, and now it is {rate}: two batches that                  one key has drawn are not independent, and what they tell together cannot be counted. Go on with a fresh key",
+                taken.rate
             ))),
         }
     }
-    /// Writes a step down, and returns once it is on disk.
-    pub fn write(&mut self, step: u64, state: &str, sigma: f64, rate: f64) -> Result<()> {
-        let line = Line { step, key: self.key.clone(), state: state.into(), sigma, rate };
+    /// Whether this very release of a step is in the log.
+    pub fn has_release(&self, step: u64, release: Option<&str>) -> bool {
+        self.own(step).is_some_and(|t| t.has(release))
+    }
+    /// Writes a release down, and returns once it is on disk.
+    pub fn write(&mut self, step: u64, release: Option<String>, sigma: f64, rate: f64) -> Result<()> {
+        let line = Line { step, key: self.key.clone(), release, sigma, rate };
         if let Some((file, path)) = &mut self.file {
             let mut text =
                 serde_json::to_string(&line).map_err(|e| Error::format(&*path, format!("cannot be written: {e}")))?;
@@ -101,16 +132,20 @@ impl StepLog {
                 .and_then(|()| file.sync_data())
                 .map_err(|e| Error::io("write the log of private steps", &*path, e))?;
         }
-        self.seen.insert((step, line.key), line.state);
-        self.history.push((sigma, rate));
+        self.add(line);
         Ok(())
     }
-    /// Distinct steps under this log's own key.
+    /// Steps under this log's own key.
     pub fn own_steps(&self) -> u64 {
         self.seen.keys().filter(|(_, key)| *key == self.key).count() as u64
     }
-    /// σ and q of every distinct step.
-    pub fn history(&self) -> &[(f64, f64)] {
-        &self.history
+    /// σ and q of every step, with one more release of a step under this log's own key if there is `more` (its σ and q).
+    pub fn history(&self, more: Option<(u64, f64, f64)>) -> Vec<(f64, f64)> {
+        let mut all = self.seen.clone();
+        if let Some((step, sigma, rate)) = more {
+            let none = Taken { releases: Vec::new(), rate };
+            all.entry((step, self.key.clone())).or_insert(none).releases.push((None, sigma));
+        }
+        all.values().map(|t| (t.sigma(), t.rate)).collect()
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod chacha;
 pub(crate) mod cuda;
+pub(crate) mod digest;
 
 pub use crate::base::philox::{self, Rng};
-pub use chacha::{NoiseKey, add_gaussian};
+pub use chacha::{Grid, NoiseKey, add_gaussian};

@@ -1,40 +1,75 @@
-//! The noise slot: once per step, on the summed gradient, the same bits on every device and at any number of ranks.
+//! The noise slot: once per step, on the summed gradient.
+//!
+//! The key of the noise follows from the secret key, the step, the noise's scale and a digest of the sum that it is added to
+//! ([`NoiseKey::for_release`]). Two releases that differ in any bit therefore never share noise, whatever the reason (another σ,
+//! loss, data, parameters, rank, device), and a step that is taken again in the same bits is the same release.
 
 use super::privacy::Privacy;
 use crate::array::Array;
-use crate::base::{DType, Result};
+use crate::base::{Error, Result};
 use crate::privacy::Thresholds;
-use crate::random::{self, add_gaussian};
+use crate::random::{self, NoiseKey, add_gaussian, digest};
+use crate::with_float;
 
 impl Privacy {
-    /// Adds N(0, (σ·sensitivity)²) to every element, from (key, step, element index).
-    /// `before` holds the step's number, from 0, where a captured one is replayed.
-    pub(super) fn add_noise(&self, step: u64, before: Option<&Array>, grads: &mut Array) -> Result<()> {
-        let std = self.gradient_noise_multiplier() * self.sensitivity();
-        if let Some(gpu) = grads.gpu() {
-            return random::cuda::add_gaussian(gpu, (&self.key, step, before), std as f32, grads);
-        }
-        match grads.dtype() {
-            DType::F32 => add_gaussian(&self.key, step, 0, std as f32, grads.as_mut_slice::<f32>()?),
-            _ => {
-                let mut noise = vec![0f32; grads.numel()];
-                add_gaussian(&self.key, step, 0, std as f32, &mut noise);
-                grads.as_mut_slice::<f64>()?.iter_mut().zip(&noise).for_each(|(g, &n)| *g += n as f64);
-            }
-        }
-        Ok(())
+    /// What scales the noise of a sum of `numel` elements of `bytes` each, for the derivation of its key.
+    fn context(std: f64, numel: usize, bytes: usize) -> [u32; 4] {
+        let (std, numel) = (std.to_bits(), numel as u64);
+        [std as u32, (std >> 32) as u32, numel as u32, (numel >> 32) as u32 | (bytes as u32) << 24]
     }
-    /// Moves adaptive thresholds after the step numbered `step`, from the counts of its `samples` private samples. `after` is
-    /// the first noise index that the gradient has not used.
-    pub(super) fn adapt(&mut self, step: u64, after: u64, below: &[u64], samples: usize) {
+    fn std(&self) -> f64 {
+        self.gradient_noise_multiplier() * self.sensitivity()
+    }
+    /// The key of the release of `grads` (on the CPU) and, with adaptive thresholds, of the counts `below`; and the release's
+    /// name for the log, from which neither follows.
+    pub(super) fn release_key(&self, step: u64, grads: &Array, below: &[u64]) -> Result<(NoiseKey, String)> {
+        let words = self.digest_key();
+        let sum = with_float!("run", grads.dtype(), |T| {
+            Ok(digest::digest(words, bytemuck::cast_slice::<T, u32>(grads.as_slice::<T>()?)))
+        })?;
+        let context = Privacy::context(self.std(), grads.numel(), grads.dtype().size());
+        let of = |key: &NoiseKey| match self.config().thresholds {
+            Thresholds::Adaptive { .. } => {
+                let counts = digest::digest(words, bytemuck::cast_slice(below));
+                key.for_release(step, [below.len() as u32, 0, 0, u32::MAX], counts).for_release(step, context, sum)
+            }
+            _ => key.for_release(step, context, sum),
+        };
+        Ok((of(&self.key), super::privacy::fingerprint(&of(&NoiseKey::from_bytes(self.key.to_bytes())))))
+    }
+    /// Adds N(0, (σ·sensitivity)²) to every element of a sum on the CPU.
+    pub(super) fn add_noise(&self, key: &NoiseKey, step: u64, grads: &mut Array) -> Result<()> {
+        let std = self.std();
+        with_float!("run", grads.dtype(), |T| {
+            add_gaussian::<T>(key, step, 0, std, grads.as_mut_slice::<T>()?);
+            Ok(())
+        })
+    }
+    /// The same on a GPU, which takes the digest and derives the key itself. `before` holds the step's number, from 0, where a
+    /// captured step is replayed.
+    pub(super) fn add_noise_on_gpu(&self, step: u64, before: Option<&Array>, grads: &Array) -> Result<()> {
+        let gpu = grads.gpu().ok_or_else(|| Error::device("run", "the gradient is on the CPU"))?;
+        let std = self.std();
+        let context = Privacy::context(std, grads.numel(), grads.dtype().size());
+        let digest_key = match self.has_test_key() {
+            true => None,
+            false => Some(self.digest_key_on(gpu)?),
+        };
+        random::cuda::release(gpu, (&self.key, digest_key), (step, before), context, std, grads)
+    }
+    /// Moves adaptive thresholds after the step numbered `step`, from the counts of its `samples` private samples. `key` is that
+    /// of the release.
+    pub(super) fn adapt(&mut self, key: &NoiseKey, step: u64, below: &[u64], samples: usize) {
         let Thresholds::Adaptive { quantile, rate, noise } = self.config().thresholds else { return };
         let batch = self.config().expected_batch;
-        let mut drawn = vec![0f32; below.len()];
-        add_gaussian(&self.key, step, after, (noise * batch) as f32, &mut drawn);
+        let mut drawn = vec![0f64; below.len()];
+        let std = noise * batch;
+        let key = key.for_release(step, Privacy::context(std, below.len(), 0), [1; 4]);
+        add_gaussian(&key, step, 0, std, &mut drawn);
         let mut thresholds = self.clipping.thresholds();
         for ((r, &b), n) in thresholds.iter_mut().zip(below).zip(&drawn) {
             // Each sample adds ±½, so that it moves the count by ½ whichever side it is on.
-            let share = (b as f64 - 0.5 * samples as f64 + *n as f64) / batch + 0.5;
+            let share = (b as f64 - 0.5 * samples as f64 + n) / batch + 0.5;
             *r *= (-rate * (share - quantile)).exp();
         }
         self.clipping.set_thresholds(&thresholds);

@@ -4,11 +4,12 @@ use super::plan::Clipping;
 use crate::array::Array;
 use crate::autograd::Param;
 use crate::base::{Error, Result};
+use crate::device::cuda::Gpu;
 use crate::privacy::accountant::Steps;
 use crate::privacy::{Accountant, ClipFn, ClipStyle, Neighbouring, PoissonSampler, StepLog, Thresholds};
 use crate::random::NoiseKey;
-use crate::with_float;
 use serde::{Deserialize, Serialize};
+use std::sync::{Arc, OnceLock};
 
 /// The target of private training. Everything else follows from it.
 ///
@@ -153,6 +154,8 @@ pub struct Privacy {
     log: StepLog,
     /// Own steps that a checkpoint knows of and the log does not.
     unlogged: u64,
+    digest_key: OnceLock<Vec<u32>>,
+    digest_key_on_gpu: OnceLock<Array>,
 }
 
 impl Privacy {
@@ -185,6 +188,8 @@ impl Privacy {
             clipping: Clipping::default(),
             log: StepLog::in_memory(fingerprint(&key)),
             unlogged: 0,
+            digest_key: OnceLock::new(),
+            digest_key_on_gpu: OnceLock::new(),
             key,
             config,
         })
@@ -196,10 +201,8 @@ impl Privacy {
             return Err(Error::privacy("log_to after the first step: the steps taken before would not be in the file"));
         }
         let log = StepLog::open(path, fingerprint(&self.key))?;
-        for &(sigma, rate) in log.history() {
-            self.accountant.record(sigma, rate, 1)?;
-        }
         self.log = log;
+        self.accountant = self.accounted(None)?;
         Ok(self)
     }
     /// Forms the clipping groups over the parameters of a step.
@@ -319,26 +322,57 @@ impl Privacy {
     pub fn spent(&self) -> Result<f64> {
         self.bound(0)
     }
-    /// Records the step about to be taken, or refuses it. Returns (an upper bound of) ε with it included.
-    /// `params`, flat, are what the step starts from.
-    pub(super) fn admit(&mut self, step: u64, params: &Array) -> Result<f64> {
-        let state = self.state_of(params)?;
-        let repeated = self.log.has(step, &state)?;
-        let more = !repeated as u64;
-        let over = |e: f64| e > self.config.epsilon * (1.0 + 1e-9);
-        let epsilon = self.bound(more)?;
-        if over(epsilon) {
-            let epsilon = self.exactly(more)?;
-            if over(epsilon) {
-                return Err(Error::BudgetSpent { epsilon, budget: self.config.epsilon, steps: self.steps() });
-            }
+    /// The accountant of everything in the log, with one more release of this run's kind at a step if that is given.
+    fn accounted(&self, more: Option<u64>) -> Result<Accountant> {
+        let mut all = Accountant::under(self.config.neighbouring);
+        for (sigma, rate) in self.log.history(more.map(|step| (step, self.sigma, self.rate()))) {
+            all.record(sigma, rate, 1)?;
         }
-        if !repeated {
-            let rate = self.rate();
-            self.log.write(step, &state, self.sigma, rate)?;
-            self.accountant.record(self.sigma, rate, 1)?;
+        if self.unlogged > 0 {
+            all.record(self.sigma, self.rate(), self.unlogged)?;
         }
+        Ok(all)
+    }
+    /// Refuses a step that would exceed the budget, or that cannot be counted, before any work is done for it.
+    pub(super) fn admit(&self, step: u64) -> Result<()> {
+        match self.log.has(step, self.rate())? {
+            // It may be the same release again; otherwise it is refused when its sum is there.
+            true => self.within(self.spent()?, || self.exactly(0)).map(|_| ()),
+            false => self.within(self.bound(1)?, || self.exactly(1)).map(|_| ()),
+        }
+    }
+    /// Records a release that is about to be made, or refuses it. Returns (an upper bound of) ε with it included. `release` is
+    /// its name, or none on a GPU, where reading the sum would wait for the device: then a step that is taken again counts again.
+    pub(super) fn commit(&mut self, step: u64, release: Option<String>) -> Result<f64> {
+        let rate = self.rate();
+        if self.log.has_release(step, release.as_deref()) {
+            return self.within(self.spent()?, || self.exactly(0));
+        }
+        if self.log.has(step, rate)? {
+            // A second sum of the same batch.
+            let all = self.accounted(Some(step))?;
+            let epsilon = all.epsilon(self.config.delta)?;
+            self.within(epsilon, || Ok(epsilon))?;
+            self.log.write(step, release, self.sigma, rate)?;
+            self.accountant = all;
+            return Ok(epsilon);
+        }
+        let epsilon = self.within(self.bound(1)?, || self.exactly(1))?;
+        self.log.write(step, release, self.sigma, rate)?;
+        self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
+    }
+    /// `bound`, or the exact ε where the bound is above the budget; an error where that is above it, too.
+    fn within(&self, bound: f64, exact: impl FnOnce() -> Result<f64>) -> Result<f64> {
+        let budget = self.config.epsilon;
+        let over = |e: f64| e > budget * (1.0 + 1e-9);
+        if !over(bound) {
+            return Ok(bound);
+        }
+        match exact()? {
+            epsilon if over(epsilon) => Err(Error::BudgetSpent { epsilon, budget, steps: self.steps() }),
+            _ => Ok(bound),
+        }
     }
     /// Takes over the number of private steps of a checkpoint, which were taken under this key and configuration. What the log
     /// has of them is not counted twice, and what was counted before stays counted: the count never falls.
@@ -365,27 +399,21 @@ impl Privacy {
             .map_err(|e| Error::privacy(format!("the configuration cannot be written down: {e}")))?;
         Ok(crc32fast::hash(config.as_bytes()))
     }
-    /// What decides the bits of a step besides key and data: the configuration, the kind of machine and, on the CPU, a checksum
-    /// of the parameters (on a GPU that would wait for the device).
-    fn state_of(&self, params: &Array) -> Result<String> {
-        let device = params.device();
-        let machine = format!("{} {}", std::env::consts::ARCH, env!("CARGO_PKG_VERSION"));
-        let state = match device.gpu() {
-            Some(gpu) => format!("{machine} {}", gpu.name()),
-            None => {
-                let level = crate::device::cpu::simd::level();
-                // Read in place: this is done at every step.
-                let sum = with_float!("step", params.dtype(), |T| {
-                    Ok(crc32fast::hash(bytemuck::cast_slice(params.as_slice::<T>()?)))
-                })?;
-                format!("{machine} {level:?} {sum:08x}")
-            }
-        };
-        Ok(format!("{state} configuration {:08x}", self.digest()?))
+    /// The words with which sums are digested, made when they are first needed.
+    pub(super) fn digest_key(&self) -> &[u32] {
+        self.digest_key.get_or_init(|| crate::random::digest::key(&self.key))
+    }
+    /// The same in the memory of the GPU that the step is on.
+    pub(super) fn digest_key_on(&self, gpu: &Arc<Gpu>) -> Result<&Array> {
+        if let Some(key) = self.digest_key_on_gpu.get() {
+            return Ok(key);
+        }
+        let key = crate::random::cuda::digest_key(gpu, &self.key)?;
+        Ok(self.digest_key_on_gpu.get_or_init(|| key))
     }
 }
 
 /// Stands for a key in a log: it follows from the key, and the key does not follow from it.
-fn fingerprint(key: &NoiseKey) -> String {
+pub(super) fn fingerprint(key: &NoiseKey) -> String {
     format!("{:016x}", key.uniform(u64::MAX, 1 << 32).to_bits())
 }

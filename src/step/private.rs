@@ -3,6 +3,7 @@
 use super::capture::{Capture, CapturedPrivateStep};
 use super::core::{Core, Found, Microbatch, PublicPart};
 use super::plan::Plan;
+use super::reduce::Counts;
 use super::update::zero;
 use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
@@ -173,10 +174,11 @@ impl PrivateStep {
         }
         // Values set from outside, as by a checkpoint, are in the buffer from here on.
         self.core.flat.update(|_, _| Ok(()))?;
-        let (records, epsilon) = if share == 0.0 {
-            (Vec::new(), self.privacy.spent()?)
+        let records = if share == 0.0 {
+            Vec::new()
         } else {
-            (self.next_batch(), self.privacy.admit(self.core.steps, self.core.flat.buffer())?)
+            self.privacy.admit(self.core.steps)?;
+            self.next_batch()
         };
         // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
         let expected = self.privacy.expected_batch();
@@ -193,15 +195,14 @@ impl PrivateStep {
             let counts = self.core.accumulate(self.privacy.clipping(), parts, losses, None)?;
             if share == 0.0 {
                 self.core.update(1.0 / counts.samples as f64, None)?;
-            } else {
-                self.release(None)?;
-                self.privacy.adapt(self.core.steps, self.core.flat.numel() as u64, &counts.below, counts.private);
-                self.core.update(share / expected, None)?;
+                return Ok((counts, self.privacy.spent()?));
             }
-            Ok(counts)
+            let epsilon = self.release(&counts)?;
+            self.core.update(share / expected, None)?;
+            Ok((counts, epsilon))
         })();
         match taken {
-            Ok(counts) => {
+            Ok((counts, epsilon)) => {
                 let here = Found::Here(counts.loss, counts.tally);
                 self.report(counts.samples, epsilon, here, 0)
             }
@@ -249,7 +250,7 @@ impl PrivateStep {
                 Ok(Microbatch { losses, public: None })
             };
             core.accumulate(privacy.clipping(), [()], losses, Some(scalars))?;
-            privacy.add_noise(core.steps, Some(&scalars.before), &mut core.grads)?;
+            privacy.add_noise_on_gpu(core.steps, Some(&scalars.before), &core.grads)?;
             core.update(scale, Some(scalars))?;
             Ok(capacity)
         });
@@ -279,7 +280,7 @@ impl PrivateStep {
         fill(&records)?;
         let mask = Array::generate(&[capacity], captured.mask.dtype(), |i| (i < records.len()) as u8 as f64);
         captured.mask.refill(&mask)?;
-        let epsilon = self.privacy.admit(self.core.steps, self.core.flat.buffer())?;
+        let epsilon = self.privacy.commit(self.core.steps, None)?;
         captured.capture.launch(&mut self.core)?;
         let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
         self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
@@ -292,12 +293,24 @@ impl PrivateStep {
         }
         all
     }
-    fn release(&mut self, scalars: Option<&Array>) -> Result<()> {
+    /// Records the release of the summed gradient and adds its noise; adaptive thresholds move. Returns ε with it included.
+    fn release(&mut self, counts: &Counts) -> Result<f64> {
         let _phase = crate::device::spans::span(crate::device::spans::Kind::Phase, "noise");
         let start = std::time::Instant::now();
-        self.privacy.add_noise(self.core.steps, scalars, &mut self.core.grads)?;
+        let (steps, grads) = (self.core.steps, &mut self.core.grads);
+        let epsilon = if grads.gpu().is_some() {
+            let epsilon = self.privacy.commit(steps, None)?;
+            self.privacy.add_noise_on_gpu(steps, None, grads)?;
+            epsilon
+        } else {
+            let (key, name) = self.privacy.release_key(steps, grads, &counts.below)?;
+            let epsilon = self.privacy.commit(steps, Some(name))?;
+            self.privacy.add_noise(&key, steps, grads)?;
+            self.privacy.adapt(&key, steps, &counts.below, counts.private);
+            epsilon
+        };
         self.core.phases.noise += start.elapsed().as_secs_f64();
-        Ok(())
+        Ok(epsilon)
     }
     fn report(&mut self, samples: usize, epsilon: f64, here: Found, padding: u64) -> Result<PrivateReport> {
         let (lr, found) = self.core.end(here)?;

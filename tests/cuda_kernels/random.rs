@@ -36,25 +36,51 @@ fn chacha_bits() {
     let _g = setup();
     for s in SEEDS {
         seed(s);
-        let key = NoiseKey::from_seed_for_tests(4);
-        let words: [u32; 8] =
-            std::array::from_fn(|i| u32::from_le_bytes(key.to_bytes()[4 * i..4 * i + 4].try_into().unwrap()));
+        let key = NoiseKey::from_bytes(std::array::from_fn(|i| 3 * i as u8 + 1));
+        let words: Vec<u32> =
+            key.to_bytes().chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect();
+        let words = Buf::from(&words[..]);
         for (first, n, step) in [(0u64, 1usize, 3u64), (5, 700, 1 << 33), (255, 2, 0), (1 << 36, 4097, 7)] {
             let init: Vec<f64> = round::<f32>(&Rng(1).vec(n));
             let (y, z) = (up::<f32>(&init), up::<f64>(&init));
             let groups = (first + n as u64).div_ceil(256) - first / 256;
             let grid = [(16 * groups).div_ceil(256) as u32, 1, 1];
-            go!("chacha_gaussian_f32", grid; y.ptr, n as i64, words, step, first, 1.7f32, null::<u64>());
+            // 1.5·2⁵² steps of 2⁻²⁰: the grid of a standard deviation from 1 to 2.
+            let magic = 1.5 * 2f64.powi(32);
+            go!("chacha_gaussian_f32", grid; y.ptr, n as i64, words.ptr, step, first, 1.7f64, magic, null::<u64>());
             let mut want: Vec<f32> = init.iter().map(|&x| x as f32).collect();
             add_gaussian(&key, step, first, 1.7, &mut want);
             assert!(y.get() == want, "{first} {n}");
             let live = Buf::from(&[step]);
-            go!("chacha_gaussian_f64", grid; z.ptr, n as i64, words, 99u64, first, 1.7f32, live.ptr);
-            let mut noise = vec![0f32; n];
-            add_gaussian(&key, step, first, 1.7, &mut noise);
-            assert!(z.get().iter().zip(&init).zip(&noise).all(|((z, i), n)| *z == i + *n as f64));
+            go!("chacha_gaussian_f64", grid; z.ptr, n as i64, words.ptr, 99u64, first, 1.7f64, magic, live.ptr);
+            let mut want = init.clone();
+            add_gaussian(&key, step, first, 1.7, &mut want);
+            assert!(z.get() == want, "{first} {n}");
         }
+        // Rare radii: the first block of this key and step with a word below 2¹⁶ in the place of one, found on the CPU.
+        let (n, at) = (1usize << 18, 0u64);
+        let (y, grid) = (up::<f64>(&vec![0.0; n]), [(16 * n.div_ceil(256)).div_ceil(256) as u32, 1, 1]);
+        go!("chacha_gaussian_f64", grid; y.ptr, n as i64, words.ptr, 1u64, at, 1f64, 1.5 * 2f64.powi(32), null::<u64>());
+        let mut want = vec![0f64; n];
+        add_gaussian(&key, 1, at, 1.0, &mut want);
+        assert!(want.iter().any(|z| z.abs() > 4.5) && y.get() == want);
     }
+}
+#[test]
+fn release_keys() {
+    let _g = setup();
+    let key = NoiseKey::from_bytes(std::array::from_fn(|i| 7 * i as u8));
+    let words: [u32; 8] =
+        std::array::from_fn(|i| u32::from_le_bytes(key.to_bytes()[4 * i..4 * i + 4].try_into().unwrap()));
+    let (step, context, digest) = (5u64 << 32 | 9, [1u32, 2, 3, 4], [5u32, 6, 7, 8]);
+    let wide = |a: u32, b: u32| a as u64 | (b as u64) << 32;
+    let (low, high) = (wide(context[0], context[1]), wide(context[2], context[3]));
+    let bytes = |out: &Buf<u32>| -> Vec<u8> { out.get().iter().flat_map(|w| w.to_le_bytes()).collect() };
+    let (given, live, out) = (Buf::from(&digest), Buf::from(&[step]), Buf::<u32>::new(8));
+    go!("chacha_release", [1, 1, 1]; words, step, low, high, given.ptr, out.ptr, null::<u64>());
+    assert_eq!(bytes(&out), key.for_release(step, context, digest).to_bytes());
+    go!("chacha_release", [1, 1, 1]; words, 0u64, low, high, null::<u32>(), out.ptr, live.ptr);
+    assert_eq!(bytes(&out), key.for_release(step, context, [0; 4]).to_bytes());
 }
 fn optimizers<T: El + prismgrad::Element>() {
     let mut r = Rng(1);

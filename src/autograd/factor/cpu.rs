@@ -7,7 +7,8 @@ use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use crate::kernels::gemm::kernel::Kernels;
-use crate::kernels::gemm::{Mat, matmul, norms};
+use crate::kernels::gemm::norms::{self, Bounded, toward_zero};
+use crate::kernels::gemm::{Mat, matmul};
 use crate::kernels::rows as table;
 use std::ops::Range;
 
@@ -16,11 +17,11 @@ pub fn rows<'a, T>(x: &'a [T], width: usize, r: &Range<usize>) -> &'a [T] {
     &x[r.start * width..r.end * width]
 }
 
-/// Weights of samples spread over their rows, if there are any.
+/// Weights of samples spread over their rows, if there are any, rounded towards zero.
 pub fn row_weights<T: Kernels>(weights: Option<&[f64]>, samples: &Samples) -> Option<Vec<T>> {
     weights.map(|w| match samples {
-        Samples::Uniform { each, .. } => w.iter().flat_map(|&w| std::iter::repeat_n(T::from_f64(w), *each)).collect(),
-        Samples::Ragged(_) => (0..samples.rows()).map(|r| T::from_f64(w[samples.owner(r)])).collect(),
+        Samples::Uniform { each, .. } => w.iter().flat_map(|&w| std::iter::repeat_n(toward_zero(w), *each)).collect(),
+        Samples::Ragged(_) => (0..samples.rows()).map(|r| toward_zero(w[samples.owner(r)])).collect(),
     })
 }
 
@@ -40,8 +41,8 @@ pub fn runs(ids: &[u32], range: Range<usize>) -> impl Iterator<Item = Range<usiz
 }
 
 /// `f` of 0…n−1, in parallel, results in order.
-pub fn collect(n: usize, f: impl Fn(usize) -> Result<f64> + Sync) -> Result<Vec<f64>> {
-    let mut out: Vec<Result<f64>> = (0..n).map(|_| Ok(0.0)).collect();
+pub fn collect<R: Default + Send>(n: usize, f: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let mut out: Vec<Result<R>> = (0..n).map(|_| Ok(R::default())).collect();
     let shared = Shared::new(&mut out);
     par_chunks(n, 1, |r| {
         // SAFETY: chunks are disjoint.
@@ -54,16 +55,6 @@ pub fn collect(n: usize, f: impl Fn(usize) -> Result<f64> + Sync) -> Result<Vec<
 /// out += Σₙ wₙ·leftₙ ⊗ rightₙ: 2·n·r·c FLOPs.
 pub fn outer_add<T: Kernels>(left: &[T], right: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
     norms::outer_add(left, right, n, w, out)
-}
-
-/// |Σₜ leftₜ ⊗ rightₜ|².
-pub fn outer_sq_norm<T: Kernels>(left: &[T], right: &[T], n: usize) -> f64 {
-    norms::sq_norm(left, right, n)
-}
-
-/// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ).
-pub fn outer_inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], n: (usize, usize)) -> f64 {
-    norms::inner(l1, r1, l2, r2, n)
 }
 
 /// Fused norm and clipped sum, where it pays: samples of more than a few sorted rows.
@@ -88,6 +79,21 @@ pub fn outer_per_sample<T: Kernels>(left: &Array, right: &Array, samples: &Sampl
     let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
     let dims = (left.shape()[1], right.shape()[1]);
     Ok(norms::per_sample(left.as_slice()?, right.as_slice()?, dims, &ranges, out))
+}
+
+/// Σₙ |gradₙ (⊙ scaleₙ)| over `n` rows: no sum of them, in any order, is longer.
+pub fn row_reach<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize) -> f64 {
+    let p = grad.len() / n.max(1);
+    let row = |i: usize| i * p..(i + 1) * p;
+    match scale {
+        None => (0..n).map(|i| norms::sum_sq(&grad[row(i)]).sqrt()).sum(),
+        Some(scale) => (0..n)
+            .map(|i| {
+                let terms = grad[row(i)].iter().zip(&scale[row(i)]);
+                terms.map(|(g, s)| (g.to_f64() * s.to_f64()).powi(2)).sum::<f64>().sqrt()
+            })
+            .sum(),
+    }
 }
 
 /// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`.
@@ -160,70 +166,83 @@ pub fn lookup_add<T: Kernels>(ids: &[u32], grad: &[T], w: Option<&[T]>, out: &mu
     }
 }
 
-/// Σ x·y in f64.
+/// Σ x·y and Σ |x·y|, in f64.
 #[inline(always)]
-fn dot<T: Kernels>(x: &[T], y: &[T]) -> f64 {
+fn dot<T: Kernels>(x: &[T], y: &[T]) -> (f64, f64) {
     const LANES: usize = 16;
-    let mut lanes = [0.0f64; LANES];
+    let (mut lanes, mut sizes) = ([0.0f64; LANES], [0.0f64; LANES]);
     let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    let tail: f64 = x.remainder().iter().zip(y.remainder()).map(|(x, y)| x.to_f64() * y.to_f64()).sum();
+    let (mut sum, mut size) = (0.0, 0.0);
+    for (x, y) in x.remainder().iter().zip(y.remainder()) {
+        let xy = x.to_f64() * y.to_f64();
+        (sum, size) = (sum + xy, size + xy.abs());
+    }
     for (x, y) in x.zip(y) {
         for l in 0..LANES {
-            lanes[l] += x[l].to_f64() * y[l].to_f64();
+            let xy = x[l].to_f64() * y[l].to_f64();
+            lanes[l] += xy;
+            sizes[l] += xy.abs();
         }
     }
-    lanes.iter().sum::<f64>() + tail
+    (sum + lanes.iter().sum::<f64>(), size + sizes.iter().sum::<f64>())
 }
 
-/// Σ over pairs with equal ids of g1ₜ·g2ₛ: a sort of the ids, then one pass over the rows.
-pub fn lookup_inner<T: Kernels>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p: usize) -> f64 {
+/// Σ over pairs with equal ids of g1ₜ·g2ₛ: a sort of the ids, then one pass over the rows. Rows of one id are added up first, in T:
+/// the result is that of the sums as they were rounded.
+pub fn lookup_inner<T: Kernels>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p: usize) -> Bounded {
+    let (mut value, mut size) = (0.0, 0.0);
+    let mut add = |x: &[T], y: &[T]| {
+        let (v, s) = simd(
+            #[inline(always)]
+            || dot(x, y),
+        );
+        (value, size) = (value + v, size + s);
+    };
     if std::ptr::eq(g1, g2) && std::ptr::eq(ids1, ids2) {
-        let mut sum = 0.0;
-        table::each_sum(ids1, g1, p, |_, s| {
-            sum += simd(
-                #[inline(always)]
-                || dot(s, s),
-            )
+        table::each_sum(ids1, g1, p, |_, s| add(s, s));
+    } else {
+        let (k2, s2) = table::sums(ids2, g2, p);
+        let mut b = 0;
+        table::each_sum(ids1, g1, p, |id, s| {
+            while b < k2.len() && k2[b] < id {
+                b += 1;
+            }
+            if b < k2.len() && k2[b] == id {
+                add(s, &s2[b * p..(b + 1) * p]);
+            }
         });
-        return sum;
     }
-    let (k2, s2) = table::sums(ids2, g2, p);
-    let (mut b, mut sum) = (0, 0.0);
-    table::each_sum(ids1, g1, p, |id, s| {
-        while b < k2.len() && k2[b] < id {
-            b += 1;
-        }
-        if b < k2.len() && k2[b] == id {
-            let other = &s2[b * p..(b + 1) * p];
-            sum += simd(
-                #[inline(always)]
-                || dot(s, other),
-            );
-        }
-    });
-    sum
+    Bounded { value, error: (p + ids1.len() + 64) as f64 * f64::EPSILON * size }
 }
 
 /// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·`leftₛ[idₜ]`: the cross term of an embedding tied to the head.
 /// One product of 2·K·S·p FLOPs for K distinct ids and S rows, K·S memory; `left` has `dims.0` columns (the vocabulary),
 /// `right` `dims.1`.
-pub fn lookup_outer_inner<T: Kernels>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> f64 {
+pub fn lookup_outer_inner<T: Kernels>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> Bounded {
     let (v, p) = dims;
     let n = right.len() / p.max(1);
     let (keys, sums) = table::sums(ids, e, p);
     if keys.is_empty() || n == 0 {
-        return 0.0;
+        return Bounded::default();
     }
     let mut products = vec![T::ZERO; keys.len() * n];
     matmul(Mat::new(&sums, keys.len(), p), Mat::new(right, n, p).t(), false, &mut products);
+    // A dot product over p columns is off by at most γ times the norms of its rows.
+    let (gamma, least) =
+        ((p.min(crate::kernels::gemm::KC) + p / crate::kernels::gemm::KC + 2) as f64 * T::UNIT, p as f64 * T::LEAST);
+    let of_keys: Vec<f64> = sums.chunks_exact(p.max(1)).map(|row| norms::sum_sq(row).sqrt()).collect();
+    let (mut value, mut error) = (0.0, 0.0);
     // Rows of `left` outside: one pass over the columns in use.
-    (0..n)
-        .map(|s| {
-            let row = &left[s * v..(s + 1) * v];
-            keys.iter()
-                .enumerate()
-                .map(|(k, &id)| products[k * n + s].to_f64() * row[id as usize].to_f64())
-                .sum::<f64>()
-        })
-        .sum()
+    for s in 0..n {
+        let row = &left[s * v..(s + 1) * v];
+        let mut off = 0.0;
+        for (k, &id) in keys.iter().enumerate() {
+            let at = row[id as usize].to_f64();
+            value += products[k * n + s].to_f64() * at;
+            off += of_keys[k] * at.abs();
+            error += least * at.abs();
+        }
+        error += gamma * norms::sum_sq(&right[s * p..(s + 1) * p]).sqrt() * off;
+    }
+    Bounded { value, error: 1.01 * error }
 }

@@ -2,12 +2,14 @@
 
 use super::change::Change;
 use super::cuda::{self, Parts, Side};
-use super::{Factor, Kind, cpu, is_rows, width};
+use super::{Factor, Kind, Norm, cpu, is_rows, width};
 use crate::array::Array;
 use crate::autograd::{Groups, Samples};
 use crate::base::Result;
 use crate::device::cuda::{Gpu, layouts};
+use crate::kernels::gemm::KC;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{self, Bounded, UNCERTAIN};
 use std::sync::Arc;
 
 /// The operands of a [`Factor::GroupedOuter`].
@@ -21,15 +23,15 @@ pub(super) struct GroupedOuter<'a> {
 
 impl GroupedOuter<'_> {
     /// ⟨gradient of sample i, gradient of sample j of another grouped product⟩: runs of one group against each other.
-    fn inner_with<T: Kernels>(&self, i: usize, other: &GroupedOuter, j: usize) -> Result<f64> {
+    fn inner_with<T: Kernels>(&self, i: usize, other: &GroupedOuter, j: usize) -> Result<Bounded> {
         let (rd, cd) = (width(self.left), width(self.right));
         let (l1, r1) = (self.left.as_slice::<T>()?, self.right.as_slice()?);
         let (l2, r2) = (other.left.as_slice::<T>()?, other.right.as_slice()?);
-        let (g1, g2, mut sum) = (self.group.ids(), other.group.ids(), 0.0);
+        let (g1, g2, mut sum) = (self.group.ids(), other.group.ids(), Bounded::default());
         for a in cpu::runs(g1, self.samples.range(i)) {
             for b in cpu::runs(g2, other.samples.range(j)) {
                 if g1[a.start] == g2[b.start] {
-                    sum += cpu::outer_inner::<T>(
+                    sum += norms::inner::<T>(
                         cpu::rows(l1, rd, &a),
                         cpu::rows(r1, cd, &a),
                         cpu::rows(l2, rd, &b),
@@ -117,23 +119,36 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         }
         Ok(())
     }
-    fn sq_norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<f64> {
+    fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
         let (rd, cd) = (width(self.left), width(self.right));
         let (left, right, group) = (self.left.as_slice::<T>()?, self.right.as_slice::<T>()?, self.group.ids());
-        let mut runs: Vec<_> = cpu::runs(group, self.samples.range(i)).collect();
+        let range = self.samples.range(i);
+        let mut runs: Vec<_> = cpu::runs(group, range.clone()).collect();
         runs.sort_by_key(|r| group[r.start]);
+        let rows = range.len();
+        let reach = norms::reach(cpu::rows(left, rd, &range), cpu::rows(right, cd, &range), rows);
+        let mut sq = Bounded::default();
         if runs.windows(2).any(|w| group[w[0].start] == group[w[1].start]) {
             // Rows of one group apart from each other: the general form.
-            return self.inner_with::<T>(i, self, i);
+            sq = self.inner_with::<T>(i, self, i)?;
+            if sq.error > UNCERTAIN * sq.value || sq.value < 0.0 {
+                sq = super::formed(numel, |x: &mut [T]| self.sample_add(i, x))?;
+            }
+        } else {
+            for r in runs {
+                sq += norms::sq_norm::<T>(cpu::rows(left, rd, &r), cpu::rows(right, cd, &r), r.len());
+            }
         }
-        let mut sum = 0.0;
-        for r in runs {
-            sum += cpu::outer_sq_norm::<T>(cpu::rows(left, rd, &r), cpu::rows(right, cd, &r), r.len());
-        }
-        Ok(sum)
+        Ok(Norm { sq, reach, rows })
+    }
+    fn widths(&self) -> usize {
+        width(self.left) + width(self.right)
+    }
+    fn chain(&self) -> usize {
+        self.samples.rows() / KC + 4 + self.samples.rows().min(KC)
     }
     /// With another grouped product of the same widths.
-    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<f64>> {
+    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         match other {
             Factor::GroupedOuter { left, right, group, samples } if self.has_widths_of(left, right) => {
                 self.inner_with::<T>(i, &GroupedOuter { left, right, group, samples }, j).map(Some)

@@ -2,13 +2,14 @@
 
 use super::change::Change;
 use super::cuda::{self, Parts, Side};
-use super::{Factor, Kind, cpu, is_rows, width};
+use super::{Factor, Kind, Norm, cpu, is_rows, width};
 use crate::array::Array;
 use crate::array::cuda::on;
 use crate::autograd::Samples;
 use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, layouts};
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::Bounded;
 use std::sync::Arc;
 
 /// The operands of a [`Factor::Lookup`].
@@ -26,7 +27,7 @@ impl Lookup<'_> {
         Ok((&self.ids.as_slice::<u32>()?[r.clone()], cpu::rows(self.grad.as_slice()?, width(self.grad), &r)))
     }
     /// ⟨gradient of sample i, gradient of sample j of another lookup⟩.
-    fn inner_with<T: Kernels>(&self, i: usize, other: &Lookup, j: usize) -> Result<f64> {
+    fn inner_with<T: Kernels>(&self, i: usize, other: &Lookup, j: usize) -> Result<Bounded> {
         let ((ids1, g1), (ids2, g2)) = (self.rows_of::<T>(i)?, other.rows_of::<T>(j)?);
         Ok(cpu::lookup_inner::<T>(ids1, g1, ids2, g2, width(self.grad)))
     }
@@ -61,12 +62,21 @@ impl<'a> Kind<'a> for Lookup<'a> {
         cpu::lookup_add::<T>(self.ids.as_slice()?, self.grad.as_slice()?, w.as_deref(), out);
         Ok(())
     }
-    fn sq_norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<f64> {
-        self.inner_with::<T>(i, self, i)
+    fn norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<Norm> {
+        let (ids, grad) = self.rows_of::<T>(i)?;
+        // Rows of one id are added up before they are squared, as in a sum.
+        Ok(Norm {
+            sq: self.inner_with::<T>(i, self, i)?,
+            reach: cpu::row_reach(grad, None, ids.len()),
+            rows: ids.len(),
+        })
+    }
+    fn widths(&self) -> usize {
+        width(self.grad)
     }
     /// With another lookup, and with an outer product of the same width: an embedding tied to the output head, where left
     /// holds the logits' gradients and right the head's input.
-    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<f64>> {
+    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         match other {
             Factor::Lookup { ids, grad, samples } => {
                 self.inner_with::<T>(i, &Lookup { ids, grad, samples }, j).map(Some)

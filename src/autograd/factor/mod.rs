@@ -32,6 +32,7 @@ use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::Gpu;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{self, Bounded};
 use change::Change;
 use cuda::{Parts, Side};
 use std::ops::Range;
@@ -172,15 +173,22 @@ pub(crate) trait Kind<'a>: Copy {
     fn sample_add<T: Kernels>(&self, i: usize, out: &mut [T]) -> Result<()> {
         self.changed(&Change::Only(self.range(i)))?.add_to::<T>(None, out)
     }
-    /// |gradient of sample i|², for a parameter of `numel` elements.
-    fn sq_norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<f64> {
-        let mut x = vec![T::ZERO; numel];
-        self.sample_add(i, &mut x)?;
-        Ok(x.iter().map(|x| x.to_f64() * x.to_f64()).sum())
+    /// |gradient of sample i|², for a parameter of `numel` elements, and what bounds it.
+    fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
+        let sq = formed(numel, |x: &mut [T]| self.sample_add(i, x))?;
+        Ok(Norm { sq, reach: sq.value.sqrt(), rows: 1 })
+    }
+    /// Columns of all operands: what a pair of rows costs in an inner product.
+    fn widths(&self) -> usize {
+        1
+    }
+    /// Roundings that a part of a sample's gradient may go through, as part of a larger sum, before the rest of it has been added.
+    fn chain(&self) -> usize {
+        self.owners().map_or(1, Samples::rows) + 4
     }
     /// ⟨gradient of sample i, gradient of sample j by `other`⟩ where it can be taken without forming either. It is enough
     /// that one of two kinds knows the other.
-    fn inner<T: Kernels>(&self, _i: usize, _other: &Factor, _j: usize) -> Result<Option<f64>> {
+    fn inner<T: Kernels>(&self, _i: usize, _other: &Factor, _j: usize) -> Result<Option<Bounded>> {
         Ok(None)
     }
     /// Norms and clipped sum in one pass, as in [`ParamGrad::clipped_sum`](crate::ParamGrad::clipped_sum): adds to `out`
@@ -234,6 +242,39 @@ pub(crate) trait Kind<'a>: Copy {
     fn form_on(&self, _gpu: &Arc<Gpu>, _range: Range<usize>, _out: &mut Array) -> Result<bool> {
         Ok(false)
     }
+}
+
+/// |gradient of a sample|², and what bounds the norm of what the sample adds to a clipped sum.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Norm {
+    /// Of the gradient as some sum of its terms gives it, but for the error of taking the norm.
+    pub sq: Bounded,
+    /// Sum of the norms of its terms.
+    pub reach: f64,
+    /// Number of its terms.
+    pub rows: usize,
+}
+
+impl Norm {
+    /// An upper bound on the squared norm of the gradient as any sum in T gives it, where parts of it go through `chain` further
+    /// roundings within a larger sum.
+    ///
+    /// A sum of terms xₜ in floating point, in any order, is off by at most γ·Σ|xₜ| element by element, with γ the number of
+    /// roundings of a term times the unit roundoff u (Higham 2002, section 4.2), so by γ·reach in norm.
+    pub fn bound<T: Kernels>(&self, chain: usize) -> f64 {
+        let gamma = 1.01 * (2 * self.rows + chain + 4) as f64 * T::UNIT;
+        let computed = (self.sq.value.max(0.0) + self.sq.error).sqrt();
+        // A NaN of the value stays one: max() would drop it.
+        let bound = computed + gamma * self.reach + 0.0 * self.sq.value;
+        norms::upwards(T::UNIT) * bound * bound
+    }
+}
+
+/// |x|² of the gradient that `add` adds to zeros.
+fn formed<T: Kernels>(numel: usize, add: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Bounded> {
+    let mut x = vec![T::ZERO; numel];
+    add(&mut x)?;
+    Ok(Bounded { value: norms::sum_sq(&x), error: 0.0 })
 }
 
 /// Number of columns.
@@ -327,7 +368,7 @@ impl Factor {
     }
     /// ⟨gradient of sample i by this factor, gradient of sample j by `other`⟩, without forming either where the kinds
     /// allow it. Both must be sorted. `numel` is the size of the parameter.
-    pub(crate) fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize, numel: usize) -> Result<f64> {
+    pub(crate) fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize, numel: usize) -> Result<Bounded> {
         if let Some(inner) = with_kind!(self, |k| k.inner::<T>(i, other, j))? {
             return Ok(inner);
         }
@@ -338,12 +379,24 @@ impl Factor {
         let (mut x, mut y) = (vec![T::ZERO; numel], vec![T::ZERO; numel]);
         self.sample_add(i, &mut x)?;
         other.sample_add(j, &mut y)?;
-        Ok(x.iter().zip(&y).map(|(&x, &y)| x.to_f64() * y.to_f64()).sum())
+        Ok(Bounded { value: x.iter().zip(&y).map(|(&x, &y)| x.to_f64() * y.to_f64()).sum(), error: 0.0 })
     }
-    /// |gradient of sample i by this factor|². The factor must be sorted.
-    pub(crate) fn sq_norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<f64> {
+    /// |gradient of sample i by this factor|² and what bounds it. The factor must be sorted.
+    pub(crate) fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
         self.expect_samples("sample_sq_norms")?;
-        with_kind!(self, |k| k.sq_norm::<T>(i, numel))
+        with_kind!(self, |k| k.norm::<T>(i, numel))
+    }
+    /// Columns of all operands.
+    pub(crate) fn widths(&self) -> usize {
+        with_kind!(self, |k| k.widths())
+    }
+    /// [`Kind::chain`].
+    pub(crate) fn chain(&self) -> usize {
+        with_kind!(self, |k| k.chain())
+    }
+    /// Number of rows of sample `i`. The factor must be sorted.
+    pub(crate) fn rows_of(&self, i: usize) -> usize {
+        with_kind!(self, |k| k.range(i)).len()
     }
     /// Norms and clipped sum in one pass, where the kind has such a pass and it pays ([`Kind::clipped_add`]).
     pub(crate) fn clipped_add<T: Kernels>(

@@ -2,12 +2,14 @@
 
 use super::change::Change;
 use super::cuda::{self, Parts, Side};
-use super::{Factor, Kind, cpu, is_rows, width};
+use super::{Factor, Kind, Norm, cpu, is_rows, width};
 use crate::array::Array;
 use crate::autograd::Samples;
 use crate::base::Result;
 use crate::device::cuda::{Gpu, layouts};
+use crate::kernels::gemm::KC;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{self, Bounded};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -51,22 +53,27 @@ impl<'a> Kind<'a> for Outer<'a> {
         cpu::outer_add::<T>(self.left.as_slice()?, self.right.as_slice()?, self.samples.rows(), w.as_deref(), out);
         Ok(())
     }
-    fn sq_norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<f64> {
+    fn norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<Norm> {
         let r = self.samples.range(i);
-        Ok(cpu::outer_sq_norm::<T>(
-            cpu::rows(self.left.as_slice()?, width(self.left), &r),
-            cpu::rows(self.right.as_slice()?, width(self.right), &r),
-            r.len(),
-        ))
+        let left = cpu::rows(self.left.as_slice::<T>()?, width(self.left), &r);
+        let right = cpu::rows(self.right.as_slice::<T>()?, width(self.right), &r);
+        Ok(Norm { sq: norms::sq_norm(left, right, r.len()), reach: norms::reach(left, right, r.len()), rows: r.len() })
+    }
+    fn widths(&self) -> usize {
+        width(self.left) + width(self.right)
+    }
+    fn chain(&self) -> usize {
+        let blocks = self.samples.rows() / KC + 4;
+        if self.samples.is_sorted() { blocks } else { blocks + self.samples.rows().min(KC) }
     }
     /// With another outer product of the same widths.
-    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<f64>> {
+    fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         let Factor::Outer { left, right, samples } = other else { return Ok(None) };
         if width(self.left) != width(left) {
             return Ok(None);
         }
         let (a, b) = (self.samples.range(i), samples.range(j));
-        Ok(Some(cpu::outer_inner::<T>(
+        Ok(Some(norms::inner::<T>(
             cpu::rows(self.left.as_slice()?, width(self.left), &a),
             cpu::rows(self.right.as_slice()?, width(self.right), &a),
             cpu::rows(left.as_slice()?, width(left), &b),

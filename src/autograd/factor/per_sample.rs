@@ -2,12 +2,13 @@
 
 use super::change::Change;
 use super::cuda::{self, Parts};
-use super::{Factor, Kind, cpu};
+use super::{Factor, Kind, Norm, cpu};
 use crate::array::Array;
 use crate::autograd::Samples;
 use crate::base::Result;
 use crate::device::cuda::Gpu;
 use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{self, Bounded, toward_zero};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -38,9 +39,17 @@ impl<'a> Kind<'a> for PerSample<'a> {
     }
 
     fn add<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
-        let w: Option<Vec<T>> = weights.map(|w| w.iter().map(|&w| T::from_f64(w)).collect());
+        let w: Option<Vec<T>> = weights.map(|w| w.iter().map(|&w| toward_zero(w)).collect());
         cpu::row_sum_add::<T>(self.grads.as_slice()?, None, self.grads.shape()[0], w.as_deref(), out);
         Ok(())
+    }
+    fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
+        let sq = norms::sum_sq(&self.grads.as_slice::<T>()?[i * numel..(i + 1) * numel]);
+        Ok(Norm { sq: Bounded { value: sq, error: 0.0 }, reach: sq.sqrt(), rows: 1 })
+    }
+    /// A gradient is added at once.
+    fn chain(&self) -> usize {
+        0
     }
     fn sample_add<T: Kernels>(&self, i: usize, out: &mut [T]) -> Result<()> {
         let g = &self.grads.as_slice::<T>()?[i * out.len()..(i + 1) * out.len()];

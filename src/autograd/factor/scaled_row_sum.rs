@@ -2,7 +2,7 @@
 
 use super::change::Change;
 use super::cuda::{self, Parts};
-use super::{Factor, Kind, cpu, is_rows, width};
+use super::{Factor, Kind, Norm, cpu, is_rows, width};
 use crate::array::Array;
 use crate::autograd::Samples;
 use crate::base::Result;
@@ -46,6 +46,15 @@ impl<'a> Kind<'a> for ScaledRowSum<'a> {
         let (grad, scale) = (self.grad.as_slice()?, self.scale.as_slice()?);
         cpu::row_sum_add::<T>(grad, Some(scale), self.samples.rows(), w.as_deref(), out);
         Ok(())
+    }
+    fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
+        let r = self.samples.range(i);
+        let reach = cpu::row_reach(
+            cpu::rows(self.grad.as_slice::<T>()?, width(self.grad), &r),
+            Some(cpu::rows(self.scale.as_slice::<T>()?, width(self.scale), &r)),
+            r.len(),
+        );
+        Ok(Norm { sq: super::formed(numel, |x: &mut [T]| self.sample_add(i, x))?, reach, rows: r.len() })
     }
     fn forms_as_it_sums(&self) -> bool {
         true

@@ -34,11 +34,17 @@ pub const MAX_TILE: usize = 12 * 32;
 
 /// A float with a micro-kernel: what products are computed in.
 pub trait Kernels: Float {
+    /// Unit roundoff: the largest relative error of a rounding.
+    const UNIT: f64;
+    /// The smallest positive number.
+    const LEAST: f64;
     /// The best kernel of this machine.
     fn kernel() -> Kernel<Self>;
 }
 
 impl Kernels for f32 {
+    const UNIT: f64 = f32::EPSILON as f64 / 2.0;
+    const LEAST: f64 = f32::from_bits(1) as f64;
     fn kernel() -> Kernel<f32> {
         match level() {
             #[cfg(target_arch = "x86_64")]
@@ -50,6 +56,8 @@ impl Kernels for f32 {
 }
 
 impl Kernels for f64 {
+    const UNIT: f64 = f64::EPSILON / 2.0;
+    const LEAST: f64 = f64::from_bits(1);
     fn kernel() -> Kernel<f64> {
         match level() {
             Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16> },

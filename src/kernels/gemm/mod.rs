@@ -381,7 +381,7 @@ mod tests {
             let scale = dot(&g0, &g0);
             let half = |x: &Vec<f32>, d: usize, b: usize| x[b * t * d..(b + 1) * t * d].to_vec();
             let (l0, l1, r0, r1) = (half(&l, rd, 0), half(&l, rd, 1), half(&r, cd, 0), half(&r, cd, 1));
-            for got in [norms::sq_norm(&l0, &r0, t), norms::inner(&l0, &r0, &l0, &r0, (t, t))] {
+            for got in [norms::sq_norm(&l0, &r0, t).value, norms::inner(&l0, &r0, &l0, &r0, (t, t)).value] {
                 assert!((got - scale).abs() < 1e-5 * scale, "{t} {rd} {cd}: {got} {scale}");
             }
             let mut formed = vec![7f32; 2 * rd * cd];
@@ -394,7 +394,7 @@ mod tests {
             }
             let empty = norms::per_sample(&l, &r, (rd, cd), &[0..0, 0..t, 5..5], &mut vec![7f32; 3 * rd * cd]);
             assert!(empty[0] == 0.0 && empty[2] == 0.0 && empty[1] == sq[0]);
-            let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t));
+            let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t)).value;
             assert!((cross - dot(&g0, &g1)).abs() < 1e-5 * scale);
             let mut out = vec![1f32; rd * cd];
             let totals = norms::clipped_add(&l, &r, (rd, cd), &[0..t, t..2 * t], &[0.5, 0.25], &|s| 1.0 / s, &mut out);

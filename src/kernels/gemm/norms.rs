@@ -9,19 +9,66 @@ use crate::kernels::gemm::kernel::{Kernels, MAX_TILE};
 use crate::kernels::gemm::pack::{pack_a, pack_b};
 use crate::kernels::gemm::{KC, Mat, put_scratch, take_scratch};
 
+/// A number and a bound on how far rounding may have moved it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bounded {
+    /// As computed.
+    pub value: f64,
+    /// |computed − exact| is at most this.
+    pub error: f64,
+}
+
+impl std::ops::AddAssign for Bounded {
+    fn add_assign(&mut self, other: Bounded) {
+        *self = Bounded { value: self.value + other.value, error: self.error + other.error };
+    }
+}
+
+/// Share of its value up to which the error of a Gram form is added to it; beyond, the gradient is formed.
+pub const UNCERTAIN: f64 = 2e-3;
+
 /// |Σₜ lₜ ⊗ rₜ|² for `l [t, r]`, `r [t, c]`, on one thread, by the cheaper of the two forms.
-pub fn sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
+///
+/// The Gram form may lose everything to cancellation: where its error could be more than [`UNCERTAIN`] of its value, the gradient
+/// is formed tile by tile, and the result is the squared norm of those tiles, with error 0.
+pub fn sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> Bounded {
     if t == 0 {
-        return 0.0;
+        return Bounded::default();
     }
     let (rd, cd) = (l.len() / t, r.len() / t);
     if t == 1 {
-        return sum_sq(l) * sum_sq(r);
+        return Bounded { value: sum_sq(l) * sum_sq(r), error: 0.0 };
     }
     // Multiply-adds of each form, and packing counted in the same currency: Gram operands are packed twice, transposed.
     let gram = (t * (t + 32) / 2 + 10 * t) * (rd + cd);
     let direct = t * rd * cd + 4 * t * (rd + cd);
-    if gram < direct || t * rd.max(cd) > 1 << 26 { inner(l, r, l, r, (t, t)) } else { direct_sq_norm(l, r, t) }
+    if gram < direct || t * rd.max(cd) > 1 << 26 {
+        let sq = inner(l, r, l, r, (t, t));
+        if sq.error <= UNCERTAIN * sq.value || t * rd.max(cd) > 1 << 26 {
+            return sq;
+        }
+    }
+    Bounded { value: direct_sq_norm(l, r, t), error: 0.0 }
+}
+
+/// Σₜ |lₜ|·|rₜ|: no sum of the terms, in any order, is longer.
+pub fn reach<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
+    if t == 0 {
+        return 0.0;
+    }
+    let (rd, cd) = (l.len() / t, r.len() / t);
+    (0..t).map(|i| (sum_sq(&l[i * rd..(i + 1) * rd]) * sum_sq(&r[i * cd..(i + 1) * cd])).sqrt()).sum()
+}
+
+/// Largest value of T that is at most `w`: clip factors are rounded towards zero.
+pub fn toward_zero<T: Kernels>(w: f64) -> T {
+    let below = [T::from_f64(w), T::from_f64(w - w * 2.0 * T::UNIT)];
+    below.into_iter().find(|x| x.to_f64() <= w).unwrap_or(T::ZERO)
+}
+
+/// What a squared norm that was taken of rounded numbers is multiplied by, so that it is no less than the exact one.
+pub const fn upwards(unit: f64) -> f64 {
+    1.0 + 16.0 * unit
 }
 
 /// Σ x².
@@ -41,17 +88,6 @@ pub fn sum_sq<T: Kernels>(x: &[T]) -> f64 {
             lanes.iter().sum::<f64>() + tail.iter().map(|v| v.to_f64() * v.to_f64()).sum::<f64>()
         },
     )
-}
-
-#[inline(always)]
-fn dot_tiles<T: Kernels>(a: &[T], b: &[T]) -> f64 {
-    let mut lanes = [0.0f64; 16];
-    for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
-        for i in 0..16 {
-            lanes[i] += a[i].to_f64() * b[i].to_f64();
-        }
-    }
-    lanes.iter().sum()
 }
 
 /// Direct form: tiles of lᵀ·r, squared in place, never stored. 2·t·r·c FLOPs.
@@ -80,11 +116,31 @@ fn direct_sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
     total
 }
 
+/// Dot products of a Gram form are taken over so many columns in T, and the stretches added in f64: the error of each is that of one
+/// stretch.
+const STRETCH: usize = 128;
+
+/// Sums over the pairs of a tile: products, and what bounds their error.
+#[derive(Clone, Copy, Default)]
+struct Pairs {
+    /// Σ p·q.
+    product: f64,
+    /// Σ |p·q|.
+    size: f64,
+    /// Σ |p|, Σ |q|.
+    least: [f64; 2],
+    /// Σ |q|·(norms of the rows of p), Σ |p|·(norms of the rows of q).
+    reach: [f64; 2],
+}
+
 /// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ) by tiles of both Gram matrices, never stored. With both pairs the same, tiles above the
 /// diagonal are skipped and those below counted twice: t²·(r + c) multiply-adds, or half.
-pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, usize)) -> f64 {
+///
+/// A dot product p of rows of norms a, a′ is off by at most γ·a·a′ with γ = (stretch + 2)·u, whatever its value (Higham 2002,
+/// section 3.1), and a product p·q of two by γ(a·a′·|q| + b·b′·|p|) and a term of second order. These bounds are summed in the same pass.
+pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, usize)) -> Bounded {
     if t == 0 || s == 0 {
-        return 0.0;
+        return Bounded::default();
     }
     let same = std::ptr::eq(l1, l2) && std::ptr::eq(r1, r2);
     let kern = T::kernel();
@@ -106,50 +162,118 @@ pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize,
     pack(l1, l2, rd, la.as_mut_slice(), lb.as_mut_slice());
     pack(r1, r2, cd, ra.as_mut_slice(), rb.as_mut_slice());
     let (la, lb, ra, rb) = (la.as_slice::<T>(), lb.as_slice::<T>(), ra.as_slice::<T>(), rb.as_slice::<T>());
-    let mut total = 0.0;
+    // Norms of the rows, zeros for padding.
+    let norms = |x: &[T], d: usize, n: usize| {
+        let mut all = vec![0.0f64; n];
+        if d > 0 {
+            all.iter_mut().zip(x.chunks_exact(d)).for_each(|(a, row)| *a = sum_sq(row).sqrt());
+        }
+        all
+    };
+    let (al, ar, bl, br) = (norms(l1, rd, na), norms(r1, cd, na), norms(l2, rd, nb), norms(r2, cd, nb));
+    let mut sums = Pairs::default();
+    let (mut p, mut q) = ([0.0f64; MAX_TILE], [0.0f64; MAX_TILE]);
     for j in 0..np {
         for i in 0..mp {
             let ((i0, i1), (j0, j1)) = ((i * kern.mr, (i + 1) * kern.mr), (j * kern.nr, (j + 1) * kern.nr));
             if same && i1 <= j0 {
                 continue;
             }
-            let (mut p, mut q) = ([T::ZERO; MAX_TILE], [T::ZERO; MAX_TILE]);
             // SAFETY: panels hold d·mr and d·nr elements.
             unsafe {
-                kern.run(rd, la.as_ptr().add(i * kern.mr * rd), lb.as_ptr().add(j * kern.nr * rd), p.as_mut_ptr());
-                kern.run(cd, ra.as_ptr().add(i * kern.mr * cd), rb.as_ptr().add(j * kern.nr * cd), q.as_mut_ptr());
+                gram_tile::<T>(rd, &la[i * kern.mr * rd..], &lb[j * kern.nr * rd..], &mut p);
+                gram_tile::<T>(cd, &ra[i * kern.mr * cd..], &rb[j * kern.nr * cd..], &mut q);
             }
-            let n = kern.mr * kern.nr;
-            if !same {
-                total += simd(
-                    #[inline(always)]
-                    || dot_tiles(&p[..n], &q[..n]),
-                );
-            } else if i0 >= j1 {
-                // Wholly below the diagonal.
-                total += 2.0
-                    * simd(
-                        #[inline(always)]
-                        || dot_tiles(&p[..n], &q[..n]),
-                    );
-            } else {
+            if same && i0 < j1 {
+                // On the diagonal: pairs above it are taken out, those below count twice.
                 for a in 0..kern.mr {
                     for b in 0..kern.nr {
                         let (row, col) = (i0 + a, j0 + b);
-                        let w = if row > col {
-                            2.0
-                        } else if row == col {
-                            1.0
-                        } else {
-                            0.0
-                        };
-                        total += w * p[a * kern.nr + b].to_f64() * q[a * kern.nr + b].to_f64();
+                        let w = if row > col { 2.0 } else { (row == col) as u8 as f64 };
+                        p[a * kern.nr + b] *= w;
+                        q[a * kern.nr + b] *= (w > 0.0) as u8 as f64;
                     }
                 }
             }
+            let twice = if same && i0 >= j1 { 2.0 } else { 1.0 };
+            // Pairs of a tile on the diagonal have their weight in p, but not in q.
+            let reach = if same { [2.0, twice] } else { [1.0; 2] };
+            let (al, ar, bl, br) = (&al[i0..i1], &ar[i0..i1], &bl[j0..j1], &br[j0..j1]);
+            let tile = pair_sums(kern.nr, (&p, &q), (al, ar), (bl, br));
+            sums.product += twice * tile.product;
+            sums.size += twice * tile.size;
+            for k in 0..2 {
+                sums.least[k] += twice * tile.least[k];
+                sums.reach[k] += reach[k] * tile.reach[k];
+            }
         }
     }
-    total
+    let dot = |d: usize| ((d.min(STRETCH) + 2) as f64 * T::UNIT, d as f64 * T::LEAST);
+    let ((gr, er), (gc, ec)) = (dot(rd), dot(cd));
+    let reach = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let second = (gr * gc) * reach(&al, &ar) * reach(&bl, &br);
+    let adding = (t * s / 8 + 64) as f64 * f64::EPSILON * sums.size;
+    let least = er * sums.least[1] + ec * sums.least[0];
+    let error = 1.01 * (gr * sums.reach[0] + gc * sums.reach[1] + 2.0 * least + second + adding);
+    Bounded { value: sums.product, error }
+}
+
+/// A tile of dot products over `d` columns, in f64 from stretch to stretch.
+///
+/// # Safety
+/// The panels hold d·mr and d·nr elements.
+unsafe fn gram_tile<T: Kernels>(d: usize, a: &[T], b: &[T], out: &mut [f64; MAX_TILE]) {
+    let kern = T::kernel();
+    let n = kern.mr * kern.nr;
+    let mut tile = [T::ZERO; MAX_TILE];
+    let mut k = 0;
+    while k == 0 || k < d {
+        let len = STRETCH.min(d - k);
+        // SAFETY: the caller's promise.
+        unsafe { kern.run(len, a.as_ptr().add(k * kern.mr), b.as_ptr().add(k * kern.nr), tile.as_mut_ptr()) };
+        simd(
+            #[inline(always)]
+            || match k {
+                0 => out[..n].iter_mut().zip(&tile[..n]).for_each(|(o, x)| *o = x.to_f64()),
+                _ => out[..n].iter_mut().zip(&tile[..n]).for_each(|(o, x)| *o += x.to_f64()),
+            },
+        );
+        k += len.max(1);
+    }
+}
+
+/// The sums of a tile of `nr` columns; norms of the rows of both operands on either side.
+fn pair_sums(
+    nr: usize,
+    (p, q): (&[f64; MAX_TILE], &[f64; MAX_TILE]),
+    (al, ar): (&[f64], &[f64]),
+    (bl, br): (&[f64], &[f64]),
+) -> Pairs {
+    simd(
+        #[inline(always)]
+        || {
+            const L: usize = 4;
+            let mut lanes = [[0.0f64; L]; 6];
+            for (i, (&al, &ar)) in al.iter().zip(ar).enumerate() {
+                let (p, q) = (&p[i * nr..(i + 1) * nr], &q[i * nr..(i + 1) * nr]);
+                for (((p, q), bl), br) in
+                    p.chunks_exact(L).zip(q.chunks_exact(L)).zip(bl.chunks_exact(L)).zip(br.chunks_exact(L))
+                {
+                    for k in 0..L {
+                        let (u, v) = (p[k].abs(), q[k].abs());
+                        lanes[0][k] += p[k] * q[k];
+                        lanes[1][k] += u * v;
+                        lanes[2][k] += u;
+                        lanes[3][k] += v;
+                        lanes[4][k] += al * bl[k] * v;
+                        lanes[5][k] += ar * br[k] * u;
+                    }
+                }
+            }
+            let [product, size, u, v, a, b] = lanes.map(|l| l.iter().sum::<f64>());
+            Pairs { product, size, least: [u, v], reach: [a, b] }
+        },
+    )
 }
 
 /// Packed operands of the samples worked on together stay below this many bytes.
@@ -314,8 +438,8 @@ fn clipped_add_lanes<T: Kernels>(
                         )
                     };
                 }
-                *total += sum_sq(x);
-                let w = T::from_f64(clip(*total));
+                *total += upwards(T::UNIT) * sum_sq(x);
+                let w = toward_zero::<T>(clip(*total));
                 if w != T::ZERO {
                     simd(
                         #[inline(always)]
@@ -346,6 +470,7 @@ fn clipped_add_lanes<T: Kernels>(
 }
 
 /// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = `base[b]` + |G|², out += clip(total)·G.
+/// What is added is the G whose norm was taken, and its squared norm is rounded upwards: no error of G matters.
 /// One pass over the samples. Large samples are worked on by all threads together, with one scratch matrix of the
 /// parameter's size; small ones in lanes, with a few. Returns the totals.
 pub fn clipped_add<T: Kernels>(
@@ -440,9 +565,9 @@ pub fn clipped_add<T: Kernels>(
             }
         });
         if b < ranges.len() {
-            let total = base[b] + part.iter().sum::<f64>();
+            let total = base[b] + upwards(T::UNIT) * part.iter().sum::<f64>();
             totals.push(total);
-            weight = if t > 0 { T::from_f64(clip(total)) } else { T::ZERO };
+            weight = if t > 0 { toward_zero(clip(total)) } else { T::ZERO };
         }
     }
     totals

@@ -1,0 +1,127 @@
+//! A digest of a clipped sum under a secret key, from which the noise that is added to it is derived.
+//!
+//! Words are hashed in chunks of [`CHUNK`] by NH (Black et al. 1999, UMAC): Σ (w₂ᵢ + k₂ᵢ)·(w₂ᵢ₊₁ + k₂ᵢ₊₁) with the inner sums
+//! mod 2³² and the outer one mod 2⁶⁴, twice, the second time with the key moved on by two words. The four words of every chunk
+//! are hashed in the same way with further words of the key, until one chunk is left. Two different sums of the same length
+//! have equal digests with probability at most levels·2⁻⁶⁴ over the key. Integer sums do not depend on an order: the digest has the same
+//! bits on every device. One pass over the data; it is never released.
+
+use super::NoiseKey;
+use crate::device::cpu::par::par_chunks;
+use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
+
+/// Words hashed together.
+pub(crate) const CHUNK: usize = 2048;
+/// Words of the key for one level.
+pub(crate) const KEY: usize = CHUNK + 2;
+/// Levels: enough for 2⁶⁴ words.
+pub(crate) const LEVELS: usize = 8;
+
+/// The words of the hash's key.
+pub(crate) fn key(key: &NoiseKey) -> Vec<u32> {
+    key.digest_words(KEY * LEVELS)
+}
+
+/// NH of at most [`CHUNK`] words, twice.
+fn chunk(words: &[u32], key: &[u32]) -> [u64; 2] {
+    let mut sums = [0u64; 2];
+    for (t, sum) in sums.iter_mut().enumerate() {
+        let key = &key[2 * t..];
+        let product = |a: u32, b: u32, k: &[u32]| a.wrapping_add(k[0]) as u64 * b.wrapping_add(k[1]) as u64;
+        *sum = simd(
+            #[inline(always)]
+            || {
+                let mut lanes = [0u64; 16];
+                let whole = words.chunks_exact(32);
+                let (rest, at) = (whole.remainder(), words.len() / 32 * 32);
+                for (w, k) in whole.zip(key.chunks_exact(32)) {
+                    for l in 0..16 {
+                        lanes[l] = lanes[l].wrapping_add(product(w[2 * l], w[2 * l + 1], &k[2 * l..2 * l + 2]));
+                    }
+                }
+                for (w, k) in rest.chunks(2).zip(key[at..].chunks_exact(2)) {
+                    lanes[0] = lanes[0].wrapping_add(product(w[0], w.get(1).copied().unwrap_or(0), k));
+                }
+                lanes.iter().fold(0, |a: u64, &b| a.wrapping_add(b))
+            },
+        );
+    }
+    sums
+}
+
+/// The digest of `words` under [`key`]'s words.
+pub(crate) fn digest(key: &[u32], words: &[u32]) -> [u32; 4] {
+    let mut level = hashed(&key[..KEY], words);
+    let mut at = KEY;
+    while level.len() > 4 {
+        level = hashed(&key[at..at + KEY], &level);
+        at += KEY;
+    }
+    [level[0], level[1], level[2], level[3]]
+}
+
+/// One level: four words for each chunk; no words are a chunk as well.
+fn hashed(key: &[u32], words: &[u32]) -> Vec<u32> {
+    let mut out = vec![0u32; 4 * words.len().div_ceil(CHUNK).max(1)];
+    let to = Shared::new(&mut out);
+    par_chunks(words.len().div_ceil(CHUNK), 16, |r| {
+        for c in r {
+            let [a, b] = chunk(&words[c * CHUNK..words.len().min((c + 1) * CHUNK)], key);
+            // SAFETY: chunks are disjoint.
+            let to = unsafe { to.slice(4 * c..4 * c + 4) };
+            to.copy_from_slice(&[a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]);
+        }
+    });
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The definition, word by word.
+    fn plain(key: &[u32], words: &[u32]) -> [u32; 4] {
+        let (mut level, mut at): (Vec<u32>, usize) = (words.to_vec(), 0);
+        loop {
+            let mut next = Vec::new();
+            for c in level.chunks(CHUNK) {
+                for t in [0, 2] {
+                    let mut sum = 0u64;
+                    for i in (0..c.len()).step_by(2) {
+                        let second = c.get(i + 1).copied().unwrap_or(0);
+                        let (a, b) = (c[i].wrapping_add(key[at + t + i]), second.wrapping_add(key[at + t + i + 1]));
+                        sum = sum.wrapping_add(a as u64 * b as u64);
+                    }
+                    next.extend([sum as u32, (sum >> 32) as u32]);
+                }
+            }
+            (level, at) = (next, at + KEY);
+            if level.len() <= 4 {
+                return std::array::from_fn(|i| level[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn it_is_what_the_definition_says_and_tells_every_bit() {
+        let key = key(&NoiseKey::from_bytes([9; 32]));
+        for n in [1, 2, 31, 33, 2047, 2048, 2049, 5000, 2048 * 600 + 3] {
+            let mut words: Vec<u32> = (0..n as u32).map(|i| i.wrapping_mul(2654435761)).collect();
+            let whole = digest(&key, &words);
+            assert_eq!(whole, plain(&key, &words), "{n}");
+            for at in [0, n / 2, n - 1] {
+                for bit in [0, 13, 31] {
+                    words[at] ^= 1 << bit;
+                    assert_ne!(whole, digest(&key, &words), "{n} words, word {at}, bit {bit}");
+                    words[at] ^= 1 << bit;
+                }
+            }
+            if n > 2 {
+                words.swap(0, n - 1);
+                assert_ne!(whole, digest(&key, &words), "{n} words, two exchanged");
+            }
+        }
+        assert_eq!(digest(&key, &[]), [0; 4]);
+    }
+}
