@@ -314,8 +314,8 @@ impl Array {
         });
         Ok(())
     }
-    /// Puts the values of `src` (of this shape and dtype) into this array's own memory, which everyone who shares it
-    /// sees: for the inputs of a recorded step, on a GPU.
+    /// Copies the values of `src`, of this shape and dtype, into this array's own memory on a GPU, without making a copy of it first: all
+    /// handles on the memory have the new values. For the inputs of a captured step. Fails on the CPU, and on a strided view.
     pub fn refill(&self, src: &Array) -> Result<()> {
         let (block, at) = self.block("refill")?;
         if src.shape != self.shape || src.dtype != self.dtype || !self.is_contiguous() {

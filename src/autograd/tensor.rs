@@ -19,7 +19,7 @@ thread_local! {
 
 /// An [`Array`] with the history needed to differentiate it. Cheap to clone.
 ///
-/// The history holds only what backward rules ask for: an activation that no rule saved is freed when its last handle goes.
+/// The history holds only what backward rules saved: an activation that no rule saved is freed when its last handle goes.
 #[derive(Clone)]
 pub struct Tensor {
     value: Array,

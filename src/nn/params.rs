@@ -42,7 +42,7 @@ pub enum Strict {
     No,
 }
 
-/// What [`Params::load`] did not find a partner for.
+/// What [`Params::load`] could not match: parameters without a tensor in the file, and tensors without a parameter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     /// The file.
