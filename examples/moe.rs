@@ -513,7 +513,7 @@ fn run() -> Result<()> {
     let rates: &[f64] = if full { &[2e-3, 4e-3] } else { &[3e-3] };
     // Of the third experiment: steps, and the expected batch.
     let (steps, batch) = match (full, args.has("quick")) {
-        (true, _) => (200, 512.0),
+        (true, _) => (120, 512.0),
         (_, true) => (3, 64.0),
         _ => (40, 256.0),
     };
@@ -521,7 +521,7 @@ fn run() -> Result<()> {
     println!(
         "about {} on two cores",
         match (full, args.has("quick")) {
-            (true, _) => "50 minutes",
+            (true, _) => "an hour",
             (_, true) => "half a minute",
             _ => "4 minutes",
         }
@@ -543,7 +543,7 @@ fn run() -> Result<()> {
         return Err(Error::Invalid { op: "moe", message });
     }
     let (first, a) = sparse_and_dense(&text, (tokens, seeds, rates), &mut folder)?;
-    let (second, b) = balance(&text, (tokens / 5, seeds, rates[0]), &mut folder)?;
+    let (second, b) = balance(&text, (tokens / 4, seeds, rates[0]), &mut folder)?;
     let (third, c) = private(&tweets, (epsilon, steps, batch), (seeds, rates), &mut folder)?;
     let verdicts = [a, b, c].concat();
     folder.finish(&json!({

@@ -51,15 +51,12 @@ impl Placement {
             (0..self.of.len()).map(|r| theirs[r * own..(r + 1) * own].iter().map(|&n| n as usize).sum()).collect();
         let rows = flat.index_select(0, &Tensor::new(routing.tokens_of_rows().clone()))?;
         let here = self.exchange(&rows, &to, &from)?;
-        let out = if own == 0 {
-            here
-        } else {
-            let local = Routing::new(Array::from_slice(&expert, &[expert.len(), 1])?, own)?;
-            // Rows of several ranks' samples, which nobody here can tell apart.
-            let y = experts.forward(&here, &local, &Samples::uniform(1, expert.len()))?;
-            let ones = Tensor::new(Array::full(&[expert.len(), 1], 1.0, y.dtype().compute()));
-            combine(&y, &ones, &local)?
-        };
+        // A rank without experts runs none of them all the same, so that it takes part in the backward pass.
+        let local = Routing::new(Array::from_slice(&expert, &[expert.len(), 1])?, own)?;
+        // Rows of several ranks' samples, which nobody here can tell apart.
+        let y = experts.forward(&here, &local, &Samples::uniform(1, expert.len()))?;
+        let ones = Tensor::new(Array::full(&[expert.len(), 1], 1.0, y.dtype().compute()));
+        let out = combine(&y, &ones, &local)?;
         self.exchange(&out, &from, &to)
     }
     /// Rows to other ranks, `to` of them for each, `from` of each in return.
