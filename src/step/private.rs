@@ -190,6 +190,8 @@ impl PrivateStep {
         let shown = &public[..public.len().min(physical_batch)];
         let first = &records[..records.len().min(physical_batch)];
         self.expect_independence(first, shown.len(), |records| forward(records, shown))?;
+        // What that took is not the step's.
+        self.core.begin();
         let secret = self.privacy.mask_secret(self.core.steps);
         // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
         let expected = self.privacy.expected_batch();

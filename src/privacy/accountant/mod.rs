@@ -4,9 +4,9 @@
 //! distribution is the one whose hockey-stick divergence agrees with the exact one at every grid point and lies above it
 //! between them (Doroshenko et al. 2022, "connect the dots"), so every number is an upper bound that falls as h → 0.
 //! Steps compose by convolution, done with the FFT on a window whose truncated tails (bounded by Chernoff) are counted
-//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021). Before the transform each distribution is tilted by e^{λ·loss}, with the λ that
-//! is best in Chernoff's bound, and tilted back afterwards: what the transform loses to rounding is then small beside the
-//! probabilities that decide about δ, and not only beside 1. Steps without sampling compose to one Gaussian comparison, whose δ is
+//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021). For small δ each distribution is tilted by e^{λ·loss} before the
+//! transform, with half of the λ that is best in Chernoff's bound, and tilted back afterwards: what the transform loses to rounding is then
+//! small beside the probabilities that decide about δ, and not only beside 1. Steps without sampling compose to one Gaussian comparison, whose δ is
 //! a formula (Balle and Wang 2018).
 //!
 //! The noise ends at 9.49 standard deviations (`random::chacha`): what a record moves past that end is counted as infinite loss.
@@ -83,7 +83,7 @@ impl Aim {
     fn tail(self) -> f64 {
         match self {
             Aim::Delta(delta) => (delta * 1e-5).clamp(1e-100, TAIL),
-            Aim::Epsilon(_) => 1e-25,
+            Aim::Epsilon(_) => TAIL,
         }
     }
 }
@@ -229,7 +229,7 @@ impl Accountant {
         }
         let shift = shift(self.neighbouring);
         let mu = live().map(|s| s.count as f64 * (shift / s.sigma).powi(2)).sum::<f64>().sqrt();
-        let beyond = live().map(|s| s.count as f64 * q_tail(REACH - shift / s.sigma)).sum();
+        let beyond = live().map(|s| s.count as f64 * uncovered(shift / s.sigma)).sum();
         Some(Unsampled { mu, beyond })
     }
     /// The spacing of the grid, and on it the distributions of one step of each kind, one per direction of the comparison.
@@ -296,6 +296,11 @@ fn shift(neighbouring: Neighbouring) -> f64 {
     if neighbouring == Neighbouring::ReplaceOne { 2.0 } else { 1.0 }
 }
 
+/// What noise that is moved by `d` standard deviations puts where unmoved noise does not reach.
+fn uncovered(d: f64) -> f64 {
+    q_tail(REACH - d) - q_tail(REACH)
+}
+
 /// N(0, 1) against N(μ, 1), and a mass of infinite loss.
 struct Unsampled {
     mu: f64,
@@ -354,7 +359,7 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
     // The largest loss that matters: noise does not reach further.
     let reach = (REACH + 0.01) * sigma;
     // What a record moves past the end of the noise of its neighbour has infinite loss.
-    let beyond = rate * q_tail(REACH - shift(neighbouring) / sigma);
+    let beyond = rate * uncovered(shift(neighbouring) / sigma);
     match neighbouring {
         Neighbouring::AddRemove | Neighbouring::ZeroOut => {
             let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * sigma * sigma));
@@ -493,7 +498,9 @@ impl Reach {
         // One step has to fit as well.
         let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
         let size = (last.saturating_sub(first).saturating_add(1).max(1) as usize).max(span).next_power_of_two();
-        Reach { first, size, lambda: best.1, tail }
+        // Half of the best λ leaves the tilted losses inside the window; where δ is large beside what rounding leaves, none is needed.
+        let lambda = if matches!(aim, Aim::Delta(delta) if delta < 1e-10) { 0.5 * best.1 } else { 0.0 };
+        Reach { first, size, lambda, tail }
     }
 }
 
