@@ -448,13 +448,7 @@ fn private(
         let runs = (0..seeds).map(|s| train_privately(arm, text, (epsilon, steps, batch), best.1, s));
         let runs = runs.collect::<Result<Vec<_>>>()?;
         let test: Vec<f64> = runs.iter().map(|r| r.1).collect();
-        println!(
-            "{:<21} ε = {:.2}: test loss {:.4} ± {:.4}",
-            arm.name,
-            runs[0].2,
-            interval(&test).0,
-            interval(&test).1
-        );
+        println!("{:<21} ε = {:.2}: test loss {}", arm.name, runs[0].2, with_interval(&test));
         chart = chart.series(Series::new(arm.name, runs[0].0.clone()));
         let row = json!({
             "experiment": "private", "arm": arm.name, "epsilon": runs[0].2, "delta": DELTA, "steps": steps,
@@ -536,8 +530,8 @@ fn run() -> Result<()> {
         text.test.len(),
         tweets.train.len()
     );
-    let null = null_control(&text)?;
-    println!("null control, equal experts against the dense model: losses differ by at most {null:.1e}");
+    let control = null_control(&text)?;
+    println!("null control, equal experts against the dense model: losses differ by at most {control:.1e}");
     if null.is_nan() || null > 1e-4 {
         let message = format!("equal experts differ from the dense model by {null}");
         return Err(Error::Invalid { op: "moe", message });
@@ -547,7 +541,7 @@ fn run() -> Result<()> {
     let (third, c) = private(&tweets, (epsilon, steps, batch), (seeds, rates), &mut folder)?;
     let verdicts = [a, b, c].concat();
     folder.finish(&json!({
-        "null_control": null, "sparse_and_dense": first, "balance": second, "private": third,
+        "null_control": control, "sparse_and_dense": first, "balance": second, "private": third,
         "verdicts": verdicts, "test_key": "noise of the private runs is from a key that anybody can compute",
         "seconds": start.elapsed().as_secs_f64(),
     }))?;
