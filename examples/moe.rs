@@ -532,8 +532,8 @@ fn run() -> Result<()> {
     );
     let control = null_control(&text)?;
     println!("null control, equal experts against the dense model: losses differ by at most {control:.1e}");
-    if null.is_nan() || null > 1e-4 {
-        let message = format!("equal experts differ from the dense model by {null}");
+    if control.is_nan() || control > 1e-4 {
+        let message = format!("equal experts differ from the dense model by {control}");
         return Err(Error::Invalid { op: "moe", message });
     }
     let (first, a) = sparse_and_dense(&text, (tokens, seeds, rates), &mut folder)?;
