@@ -107,7 +107,7 @@ impl PrivateStep {
     }
     /// Makes this one of several ranks that take every step together, each on its own records of the one Poisson batch (data
     /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,
-    /// and noise is added once to the sum, the same bits at any number of ranks. Losses and counts in reports are over all
+    /// and noise is added once to the sum, the same bits on each rank. Losses and counts in reports are over all
     /// ranks. All must be given the same key, model and settings. On the CPU.
     pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
         let own = self.privacy.fingerprint()?;
