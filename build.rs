@@ -127,78 +127,20 @@ mod tables {
 }
 
 #[cfg(feature = "emulator")]
+#[path = "cuda/emulator/compile.rs"]
+mod compile;
+
+#[cfg(feature = "emulator")]
 mod emulator {
-    use super::{env, folder, fs, read, sources};
-    use std::collections::hash_map::DefaultHasher;
-    use std::hash::{Hash, Hasher};
+    use super::compile::Compiler;
+    use super::{env, folder, read, sources};
     use std::path::PathBuf;
-    use std::process::Command;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
-    /// Names of the kernels in preprocessed text (with -DCUEMU_SCAN, which leaves __global__ as it is), with the literal
-    /// of __launch_bounds__ if there is one.
-    fn kernels(text: &str) -> Vec<(String, u32)> {
-        let mut out = vec![];
-        let mut rest = text;
-        while let Some(p) = rest.find("__global__") {
-            rest = &rest[p + "__global__".len()..];
-            let (mut s, mut bound) = (rest, 0);
-            while let Some(open) = s.find('(') {
-                let before = s[..open].trim_end();
-                let from = before.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |i| i + 1);
-                let word = &before[from..];
-                if word == "__launch_bounds__" {
-                    let close = open + s[open..].find(')').unwrap_or(0);
-                    bound = s[open + 1..close].split(',').next().and_then(|n| n.trim().parse().ok()).unwrap_or(0);
-                    s = &s[close + 1..];
-                    continue;
-                }
-                out.push((word.to_string(), bound));
-                break;
-            }
-        }
-        out
-    }
-
-    fn hash(parts: &[&str]) -> String {
-        let mut h = DefaultHasher::new();
-        parts.hash(&mut h);
-        format!("{:016x}", h.finish())
-    }
-
-    struct Compiler {
-        path: PathBuf,
-        common: Vec<String>,
-        out: PathBuf,
-    }
-
-    impl Compiler {
-        fn run(&self, args: &[String]) -> Vec<u8> {
-            let done = Command::new(&self.path).args(&self.common).args(args).output();
-            let done = done
-                .unwrap_or_else(|e| panic!("{} cannot be started: {e}; install a C++ compiler", self.path.display()));
-            if !done.status.success() {
-                panic!("{} {}\n{}", self.path.display(), args.join(" "), String::from_utf8_lossy(&done.stderr));
-            }
-            done.stdout
-        }
-        /// The object file of `source` under `flags`, made unless one of the same contents is there.
-        fn object(&self, name: &str, source: &str, headers: &str, flags: &[&str]) -> PathBuf {
-            let key = hash(&[source, headers, &flags.join(" "), &self.common.join(" "), &self.path.to_string_lossy()]);
-            let object = self.out.join(format!("{name}-{key}.o"));
-            if !object.exists() {
-                let file = self.out.join(format!("{name}.cpp"));
-                fs::write(&file, source).unwrap();
-                let part = self.out.join(format!("{name}-{key}.part"));
-                let mut args: Vec<String> = flags.iter().map(|f| f.to_string()).collect();
-                args.extend(["-c".into(), file.display().to_string(), "-o".into(), part.display().to_string()]);
-                self.run(&args);
-                fs::rename(part, &object).unwrap();
-            }
-            object
-        }
+    fn done<T>(result: Result<T, String>) -> T {
+        result.unwrap_or_else(|e| panic!("{e}"))
     }
 
     pub fn build() {
@@ -208,6 +150,19 @@ mod emulator {
         println!("cargo:rerun-if-env-changed=PRISMGRAD_EMU");
         let checked = env::var("PRISMGRAD_EMU").as_deref() != Ok("fast");
         let tool = cc::Build::new().cpp(true).warnings(false).get_compiler();
+        // Instrumented by the compiler, but linked against the emulator's own hooks instead of a sanitizer's library.
+        let mut flags = vec!["-O2"];
+        if checked {
+            let clang = tool.is_like_clang();
+            flags = vec![
+                "-O1",
+                "-fsanitize=thread",
+                "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+                "-ftrivial-auto-var-init=pattern",
+                if clang { "-mllvm" } else { "--param" },
+                if clang { "-tsan-instrument-func-entry-exit=0" } else { "tsan-instrument-func-entry-exit=0" },
+            ];
+        }
         let compiler = Compiler {
             path: tool.path().to_path_buf(),
             common: [
@@ -223,22 +178,10 @@ mod emulator {
             ]
             .map(String::from)
             .to_vec(),
+            kernels: flags.into_iter().map(String::from).collect(),
             out: folder("OUT_DIR"),
         };
         let headers = read(&cuda.join("prelude.cuh")) + &read(&emulator.join("cuemu.h"));
-        // Instrumented by the compiler, but linked against the emulator's own hooks instead of a sanitizer's library.
-        let mut flags = vec!["-O2"];
-        if checked {
-            let clang = tool.is_like_clang();
-            flags = vec![
-                "-O1",
-                "-fsanitize=thread",
-                "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
-                "-ftrivial-auto-var-init=pattern",
-                if clang { "-mllvm" } else { "--param" },
-                if clang { "-tsan-instrument-func-entry-exit=0" } else { "tsan-instrument-func-entry-exit=0" },
-            ];
-        }
         let mut files = sources(&cuda);
         files.extend(sources(&emulator.join("planted")));
         let units = Mutex::new(Vec::new());
@@ -249,26 +192,9 @@ mod emulator {
                 s.spawn(|| {
                     while let Some(f) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
                         let planted = f.parent() != Some(&cuda);
-                        let file = f.file_name().unwrap().to_string_lossy().into_owned();
-                        let stem = format!("{}{}", if planted { "planted_" } else { "" }, file.trim_end_matches(".cu"));
-                        let text = read(f);
-                        let key = hash(&[&text, &headers]);
-                        let table = compiler.out.join(format!("{stem}-{key}.table"));
-                        if !table.exists() {
-                            let args = ["-DCUEMU_SCAN", "-E", "-P", "-x", "c++"].map(String::from);
-                            let seen = compiler.run(&[&args[..], &[f.display().to_string()]].concat());
-                            let rows: String = kernels(&String::from_utf8_lossy(&seen))
-                                .iter()
-                                .map(|(name, bound)| format!("  CUEMU_KERNEL({name}, \"{file}\", {bound}),\n"))
-                                .collect();
-                            fs::write(&table, rows).unwrap();
-                        }
-                        let source = format!(
-                            "// {key}\n#include \"{}\"\nextern \"C\" const cuemu_Kernel cuemu_tab_{stem}[] = {{\n{}  {{nullptr}}}};\n",
-                            f.display(),
-                            read(&table)
-                        );
-                        let object = compiler.object(&stem, &source, &headers, &flags);
+                        let stem = f.file_stem().unwrap().to_string_lossy();
+                        let stem = format!("{}{stem}", if planted { "planted_" } else { "" });
+                        let object = done(compiler.kernel_file(f, &stem, &headers));
                         units.lock().unwrap().push((stem, object));
                     }
                 });
@@ -283,16 +209,16 @@ mod emulator {
         let names: String = units.iter().map(|(stem, _)| format!("cuemu_tab_{stem}, ")).collect();
         registry += &format!("extern \"C\" const cuemu_Kernel* const cuemu_tables[] = {{{names}nullptr}};\n");
         let mut objects: Vec<PathBuf> = units.into_iter().map(|u| u.1).collect();
-        objects.push(compiler.object("registry", &registry, "", &["-O1"]));
-        let mut fast = vec!["-O3"];
+        objects.push(done(compiler.object("registry", &registry, "", &["-O1".into()])));
+        let mut fast: Vec<String> = vec!["-O3".into()];
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
-            fast.extend(["-mavx2", "-mfma"]);
+            fast.extend(["-mavx2".into(), "-mfma".into()]);
         }
         let own = headers + &read(&emulator.join("cuemu_api.h"));
         for name in ["runtime", "driver", "blas"] {
             let source = read(&emulator.join(format!("{name}.cpp")));
-            objects.push(compiler.object(name, &source, &own, &fast));
+            objects.push(done(compiler.object(name, &source, &own, &fast)));
         }
         let library = compiler.out.join("libcuda.so");
         let mut args =
@@ -300,7 +226,11 @@ mod emulator {
         args.push(library.display().to_string());
         args.extend(objects.iter().map(|o| o.display().to_string()));
         args.push("-ldl".into());
-        compiler.run(&args);
+        done(compiler.run(&args));
         println!("cargo:rustc-env=PRISMGRAD_EMULATOR={}", library.display());
+        // For kernels that come with a user's op, which are compiled at run time.
+        println!("cargo:rustc-env=PRISMGRAD_EMULATOR_CXX={}", compiler.path.display());
+        println!("cargo:rustc-env=PRISMGRAD_EMULATOR_COMMON={}", compiler.common.join("\u{1f}"));
+        println!("cargo:rustc-env=PRISMGRAD_EMULATOR_KERNELS={}", compiler.kernels.join("\u{1f}"));
     }
 }

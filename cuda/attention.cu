@@ -7,10 +7,10 @@
 // runs from the first bound of its first row to the last bound of its last row, whatever the span.
 //
 // Kernels (block and shared memory below; grid x only, everything else 1):
-//   attention_fwd_d{64,128}_T  (q, k, v, out, lse, docs, s)                       grid ⌈T/ROWS⌉·B·H
+//   attention_fwd_d{64,128}_T  (q, k, v, out, lse, tiles, s)                      grid ⌈T/ROWS⌉·B·H
 //   attention_delta_T          (out, grad, delta, s)                              grid any, one warp a row, strided; block 256
-//   attention_dq_d{64,128}_T   (q, k, v, grad, lse, delta, docs, dq, s)           grid ⌈T/ROWS⌉·B·H
-//   attention_dkv_d{64,128}_T  (q, k, v, grad, lse, delta, docs, dk, dv, s)       grid ⌈S/ROWS⌉·B·H_kv
+//   attention_dq_d{64,128}_T   (q, k, v, grad, lse, delta, tiles, dq, s)          grid ⌈T/ROWS⌉·B·H
+//   attention_dkv_d{64,128}_T  (q, k, v, grad, lse, delta, tiles, dk, dv, s)      grid ⌈S/ROWS⌉·B·H_kv
 // d64 takes D ≤ 64, d128 D ≤ 128 (padded with zeros inside). delta first, then dq and dkv in any order.
 //
 //   T            fwd ROWS, dynamic shared memory      dq, dkv ROWS, dynamic shared memory     threads
@@ -21,8 +21,8 @@
 //   bf16 and f16: attention_mma.cu (delta is here for every type)
 //
 // Arguments: q, k, v, out, grad (of out), dq, dk, dv: const T* / T*, advanced to their first element; lse, delta: acc*
-// [B, H, T]; docs: const i64* offsets 0 … T of s.documents documents, or null with s.documents = 0; s: AttentionShape (prelude.cuh) by
-// value. Everything is written, nothing accumulated; dk and dv are summed over a group's query heads in registers.
+// [B, H, T]; tiles: of packed or padded sequences (AttentionTile in prelude.cuh; the grid is then s.tiles · heads), or null with
+// s.tiles = 0; s: AttentionShape (prelude.cuh) by value. Rows of no tile are not written, all others are. Everything is written, nothing accumulated; dk and dv are summed over a group's query heads in registers.
 //
 // FLOPs 4·pairs·D forward, 14·pairs·D backward (scores and their gradients are computed in both passes, which is what
 // doing without atomics costs; 10 would be the least). Bytes: Q and O once, K and V once per query tile, mostly from L2.
@@ -128,14 +128,14 @@ template <class A> DEV A row_sum(A v) {
 
 template <class K>
 DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename K::T* v, typename K::T* out, typename K::T* lse,
-                  const i64* docs, const AttentionShape& s) {
+                  const i64* tiles, const AttentionShape& s) {
     typedef typename K::T T;
     enum { TM = K::TM, ROWS = K::ROWS };
     DYN_SHARED(T, smem);
     T *qs = smem, *ks = qs + K::TILE, *ps = ks + K::TILE;
-    int blocks = (int)cdiv(s.queries, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
-    int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS; // the longest rows of a causal span first
+    AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
+    i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end there
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
@@ -145,13 +145,13 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
 #pragma unroll
     for (int i = 0; i < TM; i++) {
         int row = i0 + ty + 16 * i;
-        seen[i] = row < T_ ? visible(s, docs, row) : Seen{0, 0};
+        seen[i] = row < T_ ? visible(s, lo, S, row) : Seen{0, 0};
         top[i] = minus_infinity<T>();
         z[i] = 0;
 #pragma unroll
         for (int c = 0; c < K::NC; c++) acc[i][c] = 0;
     }
-    int j0 = visible(s, docs, i0).lo / ROWS * ROWS, end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi;
+    int j0 = lo + (visible(s, lo, S, i0).lo - lo) / ROWS * ROWS, end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
     for (; j0 < end; j0 += ROWS) {
         __syncthreads(); // V of the round before is no longer read
         K::load(ks, k, s.k[1], j0, S, dim);
@@ -212,14 +212,15 @@ DEV void back_one(const AttentionShape& s, bool in, i64 row, int j, A lse, A del
 
 template <class K>
 DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename K::T* v, const typename K::T* grad,
-                 const typename K::T* lse, const typename K::T* delta, const i64* docs, typename K::T* dq, const AttentionShape& s) {
+                 const typename K::T* lse, const typename K::T* delta, const i64* tiles, typename K::T* dq, const AttentionShape& s) {
     typedef typename K::T T;
     enum { TM = K::TM, ROWS = K::ROWS };
     DYN_SHARED(T, smem);
     T *qs = smem, *gs = qs + K::TILE, *ks = gs + K::TILE, *vs = ks + K::TILE, *ps = vs + K::TILE;
-    int blocks = (int)cdiv(s.queries, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
-    int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
+    i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
     K::load(gs, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, T_, dim);
     k += b * s.k[0] + hk * s.k[2];
@@ -229,12 +230,12 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
 #pragma unroll
     for (int i = 0; i < TM; i++) {
         int row = i0 + ty + 16 * i;
-        seen[i] = row < T_ ? visible(s, docs, row) : Seen{0, 0};
+        seen[i] = row < T_ ? visible(s, lo, S, row) : Seen{0, 0};
         l[i] = row < T_ ? lse[bh * s.queries + row] : T(0);
         d[i] = row < T_ ? delta[bh * s.queries + row] : T(0);
         one[i] = 1;
     }
-    int j0 = visible(s, docs, i0).lo / ROWS * ROWS, end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi;
+    int j0 = lo + (visible(s, lo, S, i0).lo - lo) / ROWS * ROWS, end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
     for (; j0 < end; j0 += ROWS) {
         __syncthreads();
         K::load(ks, k, s.k[1], j0, S, dim);
@@ -261,26 +262,27 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
 
 template <class K>
 DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename K::T* v, const typename K::T* grad,
-                  const typename K::T* lse, const typename K::T* delta, const i64* docs, typename K::T* dk, typename K::T* dv,
+                  const typename K::T* lse, const typename K::T* delta, const i64* tiles, typename K::T* dk, typename K::T* dv,
                   const AttentionShape& s) {
     typedef typename K::T T;
     enum { TM = K::TM, ROWS = K::ROWS };
     DYN_SHARED(T, smem);
     T *qs = smem, *gs = qs + K::TILE, *ks = gs + K::TILE, *vs = ks + K::TILE, *ps = vs + K::TILE;
-    int blocks = (int)cdiv(s.keys, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bk = blockIdx.x / blocks, b = bk / s.kv_heads, hk = bk % s.kv_heads, group = s.heads / s.kv_heads;
-    int j0 = (int)(blockIdx.x % blocks) * ROWS, ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+    AttentionTile tile = tile_of<ROWS, false>(s, tiles, s.keys, s.kv_heads);
+    i64 b = tile.b, hk = tile.h, group = s.heads / s.kv_heads;
+    int dim = (int)s.dim, j0 = tile.row, lo = tile.lo, S = tile.hi, T_ = s.tiles ? tile.hi : (int)s.queries;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, S, dim);
     K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, S, dim);
     // Queries that see any key of this tile: from the first whose end lies past the tile's start to the last that
     // begins before the tile's end.
-    int from = first_past<true>(s, docs, j0), end = first_past<false>(s, docs, (int)min64(j0 + ROWS, S) - 1);
+    int from = first_past<true>(s, lo, S, lo, T_, j0), end = first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     T one[TM], sk[TM][K::NC] = {}, sv[TM][K::NC] = {};
 #pragma unroll
     for (int i = 0; i < TM; i++) one[i] = 1;
     for (i64 h = hk * group; h < (hk + 1) * group; h++) {
         i64 bh = b * s.heads + h;
-        for (int i0 = from / ROWS * ROWS; i0 < end; i0 += ROWS) {
+        for (int i0 = lo + (from - lo) / ROWS * ROWS; i0 < end; i0 += ROWS) {
             __syncthreads();
             K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
             K::load(gs, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, T_, dim);
@@ -292,7 +294,7 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
 #pragma unroll
             for (int j = 0; j < TM; j++) {
                 int row = i0 + tx + 16 * j;
-                Seen seen = row < T_ ? visible(s, docs, row) : Seen{0, 0};
+                Seen seen = row < T_ ? visible(s, lo, S, row) : Seen{0, 0};
                 T l = row < T_ ? lse[bh * s.queries + row] : T(0), d = row < T_ ? delta[bh * s.queries + row] : T(0);
 #pragma unroll
                 for (int i = 0; i < TM; i++) {
@@ -330,13 +332,13 @@ template <class T> DEV void delta_body(const T* out, const T* grad, acc_t<T>* de
 }
 
 #define FWD_ARGS(T) const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, T *__restrict__ out, \
-    acc_t<T> *__restrict__ lse, const i64 *__restrict__ docs, AttentionShape s
+    acc_t<T> *__restrict__ lse, const i64 *__restrict__ tiles, AttentionShape s
 #define BACK_ARGS(T) const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const T *__restrict__ grad, \
-    const acc_t<T> *__restrict__ lse, const acc_t<T> *__restrict__ delta, const i64 *__restrict__ docs
+    const acc_t<T> *__restrict__ lse, const acc_t<T> *__restrict__ delta, const i64 *__restrict__ tiles
 #define SIMT_ATTENTION(SUFFIX, T, DP, TF, TB) \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_fwd_##SUFFIX(FWD_ARGS(T)) { simt_fwd<Simt<T, DP, TF>>(q, k, v, out, lse, docs, s); } \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_dq_##SUFFIX(BACK_ARGS(T), T* dq, AttentionShape s) { simt_dq<Simt<T, DP, TB>>(q, k, v, grad, lse, delta, docs, dq, s); } \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_dkv_##SUFFIX(BACK_ARGS(T), T* dk, T* dv, AttentionShape s) { simt_dkv<Simt<T, DP, TB>>(q, k, v, grad, lse, delta, docs, dk, dv, s); }
+    extern "C" __global__ void __launch_bounds__(256, 1) attention_fwd_##SUFFIX(FWD_ARGS(T)) { simt_fwd<Simt<T, DP, TF>>(q, k, v, out, lse, tiles, s); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) attention_dq_##SUFFIX(BACK_ARGS(T), T* dq, AttentionShape s) { simt_dq<Simt<T, DP, TB>>(q, k, v, grad, lse, delta, tiles, dq, s); } \
+    extern "C" __global__ void __launch_bounds__(256, 1) attention_dkv_##SUFFIX(BACK_ARGS(T), T* dk, T* dv, AttentionShape s) { simt_dkv<Simt<T, DP, TB>>(q, k, v, grad, lse, delta, tiles, dk, dv, s); }
 SIMT_ATTENTION(d64_f32, float, 64, 4, 4)
 SIMT_ATTENTION(d128_f32, float, 128, 4, 2)
 SIMT_ATTENTION(d64_f64, double, 64, 2, 2)

@@ -109,23 +109,23 @@ DEV float quad_sum(float v) {
 }
 
 template <class K>
-DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename K::T* v, typename K::T* out, float* lse, const i64* docs,
+DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename K::T* v, typename K::T* out, float* lse, const i64* tiles,
                  const AttentionShape& s) {
     typedef typename K::T T;
     DYN_SHARED(T, smem);
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     T *qs = smem, *kv = qs + ROWS * DP;
-    int blocks = (int)cdiv(s.queries, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
-    int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS; // the longest rows of a causal span first
+    AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
+    i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end there
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
-    Seen first = visible(s, docs, i0), last = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1);
-    Seen seen[2] = {row < T_ ? visible(s, docs, row) : Seen{0, 0}, row + 8 < T_ ? visible(s, docs, row + 8) : Seen{0, 0}};
+    Seen first = visible(s, lo, S, i0), last = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1);
+    Seen seen[2] = {row < T_ ? visible(s, lo, S, row) : Seen{0, 0}, row + 8 < T_ ? visible(s, lo, S, row + 8) : Seen{0, 0}};
     float o[K::O8][4] = {}, top[2] = {-INFINITY, -INFINITY}, z[2] = {0.f, 0.f}, sl2 = (float)s.scale * LOG2E;
     K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, ROWS, T_, dim);
-    int j0 = first.lo / KEYS * KEYS, st = 0;
+    int j0 = lo + (first.lo - lo) / KEYS * KEYS, st = 0;
     auto fetch = [&](int j, int stage) {
         if (j < last.hi) {
             K::load(kv + stage * 2 * KEYS * DP, k, s.k[1], j, KEYS, S, dim);
@@ -203,24 +203,24 @@ DEV void back_one2(const AttentionShape& s, bool in, i64 row, int j, float lse2,
 
 template <class K>
 DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K::T* v, const typename K::T* grad, const float* lse,
-                const float* delta, const i64* docs, typename K::T* dq, const AttentionShape& s) {
+                const float* delta, const i64* tiles, typename K::T* dq, const AttentionShape& s) {
     typedef typename K::T T;
     DYN_SHARED(T, smem);
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     T *qs = smem, *gs = qs + ROWS * DP, *kv = gs + ROWS * DP;
-    int blocks = (int)cdiv(s.queries, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bh = blockIdx.x / blocks, b = bh / s.heads, h = bh % s.heads, hk = h / (s.heads / s.kv_heads);
-    int i0 = (blocks - 1 - (int)(blockIdx.x % blocks)) * ROWS;
+    AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
+    i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
-    int end = visible(s, docs, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = visible(s, docs, i0).lo / KEYS * KEYS, st = 0;
+    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = lo + (visible(s, lo, S, i0).lo - lo) / KEYS * KEYS, st = 0;
     Seen seen[2];
     float l[2], d[2], o[K::O8][4] = {};
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         bool in = row + r * 8 < T_;
-        seen[r] = in ? visible(s, docs, row + r * 8) : Seen{0, 0};
+        seen[r] = in ? visible(s, lo, S, row + r * 8) : Seen{0, 0};
         l[r] = in ? lse[bh * s.queries + row + r * 8] * LOG2E : 0.f;
         d[r] = in ? delta[bh * s.queries + row + r * 8] : 0.f;
     }
@@ -258,31 +258,33 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
 // KEYS of K is here the number of queries of a tile; a warp owns 16 keys.
 template <class K>
 DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename K::T* v, const typename K::T* grad, const float* lse,
-                 const float* delta, const i64* docs, typename K::T* dk, typename K::T* dv, const AttentionShape& s) {
+                 const float* delta, const i64* tiles, typename K::T* dk, typename K::T* dv, const AttentionShape& s) {
     typedef typename K::T T;
     DYN_SHARED(T, smem);
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     SHARED(float, lsd, [2][2][K::KEYS]);
     SHARED(int, bounds, [2][2][K::KEYS]);
     T *ks = smem, *vs = ks + ROWS * DP, *qg = vs + ROWS * DP;
-    int blocks = (int)cdiv(s.keys, ROWS), dim = (int)s.dim, T_ = (int)s.queries, S = (int)s.keys;
-    i64 bk = blockIdx.x / blocks, b = bk / s.kv_heads, hk = bk % s.kv_heads, group = s.heads / s.kv_heads;
-    int j0 = (int)(blockIdx.x % blocks) * ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = j0 + warp * 16 + lane / 4;
-    int from = first_past<true>(s, docs, j0) / KEYS * KEYS, end = first_past<false>(s, docs, (int)min64(j0 + ROWS, S) - 1);
-    int tiles = end > from ? (int)cdiv(end - from, KEYS) : 0;
+    AttentionTile tile = tile_of<ROWS, false>(s, tiles, s.keys, s.kv_heads);
+    i64 b = tile.b, hk = tile.h, group = s.heads / s.kv_heads;
+    int dim = (int)s.dim, j0 = tile.row, lo = tile.lo, S = tile.hi, T_ = s.tiles ? tile.hi : (int)s.queries;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = j0 + warp * 16 + lane / 4;
+    int from = lo + (first_past<true>(s, lo, S, lo, T_, j0) - lo) / KEYS * KEYS;
+    int end = first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
+    int steps = end > from ? (int)cdiv(end - from, KEYS) : 0;
     float sk[K::O8][4] = {}, sv[K::O8][4] = {};
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, ROWS, S, dim);
     K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, ROWS, S, dim);
     auto fetch = [&](i64 n, int stage) {
-        if (n < group * tiles) {
-            i64 h = hk * group + n / tiles;
-            int i0 = from + (int)(n % tiles) * KEYS, c = threadIdx.x;
+        if (n < group * steps) {
+            i64 h = hk * group + n / steps;
+            int i0 = from + (int)(n % steps) * KEYS, c = threadIdx.x;
             K::load(qg + stage * 2 * KEYS * DP, q + b * s.q[0] + h * s.q[2], s.q[1], i0, KEYS, T_, dim);
             K::load(qg + (stage * 2 + 1) * KEYS * DP, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, KEYS, T_, dim);
             if (c < KEYS) {
                 bool in = i0 + c < T_;
                 i64 r = (b * s.heads + h) * s.queries + i0 + c;
-                Seen w = in ? visible(s, docs, i0 + c) : Seen{0, 0};
+                Seen w = in ? visible(s, lo, S, i0 + c) : Seen{0, 0};
                 lsd[stage][0][c] = in ? lse[r] * LOG2E : 0.f;
                 lsd[stage][1][c] = in ? delta[r] : 0.f;
                 bounds[stage][0][c] = w.lo;
@@ -293,11 +295,11 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     };
     fetch(0, 0);
     int st = 0;
-    for (i64 n = 0; n < group * tiles; n++, st ^= 1) {
+    for (i64 n = 0; n < group * steps; n++, st ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
         fetch(n + 1, st ^ 1);
-        i64 rows = (b * s.heads + hk * group + n / tiles) * s.queries + from + n % tiles * KEYS;
+        i64 rows = (b * s.heads + hk * group + n / steps) * s.queries + from + n % steps * KEYS;
         const T *qs = qg + st * 2 * KEYS * DP, *gs = qs + KEYS * DP;
         float x[K::N8][4] = {}, dp[K::N8][4] = {};
         K::scores(x, ks, warp * 16, qs);
@@ -318,13 +320,13 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
 }
 
 #define FWD_ARGS(T) const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, T *__restrict__ out, \
-    acc_t<T> *__restrict__ lse, const i64 *__restrict__ docs, AttentionShape s
+    acc_t<T> *__restrict__ lse, const i64 *__restrict__ tiles, AttentionShape s
 #define BACK_ARGS(T) const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const T *__restrict__ grad, \
-    const acc_t<T> *__restrict__ lse, const acc_t<T> *__restrict__ delta, const i64 *__restrict__ docs
+    const acc_t<T> *__restrict__ lse, const acc_t<T> *__restrict__ delta, const i64 *__restrict__ tiles
 #define MMA_ATTENTION(SUFFIX, T, DP, KB) \
-    extern "C" __global__ void __launch_bounds__(256, 1) attention_fwd_##SUFFIX(FWD_ARGS(T)) { mma_fwd<Mma<T, DP, 64, 256>>(q, k, v, out, lse, docs, s); } \
-    extern "C" __global__ void __launch_bounds__(128, 1) attention_dq_##SUFFIX(BACK_ARGS(T), T* dq, AttentionShape s) { mma_dq<Mma<T, DP, KB, 128>>(q, k, v, grad, lse, delta, docs, dq, s); } \
-    extern "C" __global__ void __launch_bounds__(128, 1) attention_dkv_##SUFFIX(BACK_ARGS(T), T* dk, T* dv, AttentionShape s) { mma_dkv<Mma<T, DP, KB, 128>>(q, k, v, grad, lse, delta, docs, dk, dv, s); }
+    extern "C" __global__ void __launch_bounds__(256, 1) attention_fwd_##SUFFIX(FWD_ARGS(T)) { mma_fwd<Mma<T, DP, 64, 256>>(q, k, v, out, lse, tiles, s); } \
+    extern "C" __global__ void __launch_bounds__(128, 1) attention_dq_##SUFFIX(BACK_ARGS(T), T* dq, AttentionShape s) { mma_dq<Mma<T, DP, KB, 128>>(q, k, v, grad, lse, delta, tiles, dq, s); } \
+    extern "C" __global__ void __launch_bounds__(128, 1) attention_dkv_##SUFFIX(BACK_ARGS(T), T* dk, T* dv, AttentionShape s) { mma_dkv<Mma<T, DP, KB, 128>>(q, k, v, grad, lse, delta, tiles, dk, dv, s); }
 MMA_ATTENTION(d64_bf16, bf16, 64, 64)
 MMA_ATTENTION(d128_bf16, bf16, 128, 32)
 MMA_ATTENTION(d64_f16, f16, 64, 64)

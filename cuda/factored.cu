@@ -19,19 +19,26 @@
 //         PAIR_PRODUCT   r1ₜ·r2ₛ                    outer product; with ids also only where ids1[t] = ids2[s] (grouped)
 //         PAIR_ONE       1                          lookup: ids1[t] = ids2[s]
 //         PAIR_GATHER    r2[s, ids1[t]]             lookup (1) against outer product (2: l2 = right, r2 = left)
+//       nl1, nr1, nl2, nr2: the rows' norms (factor_row_norms), where `off` is not null: it receives, in the places of part, what the
+//       errors of the dot products may amount to. A dot product over d columns is off by gamma = (d + 2)·u times the norms of both rows.
 //       same = 1: 1 and 2 are one factor and i = j: tiles above the diagonal are left out, those below count twice.
 //       all_pairs = 1: y runs over count1·count2 pairs (i, j); else i = j = y.
 //       FLOPs T₁·T₂·2(r + c), half of it when same; a tile in which no ids are equal costs 64 comparisons a thread.
 //   factor_direct_{f32,f64} (left, right, group, offsets, order, part, DirectShape)
 //       dynamic shared memory 33 856 bytes. x: tiles of the r × c gradient. |Σₜ leftₜ ⊗ rightₜ|²; with group (const u32*, of row
 //       n of the operands) one such term for each run of equal groups: a sample's rows of one group must be neighbours.
-//       FLOPs 2·T·r·c: the better form where T(r + c) > 2·r·c.
-//   factor_gram_{bf16,f16,tf32}, factor_direct_{bf16,f16,tf32}: the same on the tensor cores, dynamic shared memory 50 240 and 65 600 bytes.
-//       Gram tiles are 128 × 64: x up to n₁(n₁ − 1) + n₂ when same, n₁·n₂ else, n₁ = ⌈T₁/128⌉, n₂ = ⌈T₂/64⌉.
+//       FLOPs 2·T·r·c: the better form where T(r + c) > 2·r·c. Where sq is not null, samples with off[i] ≤ share·sq[i] are passed
+//       over; the parts of the others replace their norms by norms_replace.
 //   factor_rows_{f32,f64,bf16,f16} (grad, scale, offsets, order, part, RowsShape)
 //       128 bytes of shared memory. x: columns / 256. |Σₜ gradₜ (⊙ scaleₜ)|²; scale may be null. Per-sample factors are
 //       the same with each = 1. Reads its operands once.
 //   norms_sum (part, sq, count, width, factor, accumulate): sq[i] (+)= factor·Σ part[i·width ..]. Grid any (a warp a sample).
+//   norms_replace (part, sq, off, count, width, share): where off[i] > share·sq[i] or either is NaN, sq[i] = Σ part[i·width ..] and
+//       off[i] = 0. Grid any (a warp a sample).
+//   factor_row_norms_{f32,f64} (x, scale, out, rows, width): out[n] = |xₙ (⊙ scaleₙ)|, f64; scale may be null. Grid any (a warp a row).
+//   factor_reach (nl, nr, offsets, order, reach, count, each, accumulate): reach[i] (+)= Σₜ nl[t]·nr[t] over the sample's rows; nr may be
+//       null: ones. Grid any (a warp a sample).
+//   norms_bound (sq, off, reach, out, BoundShape): out[i] (+)= up·(√(sq + off + second·reach²) + gamma·reach)². Grid any.
 //   clip_weights_{f32,f64} (sq, w, stats, ClipShape): one block of 256. wᵢ as privacy::ClipFn::factor; a norm that is not
 //       finite gives 0. stats (u64[3], or null) += samples, clipped ones, ones not finite.
 //   factor_rowsum_{f32,f64,bf16,f16} (grad, scale, w, owner, part, RowSumShape): grid (⌈p/32⌉, chunks ≤ 65535), block 256, 1 KiB (f64 2)
@@ -44,8 +51,10 @@ struct GramShape {
     i64 l1_rs, r1_rs, l2_rs, r2_rs; // steps between rows
     i64 count1, count2, each1, each2;
     i32 kind, same, all_pairs, reserved;
+    double gamma_l, gamma_r, least_l, least_r; // of dot products over l and over r: relative to the rows' norms, and absolute
 };
-struct DirectShape { i64 rd, cd, l_rs, r_rs, count, each; };
+struct DirectShape { i64 rd, cd, l_rs, r_rs, count, each; double share; };
+struct BoundShape { i64 count; double up, gamma, second; i64 accumulate; };
 struct RowsShape { i64 width, g_rs, s_rs, count, each; };
 struct ClipShape { i64 count; double threshold, gamma; i32 kind, reserved; };
 struct RowSumShape { i64 rows, width, chunk, g_rs, s_rs, each; }; // chunk: rows of one partial sum; each: as KScale
@@ -76,7 +85,8 @@ constexpr int DIRECT_SHARED = 33856;
 template <class Tile>
 DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const typename Tile::T* l2, const typename Tile::T* r2,
                    const u32* ids1, const u32* ids2, const i64* off1, const i64* off2, const u32* ord1, const u32* ord2,
-                   double* part, const GramShape& s) {
+                   double* part, const double* nl1, const double* nr1, const double* nl2, const double* nr2, double* off,
+                   const GramShape& s) {
     typedef typename Tile::T T;
     typedef typename Tile::Acc Acc;
     enum { M = Tile::M, N = Tile::N, R = M / N };
@@ -92,7 +102,7 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
         i64 n1 = cdiv(a.rows, M), n2 = cdiv(b.rows, N);
         // Same: row i of the triangle has R(i + 1) tiles, the last one perhaps fewer.
         i64 tiles = s.same ? n1 * (n1 - 1) / 2 * R + n2 : n1 * n2;
-        double sum = 0;
+        double sum = 0, error = 0;
         for (i64 x = blockIdx.x; x < tiles; x += gridDim.x) {
             i64 ti = s.same ? 0 : x / n2, tj = s.same ? x : x % n2;
             if (s.same)
@@ -121,17 +131,27 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
                 if (t >= a.rows || w >= b.rows || (s.same && w > t) || (match && id1[i] != id2[j])) return;
                 double f = s.kind == PAIR_ONE ? 1. : (double)v;
                 if (s.kind == PAIR_GATHER) f = (double)to_acc(r2[b.row(w) * s.r2_rs + id1[i]]);
-                sum += (s.same && w < t ? 2. : 1.) * (double)u * f;
+                double twice = s.same && w < t ? 2. : 1.;
+                sum += twice * (double)u * f;
+                if (off) {
+                    double size = fabs((double)u), e = (s.gamma_l * nl1[a.row(t)] * nl2[b.row(w)] + s.least_l) * fabs(f);
+                    if (s.kind == PAIR_PRODUCT) e += (s.gamma_r * nr1[a.row(t)] * nr2[b.row(w)] + s.least_r) * size;
+                    error += twice * (1.01 * e + 1e-13 * size * fabs(f));
+                }
             });
         }
         sum = block_sum_256(sum, red);
         if (threadIdx.x == 0) part[y * gridDim.x + blockIdx.x] = sum;
+        if (off) {
+            error = block_sum_256(error, red);
+            if (threadIdx.x == 0) off[y * gridDim.x + blockIdx.x] = error;
+        }
     }
 }
 
 template <class Tile>
 DEV void direct_body(const typename Tile::T* left, const typename Tile::T* right, const u32* group, const i64* offsets,
-                     const u32* order, double* part, const DirectShape& s) {
+                     const u32* order, double* part, const double* sq, const double* off, const DirectShape& s) {
     typedef typename Tile::Acc Acc;
     static_assert(Tile::SMEM + 64 <= DIRECT_SHARED, "DIRECT_SHARED is too small");
     DYN_SHARED(char, smem);
@@ -139,6 +159,7 @@ DEV void direct_body(const typename Tile::T* left, const typename Tile::T* right
     const KScale<Acc> plain = {nullptr, nullptr, 1};
     i64 tn = cdiv(s.cd, Tile::N), tiles = cdiv(s.rd, Tile::M) * tn;
     for (i64 y = blockIdx.y; y < s.count; y += gridDim.y) {
+        if (sq && off[y] <= s.share * sq[y]) continue;
         Sample a = sample(offsets, s.each, order, y);
         double sum = 0;
         for (i64 x = blockIdx.x; x < tiles; x += gridDim.x) {
@@ -184,10 +205,13 @@ DEV void rows_body(const T* grad, const T* scale, const i64* offsets, const u32*
 #define GRAM(NAME, TILE, T) \
     extern "C" __global__ void __launch_bounds__(256, 1) NAME(const T *__restrict__ l1, const T *__restrict__ r1, const T *__restrict__ l2, const T *__restrict__ r2, \
         const u32 *__restrict__ ids1, const u32 *__restrict__ ids2, const i64 *__restrict__ off1, const i64 *__restrict__ off2, \
-        const u32 *__restrict__ ord1, const u32 *__restrict__ ord2, double *__restrict__ part, GramShape s) { gram_body<TILE>(l1, r1, l2, r2, ids1, ids2, off1, off2, ord1, ord2, part, s); }
+        const u32 *__restrict__ ord1, const u32 *__restrict__ ord2, double *__restrict__ part, const double *__restrict__ nl1, const double *__restrict__ nr1, \
+        const double *__restrict__ nl2, const double *__restrict__ nr2, double *__restrict__ off, GramShape s) { \
+        gram_body<TILE>(l1, r1, l2, r2, ids1, ids2, off1, off2, ord1, ord2, part, nl1, nr1, nl2, nr2, off, s); }
 #define DIRECT(NAME, TILE, T) \
     extern "C" __global__ void __launch_bounds__(256, 1) NAME(const T *__restrict__ left, const T *__restrict__ right, const u32 *__restrict__ group, \
-        const i64 *__restrict__ offsets, const u32 *__restrict__ order, double *__restrict__ part, DirectShape s) { direct_body<TILE>(left, right, group, offsets, order, part, s); }
+        const i64 *__restrict__ offsets, const u32 *__restrict__ order, double *__restrict__ part, const double *__restrict__ sq, \
+        const double *__restrict__ off, DirectShape s) { direct_body<TILE>(left, right, group, offsets, order, part, sq, off, s); }
 #define COMMA ,
 GRAM(factor_gram_f32, SimtTile<float COMMA true COMMA true>, float)
 GRAM(factor_gram_f64, SimtTile<double COMMA true COMMA true>, double)
@@ -210,6 +234,64 @@ extern "C" __global__ void __launch_bounds__(256) norms_sum(const double* __rest
     }
 }
 
+extern "C" __global__ void __launch_bounds__(256) norms_replace(const double* __restrict__ part, double* sq, double* off, i64 count, i64 width, double share) {
+    int lane = threadIdx.x % 32;
+    for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) / 32; i < count; i += (i64)gridDim.x * 8) {
+        if (off[i] <= share * sq[i]) continue;
+        double v = 0;
+        for (i64 x = lane; x < width; x += 32) v += part[i * width + x];
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(FULL_MASK, v, o);
+        __syncwarp();
+        if (lane == 0) {
+            sq[i] = v;
+            off[i] = 0.;
+        }
+    }
+}
+template <class T> DEV void row_norms_body(const T* x, const T* scale, double* out, i64 rows, i64 width) {
+    int lane = threadIdx.x % 32;
+    for (i64 n = ((i64)blockIdx.x * 256 + threadIdx.x) / 32; n < rows; n += (i64)gridDim.x * 8) {
+        double v = 0;
+        for (i64 c = lane; c < width; c += 32) {
+            double g = (double)x[n * width + c] * (scale ? (double)scale[n * width + c] : 1.);
+            v += g * g;
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(FULL_MASK, v, o);
+        if (lane == 0) out[n] = sqrt(v);
+    }
+}
+extern "C" __global__ void __launch_bounds__(256) factor_row_norms_f32(const float* __restrict__ x, const float* __restrict__ scale, double* __restrict__ out, i64 rows, i64 width) { row_norms_body(x, scale, out, rows, width); }
+extern "C" __global__ void __launch_bounds__(256) factor_row_norms_f64(const double* __restrict__ x, const double* __restrict__ scale, double* __restrict__ out, i64 rows, i64 width) { row_norms_body(x, scale, out, rows, width); }
+extern "C" __global__ void __launch_bounds__(256) factor_reach(const double* __restrict__ nl, const double* __restrict__ nr, const i64* __restrict__ offsets,
+        const u32* __restrict__ order, double* reach, i64 count, i64 each, i32 accumulate) {
+    int lane = threadIdx.x % 32;
+    for (i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) / 32; i < count; i += (i64)gridDim.x * 8) {
+        Sample a = sample(offsets, each, order, i);
+        double v = 0;
+        for (i64 t = lane; t < a.rows; t += 32) v += nl[a.row(t)] * (nr ? nr[a.row(t)] : 1.);
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(FULL_MASK, v, o);
+        if (lane == 0) reach[i] = v + (accumulate ? reach[i] : 0.);
+    }
+}
+// As autograd::factor::Norm::bound on the CPU. A NaN of the norm stays one.
+extern "C" __global__ void __launch_bounds__(256) norms_bound(const double* __restrict__ sq, const double* __restrict__ off, const double* __restrict__ reach,
+        double* out, BoundShape s) {
+    for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < s.count; i += (i64)gridDim.x * 256) {
+        double far = reach[i], v = sq[i] < 0. ? 0. : sq[i];
+        double n = sqrt(v + off[i] + s.second * far * far) + s.gamma * far;
+        out[i] = s.up * n * n + (s.accumulate ? out[i] : 0.);
+    }
+}
+
+// A weight is rounded towards zero, so that no clipped gradient is longer than the threshold.
+DEV double toward_zero(double f, double) { return f; }
+DEV float toward_zero(double f, float) {
+    float w = (float)f;
+    return (double)w > f ? __uint_as_float(bits_of(w) - 1) : w;
+}
 // B values in, B out: launch-bound. Rounding of a cross term may leave a square a little below zero: taken as zero. A NaN
 // stays one, and is counted.
 template <class A> DEV void clip_body(const double* sq, A* w, u64* stats, const ClipShape& s) {
@@ -227,7 +309,7 @@ template <class A> DEV void clip_body(const double* sq, A* w, u64* stats, const 
             }
             clipped += n > s.threshold;
         } else broken += 1;
-        w[i] = (A)f;
+        w[i] = toward_zero(f, A());
     }
     clipped = block_sum_256(clipped, red);
     broken = block_sum_256(broken, red);

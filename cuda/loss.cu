@@ -5,6 +5,8 @@
 //                                     f64 smoothing, i64 ignore)               row rule, block 256
 //       Per row: lse = ln Σ exp x; loss = lse − (1 − s)·x[target] − s·mean(x). Rows with target = ignore (−1: none) give 0
 //       and 0; a target ≥ d gives NaN (ids_u32 in move.cu finds it).
+//   class_ids (const i64* targets, u32* out, i64 n, i64 ignore)                grid ceil(n / 1024), block 256
+//       A target = ignore becomes u32::MAX, and what is no u32 becomes u32::MAX − 1, which is no class either. 12 bytes a row.
 //   sample_loss_{f32,f64} (const A* loss, const u32* targets, const i64* offsets, const u32* order, A* out, A* weight,
 //                          i64 samples, i64 each, i64 ignore, i32 mean)        grid ceil(samples / 8), block 256
 //       A sample's rows: positions offsets[s] .. offsets[s + 1] (null: s·each .. (s + 1)·each) of order (null: themselves).
@@ -101,6 +103,13 @@ DEV void cross_entropy_grad_body(const T* x, const acc_t<T>* lse, const u32* tar
         cross_entropy_grad_body(x, lse, targets, weight, g, owner, dx, rows, d, each, smoothing, ignore);      \
     }
 FOR_FLOATS(CROSS)
+
+KERNEL class_ids(const i64* targets, u32* out, i64 n, i64 ignore) {
+    for (i64 i = (i64)blockIdx.x * 1024 + threadIdx.x, k = 0; k < 4 && i < n; k++, i += 256) {
+        i64 t = targets[i];
+        out[i] = t == ignore ? 0xffffffffu : t < 0 || t >= 0xfffffffell ? 0xfffffffeu : (u32)t;
+    }
+}
 
 // A warp per sample. The sum is in f64 on both devices, so its order hardly shows.
 template <class A>

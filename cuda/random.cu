@@ -260,7 +260,7 @@ KERNEL chacha_release(const __grid_constant__ ChaChaKey key, u64 step, u64 conte
 // NH of a chunk, twice: each thread takes four pairs of words, of which 8 bytes are read and 4 multiplied with the key's, so that
 // the pass is bound by memory. Integer sums mod 2⁶⁴ are the same in any order.
 KERNEL chacha_digest(const u32* words, i64 n, const u32* key, u32* out) {
-    __shared__ u64 parts[2][8];
+    SHARED(u64, parts, [2][8]);
     i64 from = (i64)blockIdx.x * 2048, count = n - from < 2048 ? n - from : 2048;
     u64 sum[2] = {0, 0};
     for (i64 i = 2 * threadIdx.x; i < count; i += 512) {

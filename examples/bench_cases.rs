@@ -234,7 +234,7 @@ fn elt(name: &str) -> Result<(Step, Work, usize)> {
             Ok(())
         }),
         "add" => Box::new(move || x.add(&y).map(|_| ())),
-        "sum" => Box::new(move || x.sum(&[], false).map(|_| ())),
+        "sum" => Box::new(move || x.sum_all().map(|_| ())),
         op if op.ends_with("_bwd") => {
             let leaf = Tensor::leaf(x.into_array());
             let out = forward(op.trim_end_matches("_bwd"), &leaf)?;

@@ -1,17 +1,25 @@
 //! An op of your own, with exact per-sample gradients: `y = x·exp(w)`, a positive learned scale per channel. Shows the
-//! forward pass on arrays, the backward rule with its factor, and the three checks that such an op should pass.
+//! forward pass on arrays, the backward rule with its factor, a CUDA kernel beside the loop for the CPU, and the checks that
+//! such an op should pass.
 //!
 //! ```text
-//! cargo run --release --example custom_op
+//! cargo run --release --example custom_op                             # on a GPU where there is one, else on the CPU
+//! PRISMGRAD_DEVICE=cuda cargo run --features emulator --example custom_op     # on the emulated GPU
 //! ```
 
 #[path = "common/args.rs"]
 mod args;
 
+use prismgrad::array::ArrayArguments;
 use prismgrad::check::{Case, Gen, gradients, independence, per_sample};
+use prismgrad::device::cuda::{CudaModule, Gpu, Launch};
 use prismgrad::ops::{Differentiable, FactorRule, OpInfo};
-use prismgrad::{Array, Cotangents, Error, Factor, Param, Result, Rule, Samples, Tensor, with_float};
+use prismgrad::{Array, Cotangents, DType, Device, Error, Factor, Param, Result, Rule, Samples, Tensor, with_float};
 use serde_json::json;
+use std::sync::Arc;
+
+/// The kernels, compiled when the op first runs on a GPU.
+static KERNELS: CudaModule = CudaModule::new("exp_scale", include_str!("custom_op.cu"));
 
 /// The op's name for messages, what it delivers for its parameters, and random cases to check it on.
 static EXP_SCALE: OpInfo = OpInfo {
@@ -53,9 +61,16 @@ impl Rule for Back {
     }
 }
 
-/// The numbers alone, in f32 or f64.
+/// The numbers alone, in f32 or f64, where `x` is.
 fn scaled(x: &Array, w: &Array) -> Result<Array> {
-    let (x, mut y) = (x.contiguous(), Array::zeros(x.shape(), x.dtype()));
+    match &x.device() {
+        Device::Cpu => on_the_cpu(&x.contiguous(), w),
+        Device::Cuda(gpu) => on_a_gpu(gpu, &x.contiguous(), &w.to(&x.device())?.contiguous()),
+    }
+}
+
+fn on_the_cpu(x: &Array, w: &Array) -> Result<Array> {
+    let mut y = Array::zeros(x.shape(), x.dtype());
     with_float!("exp_scale", x.dtype(), |T| {
         let factors: Vec<T> = w.as_slice::<T>()?.iter().map(|w| w.exp()).collect();
         let (from, to) = (x.as_slice::<T>()?, y.as_mut_slice::<T>()?);
@@ -63,6 +78,17 @@ fn scaled(x: &Array, w: &Array) -> Result<Array> {
             *y = x * factors[i % factors.len()];
         }
         Ok(())
+    })?;
+    Ok(y)
+}
+
+fn on_a_gpu(gpu: &Arc<Gpu>, x: &Array, w: &Array) -> Result<Array> {
+    let mut y = Array::zeros(x.shape(), (x.dtype(), &x.device()));
+    let (n, channels) = (x.numel() as i64, w.numel() as i64);
+    let name = if x.dtype() == DType::F64 { "exp_scale_f64" } else { "exp_scale_f32" };
+    with_float!("exp_scale", x.dtype(), |T| {
+        let launch = Launch::of(gpu, KERNELS.kernel(gpu, name)?).grid(x.numel().div_ceil(256), 1, 1).block(256);
+        launch.input::<T>(x).input::<T>(w).output::<T>(&mut y).val(n).val(channels).run()
     })?;
     Ok(y)
 }
@@ -82,20 +108,32 @@ const OPTIONS: &[args::Opt] = &[("cases", "20", "5", "random cases to check the 
 fn run() -> Result<()> {
     let args = args::Args::parse("custom_op", "Checks an op that is defined in this example.", OPTIONS);
     let cases = args.get("cases", "a whole number from 1 to 1000", |n: &u64| (1..=1000).contains(n));
-    let mut folder = args.folder(&json!({"cases": cases}))?;
-    let [mut derivative, mut sample, mut coupling] = [0.0f64; 3];
+    let device = Device::from_env()?;
+    let mut folder = args.folder(&json!({"cases": cases, "device": device.to_string()}))?;
+    let [mut derivative, mut sample, mut coupling, mut apart] = [0.0f64; 4];
     for seed in 0..cases {
-        let case = EXP_SCALE.cases[0](&mut Gen::new(seed))?;
+        let here = EXP_SCALE.cases[0](&mut Gen::new(seed))?;
+        let case = EXP_SCALE.cases[0](&mut Gen::new(seed))?.to(&device)?;
+        let (a, b) = (here.losses(seed)?.array().to_f64(), case.losses(seed)?.array().to_f64());
+        apart = a.iter().zip(b).fold(apart, |most, (a, b)| most.max((a - b).abs()));
         derivative = derivative.max(gradients(&case, seed, 3, 1e-7)?.worst);
         sample = sample.max(per_sample(&|| case.losses(seed), &case.params, seed, 1e-10)?.worst());
         let losses = |x: &Tensor| (case.run)(std::slice::from_ref(x))?.sum(&[1, 2], false);
         coupling = coupling.max(independence(&losses, &case.inputs[0], seed)?);
     }
+    println!("checked on {device}");
+    if device.is_cuda() {
+        println!("the kernel against the loop on the CPU:      worst error {apart:.1e}");
+    }
     println!("backward against central differences:        worst error {derivative:.1e}");
     println!("factored against one-by-one gradients:       worst error {sample:.1e}");
     println!("a loss moved by another sample's change:     at most     {coupling:.1e}");
-    folder.finish(&json!({"derivative": derivative, "per_sample": sample, "coupling": coupling}))?;
-    if coupling > 1e-12 { Err(Error::invalid("exp_scale", "it mixes samples")) } else { Ok(()) }
+    folder.finish(&json!({"derivative": derivative, "per_sample": sample, "coupling": coupling, "devices": apart}))?;
+    match (coupling > 1e-12, apart > 1e-12) {
+        (true, _) => Err(Error::invalid("exp_scale", "it mixes samples")),
+        (_, true) => Err(Error::invalid("exp_scale", "the kernel and the loop on the CPU differ")),
+        _ => Ok(()),
+    }
 }
 
 fn main() {

@@ -57,8 +57,8 @@ fn convnet(params: &Params) -> Result<Model> {
     Ok(Box::new(move |x| {
         let count = x.shape()[0];
         let ctx = Ctx::eval();
-        let x = a.forward(&x.reshape(&[count, 1, 8, 8])?, &ctx)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
-        let x = b.forward(&x, &ctx)?.relu()?.max_pool2d([2; 2], [2; 2], [0; 2])?;
+        let x = a.forward(&x.reshape(&[count, 1, 8, 8])?, &ctx)?.relu()?.max_pool2d(2)?;
+        let x = b.forward(&x, &ctx)?.relu()?.max_pool2d(2)?;
         out.forward(&x.reshape(&[count, 128])?, &ctx)
     }))
 }

@@ -59,8 +59,8 @@ fn measure(device: &Device) -> Result<[f64; 2]> {
         Device::Cuda(_) if emulated => (16, 1 << 10, 1),
         Device::Cuda(_) => (4096, 64 << 20, 10),
     };
-    let a = crate::Tensor::new(Array::full_at(device, &[n, n], 0.5, DType::F32)?);
-    let b = Array::full_at(device, &[if device.is_cpu() { 0 } else { m }], 0.5, DType::F32)?;
+    let a = crate::Tensor::new(Array::full(&[n, n], 0.5, (DType::F32, device)));
+    let b = Array::full(&[if device.is_cpu() { 0 } else { m }], 0.5, (DType::F32, device));
     let best = |f: &dyn Fn() -> Result<()>| -> Result<f64> {
         let mut best = f64::INFINITY;
         for _ in 0..=times {

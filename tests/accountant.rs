@@ -36,6 +36,45 @@ fn epsilon_of_subsampled_gaussians() {
     }
 }
 
+/// Far tails, very many steps, very little noise: formulas where there are any, otherwise direct integration on another way; within
+/// 1 %, never below, in two seconds, or a sentence that says what to change.
+#[test]
+fn the_edges() {
+    // Without sampling: ε of N(0, 1) against N(μ, 1), by bisection in 50 digits.
+    for (sigma, n, delta, want) in [
+        (100.0, 1_000_000, 1e-14, 125.7643),
+        (1.0, 1, 1e-15, 8.16557),
+        (0.5, 1000, 1e-5, 2268.76772),
+        (1e4, 1 << 40, 1e-10, 6163.622),
+    ] {
+        let start = std::time::Instant::now();
+        let got = run(&[(sigma, 1.0, n)]).epsilon(delta).unwrap();
+        println!("σ {sigma} n {n} δ {delta}: {got} against {want}");
+        assert!(got >= want * (1.0 - 1e-4) && got <= want * 1.01, "σ {sigma} n {n} δ {delta}: {got} against {want}");
+        assert!(start.elapsed().as_secs_f64() < 2.0, "σ {sigma} n {n}: {:?}", start.elapsed());
+    }
+    // A record that is further away than the noise reaches is seen for certain.
+    assert_eq!(run(&[(0.05, 1.0, 1)]).epsilon(1e-5).unwrap(), f64::INFINITY);
+    // Sampled, in tails where rounding used to decide.
+    for (sigma, q, n, delta, want) in [(1.0, 0.01, 1000, 1e-12, 3.914), (1.0, 0.01, 1000, 1e-14, 4.54)] {
+        let start = std::time::Instant::now();
+        let got = run(&[(sigma, q, n)]).epsilon(delta).unwrap();
+        println!("σ {sigma} q {q} n {n} δ {delta}: {got} against {want} in {:?}", start.elapsed());
+        assert!((got / want - 1.0).abs() < 0.01, "σ {sigma} q {q} n {n} δ {delta}: {got} against {want}");
+        assert!(start.elapsed().as_secs_f64() < 2.0, "σ {sigma} q {q} n {n}: {:?}", start.elapsed());
+    }
+    // A step's losses that are much closer together than the usual grid.
+    let fine = run(&[(50.0, 1e-3, 1 << 24)]).epsilon(1e-6).unwrap();
+    let mu = 1e-3 * (1u64 << 24) as f64 / 50.0 / ((1u64 << 24) as f64).sqrt();
+    println!("{fine} with μ {mu}");
+    // Many weak steps compose to the Gaussian comparison of μ = q·√n/σ (Bu et al. 2020).
+    let limit = run(&[(1.0 / mu, 1.0, 1)]).epsilon(1e-6).unwrap();
+    assert!((fine / limit - 1.0).abs() < 0.01, "{fine} against {limit}");
+    let e = run(&[(1.0, 1e-3, 1 << 40)]).epsilon(1e-6).map_err(|e| e.to_string());
+    println!("{e:?}");
+    assert!(e.as_ref().err().is_some_and(|e| e.contains("take fewer steps")) || e.as_ref().is_ok_and(|e| *e > 1e3));
+}
+
 #[test]
 fn delta_at_epsilon() {
     let a = run(&[(1.0, 0.01, 1000)]);

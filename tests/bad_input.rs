@@ -50,6 +50,9 @@ fn shapes_and_dtypes() {
         &["target 7", "row 1", "3 classes"],
     );
     says(cross_entropy(&zeros(&[2, 3]), targets(&[0]), &CrossEntropy::default()), &["[1]", "[2]"]);
+    let labels = |v: &[i64]| Array::from_slice(v, &[v.len()]).unwrap();
+    says(cross_entropy(&zeros(&[2, 3]), labels(&[0, -1]), &CrossEntropy::default()), &["target -1", "row 1"]);
+    says(cross_entropy(&zeros(&[2, 3]), zeros(&[2]), &CrossEntropy::default()), &["f32", "u32 or i64"]);
 }
 
 #[test]

@@ -351,14 +351,14 @@ fn moves_and_comparisons_of_every_dtype_agree_with_the_cpu() {
             let mut all = vec![
                 a.array().transpose(0, 1).unwrap().contiguous(),
                 a.array().step(1, 2).unwrap().contiguous(),
-                a.index_select(0, &ids(9, DType::U32)).unwrap().into_array(),
-                a.index_select(0, &ids(9, DType::I64)).unwrap().into_array(),
+                a.index_select(0, ids(9, DType::U32)).unwrap().into_array(),
+                a.index_select(0, ids(9, DType::I64)).unwrap().into_array(),
                 a.gather(1, &picks).unwrap().into_array(),
                 Tensor::concat(&[&a, &b], 0).unwrap().into_array(),
                 ids(5, DType::U32).one_hot(20, dtype).unwrap().into_array(),
                 Tensor::select(&mask, &a, &b).unwrap().into_array(),
-                Array::full_at(at, &[7], 3.0, dtype).unwrap(),
-                Array::arange_at(at, 11, dtype).unwrap(),
+                Array::full(&[7], 3.0, (dtype, at)),
+                Array::arange(11, (dtype, at)),
             ];
             for compare in [Tensor::eq, Tensor::ne, Tensor::lt, Tensor::le, Tensor::gt, Tensor::ge] {
                 all.push(compare(&a, &b).unwrap().into_array());

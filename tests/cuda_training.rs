@@ -6,6 +6,7 @@ mod common {
     pub mod gpt;
     pub mod privacy;
     pub mod scratch;
+    pub mod texts;
     pub mod tokens;
     pub mod values;
 }
@@ -14,6 +15,7 @@ use common::close::close;
 use common::gpt::gpt;
 use common::privacy::{empty, keyed, whole};
 use common::scratch::Scratch;
+use common::texts::tokens_of;
 use common::tokens::tokens;
 use common::values::values;
 use prismgrad::device::emulator::{config, lock, stat};
@@ -91,7 +93,7 @@ fn train(model: &Gpt, step: &mut Step) -> (Reported, Vec<f64>, Vec<f64>) {
     for t in 0..2 {
         let ctx = Ctx::train(t as u64);
         last = Some(step.run(5, 3, |records| {
-            let (x, y) = tokens(records.len(), if records.len() == 3 { 1 } else { 4 } + t);
+            let (x, y) = tokens_of(records, t);
             model.losses(&x, &y, &ctx)
         }));
     }

@@ -14,12 +14,16 @@ use common::privacy::{keyed, whole};
 use common::scratch::Scratch;
 use common::tokens::tokens;
 use common::values::values;
+use prismgrad::array::ArrayArguments;
 use prismgrad::autograd::Groups;
 use prismgrad::check::{self, Gen};
+use prismgrad::data::IGNORE;
+use prismgrad::device::cuda::{CudaModule, Launch};
 use prismgrad::device_tests;
 use prismgrad::io::CheckpointFolder;
 use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
+use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::{Differentiable, registry};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
@@ -31,7 +35,105 @@ fn private(params: &[Param]) -> PrivateStep {
     PrivateStep::new(params, keyed(whole(3), 9), AdamW::default(), Schedule::constant(1e-2)).unwrap()
 }
 
+/// Kernels that this crate does not have: `y = a·x`, reading `past` elements too far.
+static TIMES: CudaModule = CudaModule::new(
+    "times",
+    "#include \"prelude.cuh\"
+     static const float units[2] = {1.f, 1.f};
+     extern \"C\" __global__ void times_f32(const float* x, float* y, float a, i64 n, i64 past) {
+         i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+         if (i < n) y[i] = a * units[i % 2] * x[i + past];
+     }",
+);
+/// Another kernel of the same name, and a kernel file's name of this crate.
+static SOFTMAX: CudaModule = CudaModule::new(
+    "softmax",
+    "#include \"prelude.cuh\"
+     extern \"C\" __global__ void times_f32(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] + 1; }",
+);
+
 device_tests! {
+    /// Labels of u32 and of i64 give the same losses and gradients, with each type's mark for rows that do not count.
+    fn labels_of_both_types(device) {
+        let logits = Array::generate(&[3, 4, 5], DType::F64, |i| (i as f64 * 0.7).sin()).to(device).unwrap();
+        let run = |labels: Array, ignore_index: Option<i64>| {
+            let x = Tensor::leaf(logits.clone());
+            let options = CrossEntropy { ignore_index, ..CrossEntropy::default() };
+            let losses = cross_entropy(&x, labels.to(device).unwrap(), &options).unwrap();
+            let grads = losses.backward().unwrap();
+            (losses.array().to_f64(), grads.of(&x).unwrap().to_f64())
+        };
+        let class = |i: usize| (i * 7 % 5) as i64;
+        let signed = |mark: i64| {
+            let labels: Vec<i64> = (0..12).map(|i| if i % 3 == 1 { mark } else { class(i) }).collect();
+            Array::from_slice(&labels, &[3, 4]).unwrap()
+        };
+        let unsigned: Vec<u32> = (0..12).map(|i| if i % 3 == 1 { IGNORE } else { class(i) as u32 }).collect();
+        let want = run(Array::from_slice(&unsigned, &[3, 4]).unwrap(), Some(-100));
+        assert!(want.0.iter().all(|l| l.is_finite() && *l > 0.0));
+        for mark in [-100, -1, 1 << 40] {
+            assert_eq!(run(signed(mark), Some(mark)), want, "{mark}");
+        }
+        // Without a mark all rows count, and on a GPU a target that is no class is a loss of NaN.
+        assert_ne!(run(signed(2), None), want);
+        if device.is_cuda() {
+            assert!(run(signed(-1), None).0.iter().all(|l| l.is_nan()));
+            assert!(run(signed(1 << 40), Some(-100)).0.iter().all(|l| l.is_nan()));
+        }
+        let like = Tensor::new(logits.clone()).full_like(2.5);
+        assert_eq!((like.device(), like.dtype(), like.shape()), (device.clone(), DType::F64, &[3, 4, 5][..]));
+        assert_eq!(like.mean_all().unwrap().item().unwrap(), 2.5);
+    }
+
+    /// A user's kernel runs beside the crate's own; what does not fit it is refused in a sentence that names it.
+    fn kernels_of_a_user(device) {
+        let Some(gpu) = device.gpu() else { return };
+        let x = Array::generate(&[3, 100], DType::F32, |i| i as f64).to(device).unwrap();
+        let mut y = Array::zeros(&[3, 100], (DType::F32, device));
+        let before = y.clone();
+        let times = TIMES.kernel(gpu, "times_f32").unwrap();
+        macro_rules! launch {
+            () => {
+                Launch::of(gpu, times).grid(2, 1, 1).block(256)
+            };
+        }
+        launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).val(300i64).val(0i64).run().unwrap();
+        assert!(y.to_f64().iter().enumerate().all(|(i, y)| *y == 2.0 * i as f64));
+        assert!(before.to_f64().iter().all(|x| *x == 0.0), "another handle of the output sees no change");
+        let other = Launch::of(gpu, SOFTMAX.kernel(gpu, "times_f32").unwrap()).block(100);
+        other.input::<f32>(&x).output::<f32>(&mut y).run().unwrap();
+        assert_eq!(y.to_f64()[..3], [1.0, 2.0, 3.0]);
+        assert_eq!(TIMES.kernel(gpu, "times_f32").unwrap().file(), "times");
+
+        let refused = |e: prismgrad::Result<()>, why: &[&str]| {
+            let e = e.unwrap_err().to_string();
+            assert!(why.iter().all(|w| e.contains(w)), "{e} lacks one of {why:?}");
+        };
+        let few = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).run();
+        refused(few, &["times_f32 (times.cu)", "5 parameters of [8, 8, 4, 8, 8]", "3 arguments of [8, 8, 4]"]);
+        let wide = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f64).val(300i64).val(0i64).run();
+        refused(wide, &["5 arguments of [8, 8, 8, 8, 8]"]);
+        refused(launch!().input::<f64>(&x).run(), &["times_f32", "argument 0", "holds f32, not f64"]);
+        let (turned, here) = (x.transpose(0, 1).unwrap(), x.to(&Device::Cpu).unwrap());
+        refused(launch!().input::<f32>(&turned).run(), &["strided view"]);
+        refused(launch!().input::<f32>(&x).input::<f32>(&here).run(), &["argument 1", "on the CPU"]);
+        refused(TIMES.kernel(gpu, "divide_f32").map(drop), &["divide_f32 of times.cu", "no kernel of that name"]);
+        static WRONG: CudaModule = CudaModule::new("wrong", "#include \"prelude.cuh\"\nextern \"C\" __global__ void f(flot* x) {}");
+        refused(WRONG.kernel(gpu, "f").map(drop), &["compile wrong.cu", "flot"]);
+        static NAMELESS: CudaModule = CudaModule::new("../x", "");
+        refused(NAMELESS.kernel(gpu, "f").map(drop), &["\"../x\"", "letters, digits and underscores"]);
+        // The emulated device says where a kernel has read outside of its buffers, in other texts than its own, too.
+        #[cfg(feature = "emulator")]
+        if gpu.is_emulated() && prismgrad::device::emulator::is_checked() {
+            let x = Array::zeros(&[300], (DType::F32, device));
+            let ran = launch!().input::<f32>(&x).output::<f32>(&mut y).val(2f32).val(300i64).val(1i64 << 34).run();
+            let ran = ran.and_then(|()| gpu.synchronize());
+            let report = prismgrad::device::emulator::last_report();
+            assert!(report.contains("out of bounds") && report.contains("times.cu:5"), "{ran:?} {report}");
+            prismgrad::device::emulator::reset();
+        }
+    }
+
     /// Every differentiable input and parameter of every op, against central differences; every query of every factor,
     /// against each sample alone.
     fn gradients_and_factors_of_every_op(device) {
@@ -101,9 +203,9 @@ device_tests! {
                 same("select", &Tensor::select(&there, &ga, &gb).unwrap(), &chosen);
                 same("masked_fill", &ga.masked_fill(&there, 3.0).unwrap(), &a.masked_fill(&mask, 3.0).unwrap());
             }
-            let full = |d: &Device| Tensor::new(Array::full_at(d, &[5, 3], 7.0, dtype).unwrap());
+            let full = |d: &Device| Tensor::new(Array::full(&[5, 3], 7.0, (dtype, d)));
             same("full", &full(device), &full(&Device::Cpu));
-            let range = |d: &Device| Tensor::new(Array::arange_at(d, 100, dtype).unwrap());
+            let range = |d: &Device| Tensor::new(Array::arange(100, (dtype, d)));
             if !dtype.is_half() && dtype != DType::U8 {
                 same("arange", &range(device), &range(&Device::Cpu));
             }

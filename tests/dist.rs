@@ -20,7 +20,7 @@ use prismgrad::{Array, DType, Device, Param};
 use std::time::{Duration, Instant};
 
 fn ones(n: usize, value: f64) -> Array {
-    Array::full_at(&Device::Cpu, &[n], value, DType::F64).unwrap()
+    Array::full(&[n], value, (DType::F64, &Device::Cpu))
 }
 
 #[test]

@@ -6,6 +6,7 @@ use prismgrad::ops::conv::{Conv, conv1d, conv2d};
 use prismgrad::ops::embedding::{BagMode, embedding, embedding_bag};
 use prismgrad::ops::grouped::grouped_linear;
 use prismgrad::ops::linear::{Activation, Layout};
+use prismgrad::ops::pool::Window;
 use prismgrad::ops::rotary::{Pairing, RotaryTable};
 use prismgrad::ops::segment::Segments;
 use prismgrad::{Array, DType, Param, Samples, Tensor};
@@ -39,23 +40,23 @@ fn gather_scatter_select() {
     let x = t(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3]);
     let index = Tensor::from_slice(&[2u32, 2, 0, 1], &[2, 2]).unwrap();
     holds(&x.gather(1, &index).unwrap(), &[3.0, 3.0, 4.0, 5.0], 0.0);
-    holds(&x.index_select(-1, &ids(&[2, 0])).unwrap(), &[3.0, 1.0, 6.0, 4.0], 0.0);
-    holds(&x.index_select(0, &ids(&[1])).unwrap(), &[4.0, 5.0, 6.0], 0.0);
+    holds(&x.index_select(-1, ids(&[2, 0])).unwrap(), &[3.0, 1.0, 6.0, 4.0], 0.0);
+    holds(&x.index_select(0, ids(&[1])).unwrap(), &[4.0, 5.0, 6.0], 0.0);
     let src = t(&[10.0, 20.0, 30.0, 40.0], &[2, 2]);
     holds(&x.scatter_add(1, &index, &src).unwrap(), &[1.0, 2.0, 33.0, 34.0, 45.0, 6.0], 0.0);
     holds(&src.scatter_sum(1, &index, 3).unwrap(), &[0.0, 0.0, 30.0, 30.0, 40.0, 0.0], 0.0);
     // Signed indices, integers, and nothing at all.
     let signed = Tensor::from_slice(&[1i64], &[1]).unwrap();
     holds(&x.index_select(0, &signed).unwrap(), &[4.0, 5.0, 6.0], 0.0);
-    holds(&ids(&[7, 8]).index_select(0, &ids(&[1, 1])).unwrap(), &[8.0, 8.0], 0.0);
-    assert_eq!(x.index_select(0, &ids(&[])).unwrap().shape(), [0, 3]);
+    holds(&ids(&[7, 8]).index_select(0, ids(&[1, 1])).unwrap(), &[8.0, 8.0], 0.0);
+    assert_eq!(x.index_select(0, ids(&[])).unwrap().shape(), [0, 3]);
     holds(&ids(&[1, 0]).one_hot(3, DType::F32).unwrap(), &[0.0, 1.0, 0.0, 1.0, 0.0, 0.0], 0.0);
-    let e = why(x.index_select(0, &ids(&[0, 2])));
+    let e = why(x.index_select(0, ids(&[0, 2])));
     assert!(e.contains("id 2 at position 1") && e.contains("0..2"), "{e}");
     let negative = Tensor::from_slice(&[-1i64], &[1]).unwrap();
     assert!(why(x.index_select(0, &negative)).contains("id -1"));
-    assert!(why(x.gather(1, &ids(&[0]))).contains("same sizes"));
-    assert!(why(x.gather(1, &t(&[0.0; 2], &[2, 1]))).contains("u32 or i64"));
+    assert!(why(x.gather(1, ids(&[0]))).contains("same sizes"));
+    assert!(why(x.gather(1, t(&[0.0; 2], &[2, 1]))).contains("u32 or i64"));
     assert!(why(ids(&[3]).one_hot(3, DType::F32)).contains("3 classes"));
 }
 
@@ -70,9 +71,9 @@ fn embedding_padding_and_halves() {
     holds(&g.sum().unwrap().into(), &[0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0], 0.0);
     assert_eq!(g.sample_sq_norms().unwrap(), [2.0, 2.0]);
     assert_eq!(g.factors()[0].kind(), "lookup");
-    let e = why(embedding(&table, &ids(&[0, 9]), None, None));
+    let e = why(embedding(&table, ids(&[0, 9]), None, None));
     assert!(e.contains("id 9") && e.contains("wte.weight with 4 rows"), "{e}");
-    assert!(why(embedding(&table, &ids(&[0, 1]), None, Some(&Samples::uniform(1, 3)))).contains("3 rows"));
+    assert!(why(embedding(&table, ids(&[0, 1]), None, Some(&Samples::uniform(1, 3)))).contains("3 rows"));
     // A 16-bit table is looked up as it is; its gradient is f32.
     let half = Param::new("w", table.value().cast(DType::BF16));
     let y = embedding(&half, &i, None, None).unwrap();
@@ -97,7 +98,7 @@ fn embedding_bags() {
     // Bag 0: rows 0 and 1 get ½ each; bag 1 is empty; bag 2: row 2 twice ⅓, row 1 once.
     let want = [4.0 * 0.25, 0.0, 2.0 * (4.0 / 9.0 + 1.0 / 9.0)];
     norms.iter().zip(want).for_each(|(a, b)| assert!((a - b).abs() < 1e-12, "{a} {b}"));
-    assert!(why(embedding_bag(&table, &ids(&[0]), &bags, BagMode::Sum, None, None)).contains("cover 5 rows"));
+    assert!(why(embedding_bag(&table, ids(&[0]), &bags, BagMode::Sum, None, None)).contains("cover 5 rows"));
     let half = Param::new("h", table.value().cast(DType::F16));
     let y = embedding_bag(&half, &i, &bags, BagMode::Sum, None, None).unwrap();
     assert_eq!(y.dtype(), DType::F16);
@@ -228,27 +229,32 @@ fn pooling() {
     let v: Vec<f64> = (0..16).map(|i| ((i * 7) % 16) as f64).collect();
     let x = t(&v, &[1, 1, 4, 4]);
     // 0 7 14 5 / 12 3 10 1 / 8 15 6 13 / 4 11 2 9
-    holds(&x.max_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[12.0, 14.0, 15.0, 13.0], 0.0);
-    holds(&x.avg_pool2d([2, 2], [2, 2], [0, 0]).unwrap(), &[5.5, 7.5, 9.5, 7.5], 0.0);
-    holds(&x.max_pool2d([3, 3], [2, 2], [1, 1]).unwrap(), &[12.0, 14.0, 15.0, 15.0], 0.0);
-    holds(&x.avg_pool2d([3, 3], [3, 3], [1, 1]).unwrap(), &[22.0 / 9.0, 30.0 / 9.0, 38.0 / 9.0, 30.0 / 9.0], 1e-12);
+    holds(&x.max_pool2d(2).unwrap(), &[12.0, 14.0, 15.0, 13.0], 0.0);
+    holds(&x.avg_pool2d([2, 2]).unwrap(), &[5.5, 7.5, 9.5, 7.5], 0.0);
+    holds(&x.max_pool2d(Window::new(3).stride(2).padding(1)).unwrap(), &[12.0, 14.0, 15.0, 15.0], 0.0);
+    holds(&x.avg_pool2d(Window::new(3).padding(1)).unwrap(), &[22.0 / 9.0, 30.0 / 9.0, 38.0 / 9.0, 30.0 / 9.0], 1e-12);
     holds(&x.adaptive_avg_pool2d([1, 1]).unwrap(), &[7.5], 0.0);
     holds(&x.global_avg_pool().unwrap(), &[7.5], 0.0);
     holds(&x.adaptive_avg_pool2d([1, 3]).unwrap(), &[7.5, 8.5, 7.5], 1e-12);
     let s = t(&[1.0, 2.0, 3.0, 4.0, 5.0], &[1, 1, 5]);
-    holds(&s.max_pool1d(2, 2, 0).unwrap(), &[2.0, 4.0], 0.0);
-    holds(&s.avg_pool1d(2, 1, 1).unwrap(), &[0.5, 1.5, 2.5, 3.5, 4.5, 2.5], 0.0);
+    holds(&s.max_pool1d(2).unwrap(), &[2.0, 4.0], 0.0);
+    holds(&s.avg_pool1d(Window::new(2).stride(1).padding(1)).unwrap(), &[0.5, 1.5, 2.5, 3.5, 4.5, 2.5], 0.0);
     holds(&s.adaptive_avg_pool1d(2).unwrap(), &[2.0, 4.0], 1e-12);
     // Negative values never lose to padding; ties go to the first.
-    holds(&t(&[-3.0, -1.0], &[1, 1, 2]).max_pool1d(2, 1, 1).unwrap(), &[-3.0, -1.0, -1.0], 0.0);
+    holds(
+        &t(&[-3.0, -1.0], &[1, 1, 2]).max_pool1d(Window::new(2).stride(1).padding(1)).unwrap(),
+        &[-3.0, -1.0, -1.0],
+        0.0,
+    );
     let leaf = Tensor::leaf(Array::ones(&[1, 1, 2, 2], DType::F64));
-    let g = leaf.max_pool2d([2, 2], [1, 1], [0, 0]).unwrap().backward().unwrap();
+    let g = leaf.max_pool2d(Window::new(2).stride(1)).unwrap().backward().unwrap();
     assert_eq!(g.of(&leaf).unwrap().to_f64(), [1.0, 0.0, 0.0, 0.0]);
-    assert!(why(x.max_pool2d([2, 2], [1, 1], [2, 0])).contains("half the kernel"));
-    assert!(why(x.avg_pool2d([5, 5], [1, 1], [0, 0])).contains("pad more"));
-    assert!(why(s.max_pool2d([1, 1], [1, 1], [0, 0])).contains("[B, C, H, W]"));
+    assert!(why(x.max_pool2d(Window::new(2).stride(1).padding([2, 0]))).contains("half the kernel"));
+    assert!(why(x.avg_pool2d(Window::new(5).stride(1))).contains("pad more"));
+    assert!(why(s.max_pool2d(1)).contains("[B, C, H, W]"));
     assert!(
-        why(Tensor::zeros(&[1, 1, 0, 3], DType::F32).max_pool2d([2, 2], [1, 1], [1, 1])).contains("nothing to pool")
+        why(Tensor::zeros(&[1, 1, 0, 3], DType::F32).max_pool2d(Window::new(2).stride(1).padding(1)))
+            .contains("nothing to pool")
     );
 }
 
@@ -336,7 +342,7 @@ fn fingerprint() -> Vec<u64> {
     let image = Tensor::leaf(f(g.array(&[3, 4, 20, 20])));
     let (w, b) = (Param::new("w", f(g.array(&[6, 2, 3, 3]))), Param::new("b", f(g.array(&[6]))));
     let c = Conv::default().padding(1).stride(2).groups(2);
-    let y = conv2d(&image, &w, Some(&b), c, None).unwrap().max_pool2d([2, 2], [2, 2], [0, 0]).unwrap();
+    let y = conv2d(&image, &w, Some(&b), c, None).unwrap().max_pool2d(2).unwrap();
     keep(y.array());
     let grads = y.backward().unwrap();
     keep(grads.of(&image).unwrap());
@@ -344,7 +350,7 @@ fn fingerprint() -> Vec<u64> {
     keep(&grads.param(&b).unwrap().sum().unwrap());
     let wide = Tensor::leaf(f(g.array(&[500, 300])));
     let rows: Vec<u32> = (0..4000).map(|_| g.size(0, 499) as u32).collect();
-    let y = wide.index_select(0, &ids(&rows)).unwrap().square().unwrap();
+    let y = wide.index_select(0, ids(&rows)).unwrap().square().unwrap();
     keep(y.backward().unwrap().of(&wide).unwrap());
     bits
 }

@@ -1,7 +1,7 @@
 //! How layers are made: defaults, options, and what construction refuses.
 
 use prismgrad::nn::{Conv2d, Ctx, Dropout, Embedding, EmbeddingBag, GroupNorm, Init, LayerNorm, Linear, Mlp};
-use prismgrad::nn::{MultiHeadAttention, Params, RmsNorm, TransformerBlock};
+use prismgrad::nn::{Module, MultiHeadAttention, Params, RmsNorm, Sequential, TransformerBlock};
 use prismgrad::ops::embedding::BagMode;
 use prismgrad::ops::linear::Layout;
 use prismgrad::ops::segment::Segments;
@@ -107,4 +107,16 @@ fn the_dtype_of_activations_reaches_layers_outside_a_model() {
     assert_eq!(Embedding::new(&p.at("b"), 3, 4).unwrap().forward(&ids, &ctx).unwrap().dtype(), DType::BF16);
     let image = Tensor::zeros(&[2, 3, 4, 4], DType::F32);
     assert_eq!(Conv2d::new(&p.at("c"), 3, 4, 3).unwrap().forward(&image, &ctx).unwrap().dtype(), DType::BF16);
+}
+
+/// Models go to other threads, and are used by several.
+#[test]
+fn models_are_sent_to_other_threads() {
+    let p = params();
+    let layer = Linear::new(&p.at("a"), 4, 3).unwrap();
+    let model = Sequential::new().then(layer).then(|x: &Tensor, _: &Ctx| x.square());
+    let x = Tensor::full(&[2, 4], 0.5, DType::F32);
+    let here = model.forward(&x, &Ctx::eval()).unwrap().array().to_f64();
+    let there = std::thread::spawn(move || model.forward(&x, &Ctx::eval()).unwrap().array().to_f64()).join().unwrap();
+    assert_eq!(here, there);
 }

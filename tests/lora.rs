@@ -114,7 +114,48 @@ fn adapters_are_saved_under_pefts_names() {
     let plain = Gpt::load(&*dir).unwrap();
     assert_eq!(logits(&plain), logits(&gpt(2, true, DType::F32, &Device::Cpu)));
     std::fs::remove_file(dir.join("adapter_model.safetensors")).unwrap();
-    assert!(gpt(2, true, DType::F32, &Device::Cpu).load_lora(&*dir).is_err());
+    // Every way to fail leaves the model as it was, so that it trains on as before and takes adapters afterwards.
+    let tensors = |shape: &[usize], layers: usize| {
+        let name = |l: usize, m: &str| format!("base_model.model.transformer.h.{l}.attn.c_attn.lora_{m}.weight");
+        let ab = |l: usize| {
+            [(name(l, "A"), Array::zeros(&[2, 8], DType::F32)), (name(l, "B"), Array::zeros(shape, DType::F32))]
+        };
+        (0..layers).flat_map(ab).collect::<Vec<_>>()
+    };
+    let (weights, config) = (dir.join("adapter_model.safetensors"), dir.join("adapter_config.json"));
+    let written = std::fs::read_to_string(&config).unwrap();
+    type Wrong<'a> = (&'a str, Vec<(String, Array)>, String, &'a str);
+    let cases: [Wrong; 5] = [
+        ("no file", vec![], written.clone(), "adapter_model"),
+        ("shape", tensors(&[24, 3], 2), written.clone(), "[24, 3]"),
+        ("missing", tensors(&[24, 2], 1), written.clone(), "h.1.attn.c_attn"),
+        ("no such layer", tensors(&[24, 2], 2), written.replace("c_attn", "q_proj"), "q_proj"),
+        ("rank", tensors(&[24, 2], 2), written.replace("\"r\": 2", "\"r\": 0"), "rank 0"),
+    ];
+    for (what, file, text, why) in cases {
+        if !file.is_empty() {
+            prismgrad::io::save_arrays(&weights, &file, &[]).unwrap();
+        }
+        std::fs::write(&config, &text).unwrap();
+        let mut failed = gpt(2, true, DType::F32, &Device::Cpu);
+        failed.params().train_only(&["*.bias", "wte*"]).unwrap();
+        let state = |m: &Gpt| {
+            let all = m.params().all();
+            let each = all.iter().map(|p| (p.name().to_string(), p.trainable(), p.value().to_f64()));
+            (each.collect::<Vec<_>>(), logits(m))
+        };
+        let before = state(&failed);
+        let e = failed.load_lora(&*dir).unwrap_err().to_string();
+        assert!(e.contains(why), "{what}: {e}");
+        assert_eq!(state(&failed), before, "{what}");
+        assert!(failed.save_lora(&*dir).is_err(), "{what}: it has no adapters");
+        assert_eq!(failed.add_lora(&LoraConfig::new(2, 4.0, &["c_attn"])).unwrap(), 2, "{what}");
+    }
+    // A loaded model draws initial values for what is added to it.
+    let mut plain = plain;
+    plain.add_lora(&LoraConfig::new(2, 4.0, &["c_attn"])).unwrap();
+    let drawn = plain.params().get("h.0.attn.c_attn.lora_A.weight").unwrap();
+    assert!(drawn.value().to_f64().iter().any(|x| *x != 0.0));
     let e =
         gpt(2, true, DType::F32, &Device::Cpu).add_lora(&LoraConfig::new(2, 4.0, &["q_proj"])).unwrap_err().to_string();
     assert!(e.contains("q_proj") && e.contains("c_attn"), "{e}");

@@ -69,12 +69,12 @@ device_tests! {
             true => &[(1, 64, 64), (2, 128, 128), (3, 512, 512), (8, 256, 128), (15, 200, 300), (16, 64, 96), (64, 256, 256), (64, 8, 512)],
             false => &[(2, 96, 96), (5, 72, 40), (40, 24, 24)],
         };
-        let ks: &[f64] = if cpu { &[1.0, 10.0, 1e2, 1e3, 1e4, 1e6] } else { &[10.0, 1e4] };
+        let ks: &[f64] = if cpu { &[1.0, 10.0, 1e2, 1e3, 1e4, 1e6] } else { &[1e4] };
         let scales: &[f64] = if cpu { &[1.0, 1e-30, 1e-19, 1e-12, 1e9, 1e14] } else { &[1.0, 1e-19] };
         let mut most = 0f64;
         for &shape in shapes {
             for &k in ks {
-                for delta in [0.0, 1e-3, 1.0] {
+                for &delta in if cpu { &[0.0, 1e-3, 1.0][..] } else { &[0.0, 1.0] } {
                     let scale = if delta == 0.0 { scales } else { &scales[..1] };
                     for &s in scale {
                         let mut bad = cancelling(&mut rng, shape, k, delta);
@@ -82,12 +82,12 @@ device_tests! {
                         bad.1.iter_mut().for_each(|x| *x *= s);
                         let benign: Vec<_> = (0..3).map(|_| cancelling(&mut rng, shape, 1.0, 1.0)).collect();
                         let without: Vec<_> = benign.iter().collect();
-                        for at in [0, 3] {
+                        for &at in if cpu { &[0, 3][..] } else { &[0] } {
                             let mut with = without.clone();
                             with.insert(at, &bad);
                             for (i, &clip) in CLIPS.iter().enumerate().filter(|(i, _)| cpu || *i == 1) {
                                 let bound = [1.0, 0.3][i % 2];
-                                for activations in [DType::F32, DType::BF16].into_iter().take(if i < 2 { 2 } else { 1 }) {
+                                for activations in [DType::F32, DType::BF16].into_iter().take(if cpu && i < 2 { 2 } else { 1 }) {
                                     let settings = (&ClipStyle::AllLayer, clip, bound);
                                     let sum = |r: &[&(Vec<f64>, Vec<f64>)]| sum_of(device, r, shape, settings, activations);
                                     let moved: Vec<f64> = sum(&with).iter().zip(sum(&without)).map(|(a, b)| a - b).collect();

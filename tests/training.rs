@@ -6,6 +6,7 @@ mod common {
     pub mod privacy;
     pub mod scratch;
     pub mod skip;
+    pub mod texts;
     pub mod tokens;
     pub mod values;
 }
@@ -14,6 +15,7 @@ use common::distance::distance;
 use common::privacy::{empty, keyed, whole};
 use common::scratch::Scratch;
 use common::skip::skip;
+use common::texts::tokens_of;
 use common::tokens::tokens;
 use common::values::values;
 use prismgrad::check::{self, Gen};
@@ -27,7 +29,7 @@ use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep, clipped_gradient};
 use prismgrad::train::{Existing, RunFolder, state};
-use prismgrad::{Array, DType, Device, Error, Param, Samples, Tensor};
+use prismgrad::{Array, DType, Device, Error, Param, Result, Samples, Tensor};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -128,7 +130,7 @@ fn random_model(seed: u64, keep: &[bool]) -> (Tensor, Vec<Param>) {
     let (n, b) = (ids.len(), number(keep.len()) as usize);
     let samples = Samples::owners(owners.clone(), b).unwrap();
     let s = Some(&samples);
-    let mut x = embedding(&table, &Tensor::from_slice(&ids, &[n]).unwrap(), None, s).unwrap();
+    let mut x = embedding(&table, Tensor::from_slice(&ids, &[n]).unwrap(), None, s).unwrap();
     for i in 0..depth {
         let (w, bias) = if reused { &layers[0] } else { &layers[i] };
         x = linear(&x, w, Layout::OutIn, Some(bias), Activation::Tanh, s).unwrap();
@@ -259,10 +261,14 @@ fn microbatches_make_no_difference() {
 fn probe(rows: &[[f64; 3]]) -> (Param, Param, Tensor) {
     let (w, idle) =
         (Param::new("w", Array::zeros(&[1, 3], DType::F64)), Param::new("idle", Array::zeros(&[20_000], DType::F64)));
-    let x: Vec<f64> = rows.iter().flatten().copied().collect();
-    let x = Tensor::from_slice(&x, &[rows.len(), 3]).unwrap();
-    let y = linear(&x, &w, Layout::OutIn, None, Activation::None, None).unwrap().sum(&[1], false).unwrap();
+    let y = probe_losses(&w, rows.iter().copied()).unwrap();
     (w, idle, y)
+}
+
+fn probe_losses(w: &Param, rows: impl Iterator<Item = [f64; 3]>) -> Result<Tensor> {
+    let x: Vec<f64> = rows.flatten().collect();
+    let x = Tensor::from_slice(&x, &[x.len() / 3, 3])?;
+    linear(&x, w, Layout::OutIn, None, Activation::None, None)?.sum(&[1], false)
 }
 
 fn sgd(params: &[Param], config: PrivacyConfig) -> PrivateStep {
@@ -287,9 +293,11 @@ fn every_trainable_element_gets_noise_even_in_an_empty_batch() {
 fn a_sample_that_is_not_finite_is_left_out_and_counted() {
     // The record without a gradient in one run has one that is not finite in the other.
     let run = |middle: [f64; 3]| {
-        let (w, idle, losses) = probe(&[[0.1, 0.2, 0.0], middle, [0.0, 0.3, 0.1]]);
+        let rows = [[0.1, 0.2, 0.0], middle, [0.0, 0.3, 0.1]];
+        let (w, idle, _) = probe(&rows);
         let mut step = sgd(&[w.clone(), idle], whole(3));
-        let report = step.run(3, |_| Ok(losses.clone())).unwrap();
+        let forward = |records: &[usize]| probe_losses(&w, records.iter().map(|&r| rows[r]));
+        let report = step.run(3, forward).unwrap();
         (report.non_finite().unwrap(), w.value().to_f64())
     };
     let (none, want) = run([0.0; 3]);
@@ -314,7 +322,7 @@ fn a_resumed_step_continues_bitwise() {
                 step.restore(steps, &state).unwrap();
             }
             step.run(100, |records| {
-                let (x, y) = tokens(records.len(), records.len());
+                let (x, y) = tokens_of(records, t as usize);
                 model.losses(&x, &y, &Ctx::train(t))
             })
             .unwrap();
@@ -387,7 +395,7 @@ fn run_in(folder: &Path) -> Vec<u8> {
     while step.steps() < STEPS {
         let t = step.steps();
         let losses = |records: &[usize]| {
-            let (x, y) = tokens(records.len(), records.iter().sum());
+            let (x, y) = tokens_of(records, t as usize);
             model.losses(&x, &y, &Ctx::train(t))
         };
         let report = step.run(100, losses).unwrap();

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <dlfcn.h>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,7 +23,7 @@
 typedef uint64_t Ptr;
 typedef std::chrono::steady_clock Clock;
 // As in cuemu.h; the runtime hands out pointers to these.
-struct cuemu_Kernel { const char* name; const void* call; int nargs; const uint16_t* arg_size; };
+struct cuemu_Kernel { const char* name; const void* call; int nargs; const uint16_t* arg_size; const char* sig; const char* file; int max_threads; };
 
 namespace {
 enum { OK = 0, INVALID = 1, NOMEM = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, NOT_FOUND = 500, NOT_READY = 600, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
@@ -44,7 +45,8 @@ struct Graph { std::vector<Task> ops; };
 struct Func { const cuemu_Kernel* kernel; int most_dynamic; };
 
 std::recursive_mutex g_mu; // the driver is one lock: it is for tests
-std::map<std::string, Func> g_funcs;
+struct Module { const cuemu_Kernel* table; }; // null: the kernels that were compiled in
+std::map<const cuemu_Kernel*, Func> g_funcs;
 std::map<char*, size_t> g_pinned;
 std::vector<Stream*> g_streams;
 Stream g_default;
@@ -55,7 +57,8 @@ std::map<uint64_t, History> g_history; // by start of the buffer
 int g_sticky = 0; // as on a device, a faulted context stays unusable until it is reset
 std::string g_report;
 std::map<std::string, uint64_t> g_stats;
-int g_context_object, g_module_object;
+int g_context_object;
+Module g_built_in = {nullptr};
 thread_local void* t_context = nullptr;
 
 typedef std::lock_guard<std::recursive_mutex> Lock;
@@ -410,16 +413,37 @@ API cuMemsetD8Async(Ptr d, unsigned char v, size_t n, void* st) {
 }
 API cuMemsetD8_v2(Ptr d, unsigned char v, size_t n) { return cuMemsetD8Async(d, v, n, nullptr); }
 
-// ---- modules: the image is not looked at, kernels come from the registry that was compiled in
-API cuModuleLoadData(void** m, const void*) { *m = &g_module_object; return OK; }
-API cuModuleUnload(void*) { return OK; }
-API cuModuleGetFunction(void** f, void*, const char* name) {
+// ---- modules: kernels come from the registry that was compiled in, whatever the image; but an image "cuemu:PATH" is a shared object
+// with the kernels of one text, compiled at run time
+API cuModuleLoadData(void** m, const void* image) {
     Lock l(g_mu);
-    auto* k = cuemu_find(name);
-    if (!k) return NOT_FOUND;
-    auto& e = g_funcs[name];
+    *m = &g_built_in;
+    if (strncmp((const char*)image, "cuemu:", 6)) return OK;
+    void* library = dlopen((const char*)image + 6, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return fail(INVALID, dlerror());
+    auto* table = (const cuemu_Kernel*)dlsym(library, "cuemu_tab_custom");
+    if (!table) return fail(INVALID, dlerror());
+    *m = new Module{table};
+    cuemu_images_changed();
+    return OK;
+}
+API cuModuleUnload(void*) { return OK; }
+API cuModuleGetFunction(void** f, void* m, const char* name) {
+    Lock l(g_mu);
+    auto* k = ((Module*)m)->table;
+    if (!k) k = cuemu_find(name);
+    else while (k->name && strcmp(k->name, name)) k++;
+    if (!k || !k->name) return NOT_FOUND;
+    auto& e = g_funcs[k];
     if (!e.kernel) e = {k, 48 * 1024};
     *f = &e;
+    return OK;
+}
+API cuFuncGetParamInfo(void* f, size_t i, size_t* offset, size_t* size) {
+    auto* k = ((Func*)f)->kernel;
+    if (i >= (size_t)k->nargs) return INVALID;
+    *size = k->arg_size[i];
+    if (offset) *offset = 0;
     return OK;
 }
 API cuFuncSetAttribute(void* f, int a, int v) { if (a == 8) ((Func*)f)->most_dynamic = v; return OK; }

@@ -9,7 +9,10 @@
 use crate::base::{Error, Result};
 use libloading::os::unix::{Library, RTLD_NOW, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock};
+
+mod compile;
 
 static LIBRARY: OnceLock<Library> = OnceLock::new();
 
@@ -32,6 +35,43 @@ pub fn install() {
             Err(e) => panic!("the emulator {path} does not load: {e}; build again"),
         }
     });
+}
+
+/// Compiles the text of a kernel file that is not this crate's with the host's C++ compiler, and returns what `cuModuleLoadData` of
+/// the emulated device takes for an image. What was compiled is kept beside the emulator, by content.
+pub(crate) fn compile(name: &str, text: &str) -> Result<Vec<u8>> {
+    let list = |flags: &str| flags.split('\u{1f}').map(String::from).collect();
+    let library = Path::new(env!("PRISMGRAD_EMULATOR"));
+    let compiler = compile::Compiler {
+        path: PathBuf::from(env!("PRISMGRAD_EMULATOR_CXX")),
+        common: list(env!("PRISMGRAD_EMULATOR_COMMON")),
+        kernels: list(env!("PRISMGRAD_EMULATOR_KERNELS")),
+        out: library.parent().unwrap_or(Path::new(".")).join("custom"),
+    };
+    let made = (|| {
+        let text_of = |file: &str| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda").join(file);
+            std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))
+        };
+        let headers = text_of("prelude.cuh")? + &text_of("emulator/cuemu.h")?;
+        // The text is in a folder of its own, so that reports call the file by its name.
+        let folder = compiler.out.join(compile::hash(&[name, text]));
+        std::fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+        let file = folder.join(format!("{name}.cu"));
+        let part = folder.join(format!("{name}-{}.part", std::process::id()));
+        std::fs::write(&part, text).and_then(|()| std::fs::rename(&part, &file)).map_err(|e| e.to_string())?;
+        let object = compiler.kernel_file(&file, "custom", &headers)?;
+        let shared = object.with_extension("so");
+        if !shared.exists() {
+            let part = object.with_extension(format!("{}.part", std::process::id()));
+            let names = [&part, &object, library].map(|p| p.display().to_string());
+            let link = ["-shared", "-Wl,-Bsymbolic", "-o"].map(String::from);
+            compiler.run(&[&link[..], &names[..]].concat())?;
+            std::fs::rename(part, &shared).map_err(|e| format!("{}: {e}", shared.display()))?;
+        }
+        Ok(format!("cuemu:{}\0", shared.display()).into_bytes())
+    })();
+    made.map_err(|e: String| Error::device(format!("compile {name}.cu"), e))
 }
 
 /// A function of the library.

@@ -5,7 +5,7 @@ use prismgrad::prelude::*;
 fn main() -> Result<()> {
     let (train, test) = digits()?.shuffled(0).split(0.8);
     let params = Params::new(0, DType::F32);
-    let pool = |x: &Tensor, _: &Ctx| x.max_pool2d([2; 2], [2; 2], [0; 2]);
+    let pool = |x: &Tensor, _: &Ctx| x.max_pool2d(2);
     let model = Sequential::new()
         .then(|x: &Tensor, _: &Ctx| x.reshape(&[x.shape()[0], 1, 8, 8]))
         .then(Conv2d::builder(1, 16, 3).padding(1).build(&params.at("0"))?)

@@ -21,7 +21,7 @@ fn main() -> Result<()> {
         .then(Conv2d::builder(1, 16, 3).padding(1).build(&params.at("stem"))?)
         .then(block(&params.at("block1"), 16)?)
         .then(block(&params.at("block2"), 16)?)
-        .then(|x: &Tensor, _: &Ctx| x.max_pool2d([4; 2], [4; 2], [0; 2])?.flatten(1))
+        .then(|x: &Tensor, _: &Ctx| x.max_pool2d(4)?.flatten(1))
         .then(Linear::new(&params.at("head"), 64, 10)?);
     let mut step = PlainStep::new(&params.all(), AdamW::default(), Schedule::constant(5e-3))?;
     for epoch in 0..5 {

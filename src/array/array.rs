@@ -27,6 +27,33 @@ pub struct Array {
     offset: usize,
 }
 
+/// Element type and device of a new array: made from `DType::F32` for the CPU, from `(DType::F32, &device)` for any device.
+#[derive(Clone, Debug)]
+pub struct ArrayOptions {
+    /// Element type.
+    pub dtype: DType,
+    /// Where it is made.
+    pub device: Device,
+}
+
+impl From<DType> for ArrayOptions {
+    fn from(dtype: DType) -> ArrayOptions {
+        ArrayOptions { dtype, device: Device::Cpu }
+    }
+}
+
+impl From<(DType, &Device)> for ArrayOptions {
+    fn from((dtype, device): (DType, &Device)) -> ArrayOptions {
+        ArrayOptions { dtype, device: device.clone() }
+    }
+}
+
+impl From<(DType, &Arc<Gpu>)> for ArrayOptions {
+    fn from((dtype, gpu): (DType, &Arc<Gpu>)) -> ArrayOptions {
+        ArrayOptions { dtype, device: Device::Cuda(gpu.clone()) }
+    }
+}
+
 impl Array {
     // ---- making ----
 
@@ -38,15 +65,6 @@ impl Array {
     pub(crate) fn uninit_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
         Ok(Array::over(Storage::cuda(gpu, shape::numel(shape) * dtype.size())?, shape, dtype))
     }
-    /// All zeros, on a GPU.
-    pub(crate) fn zeros_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
-        let a = Array::uninit_on(gpu, shape, dtype)?;
-        if a.numel() > 0 {
-            let (block, at) = a.block("zeros")?;
-            gpu.fill(block, at, a.numel() * dtype.size(), 0)?;
-        }
-        Ok(a)
-    }
     /// Memory on a device with whatever is in it, for what is about to be written as a whole.
     pub(crate) fn uninit_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
         match device.gpu() {
@@ -54,50 +72,41 @@ impl Array {
             None => Ok(Array::uninit(shape, dtype)),
         }
     }
-    /// All zeros, where `device` is.
-    pub fn zeros_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
-        match device.gpu() {
-            Some(gpu) => Array::zeros_on(gpu, shape, dtype),
-            None => Ok(Array::zeros(shape, dtype)),
-        }
-    }
-    /// 0, 1, 2, … where `device` is.
-    pub fn arange_at(device: &Device, n: usize, dtype: DType) -> Result<Array> {
-        match device.gpu() {
-            Some(gpu) if matches!(dtype, DType::F32 | DType::F64 | DType::U32 | DType::I64) => {
-                gpu_ops::arange(gpu, n, dtype)
-            }
-            _ => Array::arange(n, dtype).to(device),
-        }
-    }
-    /// All equal to `value`, where `device` is.
-    pub fn full_at(device: &Device, shape: &[usize], value: f64, dtype: DType) -> Result<Array> {
-        match device.gpu() {
-            Some(gpu) => gpu_ops::full(gpu, shape, value, dtype),
-            None => Ok(Array::full(shape, value, dtype)),
-        }
-    }
     fn over(storage: Storage, shape: &[usize], dtype: DType) -> Array {
         Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
     }
-    /// All zeros.
-    pub fn zeros(shape: &[usize], dtype: DType) -> Array {
+    /// All zeros. `at` is the element type, `DType::F32`, or the element type and a device, `(DType::F32, &device)`, as in every
+    /// function of this kind. Where a GPU has no memory left, the error is that of the array's first use.
+    pub fn zeros(shape: &[usize], at: impl Into<ArrayOptions>) -> Array {
+        let ArrayOptions { dtype, device } = at.into();
         let bytes = shape::numel(shape) * dtype.size();
-        Array::over(Storage::Cpu(Arc::new(Buffer::zeroed(bytes))), shape, dtype)
+        match device.gpu() {
+            None => Array::over(Storage::Cpu(Arc::new(Buffer::zeroed(bytes))), shape, dtype),
+            Some(gpu) => Array::made(gpu, shape, dtype, || {
+                let a = Array::uninit_on(gpu, shape, dtype)?;
+                let (block, at) = a.block("zeros")?;
+                if bytes > 0 { gpu.fill(block, at, bytes, 0) } else { Ok(()) }?;
+                Ok(a)
+            }),
+        }
     }
-    /// All equal to `value`, rounded to `dtype`.
-    pub fn full(shape: &[usize], value: f64, dtype: DType) -> Array {
+    /// All equal to `value`, rounded to the element type.
+    pub fn full(shape: &[usize], value: f64, at: impl Into<ArrayOptions>) -> Array {
+        let ArrayOptions { dtype, device } = at.into();
+        if let Some(gpu) = device.gpu() {
+            return Array::made(gpu, shape, dtype, || gpu_ops::full(gpu, shape, value, dtype));
+        }
         let mut a = Array::uninit(shape, dtype);
         with_dtype!(dtype, |T| a.fresh_mut::<T>().fill(T::from_f64(value)));
         a
     }
     /// All ones.
-    pub fn ones(shape: &[usize], dtype: DType) -> Array {
-        Array::full(shape, 1.0, dtype)
+    pub fn ones(shape: &[usize], at: impl Into<ArrayOptions>) -> Array {
+        Array::full(shape, 1.0, at)
     }
     /// A scalar (no dimensions).
-    pub fn scalar(value: f64, dtype: DType) -> Array {
-        Array::full(&[], value, dtype)
+    pub fn scalar(value: f64, at: impl Into<ArrayOptions>) -> Array {
+        Array::full(&[], value, at)
     }
     /// Copies a slice, row-major. Fails if the length is not the product of `shape`.
     pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Array> {
@@ -112,14 +121,28 @@ impl Array {
         Ok(a)
     }
     /// 0, 1, … n−1.
-    pub fn arange(n: usize, dtype: DType) -> Array {
-        Array::generate(&[n], dtype, |i| i as f64)
+    pub fn arange(n: usize, at: impl Into<ArrayOptions>) -> Array {
+        let ArrayOptions { dtype, device } = at.into();
+        match device.gpu() {
+            Some(gpu) if matches!(dtype, DType::F32 | DType::F64 | DType::U32 | DType::I64) => {
+                Array::made(gpu, &[n], dtype, || gpu_ops::arange(gpu, n, dtype))
+            }
+            _ => Array::generate(&[n], (dtype, &device), |i| i as f64),
+        }
     }
-    /// Element `i` (row-major) is `f(i)`, rounded to `dtype`.
-    pub fn generate(shape: &[usize], dtype: DType, f: impl Fn(usize) -> f64) -> Array {
+    /// Element `i` (row-major) is `f(i)`, rounded to the element type. It is computed on the CPU.
+    pub fn generate(shape: &[usize], at: impl Into<ArrayOptions>, f: impl Fn(usize) -> f64) -> Array {
+        let ArrayOptions { dtype, device } = at.into();
         let mut a = Array::uninit(shape, dtype);
         with_dtype!(dtype, |T| a.fresh_mut::<T>().iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(f(i))));
-        a
+        match device.gpu() {
+            Some(gpu) => Array::made(gpu, shape, dtype, || a.to(&device)),
+            None => a,
+        }
+    }
+    /// What `make` returns; if it fails, an array in its place whose first use returns the error.
+    fn made(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType, make: impl FnOnce() -> Result<Array>) -> Array {
+        make().unwrap_or_else(|e| Array::over(Storage::failed(gpu, &e), shape, dtype))
     }
     /// Little-endian bytes, row-major, as in safetensors.
     pub fn from_bytes(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Array> {
@@ -291,8 +314,8 @@ impl Array {
         });
         Ok(())
     }
-    /// Puts the values of `src` (of this shape and dtype) into this array's own memory, which everyone who shares it
-    /// sees: for the inputs of a recorded step, on a GPU.
+    /// Copies the values of `src`, of this shape and dtype, into this array's own memory on a GPU, without making a copy of it first: all
+    /// handles on the memory have the new values. For the inputs of a captured step. Fails on the CPU, and on a strided view.
     pub fn refill(&self, src: &Array) -> Result<()> {
         let (block, at) = self.block("refill")?;
         if src.shape != self.shape || src.dtype != self.dtype || !self.is_contiguous() {
@@ -502,15 +525,11 @@ impl Array {
     /// A fresh row-major copy, on the same device.
     pub fn copy(&self) -> Array {
         if let Some(gpu) = self.gpu() {
-            return gpu_ops::copy(gpu, self).unwrap_or_else(|e| self.failed(gpu, self.dtype, &e));
+            return Array::made(gpu, &self.shape, self.dtype, || gpu_ops::copy(gpu, self));
         }
         let mut out = Array::uninit(&self.shape, self.dtype);
         with_dtype!(self.dtype, |T| self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
-    }
-    /// Stands in for an array that could not be made; any use of it returns the error.
-    fn failed(&self, gpu: &Arc<Gpu>, dtype: DType, why: &Error) -> Array {
-        Array::over(Storage::failed(gpu, why), &self.shape, dtype)
     }
     /// Converted to `dtype`: rounded to nearest even for floats, truncated for integers.
     pub fn cast(&self, dtype: DType) -> Array {
@@ -518,7 +537,7 @@ impl Array {
             return self.clone();
         }
         if let Some(gpu) = self.gpu() {
-            return gpu_ops::cast(gpu, self, dtype).unwrap_or_else(|e| self.failed(gpu, dtype, &e));
+            return Array::made(gpu, &self.shape, dtype, || gpu_ops::cast(gpu, self, dtype));
         }
         let mut out = Array::uninit(&self.shape, dtype);
         with_dtype!(self.dtype, |S| with_dtype!(dtype, |D| {

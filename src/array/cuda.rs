@@ -1,7 +1,7 @@
 //! Arrays on a GPU: copies, fills, conversions, checked ids (`cuda/move.cu`), and arrays as arguments of a launch.
 
 use crate::array::Array;
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Element, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Gpu, Launch, layouts};
 use smallvec::SmallVec;
@@ -206,6 +206,38 @@ impl<'a> Arguments<'a> for Launch<'a> {
         match a {
             Some(a) => self.array(a),
             None => self.null(),
+        }
+    }
+}
+
+/// Arrays as arguments of a [`Launch`], for the kernels of a [`CudaModule`](crate::device::cuda::CudaModule). The kernel gets a
+/// pointer to the first element; sizes go as plain values ([`Launch::val`]). An array that does not fit is an error of
+/// [`Launch::run`], which names the kernel and the argument.
+pub trait ArrayArguments<'a>: Sized {
+    /// An array that the kernel reads: contiguous, of element type `T`, on the GPU of the launch.
+    fn input<T: Element>(self, a: &'a Array) -> Self;
+    /// An array that the kernel writes, of the same kind. Where other handles share its memory, it is copied first, so that
+    /// none of them sees its value change; what the array held before is there for the kernel to read.
+    fn output<T: Element>(self, a: &'a mut Array) -> Self;
+}
+
+impl<'a> ArrayArguments<'a> for Launch<'a> {
+    fn input<T: Element>(self, a: &'a Array) -> Self {
+        if a.dtype() != T::DTYPE {
+            return self.refused(format!("the array holds {}, not {}; use .cast()", a.dtype(), T::DTYPE));
+        }
+        if !a.is_contiguous() {
+            return self.refused("the array is a strided view; call .contiguous() first");
+        }
+        if a.gpu().is_none() {
+            return self.refused("the array is on the CPU; use .to(&device) first");
+        }
+        self.array(a)
+    }
+    fn output<T: Element>(self, a: &'a mut Array) -> Self {
+        match a.own() {
+            Ok(()) => self.input::<T>(a),
+            Err(e) => self.failed(e),
         }
     }
 }

@@ -7,6 +7,7 @@ mod elementwise;
 pub mod shape;
 mod storage;
 
-pub use array::Array;
+pub use array::{Array, ArrayOptions};
 pub(crate) use cuda::Arguments;
+pub use cuda::ArrayArguments;
 pub use shape::Dims;

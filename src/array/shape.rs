@@ -3,7 +3,7 @@
 use crate::base::{Error, Result};
 use smallvec::SmallVec;
 
-/// Sizes or strides of the dimensions, outermost first. Up to six live without an allocation.
+/// Sizes or strides of the dimensions, outermost first. Up to six need no allocation.
 pub type Dims = SmallVec<[usize; 6]>;
 
 /// Product of the sizes; 1 for a scalar.

@@ -77,7 +77,7 @@ impl Storage {
             }
         }
     }
-    /// The bytes for writing, if they are on the CPU and nobody shares them.
+    /// The bytes for writing, if they are on the CPU and no other handle shares them.
     pub fn cpu_mut(&mut self) -> Option<&mut Buffer> {
         match self {
             Storage::Cpu(b) => Arc::get_mut(b),

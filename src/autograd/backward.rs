@@ -75,7 +75,7 @@ impl Tensor {
     }
     /// As [`Tensor::backward`], handing each gradient to `hook` as soon as it is complete.
     pub fn backward_into(&self, hook: &mut dyn GradHook) -> Result<()> {
-        self.backward_from(Array::full_at(&self.device(), self.shape(), 1.0, self.dtype())?, false, hook)
+        self.backward_from(Array::full(self.shape(), 1.0, (self.dtype(), &self.device())), false, hook)
     }
     /// As [`Tensor::backward_into`], seeded with `seed` (the gradient of this tensor; its shape and dtype), keeping the
     /// history for another pass if `keep`.

@@ -22,4 +22,4 @@ pub use samples::{Ragged, Samples};
 pub(crate) use segments::SegmentsOnGpu;
 pub use segments::{Groups, Segments};
 pub use tensor::{Tensor, no_grad};
-pub(crate) use tensor::{in_private_step, is_recording, privately, samples_or_leading};
+pub(crate) use tensor::{is_recording, samples_or_leading};

@@ -111,7 +111,7 @@ impl ParamGrad {
         Ok(out)
     }
     fn sum_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>) -> Result<Array> {
-        let out = Array::zeros_on(gpu, &[self.numel()], self.dtype())?;
+        let out = Array::zeros(&[self.numel()], (self.dtype(), gpu));
         self.add_on(weights, &out)?;
         out.reshape(self.param.shape())
     }
@@ -120,10 +120,10 @@ impl ParamGrad {
         let gpu = out.gpu().ok_or_else(|| Error::autograd("sum", "the gradient is on the CPU"))?;
         self.factors.iter().try_for_each(|f| f.add_on(gpu, weights, out))
     }
-    /// |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.
-    pub(crate) fn sq_norms_on(&self, gpu: &Arc<Gpu>, base: Option<Array>) -> Result<Array> {
+    /// Upper bounds on |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.
+    pub(crate) fn sq_bounds_on(&self, gpu: &Arc<Gpu>, base: Option<Array>) -> Result<Array> {
         self.expect_samples()?;
-        gpu_factored::sq_norms(gpu, &self.factors, (self.samples, self.numel()), base)
+        gpu_factored::sq_bounds(gpu, &self.factors, (self.samples, self.numel()), base)
     }
     /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to a slice of the parameter's size.
     pub(crate) fn add_sum<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
@@ -156,7 +156,9 @@ impl ParamGrad {
     /// |gᵢ|² per sample, exactly, for parameters used twice or tied as well.
     pub fn sample_sq_norms(&self) -> Result<Vec<f64>> {
         if let Some(gpu) = self.gpu() {
-            let mut sq: Vec<f64> = self.sq_norms_on(gpu, None)?.to_vec()?;
+            self.expect_samples()?;
+            let mut sq: Vec<f64> =
+                gpu_factored::sq_norms(gpu, &self.factors, (self.samples, self.numel()))?.to_vec()?;
             sq.iter_mut().filter(|s| **s < 0.0).for_each(|s| *s = 0.0);
             return Ok(sq);
         }
@@ -215,7 +217,8 @@ impl ParamGrad {
     pub fn clipped_sum(&self, base: &[f64], clip: &(dyn Fn(f64) -> f64 + Sync)) -> Result<(Array, Vec<f64>)> {
         if let Some(gpu) = self.gpu() {
             self.expect_base(base)?;
-            let totals: Vec<f64> = self.sample_sq_norms()?.iter().zip(base).map(|(n, b)| n + b).collect();
+            let bounds: Vec<f64> = self.sq_bounds_on(gpu, None)?.to_vec()?;
+            let totals: Vec<f64> = bounds.iter().zip(base).map(|(n, b)| n + b).collect();
             let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
             let weights = gpu_factored::weights(gpu, &weights, self.dtype())?;
             return Ok((self.sum_on(gpu, Some(&weights))?, totals));
@@ -289,7 +292,7 @@ impl ParamGrad {
         let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
         if let Some(gpu) = self.gpu() {
             if self.factors.is_empty() {
-                return Array::zeros_on(gpu, &shape, self.dtype());
+                return Ok(Array::zeros(&shape, (self.dtype(), gpu)));
             }
             return gpu_factored::per_sample(gpu, &self.factors, 0..self.samples, self.numel())?.reshape(&shape);
         }

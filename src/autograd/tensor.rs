@@ -2,7 +2,7 @@
 
 use super::rule::Rule;
 use super::{Param, Samples};
-use crate::array::Array;
+use crate::array::{Array, ArrayOptions};
 use crate::base::{DType, Element, Result};
 use crate::device::Device;
 use smallvec::SmallVec;
@@ -15,12 +15,11 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
     static RECORDING: Cell<bool> = const { Cell::new(true) };
-    static PRIVATE: Cell<bool> = const { Cell::new(false) };
 }
 
 /// An [`Array`] with the history needed to differentiate it. Cheap to clone.
 ///
-/// The history holds only what backward rules ask for: an activation that no rule saved is freed when its last handle goes.
+/// The history holds only what backward rules saved: an activation that no rule saved is freed when its last handle goes.
 #[derive(Clone)]
 pub struct Tensor {
     value: Array,
@@ -64,23 +63,6 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Runs the forward pass `f` of a private step: layers can ask [`in_private_step`], and refuse what mixes samples.
-pub(crate) fn privately<R>(f: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            PRIVATE.with(|p| p.set(self.0));
-        }
-    }
-    let _restore = Restore(PRIVATE.with(|p| p.replace(true)));
-    f()
-}
-
-/// Whether this is the forward pass of a private step.
-pub(crate) fn in_private_step() -> bool {
-    PRIVATE.with(|p| p.get())
-}
-
 /// Whether operations are recorded here: not inside [`no_grad`].
 pub(crate) fn is_recording() -> bool {
     RECORDING.with(|r| r.get())
@@ -107,9 +89,29 @@ impl Tensor {
     pub fn from_slice<T: Element>(data: &[T], shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::new(Array::from_slice(data, shape)?))
     }
-    /// Zeros, without history.
-    pub fn zeros(shape: &[usize], dtype: DType) -> Tensor {
-        Tensor::new(Array::zeros(shape, dtype))
+    /// Zeros, without history. `at` is the element type, `DType::F32`, or element type and device, `(DType::F32, &device)`.
+    pub fn zeros(shape: &[usize], at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::new(Array::zeros(shape, at))
+    }
+    /// Ones, without history.
+    pub fn ones(shape: &[usize], at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::full(shape, 1.0, at)
+    }
+    /// All elements equal to `value`, without history.
+    pub fn full(shape: &[usize], value: f64, at: impl Into<ArrayOptions>) -> Tensor {
+        Tensor::new(Array::full(shape, value, at))
+    }
+    /// Zeros of this tensor's shape and element type, on its device, without history.
+    pub fn zeros_like(&self) -> Tensor {
+        Tensor::zeros(self.shape(), (self.dtype(), &self.device()))
+    }
+    /// Ones of this tensor's shape and element type, on its device, without history.
+    pub fn ones_like(&self) -> Tensor {
+        self.full_like(1.0)
+    }
+    /// A tensor of this one's shape and element type, on its device, without history, all of whose elements are `value`.
+    pub fn full_like(&self, value: f64) -> Tensor {
+        Tensor::full(self.shape(), value, (self.dtype(), &self.device()))
     }
     /// The data.
     pub fn array(&self) -> &Array {

@@ -29,8 +29,8 @@ pub fn on_every_device(body: impl Fn(&Device)) {
 /// prismgrad::device_tests! {
 ///     /// The sum of ones.
 ///     fn ones_add_up(device) {
-///         let x = prismgrad::Tensor::new(prismgrad::Array::full_at(device, &[7], 1.0, prismgrad::DType::F32).unwrap());
-///         assert_eq!(x.sum(&[], false).unwrap().array().to_f64(), [7.0]);
+///         let x = prismgrad::Tensor::ones(&[7], (prismgrad::DType::F32, device));
+///         assert_eq!(x.sum_all().unwrap().array().to_f64(), [7.0]);
 ///     }
 /// }
 /// ```

@@ -132,7 +132,7 @@ impl Local {
             group.changed.notify_all();
             e
         };
-        // The round before is over when everybody has taken it.
+        // The round before is over when every rank has taken it.
         board = match self.wait(board, (&call, until), |b| b.posts[self.rank].is_none()) {
             Ok(board) => board,
             Err(e) => return Err(fail(e)),

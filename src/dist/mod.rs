@@ -38,7 +38,7 @@ pub trait Communicator: Send {
     fn all_gather(&self, what: &str, part: &Array) -> Result<Array>;
     /// The root's array, on every rank.
     fn broadcast(&self, what: &str, x: &Array, root: usize) -> Result<Array>;
-    /// Part r of `x [N·n]` goes to rank r: the result has everybody's part for this rank, in order.
+    /// Part r of `x [N·n]` goes to rank r: the result has the part of every rank for this one, in the order of the ranks.
     fn all_to_all(&self, what: &str, x: &Array) -> Result<Array>;
     /// Rows of `x [n, …]` for each rank, `rows` of them for one rank after the other: the result has everybody's rows for this
     /// rank, in the order of the ranks, and how many there are of each. Ranks may send any number, and need not know what they will

@@ -194,8 +194,11 @@ impl Gpt {
     }
     /// A model with fresh parameters of a dtype.
     pub fn with_dtype(config: GptConfig, seed: u64, dtype: DType) -> Result<Gpt> {
+        Gpt::over(config, Params::new(seed, dtype))
+    }
+    /// A model whose parameters are made in a store.
+    fn over(config: GptConfig, params: Params) -> Result<Gpt> {
         config.validate()?;
-        let params = Params::new(seed, dtype);
         let std = config.initializer_range;
         let init = Init::Normal { std };
         // Projections into the residual stream are scaled down by the number of additions to it.
@@ -234,7 +237,7 @@ impl Gpt {
     pub fn params(&self) -> &Params {
         &self.params
     }
-    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
+    /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32 or i64).
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.forward_moe(ids, ctx)?.logits)
     }
@@ -243,7 +246,7 @@ impl Gpt {
         let (x, layers) = self.hidden(ids.as_ref(), 0, None, ctx)?;
         Ok(GptOut { logits: self.logits(&x, ctx)?, layers })
     }
-    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token. While training, the losses of the
+    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32 or i64), in nats per token. While training, the losses of the
     /// mixtures of experts are added.
     pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.losses_moe(ids, targets, ctx)?.0)
@@ -301,15 +304,10 @@ impl Gpt {
                 format!("{} positions, the model has {}; shorten the input", past + t, self.config.n_positions),
             ));
         }
-        let positions = Array::arange_at(&self.wpe.device(), past + t, DType::U32)?;
+        let positions = Array::arange(past + t, (DType::U32, &self.wpe.device()));
         let positions = positions.slice(0, past..past + t)?.expand(&[b, t])?;
         let s = ctx.samples.as_ref();
-        let x = embedding(&self.wte, &Tensor::new(ids.clone()), None, s)?.add(&embedding(
-            &self.wpe,
-            &Tensor::new(positions),
-            None,
-            s,
-        )?)?;
+        let x = embedding(&self.wte, ids, None, s)?.add(&embedding(&self.wpe, positions, None, s)?)?;
         let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
         let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
@@ -322,9 +320,37 @@ impl Gpt {
 
     /// Freezes the model and gives the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`) low-rank
     /// adapters, which alone are trained from then on. Returns how many there are.
+    ///
+    /// Fails if the model has adapters already, or if no layer has one of these names. A failure leaves the model as it was.
     pub fn add_lora(&mut self, c: &LoraConfig) -> Result<usize> {
+        self.adapt(c, true, |_| Ok(()))
+    }
+    /// Adds adapters and calls `fill` with their parameters, whose values are drawn or zeros. An error of either leaves the model
+    /// as it was before: parameters, layers, and what is trained.
+    fn adapt(&mut self, c: &LoraConfig, draw: bool, fill: impl FnOnce(&[Param]) -> Result<()>) -> Result<usize> {
+        if self.lora.is_some() {
+            return Err(Error::invalid("LoRA", "the model has adapters already; load it again for others"));
+        }
+        let before: Vec<(Param, bool)> = self.params.all().into_iter().map(|p| (p.clone(), p.trainable())).collect();
+        let done = self.adapt_layers(c, draw).and_then(|adapted| {
+            let new = &self.params.all()[before.len()..];
+            new.iter().try_for_each(|p| p.to(&self.wte.device()))?;
+            fill(new)?;
+            Ok(adapted)
+        });
+        match done {
+            Ok(_) => self.lora = Some(c.clone()),
+            Err(_) => {
+                self.params.truncate(before.len());
+                self.blocks.iter_mut().flat_map(|b| b.linears_mut()).for_each(Linear::forget_adapter);
+                before.iter().for_each(|(p, trained)| p.set_trainable(*trained));
+            }
+        }
+        done
+    }
+    fn adapt_layers(&mut self, c: &LoraConfig, draw: bool) -> Result<usize> {
         c.validate()?;
-        let params = self.params.clone();
+        let params = self.params.drawing(draw);
         self.params.set_trainable(false);
         let mut adapted = 0;
         for l in self.blocks.iter_mut().flat_map(|b| b.linears_mut()) {
@@ -342,8 +368,6 @@ impl Gpt {
             );
             return Err(Error::invalid("Gpt::add_lora", what));
         }
-        self.lora = Some(c.clone());
-        self.params.to(&self.wte.device())?;
         Ok(adapted)
     }
     /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole.
@@ -367,15 +391,14 @@ impl Gpt {
             all.map(|p| (format!("base_model.model.transformer.{}", p.name()), p.value())).collect();
         crate::io::save_arrays(dir.join("adapter_model.safetensors"), &named, &[("format", "pt")])
     }
-    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote.
+    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote: [`Gpt::add_lora`] with the values of the file. A failure, such as a
+    /// missing file, another shape or a missing adapter, leaves the model as it was.
     pub fn load_lora(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
-        self.add_lora(&c)?;
+        let file = SafeTensors::open(dir.join("adapter_model.safetensors"))?;
         let name = |n: &str| vec![format!("base_model.model.transformer.{n}")];
-        let adapters: Vec<Param> = self.params.all().into_iter().filter(|p| is_lora(p.name())).collect();
-        take(&adapters, &SafeTensors::open(dir.join("adapter_model.safetensors"))?, &name, Strict::AllowUnexpected)
-            .map(drop)
+        self.adapt(&c, false, |adapters| take(adapters, &file, &name, Strict::AllowUnexpected).map(drop)).map(drop)
     }
 
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
@@ -397,7 +420,10 @@ impl Gpt {
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read model configuration", &path, e))?;
         let config: GptConfig =
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
-        let model = Gpt::new(config, 0)?;
+        // No initial values are drawn: each is in the file.
+        let params = Params::new(0, DType::F32);
+        let mut model = Gpt::over(config, params.drawing(false))?;
+        model.params = params;
         // Files of Hugging Face hold causal masks beside the parameters.
         let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
         take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::AllowUnexpected)?;

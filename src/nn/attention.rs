@@ -111,7 +111,8 @@ impl MultiHeadAttention {
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.qkv, &mut self.out]
     }
-    /// `[B, T, d]` → `[B, T, d]`.
+    /// `[B, T, d]` → `[B, T, d]`. Positions attend within the documents or lengths of the context ([`Ctx::with_lengths`]), if it has
+    /// some.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self.run(x, None, ctx)
     }
@@ -124,11 +125,15 @@ impl MultiHeadAttention {
             return Err(Error::shape("MultiHeadAttention", format!("input {:?}; it must be [B, T, d]", x.shape())));
         };
         let qkv = self.qkv.forward(x, ctx)?.reshape(&[b, t, 3, self.heads, d / self.heads])?;
-        let mut options = AttentionOptions::new(self.span);
+        let mut options = AttentionOptions { documents: ctx.documents.clone(), ..AttentionOptions::new(self.span) };
         if ctx.train && self.dropout > 0.0 {
             options.dropout = Some((self.dropout, ctx.dropout_seed(self.id)));
         }
         let y = match cache {
+            Some(_) if ctx.documents.is_some() => {
+                let message = "a cache holds whole sequences; generate for sequences of one length, without documents";
+                return Err(Error::invalid("MultiHeadAttention", message));
+            }
             Some(cache) => {
                 let part = |i: usize| qkv.slice(2, i..i + 1)?.squeeze(2);
                 let (k, v) = cache.extend(part(1)?, part(2)?, self.span)?;

@@ -2,40 +2,8 @@
 
 use super::{Ctx, Init, Params};
 use crate::base::{Error, Result};
-use crate::ops::conv::{Conv, conv1d, conv2d};
+use crate::ops::conv::{Conv, Sides, conv1d, conv2d};
 use crate::{Param, Tensor};
-
-/// A size along each of `N` directions, (height, width) for images: one number for all, or one for each.
-///
-/// ```
-/// use prismgrad::nn::Sides;
-/// assert_eq!(Sides::<2>::from(3), Sides::from([3, 3]));
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Sides<const N: usize>(pub [usize; N]);
-
-impl<const N: usize> From<usize> for Sides<N> {
-    fn from(n: usize) -> Self {
-        Sides([n; N])
-    }
-}
-
-impl<const N: usize> From<[usize; N]> for Sides<N> {
-    fn from(sides: [usize; N]) -> Self {
-        Sides(sides)
-    }
-}
-
-impl<const N: usize> Sides<N> {
-    /// As the ops take them: a sequence is an image of height 1, which `other` says of its own kind of size.
-    fn pair(self, other: usize) -> [usize; 2] {
-        match self.0[..] {
-            [h, w] => [h, w],
-            [w] => [other, w],
-            _ => [other; 2],
-        }
-    }
-}
 
 macro_rules! layer {
     ($(#[$doc:meta])* $name:ident, $builder:ident, $rank:literal, $op:ident) => {

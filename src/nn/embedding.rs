@@ -98,7 +98,7 @@ impl Embedding {
     }
     /// Rows of `ids` (u32 or i64) in the dtype of activations; dimension 0 counts samples unless the context maps the ids
     /// otherwise.
-    pub fn forward(&self, ids: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+    pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         ctx.activations(&embedding(&self.weight, ids, self.padding, ctx.samples.as_ref())?)
     }
 }
@@ -152,7 +152,8 @@ impl EmbeddingBag {
     }
     /// Bags of one length: ids `[B, k]` (u32 or i64) to `[B, d]`. Every bag is a sample unless the context maps the bags
     /// otherwise.
-    pub fn forward(&self, ids: &Tensor, ctx: &Ctx) -> Result<Tensor> {
+    pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
+        let ids = ids.as_ref();
         let &[count, each] = ids.shape() else {
             let message = format!("ids {:?}; they must be [bags, ids of a bag], or use forward_bags", ids.shape());
             return Err(Error::shape("EmbeddingBag", message));
@@ -160,7 +161,13 @@ impl EmbeddingBag {
         self.forward_bags(ids, &Segments::uniform(count, each), None, ctx)
     }
     /// Bags of any length over the ids, each id's row scaled by `scale` `[N]` if given.
-    pub fn forward_bags(&self, ids: &Tensor, bags: &Segments, scale: Option<&Tensor>, ctx: &Ctx) -> Result<Tensor> {
+    pub fn forward_bags(
+        &self,
+        ids: impl AsRef<Array>,
+        bags: &Segments,
+        scale: Option<&Tensor>,
+        ctx: &Ctx,
+    ) -> Result<Tensor> {
         ctx.activations(&embedding_bag(&self.weight, ids, bags, self.mode, scale, ctx.samples.as_ref())?)
     }
 }

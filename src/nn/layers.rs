@@ -99,6 +99,10 @@ impl Linear {
         self.bias.iter().for_each(|b| b.set_trainable(false));
         Ok(())
     }
+    /// Takes the adapter away as if it had never been given; its parameters stay in the store.
+    pub(crate) fn forget_adapter(&mut self) {
+        self.lora = None;
+    }
     /// Adds the adapter to the weight, so that it costs nothing any more; nothing without one.
     pub fn merge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.merge(&self.weight, self.layout))
@@ -117,7 +121,7 @@ impl Linear {
     }
 }
 
-/// Layer norm over the last dimension: `weight` and `bias` `[d]`.
+/// Layer norm (Ba et al. 2016) over the last dimension: weight ⊙ (x − mean)/√(variance + ε) + bias, with `weight` and `bias` `[d]`.
 pub struct LayerNorm {
     weight: Param,
     bias: Option<Param>,
@@ -162,7 +166,7 @@ impl LayerNorm {
     }
 }
 
-/// RMS norm over the last dimension: `weight` `[d]`.
+/// RMS norm (Zhang and Sennrich 2019) over the last dimension: weight ⊙ x / √(mean(x²) + ε), with `weight` `[d]`.
 pub struct RmsNorm {
     weight: Param,
     eps: f64,
@@ -201,7 +205,9 @@ impl RmsNorm {
     }
 }
 
-/// Group norm over channels: `weight` and `bias` `[C]`. Unlike batch norm it keeps samples apart.
+/// Group norm (Wu and He 2018): each sample's channels are normalised in groups, (x − mean)/√(variance + ε) over a group's channels
+/// and all places, then scaled and shifted by `weight` and `bias` `[C]`. Unlike batch norm it keeps samples apart, so that it can be trained
+/// privately.
 pub struct GroupNorm {
     weight: Param,
     bias: Param,
@@ -253,7 +259,8 @@ impl GroupNorm {
     }
 }
 
-/// Dropout while training, the identity otherwise.
+/// Dropout (Srivastava et al. 2014) while training, the identity otherwise. The mask depends on the seed of the context, on the layer and
+/// on the element's index alone, so that it has the same bits on every device.
 pub struct Dropout {
     p: f64,
     id: u64,

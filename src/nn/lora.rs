@@ -43,7 +43,7 @@ impl LoraConfig {
             task_type: "CAUSAL_LM".into(),
         }
     }
-    /// Refuses what makes no adapter.
+    /// Fails for a rank of 0, an α that is not finite, and a kind that is not `LORA`.
     pub fn validate(&self) -> Result<()> {
         if self.r == 0 || !self.lora_alpha.is_finite() || self.peft_type != "LORA" {
             let what = format!("{} of rank {} and α {}", self.peft_type, self.r, self.lora_alpha);

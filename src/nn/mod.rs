@@ -29,8 +29,9 @@ mod moe;
 mod params;
 mod transformer;
 
+pub use crate::ops::conv::Sides;
 pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
-pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder, Sides};
+pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder};
 pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};
 pub use expr::{Expr, Operand};
 pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuilder, Linear, LinearBuilder};
@@ -43,10 +44,12 @@ pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};
+use crate::ops::attention::Documents;
 use crate::{DType, Samples, Tensor};
 use std::sync::Arc;
 
-/// What a forward pass carries along: training or not, the seed of its dropout masks, and whose rows are whose.
+/// What every layer of a forward pass is given besides its input: whether the model is being trained, the seed of the dropout masks, which
+/// rows belong to which sample, which positions belong together, and the dtype of activations.
 #[derive(Clone, Debug, Default)]
 pub struct Ctx {
     /// Dropout is on.
@@ -62,6 +65,9 @@ pub struct Ctx {
     /// A number for each sample, on which its random draws depend where they are drawn by sample (a router's jitter); the sample's
     /// place in the batch if not given. With the numbers of the records, a record's draws do not depend on who else is in the batch.
     pub keys: Option<Arc<[u64]>>,
+    /// The documents of packed sequences, or the lengths of padded ones, to which attention keeps; every sequence is one document if
+    /// not given. See [`Documents`].
+    pub documents: Option<Documents>,
 }
 
 impl Ctx {
@@ -84,6 +90,16 @@ impl Ctx {
     /// The same with a number for each sample ([`Ctx::keys`]).
     pub fn with_keys(&self, keys: impl Into<Arc<[u64]>>) -> Ctx {
         Ctx { keys: Some(keys.into()), ..self.clone() }
+    }
+    /// The same for sequences that are padded to a common length: sequence b of the batch is its first `lengths[b]` positions. No
+    /// position attends to padding, and the attention of padding is zeros. What is made of the sequences afterwards, such as a mean
+    /// over positions or a loss, has to leave the padding out as well.
+    pub fn with_lengths(&self, lengths: &[usize]) -> Ctx {
+        self.with_documents(Documents::lengths(lengths))
+    }
+    /// The same for packed sequences, each of which holds several documents.
+    pub fn with_documents(&self, documents: Documents) -> Ctx {
+        Ctx { documents: Some(documents), ..self.clone() }
     }
     /// What goes into the layers: `x` in the dtype of activations.
     pub fn activations(&self, x: &Tensor) -> Result<Tensor> {

@@ -8,8 +8,8 @@ use crate::kernels::Activation;
 use crate::nn::lora::activate;
 
 /// A function from tensor to tensor with parameters of its own: every layer, every activation, and every closure
-/// `Fn(&Tensor, &Ctx) -> Result<Tensor>`.
-pub trait Module {
+/// `Fn(&Tensor, &Ctx) -> Result<Tensor>`. Modules may be sent to other threads and used by several at once.
+pub trait Module: Send + Sync {
     /// The output for `x`. Dimension 0 counts the samples, unless the context maps rows to samples.
     fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor>;
 }
@@ -46,7 +46,7 @@ impl Module for Activation {
     }
 }
 
-impl<F: Fn(&Tensor, &Ctx) -> Result<Tensor>> Module for F {
+impl<F: Fn(&Tensor, &Ctx) -> Result<Tensor> + Send + Sync> Module for F {
     fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self(x, ctx)
     }

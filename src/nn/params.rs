@@ -42,7 +42,7 @@ pub enum Strict {
     No,
 }
 
-/// What [`Params::load`] did not find a partner for.
+/// What [`Params::load`] could not match: parameters without a tensor in the file, and tensors without a parameter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     /// The file.
@@ -116,12 +116,23 @@ pub struct Params {
     prefix: String,
     seed: u64,
     dtype: DType,
+    /// Initial values are drawn; else they are zeros.
+    draws: bool,
 }
 
 impl Params {
     /// An empty store. Initial values depend on `seed` and the parameter's full name only.
     pub fn new(seed: u64, dtype: DType) -> Params {
-        Params { store: Arc::default(), prefix: String::new(), seed, dtype }
+        Params { store: Arc::default(), prefix: String::new(), seed, dtype, draws: true }
+    }
+    /// The same store and scope, where the initial values of new parameters are drawn, or are zeros because values are read over
+    /// them before anything uses them: drawing those of a large model takes longer than reading its file.
+    pub(crate) fn drawing(&self, draws: bool) -> Params {
+        Params { draws, ..self.clone() }
+    }
+    /// Removes the parameters that were created after the first `n` of the store.
+    pub(crate) fn truncate(&self, n: usize) {
+        self.lock().truncate(n);
     }
     /// The scope `name` within this one.
     pub fn at(&self, name: &str) -> Params {
@@ -164,6 +175,7 @@ impl Params {
             Array::generate(shape, self.dtype, move |i| bound * (2.0 * philox::uniform(seed, stream, i as u64) - 1.0))
         };
         let value = match init {
+            _ if !self.draws => Array::zeros(shape, self.dtype),
             Init::Zeros => Array::zeros(shape, self.dtype),
             Init::Ones => Array::ones(shape, self.dtype),
             Init::Normal { std } => {

@@ -7,7 +7,8 @@ use crate::kernels::Activation;
 use crate::ops::attention::Span;
 use crate::ops::linear::Layout;
 
-/// Two linear layers with an activation between: `c_fc` `[d, hidden]`, `c_proj` `[hidden, d]`.
+/// Two linear layers with an activation between them, act(x·W₁ + b₁)·W₂ + b₂. The weights `c_fc` `[d, hidden]` and `c_proj` `[hidden, d]` lie as
+/// in GPT-2, inputs first.
 pub struct Mlp {
     fc: Linear,
     proj: Linear,
@@ -180,8 +181,9 @@ enum Feed {
     Moe(Box<Moe>),
 }
 
-/// x + attention(norm(x)), then x + mlp(norm(x)). Names as in GPT-2: `ln_1`, `attn`, `ln_2`, `mlp`; with a mixture of experts in
-/// the place of the MLP, `moe`.
+/// A transformer block with norms before its two halves (pre-LN, Xiong et al. 2020), as in GPT-2: x + attention(norm(x)), then
+/// x + mlp(norm(x)). Its parameters have GPT-2's names: `ln_1`, `attn`, `ln_2`, `mlp`; with a mixture of experts in the place of the
+/// MLP, `moe`.
 pub struct TransformerBlock {
     name: String,
     ln_1: LayerNorm,

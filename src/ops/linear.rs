@@ -1,4 +1,4 @@
-//! The factored linear map, with bias and activation: the op most parameters live in.
+//! The factored linear map, with bias and activation: the op that most parameters of a model belong to.
 //!
 //! y = act(x·Wᵀ + b). FLOPs 2·N·d·p forward; backward 2·N·d·p for x, and the weight's gradient stays an outer factor.
 
@@ -102,7 +102,7 @@ impl Rule for Back {
         }
         if back.needs(0) {
             spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
-            // Fetched again, not kept: a gathered weight lives only while it is used.
+            // Fetched again, not kept: a gathered weight is in memory only while it is used.
             let (layout, shape) = (self.layout, self.x.shape());
             let dx = dispatch(
                 [dz.clone(), self.w.value()],
@@ -187,7 +187,7 @@ pub fn linear(
         *last = p;
     }
     let xa = x.array().contiguous();
-    // The pre-activation is kept only if a backward pass can ask for it.
+    // The pre-activation is kept only if a backward pass can need it.
     let keep = act != Activation::None && Tensor::would_record(&[x], &[w]);
     let bias_value = bias.map(Param::value);
     let (y, z) = dispatch(

@@ -100,7 +100,7 @@ impl Rule for Back {
 
 /// Zeros of `shape` with `part` at `start` of dimension `d`.
 fn embed(part: &Array, shape: &[usize], d: usize, start: usize) -> Result<Array> {
-    let mut out = Array::zeros_at(&part.device(), shape, part.dtype())?;
+    let mut out = Array::zeros(shape, (part.dtype(), &part.device()));
     out = with_part(out, part, d, start)?;
     Ok(out)
 }

@@ -386,18 +386,54 @@ mod tests {
         assert!(rare_radius(0, 0) > 9.49);
     }
 
+    /// 10⁸ draws against the normal law: Kolmogorov and Smirnov at 65,536 points, six moments, the mass of the tail. The radius of
+    /// one draw in 2¹⁶, beyond 4.71, takes a second word.
     #[test]
-    fn rare_radii_are_used_where_the_words_say_so() {
-        // One element in 2¹⁶ has a radius above √(2·ln 2¹⁶) = 4.71, where the second word decides about the rest: normals beyond
-        // 5.3 differ from what the first word alone gives.
-        let (key, n) = (NoiseKey::from_seed_for_tests(5), 1usize << 25);
-        let mut v = vec![0f32; n];
-        add_gaussian(&key, 0, 0, 1.0, &mut v);
-        let beyond =
-            |t: f64| (v.iter().filter(|z| z.abs() as f64 > t).count() as f64, libm::erfc(t / 2f64.sqrt()) * n as f64);
-        for t in [3.0, 4.0, 4.71, 5.0] {
-            let (found, expected) = beyond(t);
-            assert!((found - expected).abs() < 5.0 * expected.sqrt(), "beyond {t}: {found}, expected {expected:.1}");
+    fn the_law_is_normal_over_a_hundred_million_draws() {
+        const N: usize = 100;
+        const EACH: usize = 1 << 20;
+        const BINS: usize = 1 << 16;
+        let key = NoiseKey::from_seed_for_tests(5);
+        let (mut counts, mut moments) = (vec![0u64; BINS], [0f64; 6]);
+        let tails = [3.0, 4.0, 4.71, 5.0, 5.3];
+        let mut beyond = [0u64; 5];
+        let mut v = vec![0f32; EACH];
+        for step in 0..N as u64 {
+            v.fill(0.0);
+            add_gaussian(&key, step, 0, 1.0, &mut v);
+            for &z in &v {
+                let z = z as f64;
+                counts[(((z + 8.0) / 16.0 * BINS as f64) as usize).min(BINS - 1)] += 1;
+                let mut power = 1.0;
+                for m in &mut moments {
+                    power *= z;
+                    *m += power;
+                }
+                tails.iter().zip(&mut beyond).for_each(|(t, n)| *n += (z.abs() > *t) as u64);
+            }
+        }
+        let n = (N * EACH) as f64;
+        let (mut below, mut far) = (0, 0f64);
+        for (i, c) in counts.iter().enumerate() {
+            below += c;
+            // Draws are on a grid of 2⁻²⁰, edges of bins belong to the bin above.
+            let edge = (i + 1) as f64 / BINS as f64 * 16.0 - 8.0 - 2f64.powi(-21);
+            far = far.max((below as f64 / n - 0.5 * libm::erfc(-edge / std::f64::consts::SQRT_2)).abs());
+        }
+        assert!(far * n.sqrt() < 1.95, "√n·D = {}", far * n.sqrt());
+        // E z^k and its variance E z^2k − (E z^k)².
+        let even = [1.0, 1.0, 3.0, 15.0, 105.0, 945.0, 10395.0];
+        for (k, m) in (1..=6).zip(moments) {
+            let mean = if k % 2 == 0 { even[k / 2] } else { 0.0 };
+            let off = (m / n - mean) / ((even[k] - mean * mean) / n).sqrt();
+            assert!(off.abs() < 4.5, "moment {k}: {} standard deviations off", off);
+        }
+        for (t, found) in tails.iter().zip(beyond) {
+            let expected = libm::erfc(t / 2f64.sqrt()) * n;
+            assert!(
+                (found as f64 - expected).abs() < 5.0 * expected.sqrt(),
+                "beyond {t}: {found}, expected {expected:.1}"
+            );
         }
     }
 

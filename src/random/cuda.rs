@@ -21,7 +21,7 @@ fn digest_of(gpu: &Arc<Gpu>, key: &Array, grads: &Array) -> Result<Array> {
     let mut level = 0;
     loop {
         let chunks = words.div_ceil(CHUNK).max(1);
-        let to = Array::zeros_on(gpu, &[4 * chunks], DType::U32)?;
+        let to = Array::zeros(&[4 * chunks], (DType::U32, gpu));
         let keys = key.slice(0, level * KEY..(level + 1) * KEY)?;
         Launch::new(gpu, "random", "chacha_digest")?
             .grid(chunks, 1, 1)
@@ -48,7 +48,7 @@ pub(crate) fn release(
     grads: &Array,
 ) -> Result<()> {
     let digest = digest_key.map(|k| digest_of(gpu, k, grads)).transpose()?;
-    let own = Array::zeros_on(gpu, &[8], DType::U32)?;
+    let own = Array::zeros(&[8], (DType::U32, gpu));
     let wide = |a: u32, b: u32| a as u64 | (b as u64) << 32;
     Launch::new(gpu, "random", "chacha_release")?
         .block(32)

@@ -6,6 +6,7 @@
 pub mod chacha;
 pub(crate) mod cuda;
 pub(crate) mod digest;
+pub(crate) mod masks;
 
 pub use crate::base::philox::{self, Rng};
 pub use chacha::{Grid, NoiseKey, add_gaussian};

@@ -69,11 +69,11 @@ impl Capture {
         };
         gpu.deferred_words()?;
         let places = core.places()?;
-        let word = || Array::zeros_at(&device, &[1], DType::I64);
+        let word = || Array::zeros(&[1], (DType::I64, &device));
         let scalars = StepScalars {
-            before: word()?,
-            number: word()?,
-            optimizer: Array::zeros_at(&device, &[numbers.len()], DType::F64)?,
+            before: word(),
+            number: word(),
+            optimizer: Array::zeros(&[numbers.len()], (DType::F64, &device)),
         };
         let (graph, samples) = gpu.capture(|| queue(core, &scalars))?;
         Ok(Capture { graph, scalars, samples, places })

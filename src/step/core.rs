@@ -120,7 +120,7 @@ impl Core {
         let device = flat.device();
         let zeros = |tag| {
             let _tag = TagScope::new(tag);
-            Array::zeros_at(&device, &[flat.numel()], flat.dtype())
+            Ok(Array::zeros(&[flat.numel()], (flat.dtype(), &device)))
         };
         let grads = zeros(Tag::Gradient)?;
         let state: Vec<Array> = optimizer.slots().iter().map(|_| zeros(Tag::Optimizer)).collect::<Result<_>>()?;

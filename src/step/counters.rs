@@ -33,7 +33,7 @@ pub(crate) struct Counters(Array);
 
 impl Counters {
     pub fn new(gpu: &Arc<Gpu>) -> Result<Counters> {
-        Ok(Counters(Array::zeros_on(gpu, &[WORDS], DType::I64)?))
+        Ok(Counters(Array::zeros(&[WORDS], (DType::I64, gpu))))
     }
     /// A step begins: nothing summed, nothing counted. A stop stays.
     pub fn begin(&self) -> Result<()> {

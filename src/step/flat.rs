@@ -53,7 +53,7 @@ impl Flat {
             n += p.numel();
         }
         let _tag = TagScope::new(Tag::Parameter);
-        let mut buffer = Array::zeros_at(&device, &[n], dtype)?;
+        let mut buffer = Array::zeros(&[n], (dtype, &device));
         for (p, s) in params.iter().zip(&segments) {
             buffer.write(s.range.start, &p.value())?;
         }

@@ -80,7 +80,7 @@ pub fn clipped_gradient(
     let flat = Flat::new(params)?;
     let clipping = Clipping::new(style, clip, threshold, &Thresholds::Equal, flat.params())?;
     let device = flat.device();
-    let mut grads = Array::zeros_at(&device, &[flat.numel()], flat.dtype())?;
+    let mut grads = Array::zeros(&[flat.numel()], (flat.dtype(), &device));
     let counters = device.gpu().map(Counters::new).transpose()?;
     let plan = Plan::new(&flat, Some(&clipping), 0);
     let context = Context { flat: &flat, plan: &plan, counters: counters.as_ref(), grads: &mut grads };

@@ -282,6 +282,10 @@ impl Privacy {
     pub fn rate(&self) -> f64 {
         self.config.expected_batch / self.config.records as f64
     }
+    /// What a step's dropout masks are drawn from besides the caller's seed.
+    pub(super) fn mask_secret(&self, step: u64) -> u64 {
+        self.key.uniform(step, 1 << 40).to_bits()
+    }
     pub(super) fn batch(&self, step: u64) -> Vec<usize> {
         self.sampler.batch(step)
     }

@@ -7,11 +7,12 @@ use super::reduce::Counts;
 use super::update::zero;
 use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
-use crate::autograd::{Param, Tensor, privately};
+use crate::autograd::{Param, Tensor};
 use crate::base::{DType, Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
 use crate::privacy::{Public, Thresholds, Weight};
+use crate::random::masks;
 use std::fmt;
 use std::ops::Range;
 
@@ -35,6 +36,8 @@ const PRIVATE_STEPS: &str = "private steps";
 pub struct PrivateStep {
     core: Box<Core>,
     privacy: Box<Privacy>,
+    /// Whether the losses have been seen to depend on their own records alone.
+    checked: bool,
 }
 
 /// What a private step did.
@@ -100,7 +103,7 @@ impl PrivateStep {
             privacy.plan(flat.params())?;
             Ok(Plan::new(flat, Some(privacy.clipping()), slots))
         })?;
-        Ok(PrivateStep { core: Box::new(core), privacy: Box::new(privacy) })
+        Ok(PrivateStep { core: Box::new(core), privacy: Box::new(privacy), checked: false })
     }
     /// Makes this one of several ranks that take every step together, each on its own records of the one Poisson batch (data
     /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,
@@ -129,6 +132,10 @@ impl PrivateStep {
     ///
     /// The step is recorded with the accountant before the parameters are touched, and refused where the budget would be
     /// exceeded. A sample whose gradient is not finite gets weight zero and is counted.
+    ///
+    /// Each loss must depend on its own record alone. On the first batch of two or more records, `forward` is called twice more, on
+    /// a few of them and on half of these, without dropout: a record's loss and its gradients must not depend on who else is there.
+    /// An operation that mixes records, such as a batch norm, is refused in this way before anything is released.
     pub fn run(
         &mut self,
         physical_batch: usize,
@@ -180,13 +187,19 @@ impl PrivateStep {
             self.privacy.admit(self.core.steps)?;
             self.next_batch()
         };
+        let shown = &public[..public.len().min(physical_batch)];
+        let first = &records[..records.len().min(physical_batch)];
+        self.expect_independence(first, shown.len(), |records| forward(records, shown))?;
+        // What that took is not the step's.
+        self.core.begin();
+        let secret = self.privacy.mask_secret(self.core.steps);
         // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
         let expected = self.privacy.expected_batch();
         let mean = weight.of_public() / public.len().max(1) as f64;
         let scale = if share == 0.0 { 1.0 } else { mean * expected / share };
         let has_public = !public.is_empty();
         let losses = |(p, q): (Range<usize>, Range<usize>)| {
-            let losses = privately(|| forward(&records[p.clone()], &public[q.clone()]))?;
+            let losses = masks::secret(secret, || forward(&records[p.clone()], &public[q.clone()]))?;
             expect_losses(&losses, p.len(), q.len())?;
             Ok(Microbatch { losses, public: has_public.then_some(PublicPart { from: p.len(), weight: scale }) })
         };
@@ -222,7 +235,8 @@ impl PrivateStep {
     ) -> Result<&Plan> {
         let records: Vec<usize> = (0..self.privacy.config().records.min(physical_batch)).collect();
         let most = (physical_batch, records.len());
-        self.core.predict(self.privacy.clipping(), most, |n| privately(|| forward(&records[..n])))?;
+        let secret = self.privacy.mask_secret(self.core.steps);
+        self.core.predict(self.privacy.clipping(), most, |n| masks::secret(secret, || forward(&records[..n])))?;
         Ok(&self.core.plan)
     }
     /// Captures a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
@@ -234,7 +248,7 @@ impl PrivateStep {
         mut forward: impl FnMut() -> Result<Tensor>,
     ) -> Result<CapturedPrivateStep> {
         let device = self.core.flat.device();
-        let mask = Array::zeros_at(&device, &[capacity], self.core.flat.dtype())?;
+        let mask = Array::zeros(&[capacity], (self.core.flat.dtype(), &device));
         let masked = Tensor::new(mask.clone());
         // The kernels that mask the losses are loaded before the capture, in which none can be loaded.
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
@@ -243,8 +257,9 @@ impl PrivateStep {
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
         let capture = Capture::new(&mut self.core, |core, scalars| {
+            let secret = privacy.mask_secret(core.steps);
             let losses = |_| {
-                let losses = privately(&mut forward)?;
+                let losses = masks::secret(secret, &mut forward)?;
                 expect_losses(&losses, capacity, 0)?;
                 let losses = losses.mul(&masked.cast(losses.dtype())?)?;
                 Ok(Microbatch { losses, public: None })
@@ -285,6 +300,40 @@ impl PrivateStep {
         let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
         self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
     }
+    /// Refuses losses or gradients of records that depend on which other records are in the batch, as far as two forward and backward
+    /// passes over a few of `records` show it. Once; not on several ranks, where the others would wait.
+    fn expect_independence(
+        &mut self,
+        records: &[usize],
+        public: usize,
+        mut forward: impl FnMut(&[usize]) -> Result<Tensor>,
+    ) -> Result<()> {
+        if self.checked || self.core.ranks.is_some() || records.len() < 2 {
+            return Ok(());
+        }
+        let all = &records[..records.len().min(8)];
+        // Half of them, the other way round: neither company nor place may matter.
+        let few: Vec<usize> = all[..all.len() / 2].iter().rev().copied().collect();
+        let mut look = |records: &[usize]| Look::at(records, self.core.flat.params(), &mut forward, public);
+        // A forward pass that does not follow the number of records fails on the batch itself, where that is another one.
+        let part = look(&few)?;
+        let whole = if part.is_some() { look(all)? } else { None };
+        if let (Some(part), Some(whole)) = (part, whole)
+            && let Some(what) = whole.difference(&part)
+        {
+            // A forward pass that draws random numbers of its own differs from call to call, and shows nothing.
+            if look(all)?.is_some_and(|again| whole.difference(&again).is_none()) {
+                return Err(Error::privacy(format!(
+                    "{what} depends on which other records are in the batch: some operation mixes records, such as a batch norm, a \
+                     maximum, mean or softmax over the batch, attention or a contrastive loss between records, or a layout whose \
+                     first dimension is not that of the records. Then one record moves the gradients of others, and clipping does \
+                     not bound what it does. Make each loss a function of its own record"
+                )));
+            }
+        }
+        self.checked = true;
+        Ok(())
+    }
     /// The records of the next batch. On several ranks, this rank's part of it: whose record it is follows from its number.
     fn next_batch(&self) -> Vec<usize> {
         let mut all = self.privacy.batch(self.core.steps);
@@ -319,6 +368,75 @@ impl PrivateStep {
     }
     fn adaptive(&self) -> bool {
         matches!(self.privacy.config().thresholds, Thresholds::Adaptive { .. })
+    }
+}
+
+/// What records' losses and gradients were in one forward and backward pass.
+struct Look {
+    records: Vec<usize>,
+    /// Losses of the records, then of public samples.
+    losses: Vec<f64>,
+    /// Of each parameter its name and, per record and public sample, the squared norm of the gradient.
+    norms: Vec<(String, Vec<f64>)>,
+    /// Relative difference that rounding may make.
+    tolerance: f64,
+}
+
+impl Look {
+    /// `None` where the number of losses is not that of the records and of `public` samples.
+    fn at(
+        records: &[usize],
+        params: &[Param],
+        forward: &mut impl FnMut(&[usize]) -> Result<Tensor>,
+        public: usize,
+    ) -> Result<Option<Look>> {
+        let losses = masks::off(|| forward(records))?;
+        if losses.shape() != [records.len() + public] {
+            return Ok(None);
+        }
+        let tolerance = match losses.dtype() {
+            DType::F64 => 1e-9,
+            DType::F32 => 1e-3,
+            _ => 5e-2,
+        };
+        let grads = losses.backward()?;
+        let mut norms = Vec::new();
+        for p in params {
+            if let Some(g) = grads.param(p) {
+                norms.push((p.name().to_string(), g.sample_sq_norms()?));
+            }
+        }
+        Ok(Some(Look { records: records.to_vec(), losses: losses.array().to_f64(), norms, tolerance }))
+    }
+    /// What differs for a record, or a public sample, that both have; `other` has some of the records in any order.
+    fn difference(&self, other: &Look) -> Option<String> {
+        let differ = |a: &[f64], b: &[f64]| {
+            // Numbers that are small beside the largest are what rounding left.
+            let floor = a.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
+            let apart = |a: f64, b: f64| match a.is_finite() && b.is_finite() {
+                true => (a - b).abs() > self.tolerance * (a.abs() + b.abs() + 1e-2 * floor),
+                false => a.is_finite() != b.is_finite(),
+            };
+            let place = |i: usize| match i.checked_sub(other.records.len()) {
+                Some(public) => Some(self.records.len() + public),
+                None => self.records.iter().position(|r| *r == other.records[i]),
+            };
+            (0..b.len()).find_map(|i| {
+                let at = place(i)?;
+                let whose = match i < other.records.len() {
+                    true => format!("record {}", other.records[i]),
+                    false => format!("public sample {}", i - other.records.len()),
+                };
+                apart(*a.get(at)?, b[i]).then(|| format!("{whose} ({:.6} or {:.6})", a[at], b[i]))
+            })
+        };
+        if let Some(whose) = differ(&self.losses, &other.losses) {
+            return Some(format!("the loss of {whose}"));
+        }
+        let mut pairs = self.norms.iter().zip(&other.norms);
+        pairs.find_map(|((name, a), (_, b))| {
+            differ(a, b).map(|w| format!("the squared gradient norm of {name} for {w}"))
+        })
     }
 }
 

@@ -138,7 +138,7 @@ impl GradHook for Clipper<'_> {
             SqNorms::Gpu(sq) => {
                 let gpu = self.step.grads.gpu().cloned();
                 let gpu = gpu.ok_or_else(|| Error::autograd("run", "the gradient moved during a step"))?;
-                *sq = Some(grad.sq_norms_on(&gpu, sq.take())?);
+                *sq = Some(grad.sq_bounds_on(&gpu, sq.take())?);
                 group.normed.push(grad);
             }
             SqNorms::Cpu(sq) => {
@@ -175,7 +175,7 @@ impl Clipper<'_> {
                 let weights = match self.public {
                     None => of(&sq, (clip, threshold), Some(&tally))?,
                     Some(public) => {
-                        let mut all = Array::zeros_on(&gpu, sq.shape(), dtype)?;
+                        let mut all = Array::zeros(sq.shape(), (dtype, &gpu));
                         if private > 0 {
                             let part = sq.slice(0, 0..private)?.contiguous();
                             all.write(0, &of(&part, (clip, threshold), Some(&tally))?)?;

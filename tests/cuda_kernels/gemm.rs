@@ -33,6 +33,7 @@ fn same_bits() {
         };
         go!("gemm_nt_bf16", [3, 1, 1], 65_536; a.ptr, b.ptr, c.ptr, none, none, null::<f32>(), ids, part.ptr, gemm);
         go!("gemm_splitk_bf16", [3, 1, 1]; part.ptr, c.ptr, none, none, gemm);
+        let none64 = null::<f64>();
         let gram = GramShape {
             rd: k as i64,
             cd: k as i64,
@@ -48,8 +49,12 @@ fn same_bits() {
             same: 1,
             all_pairs: 0,
             reserved: 0,
+            gamma_l: 1e-5,
+            gamma_r: 1e-5,
+            least_l: 0.0,
+            least_r: 0.0,
         };
-        go!("factor_gram_f32", [3, 2, 1], GRAM_SHARED as u32; a32.ptr, b32.ptr, a32.ptr, b32.ptr, ids, ids, offsets, offsets, ids, ids, norms.ptr, gram);
+        go!("factor_gram_f32", [3, 2, 1], GRAM_SHARED as u32; a32.ptr, b32.ptr, a32.ptr, b32.ptr, ids, ids, offsets, offsets, ids, ids, norms.ptr, none64, none64, none64, none64, nullm::<f64>(), gram);
         let now = (
             c.get().iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
             norms.get().iter().map(|x| x.to_bits()).collect::<Vec<_>>(),

@@ -9,8 +9,11 @@ use crate::device::Device;
 use crate::device::cuda::{Gpu, Launch, MAX_GRID_YZ, layouts};
 use crate::kernels::elementwise::cuda as elementwise;
 use crate::kernels::gemm::cuda as gemm;
+use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::norms::{toward_zero, upwards};
 use crate::kernels::rows::cuda as rows;
 use crate::kernels::sums::cuda as sums;
+use crate::with_float;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -150,8 +153,48 @@ pub(super) fn grouped_outer_add(
         .run()
 }
 
-/// Partial sums in f64, `[count, width]`, and their width: a squared norm or an inner product is the sum of a row.
-pub(crate) type Parts = (Array, usize);
+/// Partial sums in f64, `[count, width]`: a squared norm or an inner product is the sum of a row.
+pub(crate) struct Parts {
+    values: Array,
+    /// The same of a bound on the values' error; none where they are squared norms of gradients that have been formed.
+    errors: Option<Array>,
+    width: usize,
+}
+
+/// Norms of the rows of both operands of a factor, `[N]` f64.
+struct RowNorms {
+    left: Array,
+    right: Option<Array>,
+}
+
+/// |xₙ (⊙ scaleₙ)| for the rows of `x [N, p]`.
+fn row_norms(gpu: &Arc<Gpu>, x: &Array, scale: Option<&Array>) -> Result<Array> {
+    let (n, p) = (x.shape()[0], x.shape()[1]);
+    let out = Array::uninit_on(gpu, &[n], DType::F64)?;
+    if n > 0 {
+        Launch::new(gpu, "factored", &format!("factor_row_norms_{}", suffix(x.dtype())))?
+            .grid_stride(n, 8)
+            .array(x)
+            .optional(scale)
+            .array(&out)
+            .val(n as i64)
+            .val(p as i64)
+            .run()?;
+    }
+    Ok(out)
+}
+
+/// Roundings of a dot product over `d` columns of `dtype`, relative to the norms of its rows, and absolutely.
+fn of_dots(d: i64, dtype: DType) -> (f64, f64) {
+    match dtype {
+        DType::F64 => ((d + 2) as f64 * f64::UNIT, d as f64 * f64::LEAST),
+        _ => ((d + 2) as f64 * f32::UNIT, d as f64 * f32::LEAST),
+    }
+}
+
+/// Share of its value up to which the error of a squared norm by inner products is added to it; beyond, the gradient is formed tile by
+/// tile. Larger than on the CPU, where sums over columns are cut into stretches and have smaller errors.
+const UNCERTAIN: f64 = 1.0 / 64.0;
 
 /// The operands of one side of a Gram kernel.
 pub(crate) struct Side<'a> {
@@ -163,6 +206,14 @@ pub(crate) struct Side<'a> {
     pub ids: Option<Array>,
     /// Whose rows.
     pub samples: &'a Samples,
+}
+
+impl Side<'_> {
+    fn row_norms(&self, gpu: &Arc<Gpu>, kind: i32) -> Result<RowNorms> {
+        let product = kind == layouts::PAIR_PRODUCT;
+        let right = self.right.filter(|_| product).map(|r| row_norms(gpu, r, None)).transpose()?;
+        Ok(RowNorms { left: row_norms(gpu, self.left, None)?, right })
+    }
 }
 
 /// How two factors' inner product is taken without forming a gradient: the pairing, and whether they change places.
@@ -179,12 +230,19 @@ fn pair_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, pairs: bool) -> Result<Par
         return Err(Error::invalid("gram", format!("{} against {}", a.kind(), b.kind())));
     };
     let (a, b) = if swap { (b, a) } else { (a, b) };
-    gram_parts(gpu, kind, (&a.side(gpu, kind, false)?, &b.side(gpu, kind, true)?), false, pairs)
+    let (a, b) = (a.side(gpu, kind, false)?, b.side(gpu, kind, true)?);
+    // What is only looked at needs no bound.
+    let norms = match pairs {
+        true => None,
+        false => Some((a.row_norms(gpu, kind)?, b.row_norms(gpu, kind)?)),
+    };
+    gram_parts(gpu, kind, (&a, &b), norms.as_ref().map(|(a, b)| (a, b)), false, pairs)
 }
 
 /// The parts of every sample's inner product with itself, which is its squared norm.
 pub(super) fn own_gram_parts(gpu: &Arc<Gpu>, kind: i32, side: &Side) -> Result<Parts> {
-    gram_parts(gpu, kind, (side, side), true, false)
+    let norms = side.row_norms(gpu, kind)?;
+    gram_parts(gpu, kind, (side, side), Some((&norms, &norms)), true, false)
 }
 
 /// Whether a squared norm of outer products takes fewer multiply-adds by [`own_gram_parts`] than by [`direct_parts`]:
@@ -195,19 +253,29 @@ pub(super) fn gram_is_shorter(o: &Owners, left: &Array, right: &Array) -> bool {
 }
 
 /// part[pair, …] for the inner products of two sides. With `pairs` all of count₁·count₂, else sample i with sample i;
-/// `same` where both sides are one.
-fn gram_parts(gpu: &Arc<Gpu>, kind: i32, (x, y): (&Side, &Side), same: bool, pairs: bool) -> Result<Parts> {
+/// `same` where both sides are one. With the norms of the rows, errors are bounded as well.
+fn gram_parts(
+    gpu: &Arc<Gpu>,
+    kind: i32,
+    (x, y): (&Side, &Side),
+    norms: Option<(&RowNorms, &RowNorms)>,
+    same: bool,
+    pairs: bool,
+) -> Result<Parts> {
     let (ox, oy) = (x.samples.on_gpu(gpu)?, y.samples.on_gpu(gpu)?);
     let tile = gemm::tile(x.left.dtype());
     let (n1, n2) = (ox.longest.div_ceil(tile), oy.longest.div_ceil(tile));
     let tiles = if same { n1 * (n1 + 1) / 2 } else { n1 * n2 };
     let width = tiles.clamp(1, MOST_BLOCKS);
     let count = if pairs { ox.count * oy.count } else { ox.count };
-    let part = Array::uninit_on(gpu, &[count, width], DType::F64)?;
+    let part = || Array::uninit_on(gpu, &[count, width], DType::F64);
+    let (values, errors) = (part()?, norms.map(|_| part()).transpose()?);
     let w = |x: Option<&Array>| x.map_or(0, |x| x.shape()[1] as i64);
+    let (rd, cd) = (w(Some(x.left)), if kind == layouts::PAIR_PRODUCT { w(x.right) } else { 0 });
+    let ((gamma_l, least_l), (gamma_r, least_r)) = (of_dots(rd, x.left.dtype()), of_dots(cd, x.left.dtype()));
     let shape = layouts::GramShape {
-        rd: w(Some(x.left)),
-        cd: if kind == layouts::PAIR_PRODUCT { w(x.right) } else { 0 },
+        rd,
+        cd,
         l1_rs: w(Some(x.left)),
         r1_rs: w(x.right),
         l2_rs: w(Some(y.left)),
@@ -220,6 +288,10 @@ fn gram_parts(gpu: &Arc<Gpu>, kind: i32, (x, y): (&Side, &Side), same: bool, pai
         same: same as i32,
         all_pairs: pairs as i32,
         reserved: 0,
+        gamma_l,
+        gamma_r,
+        least_l,
+        least_r,
     };
     Launch::new(gpu, "factored", &format!("factor_gram_{}", suffix(x.left.dtype())))?
         .grid(width, count.min(MAX_GRID_YZ), 1)
@@ -234,21 +306,29 @@ fn gram_parts(gpu: &Arc<Gpu>, kind: i32, (x, y): (&Side, &Side), same: bool, pai
         .optional(oy.offsets.as_ref())
         .optional(ox.order.as_ref())
         .optional(oy.order.as_ref())
-        .array(&part)
+        .array(&values)
+        .optional(norms.map(|n| &n.0.left))
+        .optional(norms.and_then(|n| n.0.right.as_ref()))
+        .optional(norms.map(|n| &n.1.left))
+        .optional(norms.and_then(|n| n.1.right.as_ref()))
+        .optional(errors.as_ref())
         .val(shape)
         .run()?;
-    Ok((part, width))
+    Ok(Parts { values, errors, width })
 }
 
 /// sq[i] (+)= factor·Σ part[i, …].
-fn sum_parts(gpu: &Arc<Gpu>, (part, width): &Parts, sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
+fn sum_parts(gpu: &Arc<Gpu>, parts: &Parts, sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
+    sum_rows(gpu, (&parts.values, parts.width), sq, factor, accumulate)
+}
+fn sum_rows(gpu: &Arc<Gpu>, (part, width): (&Array, usize), sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
     let n = sq.numel();
     Launch::new(gpu, "factored", "norms_sum")?
         .grid_stride(n, 8)
         .array(part)
         .array(sq)
         .val(n as i64)
-        .val(*width as i64)
+        .val(width as i64)
         .val(factor)
         .val(accumulate as i32)
         .run()
@@ -262,6 +342,16 @@ pub(super) fn direct_parts(
     group: Option<&Array>,
     o: &Owners,
 ) -> Result<Parts> {
+    direct_parts_of(gpu, (left, right), group, o, None)
+}
+/// The same; with the norms that other parts gave and their errors, for samples whose errors are too large a share alone.
+fn direct_parts_of(
+    gpu: &Arc<Gpu>,
+    (left, right): (&Array, &Array),
+    group: Option<&Array>,
+    o: &Owners,
+    known: Option<(&Array, &Array)>,
+) -> Result<Parts> {
     let (rd, cd, tile) = (left.shape()[1], right.shape()[1], gemm::tile(left.dtype()));
     let width = (rd.div_ceil(tile) * cd.div_ceil(tile)).clamp(1, MOST_BLOCKS);
     let part = Array::uninit_on(gpu, &[o.count, width], DType::F64)?;
@@ -274,6 +364,8 @@ pub(super) fn direct_parts(
         .optional(o.offsets.as_ref())
         .optional(o.order.as_ref())
         .array(&part)
+        .optional(known.map(|k| k.0))
+        .optional(known.map(|k| k.1))
         .val(layouts::DirectShape {
             rd: rd as i64,
             cd: cd as i64,
@@ -281,9 +373,10 @@ pub(super) fn direct_parts(
             r_rs: cd as i64,
             count: o.count as i64,
             each: o.each as i64,
+            share: UNCERTAIN,
         })
         .run()?;
-    Ok((part, width))
+    Ok(Parts { values: part, errors: None, width })
 }
 
 /// The parts of |Σₜ gradₜ (⊙ scaleₜ)|² for `grad [N, p]`.
@@ -306,13 +399,17 @@ pub(super) fn row_parts(gpu: &Arc<Gpu>, (grad, scale): (&Array, Option<&Array>),
             each: o.each as i64,
         })
         .run()?;
-    Ok((part, width))
+    Ok(Parts { values: part, errors: None, width })
 }
 
 /// The parts of |gradₙ|² for `grad [N, p]`: each row is a sample.
 pub(super) fn each_row_parts(gpu: &Arc<Gpu>, grad: &Array) -> Result<Parts> {
-    let o = Owners { each: 1, count: grad.shape()[0], longest: 1, owner: None, offsets: None, order: None };
-    row_parts(gpu, (grad, None), &o)
+    row_parts(gpu, (grad, None), &each_row(grad.shape()[0]))
+}
+
+/// Each of `n` rows is a sample.
+fn each_row(n: usize) -> Owners {
+    Owners { each: 1, count: n, longest: 1, owner: None, offsets: None, order: None }
 }
 
 /// Adds to `sq` the squared norms of the samples' gradients, which are formed, some at a time; `accumulate` as in
@@ -328,39 +425,134 @@ fn add_formed(gpu: &Arc<Gpu>, factors: &[Factor], numel: usize, sq: &Array, accu
     Ok(())
 }
 
-/// |gᵢ|² of every sample: `[count]` f64, added to `base` if there is one. Parameters used several times include their
-/// cross terms.
-pub(crate) fn sq_norms(
+/// The squared norm of every sample and what bounds it, each `[count]` f64.
+struct Norms {
+    sq: Array,
+    /// Bound on the error of `sq`.
+    error: Array,
+    /// Sum of the norms of a sample's terms.
+    reach: Array,
+}
+
+/// Squared norms of every sample. Parameters used several times include their cross terms.
+fn norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> Result<Norms> {
+    let zeros = || Array::zeros(&[count], (DType::F64, gpu));
+    let Norms { sq, error, reach } = Norms { sq: zeros(), error: zeros(), reach: zeros() };
+    let add = |parts: &Parts, factor: f64| -> Result<()> {
+        sum_parts(gpu, parts, &sq, factor, true)?;
+        match &parts.errors {
+            Some(errors) => sum_rows(gpu, (errors, parts.width), &error, factor, true),
+            None => Ok(()),
+        }
+    };
+    for f in factors {
+        f.add_reach_on(gpu, &reach)?;
+    }
+    let pairs = || factors.iter().enumerate().flat_map(|(k, f)| factors[k + 1..].iter().map(move |g| (f, g)));
+    if pairs().any(|(f, g)| pairing(f, g).is_none()) {
+        add_formed(gpu, factors, numel, &sq, true)?;
+        return Ok(Norms { sq, error, reach });
+    }
+    for f in factors {
+        match f.norm_parts(gpu)? {
+            Some(parts) => add(&parts, 1.0)?,
+            None => add_formed(gpu, std::slice::from_ref(f), numel, &sq, true)?,
+        }
+    }
+    for (f, g) in pairs() {
+        add(&pair_parts(gpu, f, g, false)?, 2.0)?;
+    }
+    // Where inner products may have lost the norm to cancellation, the gradient of the sample is formed.
+    if let [Factor::Outer { left, right, samples }] = factors {
+        let o = samples.on_gpu(gpu)?;
+        if gram_is_shorter(&o, left, right) {
+            let parts = direct_parts_of(gpu, (left, right), None, &o, Some((&sq, &error)))?;
+            Launch::new(gpu, "factored", "norms_replace")?
+                .grid_stride(count, 8)
+                .array(&parts.values)
+                .array(&sq)
+                .array(&error)
+                .val(count as i64)
+                .val(parts.width as i64)
+                .val(UNCERTAIN)
+                .run()?;
+        }
+    }
+    Ok(Norms { sq, error, reach })
+}
+
+/// |gᵢ|² of every sample: `[count]` f64.
+pub(crate) fn sq_norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> Result<Array> {
+    if count == 0 || factors.is_empty() {
+        return Ok(Array::zeros(&[count], (DType::F64, gpu)));
+    }
+    Ok(norms(gpu, factors, (count, numel))?.sq)
+}
+
+/// Upper bounds on the squared norms of what the samples add to a weighted sum, `[count]` f64, added to `base` if there is one. As
+/// [`super::Norm::bound`] on the CPU.
+pub(crate) fn sq_bounds(
     gpu: &Arc<Gpu>,
     factors: &[Factor],
     (count, numel): (usize, usize),
     base: Option<Array>,
 ) -> Result<Array> {
-    let mut accumulate = base.is_some();
-    let sq = match base {
+    let accumulate = base.is_some();
+    let out = match base {
         Some(b) => b,
-        None if factors.is_empty() => Array::zeros_on(gpu, &[count], DType::F64)?,
-        None => Array::uninit_on(gpu, &[count], DType::F64)?,
+        None => Array::zeros(&[count], (DType::F64, gpu)),
     };
     if count == 0 || factors.is_empty() {
-        return Ok(sq);
+        return Ok(out);
     }
-    let pairs = || factors.iter().enumerate().flat_map(|(k, f)| factors[k + 1..].iter().map(move |g| (f, g)));
-    if pairs().any(|(f, g)| pairing(f, g).is_none()) {
-        add_formed(gpu, factors, numel, &sq, accumulate)?;
-        return Ok(sq);
-    }
-    for f in factors {
-        match f.norm_parts(gpu)? {
-            Some(parts) => sum_parts(gpu, &parts, &sq, 1.0, accumulate)?,
-            None => add_formed(gpu, std::slice::from_ref(f), numel, &sq, accumulate)?,
-        }
-        accumulate = true;
-    }
-    for (f, g) in pairs() {
-        sum_parts(gpu, &pair_parts(gpu, f, g, false)?, &sq, 2.0, true)?;
-    }
-    Ok(sq)
+    let Norms { sq, error, reach } = norms(gpu, factors, (count, numel))?;
+    let unit = if factors[0].dtype() == DType::F64 { f64::UNIT } else { f32::UNIT };
+    // Rows that a sum may go over while part of a sample is in it.
+    let rows: usize = factors.iter().map(|f| f.chain_on_gpu(gpu)).sum::<Result<usize>>()?;
+    let widths = factors.iter().map(Factor::widths).max().unwrap_or(0) as f64;
+    let shape = layouts::BoundShape {
+        count: count as i64,
+        up: upwards(unit),
+        gamma: 1.01 * (rows + 8) as f64 * unit,
+        second: (widths * unit).powi(2) + 1e-15,
+        accumulate: accumulate as i64,
+    };
+    Launch::new(gpu, "factored", "norms_bound")?
+        .grid_stride(count, 256)
+        .array(&sq)
+        .array(&error)
+        .array(&reach)
+        .array(&out)
+        .val(shape)
+        .run()?;
+    Ok(out)
+}
+
+/// Adds to `reach` Σₜ |leftₜ|·|rightₜ|, or Σₜ |leftₜ (⊙ scaleₜ)|, over the rows of each sample; without samples a row is one.
+pub(super) fn add_reach(
+    gpu: &Arc<Gpu>,
+    (left, right): (&Array, Option<&Array>),
+    scale: Option<&Array>,
+    samples: Option<&Samples>,
+    reach: &Array,
+) -> Result<()> {
+    let o = match samples {
+        Some(s) => s.on_gpu(gpu)?,
+        None => each_row(left.shape()[0]),
+    };
+    let l = row_norms(gpu, left, scale)?;
+    let r = right.map(|r| row_norms(gpu, r, None)).transpose()?;
+    Launch::new(gpu, "factored", "factor_reach")?
+        .grid_stride(o.count, 8)
+        .array(&l)
+        .optional(r.as_ref())
+        .optional(o.offsets.as_ref())
+        .optional(o.order.as_ref())
+        .array(reach)
+        .val(o.count as i64)
+        .val(o.each as i64)
+        .val(1i32)
+        .run()
 }
 
 /// `out [len, p]` += Σₜ gradₜ (⊙ scaleₜ) over the rows of each sample in `range`, of which each has `each`.
@@ -396,7 +588,7 @@ pub(super) fn outer_form(
 /// The gradients of the samples in `range`: `[len, numel]`.
 pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>, numel: usize) -> Result<Array> {
     let dtype = factors.first().map_or(DType::F32, Factor::dtype);
-    let mut out = Array::zeros_on(gpu, &[range.len(), numel], dtype)?;
+    let mut out = Array::zeros(&[range.len(), numel], (dtype, gpu));
     for f in factors {
         if f.form_on(gpu, range.clone(), &mut out)? {
             continue;
@@ -412,7 +604,7 @@ pub(crate) fn per_sample(gpu: &Arc<Gpu>, factors: &[Factor], range: Range<usize>
 
 /// ⟨gᵢ, hⱼ⟩ for all i, j: `[count₁, count₂]` f64.
 pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, usize), numel: usize) -> Result<Array> {
-    let out = Array::zeros_on(gpu, &[n, m], DType::F64)?;
+    let out = Array::zeros(&[n, m], (DType::F64, gpu));
     if a.is_empty() || b.is_empty() || n * m == 0 {
         return Ok(out);
     }
@@ -432,7 +624,10 @@ pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, u
     Ok(out)
 }
 
-/// `weights` on the GPU of `gpu`, rounded to `dtype`.
+/// `weights` on the GPU of `gpu`, rounded to `dtype` towards zero.
 pub(crate) fn weights(gpu: &Arc<Gpu>, w: &[f64], dtype: DType) -> Result<Array> {
-    Array::from_slice(w, &[w.len()])?.cast(dtype).to(&Device::Cuda(gpu.clone()))
+    let w = with_float!("weights", dtype, |T| {
+        Array::from_slice(&w.iter().map(|&w| toward_zero::<T>(w)).collect::<Vec<_>>(), &[w.len()])
+    })?;
+    w.to(&Device::Cuda(gpu.clone()))
 }

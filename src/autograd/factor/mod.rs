@@ -228,6 +228,11 @@ pub(crate) trait Kind<'a>: Copy {
     fn norm_parts(&self, _gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
         Ok(None)
     }
+    /// Adds Σₜ |termₜ| over the rows of each sample to `reach [B]` on a GPU.
+    fn add_reach_on(&self, gpu: &Arc<Gpu>, reach: &Array) -> Result<()> {
+        let (left, right) = self.values();
+        cuda::add_reach(gpu, (left, right), None, self.owners(), reach)
+    }
     /// How the Gram kernel takes inner products with `other`, this factor first (`PAIR_…` of the kernels' layouts); `None`
     /// where it cannot. It is enough that one of two kinds knows the other.
     fn pairing(&self, _other: &Factor) -> Option<i32> {
@@ -434,6 +439,22 @@ impl Factor {
     fn norm_parts(&self, gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
         self.expect_samples("sample_sq_norms")?;
         with_kind!(self, |k| k.norm_parts(gpu))
+    }
+    /// [`Kind::add_reach_on`].
+    fn add_reach_on(&self, gpu: &Arc<Gpu>, reach: &Array) -> Result<()> {
+        with_kind!(self, |k| k.add_reach_on(gpu, reach))
+    }
+    /// Roundings that a part of a sample's gradient may go through in a sum on a GPU before the rest has been added, and those of
+    /// the sample's own sum: the rows of a product, in whatever order.
+    fn chain_on_gpu(&self, gpu: &Arc<Gpu>) -> Result<usize> {
+        let Some(samples) = with_kind!(self, |k| k.owners()) else { return Ok(2) };
+        let (owners, rows) = (samples.on_gpu(gpu)?, samples.rows());
+        let across = match self {
+            // The rows of a sample follow each other, but for where the contraction is cut.
+            Factor::Outer { .. } if owners.order.is_none() => rows.min(512) + rows / 512,
+            _ => rows,
+        };
+        Ok(2 * owners.longest + across)
     }
     /// How the Gram kernel takes inner products of this factor and `other`, in this order.
     fn pairing(&self, other: &Factor) -> Option<i32> {

@@ -61,6 +61,11 @@ impl<'a> Kind<'a> for PerSample<'a> {
         let rows = self.grads.reshape(&[self.grads.shape()[0], out.numel()])?;
         cuda::row_sum_add(gpu, (&rows, None), None, weights, out)
     }
+    fn add_reach_on(&self, gpu: &Arc<Gpu>, reach: &Array) -> Result<()> {
+        let b = self.grads.shape()[0];
+        let rows = self.grads.reshape(&[b, self.grads.numel().checked_div(b).unwrap_or(0)])?;
+        cuda::add_reach(gpu, (&rows, None), None, None, reach)
+    }
     fn norm_parts(&self, gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
         let b = self.grads.shape()[0];
         let rows = self.grads.reshape(&[b, self.grads.numel().checked_div(b).unwrap_or(0)])?;

@@ -63,6 +63,9 @@ impl<'a> Kind<'a> for ScaledRowSum<'a> {
     fn add_on(&self, gpu: &Arc<Gpu>, weights: Option<&Array>, out: &Array) -> Result<()> {
         cuda::row_sum_add(gpu, (self.grad, Some(self.scale)), Some(self.samples), weights, out)
     }
+    fn add_reach_on(&self, gpu: &Arc<Gpu>, reach: &Array) -> Result<()> {
+        cuda::add_reach(gpu, (self.grad, None), Some(self.scale), Some(self.samples), reach)
+    }
     fn norm_parts(&self, gpu: &Arc<Gpu>) -> Result<Option<Parts>> {
         cuda::row_parts(gpu, (self.grad, Some(self.scale)), &self.samples.on_gpu(gpu)?).map(Some)
     }

@@ -19,12 +19,14 @@ use std::sync::{Arc, Mutex, RwLock};
 pub struct Kernel(pub(super) &'static KernelInfo);
 
 pub(super) struct KernelInfo {
-    pub(super) file: &'static str,
+    pub(super) text: KernelText,
     pub(super) name: String,
     pub(super) function: sys::CUfunction,
     pub(super) ordinal: usize,
     /// Dynamic shared memory that was set in the driver.
     pub(super) shared: AtomicUsize,
+    /// Bytes of each parameter, for kernels that are not this crate's: their launches are compared with it.
+    pub(super) parameters: Option<Vec<u32>>,
 }
 // SAFETY: a function handle is never changed and may be used from any thread.
 unsafe impl Sync for KernelInfo {}
@@ -34,11 +36,34 @@ unsafe impl Send for KernelInfo {}
 impl Kernel {
     /// The file it is in, without `.cu`.
     pub fn file(&self) -> &'static str {
-        self.0.file
+        self.0.text.name
     }
     /// Its name.
     pub fn name(&self) -> &'static str {
         &self.0.name
+    }
+}
+
+/// The text of a kernel file.
+#[derive(Clone, Copy)]
+pub(super) struct KernelText {
+    /// The file's name without `.cu`.
+    pub(super) name: &'static str,
+    pub(super) text: &'static str,
+    /// Whether it is one of this crate's own, in `cuda/`.
+    pub(super) own: bool,
+}
+
+impl KernelText {
+    /// Tells texts apart without reading them: a static text stays where it is.
+    pub(super) fn id(&self) -> usize {
+        self.text.as_ptr() as usize
+    }
+}
+
+impl std::fmt::Display for KernelText {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}.cu", if self.own { "cuda/" } else { "" }, self.name)
     }
 }
 
@@ -57,8 +82,10 @@ const RECENT: usize = 8;
 pub(crate) struct Modules {
     /// By kernel name, which is unique in the project.
     kernels: RwLock<HashMap<&'static str, Kernel>>,
-    /// By file. Each file has its own lock, so that several can compile at once and none twice.
-    files: Mutex<HashMap<&'static str, ModuleCell>>,
+    /// Kernels of other texts, by text and name.
+    pub(super) custom: RwLock<HashMap<(usize, &'static str), Kernel>>,
+    /// By text. Each has its own lock, so that several can compile at once and none twice.
+    files: Mutex<HashMap<usize, ModuleCell>>,
     frozen: AtomicBool,
     recent: [AtomicPtr<KernelInfo>; RECENT],
     next: AtomicUsize,
@@ -85,21 +112,23 @@ impl Modules {
 /// Options of every compilation, besides the architecture.
 const OPTIONS: [&str; 3] = ["--std=c++17", "-default-device", "-lineinfo"];
 
-/// The text of a kernel file.
-fn source(file: &str) -> Result<(&'static str, &'static str)> {
-    SOURCES
-        .iter()
-        .find(|(name, _)| *name == file)
-        .copied()
-        .ok_or_else(|| Error::device("find a kernel", format!("there is no cuda/{file}.cu in this build")))
+/// The text of one of this crate's kernel files.
+fn source(file: &str) -> Result<KernelText> {
+    let found = SOURCES.iter().find(|(name, _)| *name == file);
+    let (name, text) =
+        found.ok_or_else(|| Error::device("find a kernel", format!("there is no cuda/{file}.cu in this build")))?;
+    Ok(KernelText { name, text, own: true })
 }
 
-/// Compiles one kernel file for a target such as `sm_90a`, with further options for NVRTC. Needs no GPU.
+/// Compiles one of this crate's kernel files for a target such as `sm_90a`, with further options for NVRTC. Needs no GPU.
 pub fn compile_for(file: &str, target: &str, further: &[&str]) -> Result<Compiled> {
-    let (name, text) = source(file)?;
+    compile(source(file)?, target, further)
+}
+
+fn compile(file: KernelText, target: &str, further: &[&str]) -> Result<Compiled> {
     let mut options = vec![format!("--gpu-architecture={target}")];
     options.extend(OPTIONS.iter().chain(further).map(|o| o.to_string()));
-    Nvrtc::find()?.compile(&format!("{name}.cu"), text, &[PRELUDE], &options)
+    Nvrtc::find()?.compile(&format!("{}.cu", file.name), file.text, &[PRELUDE], &options)
 }
 
 /// The target for a compute capability: its own machine code where the compiler knows it, else the newest PTX before it,
@@ -125,25 +154,28 @@ pub fn target_for(capability: (u32, u32), known: &[u32]) -> Result<String> {
 }
 
 /// Target and key of a kernel file for a compute capability, and its image where the cache has it.
-fn cached_image(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(String, Key, Option<Vec<u8>>)> {
-    let (name, text) = source(file)?;
+fn cached_image(
+    file: KernelText,
+    capability: (u32, u32),
+    cache: &KernelCache,
+) -> Result<(String, Key, Option<Vec<u8>>)> {
     let nvrtc = Nvrtc::find().ok();
     let target = target_for(capability, nvrtc.map_or(&[], |n| n.architectures()))?;
-    let key = Key::of([text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
+    let key = Key::of([file.text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
     // Without a compiler there is no version to compare with, and any will do.
-    let image = cache.load(name, &target, key, nvrtc.map(|n| n.version()));
+    let image = cache.load(file.name, &target, key, nvrtc.map(|n| n.version()));
     Ok((target, key, image))
 }
 
 /// The machine code of a kernel file for a compute capability: from the cache, else compiled and put there. The flag says
 /// whether it was compiled.
-pub fn image_for(file: &str, capability: (u32, u32), cache: &KernelCache) -> Result<(Vec<u8>, bool)> {
+fn image_for(file: KernelText, capability: (u32, u32), cache: &KernelCache) -> Result<(Vec<u8>, bool)> {
     let (target, key, cached) = cached_image(file, capability, cache)?;
     if let Some(image) = cached {
         return Ok((image, false));
     }
-    let image = compile_for(file, &target, &[])?.image;
-    cache.store(file, &target, key, Nvrtc::find()?.version(), &image);
+    let image = compile(file, &target, &[])?.image;
+    cache.store(file.name, &target, key, Nvrtc::find()?.version(), &image);
     Ok((image, true))
 }
 
@@ -152,7 +184,7 @@ impl Gpu {
     /// (tens of nanoseconds).
     pub fn kernel(&self, file: &str, name: &str) -> Result<Kernel> {
         if let Some(kernel) = self.modules.kernels.read().unwrap_or_else(|e| e.into_inner()).get(name)
-            && kernel.0.file == file
+            && kernel.file() == file
         {
             return Ok(*kernel);
         }
@@ -161,10 +193,26 @@ impl Gpu {
 
     #[cold]
     fn find_kernel(&self, file: &str, name: &str) -> Result<Kernel> {
-        let op = format!("load kernel {name} of cuda/{file}.cu");
-        self.refuse_in_capture(&format!("load a kernel for the first time ({name} of cuda/{file}.cu)"))?;
-        let (file, _) = source(file)?;
-        let module = self.module(file)?;
+        let kernel = self.load_kernel(source(file)?, name)?;
+        let mut kernels = self.modules.kernels.write().unwrap_or_else(|e| e.into_inner());
+        match kernels.get(name) {
+            Some(other) if other.file() != file => Err(Error::device(
+                format!("load kernel {name} of cuda/{file}.cu"),
+                format!("cuda/{}.cu has a kernel of that name, too", other.file()),
+            )),
+            Some(other) => Ok(*other),
+            None => {
+                kernels.insert(&kernel.0.name, kernel);
+                Ok(kernel)
+            }
+        }
+    }
+
+    /// Compiles or loads the text, and looks the kernel up in it.
+    pub(super) fn load_kernel(&self, text: KernelText, name: &str) -> Result<Kernel> {
+        let op = format!("load kernel {name} of {text}");
+        self.refuse_in_capture(&format!("load a kernel for the first time ({name} of {text})"))?;
+        let module = self.module(text)?;
         let symbol = CString::new(name).map_err(|_| Error::device(&op, "the name has a zero byte"))?;
         let mut function = null_mut();
         self.bind()?;
@@ -173,42 +221,33 @@ impl Gpu {
             CUresult::CUDA_ERROR_NOT_FOUND => return Err(Error::device(op, "the file has no kernel of that name")),
             code => check(&op, code)?,
         }
-        let mut kernels = self.modules.kernels.write().unwrap_or_else(|e| e.into_inner());
-        if let Some(kernel) = kernels.get(name) {
-            if kernel.0.file == file {
-                return Ok(*kernel);
-            }
-            return Err(Error::device(op, format!("cuda/{}.cu has a kernel of that name, too", kernel.0.file)));
-        }
         // Lives as long as the process, as its module does; bounded by the number of kernels.
-        let info: &'static KernelInfo = Box::leak(Box::new(KernelInfo {
-            file,
+        Ok(Kernel(Box::leak(Box::new(KernelInfo {
+            text,
             name: name.to_string(),
             function,
             ordinal: self.ordinal(),
             shared: AtomicUsize::new(48 << 10),
-        }));
-        kernels.insert(&info.name, Kernel(info));
-        Ok(Kernel(info))
+            parameters: if text.own { None } else { Some(super::module::parameters(&op, function)?) },
+        }))))
     }
 
-    fn module(&self, file: &'static str) -> Result<Module> {
-        let cell = lock(&self.modules.files).entry(file).or_default().clone();
+    fn module(&self, text: KernelText) -> Result<Module> {
+        let cell = lock(&self.modules.files).entry(text.id()).or_default().clone();
         let mut cell = lock(&cell);
         if let Some(module) = *cell {
             return Ok(module);
         }
         if self.modules.frozen.load(Relaxed) {
             return Err(Error::device(
-                format!("load cuda/{file}.cu"),
+                format!("load {text}"),
                 "assert_no_compile is on and the file is not loaded yet; call warm_up before",
             ));
         }
         let image = if self.is_emulated() {
-            // Its kernels are built in; the image is not looked at.
-            vec![0u8; 16]
+            super::module::emulated_image(text)?
         } else {
-            let (image, compiled) = image_for(file, self.capability(), &KernelCache::from_env())?;
+            let (image, compiled) = image_for(text, self.capability(), &KernelCache::from_env())?;
             if compiled {
                 count(&self.counters.compiles);
             }
@@ -218,7 +257,7 @@ impl Gpu {
         let mut module = null_mut();
         // SAFETY: a cubin, or PTX that ends in a zero byte; the driver copies what it keeps.
         let code = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
-        check(&format!("load cuda/{file}.cu on {self:?}"), code)?;
+        check(&format!("load {text} on {self:?}"), code)?;
         *cell = Some(Module(module));
         Ok(Module(module))
     }
@@ -226,7 +265,7 @@ impl Gpu {
     /// Compiles (or reads from the cache) and loads every kernel file now, several at once.
     pub fn warm_up(&self) -> Result<()> {
         self.refuse_in_capture("load kernels")?;
-        SOURCES.par_iter().try_for_each(|(file, _)| self.module(file).map(|_| ()))
+        SOURCES.par_iter().try_for_each(|(file, _)| self.module(source(file)?).map(|_| ()))
     }
 
     /// While on, a kernel file that is not loaded yet is an error instead of a pause in the middle of training.
@@ -258,9 +297,8 @@ impl Gpu {
             Err(missing) => missing,
         };
         let cache = KernelCache::from_env();
-        let cached =
-            |(file, _): &(&str, &str)| matches!(cached_image(file, self.capability(), &cache), Ok((_, _, Some(_))));
-        if SOURCES.iter().all(cached) { Ok(()) } else { Err(missing) }
+        let cached = |file: &str| source(file).and_then(|text| cached_image(text, self.capability(), &cache));
+        if SOURCES.iter().all(|(file, _)| matches!(cached(file), Ok((_, _, Some(_))))) { Ok(()) } else { Err(missing) }
     }
 }
 

@@ -47,8 +47,8 @@ pub struct Launch<'a> {
     cooperative: bool,
     /// The arguments, each at a multiple of 8 bytes.
     words: SmallVec<[u64; 32]>,
-    /// Where each begins.
-    starts: SmallVec<[u32; 24]>,
+    /// Where each begins, and its bytes.
+    starts: SmallVec<[(u32, u32); 24]>,
     /// What the pointers point into.
     blocks: SmallVec<[&'a Block; 8]>,
     error: Option<Error>,
@@ -142,7 +142,7 @@ impl<'a> Launch<'a> {
     pub fn val<T: NoUninit>(mut self, value: T) -> Self {
         const { assert!(align_of::<T>() <= 8, "arguments of a kernel are aligned to at most 8 bytes") };
         let start = self.words.len();
-        self.starts.push(start as u32);
+        self.starts.push((start as u32, size_of::<T>() as u32));
         self.words.resize(start + size_of::<T>().div_ceil(8).max(1), 0);
         let bytes = bytemuck::bytes_of(&value);
         bytemuck::cast_slice_mut::<u64, u8>(&mut self.words[start..])[..bytes.len()].copy_from_slice(bytes);
@@ -155,6 +155,13 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// Keeps what is wrong with the next argument until [`Launch::run`] returns it as an error.
+    #[cold]
+    pub(crate) fn refused(self, why: impl std::fmt::Display) -> Self {
+        let e = self.fail(format!("argument {}: {why}", self.starts.len()));
+        self.failed(e)
+    }
+
     #[cold]
     fn refuse(&mut self, block: &Block, offset: usize) {
         let why = format!("offset {offset} into a block of {} bytes on cuda:{}", block.bytes(), block.gpu().ordinal());
@@ -164,9 +171,9 @@ impl<'a> Launch<'a> {
     fn describe(&self) -> String {
         let [x, y, z] = self.grid;
         format!(
-            "launch {} (cuda/{}.cu) on cuda:{}, grid {x}×{y}×{z}, {} threads, {} bytes of dynamic shared memory",
+            "launch {} ({}) on cuda:{}, grid {x}×{y}×{z}, {} threads, {} bytes of dynamic shared memory",
             self.kernel.name(),
-            self.kernel.file(),
+            self.kernel.0.text,
             self.gpu.ordinal(),
             self.block,
             self.shared
@@ -191,6 +198,16 @@ impl<'a> Launch<'a> {
         }
         if self.kernel.0.ordinal != self.gpu.ordinal() {
             return Err(self.fail(format!("the kernel was loaded for cuda:{}", self.kernel.0.ordinal)));
+        }
+        if let Some(parameters) = &self.kernel.0.parameters {
+            let given: SmallVec<[u32; 24]> = self.starts.iter().map(|s| s.1).collect();
+            if given[..] != parameters[..] {
+                return Err(self.fail(format!(
+                    "the kernel has {} parameters of {parameters:?} bytes, the launch {} arguments of {given:?}",
+                    parameters.len(),
+                    given.len()
+                )));
+            }
         }
         Ok(())
     }
@@ -217,7 +234,7 @@ impl<'a> Launch<'a> {
         let base = self.words.as_mut_ptr();
         // SAFETY: every start is inside `words`.
         let mut arguments: SmallVec<[*mut core::ffi::c_void; 24]> =
-            self.starts.iter().map(|s| unsafe { base.add(*s as usize) }.cast()).collect();
+            self.starts.iter().map(|s| unsafe { base.add(s.0 as usize) }.cast()).collect();
         let [x, y, z] = self.grid.map(|d| d as u32);
         let (threads, shared, stream) = (self.block as u32, self.shared as u32, gpu.raw_stream(self.stream));
         // SAFETY: the handles are of this context; the driver copies the arguments before it returns. That the kernel's

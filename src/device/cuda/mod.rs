@@ -10,6 +10,7 @@
 //! | `pool`, `memory` | [`Block`]: device memory that is kept and reused; who uses how much |
 //! | `transfer` | uploads, downloads, copies, fills |
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
+//! | `module` | [`CudaModule`]: kernels that come with a user's op |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `layouts` | structs and codes that kernels and launches share |
 //! | `graph` | [`Graph`]: a recorded step |
@@ -35,6 +36,7 @@ mod launch;
 pub mod layouts;
 pub(crate) mod library;
 mod memory;
+mod module;
 pub mod nvrtc;
 mod pool;
 mod probe;
@@ -47,5 +49,6 @@ pub use graph::Graph;
 pub use kernels::Kernel;
 pub use launch::{Launch, MAX_GRID_YZ};
 pub use memory::{MemoryReport, Tag, TagScope, Usage};
+pub use module::CudaModule;
 pub use pool::{Block, PoolMode};
 pub use probe::{Driver, driver, driver_present};

@@ -250,7 +250,7 @@ impl Pool {
         self.capture.store(0, Ordering::Release);
     }
 
-    /// The graph is gone: its memory is for everybody again. What it queued is ahead of any new owner's work.
+    /// The graph is gone: its memory may be handed out again. What it queued is ahead of any new owner's work.
     pub(crate) fn release_graph(&self, gpu: &Gpu, id: u64) {
         let mut idle = lock(&self.idle);
         self.collect(gpu, &mut idle);

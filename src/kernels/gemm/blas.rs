@@ -289,8 +289,8 @@ impl Lt {
                 };
                 let (a, b) = (make(m, k, layout & 1 == 1, 5)?, make(k, n, layout & 2 == 2, 7)?);
                 let bias = (layout > 1).then(|| make(1, n, false, 3)?.reshape(&[n])).transpose()?;
-                let fresh = || Array::full_at(&there, &[m, n], 0.5, dtype);
-                let (ours, theirs) = (fresh()?, fresh()?);
+                let fresh = || Array::full(&[m, n], 0.5, (dtype, &there));
+                let (ours, theirs) = (fresh(), fresh());
                 // One of them adds to what is there.
                 let accumulate = layout == 1;
                 if !self.product(gpu, (&a, &b, &theirs), bias.as_ref(), accumulate)? {

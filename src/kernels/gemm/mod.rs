@@ -3,6 +3,19 @@
 //! Operands are packed into panels once per stretch of K (shared by all threads), then tiles of the result are computed
 //! in parallel. K is never split between threads, so results are the same bits at any thread count. FLOPs 2·m·n·k;
 //! traffic beyond the cache is about one read of each operand and one write of the result per stretch of K.
+//!
+//! Layout of the packed memory, for one span of K that is cut into equal stretches of kc ≤ 512:
+//!
+//! ```text
+//! stretch 0: A panel 0 [kc][mr]   A panel 1 …   A panel mp−1   B panel 0 [kc][nr]   …   B panel np−1
+//! stretch 1: the same, …
+//! ```
+//!
+//! A panel is what the micro-kernel reads in order: for each k the `mr` values of a column of A (or the `nr` of a row of B), zeros where
+//! the matrix ends. With AVX-512 in f32, mr × nr = 12 × 32: 24 accumulators of 16 lanes, 2 registers for B and 1 broadcast value of A fill 27
+//! of the 32 registers, and each k takes 24 fused multiply-adds for 2 loads and 12 broadcasts, so that the multiplication units and not the
+//! loads are the limit. A panel of A over one stretch is 12 · 512 · 4 = 24 KiB: it stays in the first-level cache (32 to 48 KiB) while the panels
+//! of B (64 KiB each) come from the second level.
 
 pub(crate) mod blas;
 pub(crate) mod cuda;
@@ -75,8 +88,9 @@ impl<T> Default for Epilogue<'_, T> {
 
 /// Steps of K per panel: an A panel of 12 rows stays in the first-level cache while B panels stream from the second.
 pub(crate) const KC: usize = 512;
-/// Rows and columns of one task, in tiles: its part of the result and one stretch of both operands fit the
-/// second-level cache.
+/// Rows and columns of one task, in tiles. With 12 × 32 tiles in f32 a task is 192 × 256 results (192 KiB), and one stretch of its
+/// operands is 384 KiB of A and 512 KiB of B: together they fit a second-level cache of 1 to 2 MiB, and a panel of B that was loaded is
+/// used for 16 tiles.
 const TASK_ROWS: usize = 16;
 const TASK_COLS: usize = 8;
 /// Packed operands stay below this many bytes; longer K is cut.
@@ -135,6 +149,7 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
     let plain = e.bias.is_none() && e.act == Activation::None && pre.is_none();
     let small = m * n * k < 1 << 18;
     let mut k0 = 0;
+    // A span of K at a time, such that both packed operands stay below PACK_BYTES: nearly always all of K at once.
     loop {
         let len = span.min(k - k0);
         let last = k0 + len == k;
@@ -150,6 +165,8 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
                 from + p * kern.nr * kc..from + (p + 1) * kern.nr * kc
             }
         };
+        // Packing: reads each operand once, in whichever order it lies in memory, and writes as much. (m + n)·k elements, 1 / (2·min(m, n))
+        // of the product's FLOPs. Threads take whole panels, so that none writes a line of another.
         {
             let to = Shared::new(packed.as_mut_slice::<T>());
             let grain = if small { usize::MAX } else { ((1 << 14) / (kern.nr * kc)).max(1) };
@@ -168,6 +185,9 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
                 }
             });
         }
+        // Products: a task is a block of the result. Within it, stretches of K are outermost, so that one stretch of the task's panels is
+        // in the second-level cache while all its tiles use it; then panels of B, and innermost panels of A, which are the small ones. The
+        // tiles of the result are read and written once per stretch, 2·4 bytes for 2·512 FLOPs an element.
         let panels = packed.as_slice::<T>();
         let (rows, cols) = task_shape(mp, np);
         let (tm, tn) = (mp.div_ceil(rows), np.div_ceil(cols));

@@ -66,7 +66,7 @@ pub(crate) fn sum_columns(gpu: &Arc<Gpu>, a: &Array, n: usize, inner: usize, sha
 pub(crate) fn sum_middle(gpu: &Arc<Gpu>, a: &Array, (outer, n, inner): (usize, usize, usize)) -> Result<Array> {
     let s = suffix(a.dtype());
     if outer * n * inner == 0 {
-        return Array::zeros_on(gpu, &[outer, inner], a.dtype());
+        return Ok(Array::zeros(&[outer, inner], (a.dtype(), gpu)));
     }
     let out = Array::uninit_on(gpu, &[outer, inner], a.dtype())?;
     let l = Launch::new(gpu, "reduce", &format!("sum_cols_{s}"))?.grid(outer * inner.div_ceil(32), 1, 1);

@@ -60,7 +60,7 @@ impl Losses<'_> {
         }
         match all {
             Some(all) => Ok(all),
-            None => Ok(Tensor::new(Array::zeros_at(&self.logits.device(), &[b], self.logits.dtype())?)),
+            None => Ok(Tensor::new(Array::zeros(&[b], (self.logits.dtype(), &self.logits.device())))),
         }
     }
     /// E·Σ f·P of each sample, `[B]`, with f of the whole batch or of the sample.
@@ -91,7 +91,7 @@ impl Losses<'_> {
     fn mean(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, device) = (self.samples.count(), x.shape()[1], x.device());
         if self.samples.rows() == 0 {
-            return Ok(Tensor::new(Array::zeros_at(&device, &[b, n], x.dtype())?));
+            return Ok(Tensor::new(Array::zeros(&[b, n], (x.dtype(), &device))));
         }
         if let Samples::Uniform { each, .. } = self.samples {
             return x.reshape(&[b, *each, n])?.mean(&[1], false);

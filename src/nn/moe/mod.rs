@@ -15,11 +15,12 @@ pub use stats::{RouterStats, RouterSummary};
 
 use super::{Ctx, Init, Linear, Mlp, Params, SwiGlu};
 use crate::array::Array;
-use crate::autograd::{in_private_step, samples_or_leading};
+use crate::autograd::samples_or_leading;
 use crate::base::{DType, Error, Result, philox};
 use crate::dist::Shared as Ranks;
 use crate::ops::combine::combine;
 use crate::ops::route::{Choice, Gate, route};
+use crate::random::masks;
 use crate::{Param, Samples, Tensor};
 use experts::Experts;
 use losses::Losses;
@@ -263,8 +264,11 @@ impl Moe {
         let plain = Ctx { dtype: None, samples: Some(samples.clone()), ..ctx.clone() };
         // Logits in 16 bits would tie, and so choose by number.
         let mut logits = self.router.forward(&flat.cast(flat.dtype().compute())?, &plain)?;
-        if ctx.train && self.config.jitter > 0.0 {
-            let noise = self.jitter(&samples, ctx, logits.dtype())?;
+        if ctx.train
+            && self.config.jitter > 0.0
+            && let Some(seed) = masks::seed(ctx.dropout_seed(self.id))
+        {
+            let noise = self.jitter(&samples, ctx, (seed, logits.dtype()))?;
             logits = logits.mul(&Tensor::new(noise.to(&logits.device())?))?;
         }
         let (out, losses, stats) = self.route_and_run(&flat, &logits, &samples)?;
@@ -310,7 +314,7 @@ impl Moe {
         let value = bias.value();
         let load = Tensor::new(stats.load()?.to(&value.device())?.cast(value.dtype()));
         let over = load.sub(&load.mean(&[0], true)?)?;
-        let zero = Tensor::new(Array::zeros_at(&value.device(), &[1], value.dtype())?);
+        let zero = Tensor::new(Array::zeros(&[1], (value.dtype(), &value.device())));
         let sign = over.gt(&zero)?.cast(value.dtype())?.sub(&over.lt(&zero)?.cast(value.dtype())?)?;
         bias.set(Tensor::new(value).sub(&sign.mul_scalar(rate)?)?.into_array())
     }
@@ -330,8 +334,8 @@ impl Moe {
         Ok(())
     }
     /// What each logit is multiplied by while training: `[T, experts]`.
-    fn jitter(&self, samples: &Samples, ctx: &Ctx, dtype: DType) -> Result<Array> {
-        let (e, seed, count) = (self.config.experts, ctx.dropout_seed(self.id), samples.count());
+    fn jitter(&self, samples: &Samples, ctx: &Ctx, (seed, dtype): (u64, DType)) -> Result<Array> {
+        let (e, count) = (self.config.experts, samples.count());
         if let Some(keys) = ctx.keys.as_ref().filter(|k| k.len() != count) {
             return Err(Error::shape("Moe", format!("{} keys for {count} samples", keys.len())));
         }
@@ -350,7 +354,7 @@ impl Moe {
     }
     /// Refuses in a private step what lets samples depend on each other.
     fn expect_private(&self) -> Result<()> {
-        if !in_private_step() {
+        if !masks::in_private_step() {
             return Ok(());
         }
         let layer = if self.name.is_empty() { "this layer" } else { &self.name };

@@ -60,7 +60,7 @@ impl RouterStats {
     /// Number of choices that were dropped for want of capacity, `[1]` f32.
     pub fn dropped(&self) -> Result<Array> {
         match &self.kept {
-            None => Array::zeros_at(&self.logits.device(), &[1], crate::DType::F32),
+            None => Ok(Array::zeros(&[1], (crate::DType::F32, &self.logits.device()))),
             Some(kept) => {
                 let kept = Tensor::new(kept.reshape(&[kept.numel()])?);
                 Ok(kept.sum(&[0], true)?.neg()?.add_scalar(kept.numel() as f64)?.into_array())

@@ -1,9 +1,11 @@
-//! Attention by blocks: scores live in tiles of the cache, never as a T × T matrix.
+//! Attention by blocks: scores are tiles in the cache, never a T × T matrix.
 //!
-//! Everything is computed transposed, queries along the vector: a panel of `nr` queries is one vector operand, so the
-//! softmax over keys runs lane by lane without horizontal sums, and a block of probabilities is already packed for the
-//! next product. Spans are loop bounds: blocks that no query of a panel sees are never touched. FLOPs 4·pairs·D forward,
-//! 10·pairs·D backward. Forward is parallel over (sequence, head, query block), backward over (sequence, key head).
+//! Everything is computed transposed, with queries along the vector. A panel is `nr` queries (32 in f32 with AVX-512), the width of
+//! the micro-kernel of `gemm`, and a tile is `mr` keys (12) by one panel, row-major, so that a row of it is one key against all
+//! queries of the panel. Maximum, exponential and sum over the keys then go lane by lane, without sums across a vector, and the
+//! probabilities of some keys, row after row, are what the micro-kernel takes as its packed right operand: P goes into P·V without
+//! being rearranged. Spans are loop bounds: tiles that no query of a panel sees are not computed. FLOPs 4·pairs·D forward,
+//! 10·pairs·D backward. Forward is parallel over (document, head, query block), backward over (document, key head).
 
 use crate::array::Array;
 use crate::base::philox::dropout_uniform;
@@ -14,9 +16,8 @@ use crate::device::cpu::simd::simd;
 use crate::kernels::gemm::Mat;
 use crate::kernels::gemm::kernel::{Kernel, Kernels, MAX_TILE};
 use crate::kernels::gemm::pack::{pack_a, pack_b};
-use crate::ops::attention::Span;
+use crate::ops::attention::{Documents, Span};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Sizes and options of one call.
 #[derive(Clone)]
@@ -30,25 +31,49 @@ pub struct Problem {
     pub dim: usize,
     pub span: Span,
     pub scale: f64,
-    pub documents: Option<Arc<Vec<usize>>>,
+    pub documents: Option<Documents>,
     pub dropout: Option<(f64, u64)>,
 }
 
+/// What is computed on its own: a document, or a sequence where there are none. Its queries and keys are counted from its start, and
+/// nothing outside is read: a NaN in one document cannot reach another, as it would by way of 0 · NaN in a tile that has both.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Part {
+    pub sequence: usize,
+    pub start: usize,
+    pub queries: usize,
+    pub keys: usize,
+}
+
 impl Problem {
-    /// Keys that query `i` sees.
-    pub fn visible(&self, i: usize) -> Range<usize> {
-        let p = i + self.keys.saturating_sub(self.queries);
-        let mut r = match self.span {
-            Span::Full => 0..self.keys,
-            Span::Causal => 0..p + 1,
-            Span::Window(w) => (p + 1).saturating_sub(w)..p + 1,
-            Span::Block(b) => p / b * b..p + 1,
-        };
-        if let Some(o) = &self.documents {
-            let d = o.partition_point(|&x| x <= p) - 1;
-            r = r.start.max(o[d])..r.end.min(o[d + 1]);
+    /// All documents that are not empty, or all sequences.
+    pub fn parts(&self) -> Vec<Part> {
+        match &self.documents {
+            Some(documents) => {
+                let part = |(sequence, start, n)| Part { sequence, start, queries: n, keys: n };
+                documents.parts(self.batch).map(part).collect()
+            }
+            None => {
+                let part = |sequence| Part { sequence, start: 0, queries: self.queries, keys: self.keys };
+                (0..self.batch).map(part).collect()
+            }
         }
-        r
+    }
+    /// Whether some positions are in no part.
+    pub fn has_padding(&self) -> bool {
+        self.documents.as_ref().is_some_and(|d| d.has_padding(self.batch, self.queries))
+    }
+    /// Keys that query `i` of a part sees.
+    pub fn visible(&self, part: &Part, i: usize) -> Range<usize> {
+        let p = part.start + i + self.keys.saturating_sub(self.queries);
+        let (start, end) = match self.span {
+            Span::Full => (0, self.keys),
+            Span::Causal => (0, p + 1),
+            Span::Window(w) => ((p + 1).saturating_sub(w), p + 1),
+            Span::Block(b) => (p / b * b, p + 1),
+        };
+        start.max(part.start) - part.start..end.min(part.start + part.keys) - part.start
     }
     /// Dropout factor of probability (b, h, i, j): 0 or 1/(1 − p).
     pub fn keep(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
@@ -81,9 +106,9 @@ impl<'a, T> View<'a, T> {
         let o = b * self.strides[0] + t * self.strides[1] + h * self.strides[2];
         &self.data[o..o + self.dim]
     }
-    /// The rows of one (sequence, head) as a matrix.
-    fn mat(&self, b: usize, h: usize, rows: usize) -> Mat<'a, T> {
-        let o = b * self.strides[0] + h * self.strides[2];
+    /// The first `rows` rows of one (part, head) as a matrix.
+    fn mat(&self, part: &Part, h: usize, rows: usize) -> Mat<'a, T> {
+        let o = part.sequence * self.strides[0] + part.start * self.strides[1] + h * self.strides[2];
         let data = if rows == 0 { &[] } else { &self.data[o..] };
         Mat { data, rows, cols: self.dim, rs: self.strides[1], cs: 1 }
     }
@@ -110,9 +135,11 @@ impl<'a, T> Target<'a, T> {
     }
 }
 
-/// Keys of one pass over a query panel: their probabilities stay in the cache.
+/// Keys of one pass over a query panel: 240 · 32 probabilities of f32 are 30 KiB and stay in the first-level cache between the softmax
+/// and the product with V. It is a multiple of every `mr`.
 const KEYS: usize = 240;
-/// Query panels handled together in backward, so that products over queries are long enough.
+/// Query panels handled together in backward. The products dK = dSᵀ·Q and dV = Pᵀ·dO sum over queries, and a micro-kernel call over only
+/// one panel of 32 would spend as much on loading and storing its tile as on multiplying; over 128 it is a quarter of that.
 const PANELS: usize = 4;
 
 /// A scratch buffer of elements.
@@ -139,10 +166,10 @@ fn pack_dims<T: Kernels>(m: &Mat<T>, kern: &Kernel<T>, out: &mut [T]) {
 }
 
 impl Problem {
-    /// Keys that any of the queries `i0..i1` sees.
-    fn visible_to(&self, i0: usize, i1: usize) -> Range<usize> {
+    /// Keys that any of the queries `i0..i1` of a part sees.
+    fn visible_to(&self, part: &Part, i0: usize, i1: usize) -> Range<usize> {
         // Bounds never fall with the query, so the ends decide; queries that see nothing in between cannot occur.
-        let (a, b) = (self.visible(i0), self.visible(i1 - 1));
+        let (a, b) = (self.visible(part, i0), self.visible(part, i1 - 1));
         a.start.min(b.start)..b.end.max(a.end)
     }
 }
@@ -173,11 +200,17 @@ fn clear_unseen<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, j0: usize, seen: &
 }
 
 /// What every query of a panel sees, and what all of them see.
-fn panel_ranges(p: &Problem, i0: usize, nr: usize, seen: &mut Vec<Range<usize>>) -> (Range<usize>, Range<usize>) {
+fn panel_ranges(
+    p: &Problem,
+    part: &Part,
+    i0: usize,
+    nr: usize,
+    seen: &mut Vec<Range<usize>>,
+) -> (Range<usize>, Range<usize>) {
     seen.clear();
-    let live = nr.min(p.queries - i0);
-    seen.extend((0..nr).map(|c| if c < live { p.visible(i0 + c) } else { 0..0 }));
-    let any = p.visible_to(i0, i0 + live);
+    let live = nr.min(part.queries - i0);
+    seen.extend((0..nr).map(|c| if c < live { p.visible(part, i0 + c) } else { 0..0 }));
+    let any = p.visible_to(part, i0, i0 + live);
     let all = if live < nr {
         0..0
     } else {
@@ -188,43 +221,60 @@ fn panel_ranges(p: &Problem, i0: usize, nr: usize, seen: &mut Vec<Range<usize>>)
     (any, all)
 }
 
-/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query.
+/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query; rows of no part are not written.
+///
+/// A task is one head of one part and a stretch of its query panels. It packs the keys that the stretch sees once (K by rows, so that the
+/// scores sum over D; V by columns, so that the output sums over keys), which reads each of them once from memory, and then goes
+/// through its panels. For a panel it keeps, in the first-level cache, the packed queries (nr·D), the scores of up to [`KEYS`] keys and the
+/// output so far (D·nr, transposed); the running maximum m and sum z of each query are in two arrays of a lane each. A pass over up
+/// to [`KEYS`] keys
+///
+/// 1. computes the scores tile by tile, masks them, and raises the maximum: m' = max(m, s),
+/// 2. rescales what there is: z and the output by exp(m − m'),
+/// 3. replaces the scores by exp(s − m') and adds them to z,
+/// 4. adds Pᵀ·V, tile by tile of D, to the output.
+///
+/// At the end the output is divided by z. This is the online softmax of FlashAttention (Dao et al. 2022, algorithm 1).
 pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (out, lse): (&mut [T], &mut [T])) {
     let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
     let (mr, nr) = (kern.mr, kern.nr);
-    let (kp, dp, qp) = (p.keys.div_ceil(mr), d.div_ceil(mr), p.queries.div_ceil(nr));
-    if p.batch * p.heads * p.queries == 0 {
-        return;
-    }
+    let dp = d.div_ceil(mr);
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     let scale = T::from_f64(p.scale);
     // A task packs its keys once and then takes a stretch of query panels; long sequences are cut for balance.
-    let stretch = qp.div_ceil((64 / (p.batch * p.heads)).clamp(1, qp));
-    let cuts = qp.div_ceil(stretch);
-    par_chunks(p.batch * p.heads * cuts, 1, |tasks| {
-        let mut kbuf = Scratch::new::<T>(kp * mr * d);
-        let mut vbuf = Scratch::new::<T>(dp * mr * p.keys);
+    let parts = p.parts();
+    let mut all = vec![];
+    for part in &parts {
+        let qp = part.queries.div_ceil(nr);
+        let stretch = qp.div_ceil((64 / (parts.len() * p.heads).max(1)).clamp(1, qp.max(1))).max(1);
+        for h in 0..p.heads {
+            all.extend((0..qp).step_by(stretch).map(|panel| (part, h, panel..(panel + stretch).min(qp))));
+        }
+    }
+    let longest = parts.iter().map(|part| part.keys).max().unwrap_or(0);
+    par_chunks(all.len(), 1, |tasks| {
+        let mut kbuf = Scratch::new::<T>(longest.div_ceil(mr) * mr * d);
+        let mut vbuf = Scratch::new::<T>(dp * mr * longest);
         let mut qbuf = Scratch::new::<T>(nr * d);
         let keys_max = KEYS.div_ceil(mr) * mr;
         let mut sbuf = Scratch::new::<T>(keys_max * nr);
         let mut obuf = Scratch::new::<T>(dp * mr * nr);
         let mut seen = Vec::with_capacity(nr);
-        for task in tasks {
-            let (bh, cut) = (task / cuts, task % cuts);
-            let (b, h) = (bh / p.heads, bh % p.heads);
-            let (km, vm, qm) = (k.mat(b, h / group, p.keys), v.mat(b, h / group, p.keys), q.mat(b, h, p.queries));
+        for (part, h, panels) in &all[tasks] {
+            let (b, h) = (part.sequence, *h);
+            let (km, vm) = (k.mat(part, h / group, part.keys), v.mat(part, h / group, part.keys));
+            let qm = q.mat(part, h, part.queries);
             // Only the keys this stretch can see are packed.
-            let (first, end) = (cut * stretch * nr, ((cut + 1) * stretch * nr).min(p.queries));
-            let range = p.visible_to(first, end);
+            let range = p.visible_to(part, panels.start * nr, (panels.end * nr).min(part.queries));
             let base = range.start / mr * mr;
-            let r = base..range.end.min(p.keys).max(base);
+            let r = base..range.end.min(part.keys).max(base);
             let (ks, vs) = (km.rows_of(&r), vm.rows_of(&r));
             pack_rows(&ks, &kern, kbuf.get());
             pack_dims(&vs, &kern, vbuf.get());
             let (kpk, vpk) = (&*kbuf.get::<T>(), &*vbuf.get::<T>());
-            for panel in cut * stretch..((cut + 1) * stretch).min(qp) {
+            for panel in panels.clone() {
                 let i0 = panel * nr;
-                let (any, all) = panel_ranges(p, i0, nr, &mut seen);
+                let (any, all) = panel_ranges(p, part, i0, nr, &mut seen);
                 let qpk = qbuf.get::<T>();
                 pack_b(&qm.t(), i0, nr, 0, d, qpk);
                 let acc = obuf.get::<T>();
@@ -278,7 +328,7 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                     );
                     m = top;
                     if p.dropout.is_some() {
-                        drop_probabilities(p, s, (b, h), (i0, nr), j0);
+                        drop_probabilities(p, s, (b, h), (part.start + i0, nr), part.start + j0);
                     }
                     // Rows of the last panel past the keys hold exp(−∞) = 0 but have no packed V: leave them out.
                     let live = j1.min(base + vs.rows) - j0;
@@ -296,12 +346,12 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                     }
                     j0 = j1;
                 }
-                for c in 0..nr.min(p.queries - i0) {
-                    let i = i0 + c;
+                for c in 0..nr.min(part.queries - i0) {
+                    let i = part.start + i0 + c;
                     let at = ((b * p.queries + i) * p.heads + h) * d;
+                    let row = (b * p.heads + h) * p.queries + i;
                     // SAFETY: each (b, h, i) belongs to one task.
-                    let (o, l) =
-                        unsafe { (out.slice(at..at + d), lse.slice(bh * p.queries + i..bh * p.queries + i + 1)) };
+                    let (o, l) = unsafe { (out.slice(at..at + d), lse.slice(row..row + 1)) };
                     let empty = m[c] == T::NEG_INFINITY;
                     let inv = if empty { T::ZERO } else { T::ONE / z[c] };
                     o.iter_mut().enumerate().for_each(|(x, o)| *o = acc[x * nr + c] * inv);
@@ -327,7 +377,19 @@ fn drop_probabilities<T: Kernels>(
     }
 }
 
-/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp.
+/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp; rows of no part are not written.
+///
+/// With P = exp(S − lse), δᵢ = Σ outᵢ·gradᵢ and dS = P ⊙ (grad·Vᵀ − δ)·scale: dV = Pᵀ·grad, dQ = dS·K, dK = dSᵀ·Q (Dao et al. 2022,
+/// algorithm 4). Five products of 2·pairs·D FLOPs. A task is one key head of one part with all query heads that share it, so that dK and dV are
+/// summed by one thread, in order. It packs K by rows (for S), V by rows (for grad·Vᵀ) and K by columns (for dQ) once, and keeps dK and dV
+/// of all its keys in `ksum` and `vsum`, as tiles. Then, for [`PANELS`] panels of queries at a time and up to [`KEYS`] keys:
+///
+/// 1. for each tile of `mr` keys and each panel, S and grad·Vᵀ by two micro-kernel calls over D, then P and dS in the same tile,
+/// 2. both are turned (queries become the packed steps of a sum: `pt` and `dst`), and dV and dK of these keys grow by one call over all
+///    queries for each tile of D,
+/// 3. dS of all panels is kept for the pass; at its end dQ of each panel grows by one call over up to [`KEYS`] keys for each tile of D.
+///
+/// All tiles of one pass are in the first two cache levels: 4·240·32 values of dS are 120 KiB in f32.
 pub fn backward<T: Kernels>(
     p: &Problem,
     (q, k, v): (View<T>, View<T>, View<T>),
@@ -336,14 +398,17 @@ pub fn backward<T: Kernels>(
 ) {
     let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
     let (mr, nr) = (kern.mr, kern.nr);
-    let (kp, dp, dn) = (p.keys.div_ceil(mr), d.div_ceil(mr), d.div_ceil(nr));
+    let (dp, dn) = (d.div_ceil(mr), d.div_ceil(nr));
+    let parts = p.parts();
+    let longest = parts.iter().map(|part| part.keys).max().unwrap_or(0);
+    let kp = longest.div_ceil(mr);
     let wide = PANELS * nr;
     let scale = T::from_f64(p.scale);
     let [dq, dk, dv] = grads;
     let tile_len = mr * nr;
-    par_chunks(p.batch * p.kv_heads, 1, |tasks| {
+    par_chunks(parts.len() * p.kv_heads, 1, |tasks| {
         let mut buf =
-            [kp * mr * d, kp * mr * d, dp * mr * p.keys, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
+            [kp * mr * d, kp * mr * d, dp * mr * longest, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
         let mut rows = [dn * nr * wide, dn * nr * wide].map(Scratch::new::<T>);
         let mut sums = [kp * mr * dn * nr, kp * mr * dn * nr].map(Scratch::new::<T>);
         let keys_max = KEYS.div_ceil(mr) * mr;
@@ -352,8 +417,9 @@ pub fn backward<T: Kernels>(
         let mut turned = [wide * mr, wide * mr].map(Scratch::new::<T>);
         let mut seen: Vec<Vec<Range<usize>>> = vec![Vec::new(); PANELS];
         for task in tasks {
-            let (b, kv) = (task / p.kv_heads, task % p.kv_heads);
-            let (km, vm) = (k.mat(b, kv, p.keys), v.mat(b, kv, p.keys));
+            let (part, kv) = (&parts[task / p.kv_heads], task % p.kv_heads);
+            let (b, start) = (part.sequence, part.start);
+            let (km, vm) = (k.mat(part, kv, part.keys), v.mat(part, kv, part.keys));
             let [kpk, vpk, kdim, qpk, gpk] = &mut buf;
             pack_rows(&km, &kern, kpk.get());
             pack_rows(&vm, &kern, vpk.get());
@@ -365,10 +431,10 @@ pub fn backward<T: Kernels>(
             ksum.fill(T::ZERO);
             vsum.fill(T::ZERO);
             for h in kv * group..(kv + 1) * group {
-                let (qm, gm) = (q.mat(b, h, p.queries), grad.mat(b, h, p.queries));
+                let (qm, gm) = (q.mat(part, h, part.queries), grad.mat(part, h, part.queries));
                 let mut i0 = 0;
-                while i0 < p.queries {
-                    let live = wide.min(p.queries - i0);
+                while i0 < part.queries {
+                    let live = wide.min(part.queries - i0);
                     let panels = live.div_ceil(nr);
                     let [qrow, grow] = &mut rows;
                     let (qrow, grow) = (qrow.get::<T>(), grow.get::<T>());
@@ -382,15 +448,15 @@ pub fn backward<T: Kernels>(
                     for c in 0..panels {
                         pack_b(&qm.t(), i0 + c * nr, nr, 0, d, &mut qpk[c * nr * d..]);
                         pack_b(&gm.t(), i0 + c * nr, nr, 0, d, &mut gpk[c * nr * d..]);
-                        reach.push(panel_ranges(p, i0 + c * nr, nr, &mut seen[c]));
-                        for x in 0..nr.min(p.queries - i0 - c * nr) {
-                            let i = i0 + c * nr + x;
+                        reach.push(panel_ranges(p, part, i0 + c * nr, nr, &mut seen[c]));
+                        for x in 0..nr.min(part.queries - i0 - c * nr) {
+                            let i = start + i0 + c * nr + x;
                             stats[2 * c][x] = lse[(b * p.heads + h) * p.queries + i];
                             let (g, o) = (grad.row(b, i, h), out.row(b, i, h));
                             stats[2 * c + 1][x] = g.iter().zip(o).fold(T::ZERO, |s, (&g, &o)| s + g * o);
                         }
                     }
-                    let any = p.visible_to(i0, i0 + live);
+                    let any = p.visible_to(part, i0, i0 + live);
                     let qsum = &mut qsum.get::<T>()[..panels * dp * tile_len];
                     qsum.fill(T::ZERO);
                     let mut j0 = any.start / mr * mr;
@@ -445,8 +511,9 @@ pub fn backward<T: Kernels>(
                                 let mut kept = [T::ZERO; MAX_TILE];
                                 let kept: &[T] = if p.dropout.is_some() {
                                     kept[..tile_len].copy_from_slice(prob);
-                                    drop_probabilities(p, &mut kept[..tile_len], (b, h), (i0 + c * nr, nr), j);
-                                    drop_probabilities(p, ds, (b, h), (i0 + c * nr, nr), j);
+                                    let (i, j) = (start + i0 + c * nr, start + j);
+                                    drop_probabilities(p, &mut kept[..tile_len], (b, h), (i, nr), j);
+                                    drop_probabilities(p, ds, (b, h), (i, nr), j);
                                     &kept[..tile_len]
                                 } else {
                                     prob
@@ -475,12 +542,12 @@ pub fn backward<T: Kernels>(
                                 }
                             }
                         }
-                        let keys = j1.min(p.keys) - j0;
+                        let keys = j1.min(part.keys) - j0;
                         for c in 0..panels {
                             let ds = &ds_all[c * keys_max * nr..];
                             for x in 0..dp {
                                 let at = (c * dp + x) * tile_len;
-                                let a = &kdim[x * mr * p.keys + j0 * mr..];
+                                let a = &kdim[x * mr * part.keys + j0 * mr..];
                                 add_product(&kern, keys, a, ds, &mut qsum[at..at + tile_len]);
                             }
                         }
@@ -488,16 +555,17 @@ pub fn backward<T: Kernels>(
                     }
                     for i in 0..live {
                         // SAFETY: each (b, h, i) belongs to one task.
-                        let o = unsafe { dq.row(b * p.queries + i0 + i, h, d) };
+                        let o = unsafe { dq.row(b * p.queries + start + i0 + i, h, d) };
                         let panel = &qsum[i / nr * dp * tile_len..];
                         o.iter_mut().enumerate().for_each(|(x, o)| *o = panel[x * nr + i % nr]);
                     }
                     i0 += live;
                 }
             }
-            for j in 0..p.keys {
-                // SAFETY: each (b, key head) belongs to one task.
-                let (ok, ov) = unsafe { (dk.row(b * p.keys + j, kv, d), dv.row(b * p.keys + j, kv, d)) };
+            for j in 0..part.keys {
+                let t = b * p.keys + start + j;
+                // SAFETY: each (part, key head) belongs to one task.
+                let (ok, ov) = unsafe { (dk.row(t, kv, d), dv.row(t, kv, d)) };
                 for x in 0..dn {
                     let from = (j / mr * dn + x) * tile_len + j % mr * nr;
                     let n = nr.min(d - x * nr);

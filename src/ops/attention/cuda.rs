@@ -1,7 +1,7 @@
 //! Launches of `cuda/attention.cu` (f32 and f64) and `cuda/attention_mma.cu` (16 bits, on the tensor cores).
 
-use crate::array::Array;
 use crate::array::cuda::{on, suffix};
+use crate::array::{Arguments, Array};
 use crate::base::{DType, Error, Result};
 use crate::device::cuda::layouts::{self, AttentionShape};
 use crate::device::cuda::{Gpu, Launch};
@@ -30,7 +30,6 @@ fn shape(p: &Problem) -> AttentionShape {
         scale: p.scale,
         drop,
         span,
-        documents: p.documents.as_ref().map_or(0, |d| d.len() as i32 - 1),
         ..bytemuck::Zeroable::zeroed()
     }
 }
@@ -60,42 +59,51 @@ fn class(p: &Problem, dtype: DType) -> Result<(&'static str, [(usize, usize); 2]
     }
 }
 
-fn documents(gpu: &Arc<Gpu>, p: &Problem) -> Result<Option<Array>> {
-    let Some(d) = &p.documents else { return Ok(None) };
-    let d: Vec<i64> = d.iter().map(|&x| x as i64).collect();
-    Ok(Some(on(gpu, &Array::from_slice(&d, &[d.len()])?)?))
+/// The tiles of `rows` rows of all documents, last ones first, as the kernels take them: `[n, 4]` of sequence, first row, and where the
+/// document begins and ends. None without documents: then the kernels count for themselves.
+fn tiles(gpu: &Arc<Gpu>, p: &Problem, rows: usize) -> Result<Option<Array>> {
+    if p.documents.is_none() {
+        return Ok(None);
+    }
+    let mut words: Vec<i64> = vec![];
+    for part in p.parts().iter().rev() {
+        for row in (0..part.queries).step_by(rows).rev() {
+            let end = part.start + part.queries;
+            words.extend([part.sequence, part.start + row, part.start, end].map(|x| x as i64));
+        }
+    }
+    Ok(Some(on(gpu, &Array::from_slice(&words, &[words.len() / 4, 4])?)?))
 }
 
-fn docs<'a>(l: Launch<'a>, d: &'a Option<Array>) -> Result<Launch<'a>> {
-    Ok(match d {
-        Some(d) => {
-            let (block, at) = d.block("attention")?;
-            l.buf(block, at)
-        }
-        None => l.null(),
-    })
+/// Number of blocks for each head (of all sequences together), in tiles of `rows` of `all` rows.
+fn blocks(p: &Problem, tiles: &Option<Array>, rows: usize, all: usize) -> usize {
+    tiles.as_ref().map_or(all.div_ceil(rows) * p.batch, |t| t.shape()[0])
 }
 
 /// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` (f32 for 16-bit operands).
 pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Array) -> Result<(Array, Array)> {
     let op = "attention";
     let (q, k, v) = (on(gpu, q)?, on(gpu, k)?, on(gpu, v)?);
-    let out = Array::uninit_on(gpu, q.shape(), q.dtype())?;
+    let out = match p.has_padding() {
+        true => Array::zeros(q.shape(), (q.dtype(), gpu)),
+        false => Array::uninit_on(gpu, q.shape(), q.dtype())?,
+    };
     let lse = Array::uninit_on(gpu, &[p.batch, p.heads, p.queries], q.dtype().compute())?;
     if lse.numel() == 0 {
         return Ok((out, lse));
     }
     let (class, [(rows, shared), _]) = class(p, q.dtype())?;
-    let d = documents(gpu, p)?;
-    let s = AttentionShape { q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
+    let tiles = tiles(gpu, p, rows)?;
+    let count = tiles.as_ref().map_or(0, |t| t.shape()[0]) as i32;
+    let s = AttentionShape { tiles: count, q: steps(&q), k: steps(&k), v: steps(&v), out: steps(&out), ..shape(p) };
     let name = format!("attention_fwd_{class}_{}", suffix(q.dtype()));
-    let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
+    let grid = blocks(p, &tiles, rows, p.queries) * p.heads;
     let mut l = Launch::new(gpu, file(q.dtype()).0, &name)?.grid(grid, 1, 1).block(256).shared(shared);
     for a in [&q, &k, &v, &out, &lse] {
         let (block, at) = a.block(op)?;
         l = l.buf(block, at);
     }
-    docs(l, &d)?.val(s).run()?;
+    l.optional(tiles.as_ref()).val(s).run()?;
     Ok((out, lse))
 }
 
@@ -113,9 +121,10 @@ pub(crate) fn backward(
         return Ok(());
     }
     let (class, [_, (rows, shared)]) = class(p, q.dtype())?;
-    let d = documents(gpu, p)?;
+    let tiles = tiles(gpu, p, rows)?;
     let delta = Array::uninit_on(gpu, lse.shape(), lse.dtype())?;
     let s = AttentionShape {
+        tiles: tiles.as_ref().map_or(0, |t| t.shape()[0]) as i32,
         q: steps(q),
         k: steps(k),
         v: steps(v),
@@ -127,16 +136,16 @@ pub(crate) fn backward(
         ..shape(p)
     };
     let launch = |name: &str, grid: usize, shared: usize, arrays: &[&Array]| -> Result<()> {
-        let with_docs = name != format!("attention_delta_{}", suffix(q.dtype()));
-        let (file, threads) = if with_docs { file(q.dtype()) } else { ("attention", 256) };
+        let with_tiles = name != format!("attention_delta_{}", suffix(q.dtype()));
+        let (file, threads) = if with_tiles { file(q.dtype()) } else { ("attention", 256) };
         let mut l = Launch::new(gpu, file, name)?.grid(grid, 1, 1).block(threads).shared(shared);
-        let (before, after) = arrays.split_at(if with_docs { 6 } else { arrays.len() });
+        let (before, after) = arrays.split_at(if with_tiles { 6 } else { arrays.len() });
         for a in before {
             let (block, at) = a.block(op)?;
             l = l.buf(block, at);
         }
-        if with_docs {
-            l = docs(l, &d)?;
+        if with_tiles {
+            l = l.optional(tiles.as_ref());
         }
         for a in after {
             let (block, at) = a.block(op)?;
@@ -147,8 +156,8 @@ pub(crate) fn backward(
     let t = suffix(q.dtype());
     let queries = p.batch * p.heads * p.queries;
     launch(&format!("attention_delta_{t}"), queries.div_ceil(8).min(65_535), 0, &[out, &grad, &delta])?;
-    let grid = p.queries.div_ceil(rows) * p.batch * p.heads;
+    let grid = blocks(p, &tiles, rows, p.queries) * p.heads;
     launch(&format!("attention_dq_{class}_{t}"), grid, shared, &[q, k, v, &grad, lse, &delta, dq])?;
-    let grid = p.keys.div_ceil(rows) * p.batch * p.kv_heads;
+    let grid = blocks(p, &tiles, rows, p.keys) * p.kv_heads;
     launch(&format!("attention_dkv_{class}_{t}"), grid, shared, &[q, k, v, &grad, lse, &delta, dk, dv])
 }

@@ -6,15 +6,19 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod documents;
+
+pub use documents::Documents;
 
 use crate::array::{Array, Dims};
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
 use crate::device::spans;
 use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::{Exact, Half, dispatch};
+use crate::random::masks;
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -40,9 +44,9 @@ pub struct AttentionOptions {
     pub span: Span,
     /// Factor of the scores; 1/√D if not given.
     pub scale: Option<f64>,
-    /// Document boundaries of packed sequences: offsets 0 … T, the same for every sequence of the batch. Attention
-    /// stays within a document.
-    pub documents: Option<Arc<Vec<usize>>>,
+    /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
+    /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence.
+    pub documents: Option<Documents>,
     /// Dropout of the probabilities, with the seed of its mask.
     pub dropout: Option<(f64, u64)>,
 }
@@ -87,10 +91,26 @@ static ATTENTION: OpInfo = OpInfo {
             let o = AttentionOptions {
                 span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
                 scale: Some(0.4),
-                documents: Some(Arc::new(vec![0, cut, t])),
+                documents: Some(Documents::packed(&[0, cut, t])),
                 dropout: g.chance(0.5).then_some((0.3, g.bits())),
             };
             let inputs = (0..3).map(|_| g.array(&[b, t, h, d])).collect();
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
+        },
+        // Padded sequences, and others packed each in its own way.
+        |g: &mut Gen| {
+            let (b, t, d) = (g.size(1, 3), g.side(2, 9), g.extent(1, 4).min(128));
+            let (kv, group) = (g.size(1, 2), g.size(1, 2));
+            let documents = match g.chance(0.5) {
+                true => Documents::lengths(&(0..b).map(|_| g.size(0, t)).collect::<Vec<_>>()),
+                false => Documents::packed_each((0..b).map(|_| vec![0, g.size(0, t / 2), g.size(t / 2, t)]).collect()),
+            };
+            let span = [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)];
+            let o = AttentionOptions { documents: Some(documents), ..AttentionOptions::new(span) };
+            if kv * group == 1 {
+                return Ok(Case::new(vec![g.array(&[b, t, 3, 1, d])], move |x| attention_qkv(&x[0], &o)));
+            }
+            let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, t, kv, d]), g.array(&[b, t, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
         },
     ],
@@ -112,6 +132,9 @@ struct Back {
 const LARGEST_HEAD: usize = 128;
 
 impl Back {
+    fn has_padding(&self) -> bool {
+        problem(&self.q, &self.k, &self.options).has_padding()
+    }
     /// Where the gradient of Q, K or V goes that has an array of its own.
     fn target<T: Kernels>(a: &mut Array) -> cpu::Target<'_, T> {
         let step = a.shape()[2] * a.shape()[3];
@@ -150,7 +173,7 @@ impl Rule for Back {
             Half::Native,
             |operands| {
                 let [mut dq, mut dk, mut dv] =
-                    [0, 1, 2].map(|i| Array::uninit(operands[i].shape(), operands[i].dtype()));
+                    [0, 1, 2].map(|i| fresh(operands[i].shape(), operands[i].dtype(), self.has_padding()));
                 with_float!("attention", operands[0].dtype(), |T| {
                     let targets = [Back::target(&mut dq), Back::target(&mut dk), Back::target(&mut dv)];
                     self.on_cpu::<T>(&operands, targets)
@@ -158,13 +181,13 @@ impl Rule for Back {
                 Ok([dq, dk, dv])
             },
             |gpu, operands| {
-                // Without queries or keys nothing is launched that would write the others' gradients.
-                let none = operands.iter().any(|a| a.numel() == 0);
-                let fresh = |i: usize| match none {
-                    true => Array::zeros_on(gpu, operands[i].shape(), operands[i].dtype()),
+                // Without queries or keys nothing is launched that would write the others' gradients, and nothing writes padding.
+                let none = operands.iter().any(|a| a.numel() == 0) || self.has_padding();
+                let target = |i: usize| match none {
+                    true => Ok(Array::zeros(operands[i].shape(), (operands[i].dtype(), gpu))),
                     false => Array::uninit_on(gpu, operands[i].shape(), operands[i].dtype()),
                 };
-                let d = [fresh(0)?, fresh(1)?, fresh(2)?];
+                let d = [target(0)?, target(1)?, target(2)?];
                 self.on_gpu(gpu, &operands, [&d[0], &d[1], &d[2]])?;
                 Ok(d)
             },
@@ -190,7 +213,7 @@ impl Rule for FusedBack {
             self.inner.operands(grad),
             Half::Native,
             |operands| {
-                let mut dx = Array::uninit(&self.shape, operands[0].dtype());
+                let mut dx = fresh(&self.shape, operands[0].dtype(), self.inner.has_padding());
                 with_float!("attention", dx.dtype(), |T| {
                     let data = Shared::new(dx.fresh_mut::<T>());
                     let targets = [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d });
@@ -199,7 +222,10 @@ impl Rule for FusedBack {
                 Ok(dx)
             },
             |gpu, operands| {
-                let dx = Array::uninit_on(gpu, &self.shape, operands[0].dtype())?;
+                let dx = match self.inner.has_padding() {
+                    true => Array::zeros(&self.shape, (operands[0].dtype(), gpu)),
+                    false => Array::uninit_on(gpu, &self.shape, operands[0].dtype())?,
+                };
                 let part = |i: usize| dx.slice(2, i..i + 1)?.squeeze(2);
                 self.inner.on_gpu(gpu, &operands, [&part(0)?, &part(1)?, &part(2)?])?;
                 Ok(dx)
@@ -220,8 +246,13 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     let part = |i: usize| -> Result<Tensor> { Ok(Tensor::new(qkv.array().slice(2, i..i + 1)?.squeeze(2)?)) };
     let (q, k, v) = (part(0)?, part(1)?, part(2)?);
     check(&q, &k, &v, options)?;
-    let inner = forward(&q, &k, &v, options)?;
+    let inner = forward(&q, &k, &v, &masked(options))?;
     Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
+}
+
+/// An array on the CPU that is about to be written: its padding is not, and has to be zeros before.
+fn fresh(shape: &[usize], dtype: DType, padding: bool) -> Array {
+    if padding { Array::zeros(shape, dtype) } else { Array::uninit(shape, dtype) }
 }
 
 fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
@@ -243,7 +274,12 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
 /// Says what the spans cost, 4 (forward) or 10 (backward) · pairs · D.
 fn cost(p: &cpu::Problem, each: f64, size: usize) {
     if spans::is_on() {
-        let pairs: usize = (0..p.queries).map(|i| p.visible(i).len()).sum();
+        let pairs: usize = p
+            .parts()
+            .iter()
+            .map(|part| (0..part.queries).map(|i| p.visible(part, i).len()).sum::<usize>())
+            .sum::<usize>()
+            / p.batch.max(1);
         let elements = p.batch * p.dim * 2 * (p.queries * p.heads + p.keys * p.kv_heads);
         spans::cost(each * (pairs * p.dim * p.batch * p.heads) as f64, (elements * size) as f64);
     }
@@ -254,13 +290,21 @@ fn unit_last(a: &Array) -> Array {
     if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
 }
 
+/// Scaled dot-product attention (Vaswani et al. 2017, equation 1): softmax(q·kᵀ·scale)·v over the keys that each query sees.
+///
 /// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
 /// fused projection are read in place. A query that sees no key gives zeros.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
-    let saved = forward(q, k, v, options)?;
+    let saved = forward(q, k, v, &masked(options))?;
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
+}
+
+/// The options with the seed of dropout that holds here.
+fn masked(options: &AttentionOptions) -> AttentionOptions {
+    let dropout = options.dropout.and_then(|(p, seed)| masks::seed(seed).map(|seed| (p, seed)));
+    AttentionOptions { dropout, ..options.clone() }
 }
 
 /// Refuses operands that do not fit together.
@@ -288,10 +332,11 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     if matches!(options.span, Span::Window(0) | Span::Block(0)) {
         return Err(Error::invalid("attention", "a span of 0 positions; use 1 or more"));
     }
-    if let Some(o) = &options.documents
-        && (s != t || o.first() != Some(&0) || o.last() != Some(&t) || o.windows(2).any(|w| w[0] > w[1]))
-    {
-        return bad(format!("document offsets {o:?} must rise from 0 to T, with S = T"));
+    if let Some(documents) = &options.documents {
+        if s != t {
+            return bad("documents need as many keys as queries".into());
+        }
+        documents.check(q.shape()[0], t)?;
     }
     if let Some((p, _)) = options.dropout
         && !(0.0..1.0).contains(&p)
@@ -319,8 +364,8 @@ fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Re
         [qa.clone(), ka.clone(), va.clone()],
         Half::Native,
         |[q, k, v]| {
-            let mut out = Array::uninit(q.shape(), q.dtype());
-            let mut lse = Array::uninit(&[p.batch, p.heads, p.queries], q.dtype());
+            let mut out = fresh(q.shape(), q.dtype(), p.has_padding());
+            let mut lse = fresh(&[p.batch, p.heads, p.queries], q.dtype(), p.has_padding());
             with_float!("attention", q.dtype(), |T| {
                 let operands = (cpu::view::<T>(&q)?, cpu::view(&k)?, cpu::view(&v)?);
                 cpu::forward::<T>(&p, operands, (out.fresh_mut(), lse.fresh_mut()));

@@ -22,6 +22,38 @@ use crate::kernels::{Exact, Half, dispatch};
 use crate::ops::conv::cpu::Window;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
 
+/// A size along each of `N` directions, (height, width) for images: one number for all, or one for each.
+///
+/// ```
+/// use prismgrad::ops::conv::Sides;
+/// assert_eq!(Sides::<2>::from(3), Sides::from([3, 3]));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sides<const N: usize>(pub [usize; N]);
+
+impl<const N: usize> From<usize> for Sides<N> {
+    fn from(n: usize) -> Self {
+        Sides([n; N])
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Sides<N> {
+    fn from(sides: [usize; N]) -> Self {
+        Sides(sides)
+    }
+}
+
+impl<const N: usize> Sides<N> {
+    /// As the ops take them: a sequence is an image of height 1, which `other` says of its own kind of size.
+    pub(crate) fn pair(self, other: usize) -> [usize; 2] {
+        match self.0[..] {
+            [h, w] => [h, w],
+            [w] => [other, w],
+            _ => [other; 2],
+        }
+    }
+}
+
 /// How a window slides: (height, width) each; one-dimensional convolutions use the width.
 ///
 /// ```

@@ -9,6 +9,7 @@ use crate::base::{Element, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
+use crate::random::masks;
 use crate::{Tensor, with_float};
 
 static DROPOUT: OpInfo = OpInfo {
@@ -49,7 +50,8 @@ fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
 }
 
 impl Tensor {
-    /// Zeroes each element with probability `p` and scales the others by 1/(1 − p). Same seed, same mask.
+    /// Zeroes each element with probability `p` and scales the others by 1/(1 − p). Same seed, same mask; within the forward pass of
+    /// a private step the mask follows from a secret of that step as well.
     pub fn dropout(&self, p: f64, seed: u64) -> Result<Tensor> {
         let _op = spans::op("dropout");
         self.dtype().expect_float("dropout")?;
@@ -59,6 +61,7 @@ impl Tensor {
         if p == 0.0 {
             return Ok(self.clone());
         }
+        let Some(seed) = masks::seed(seed) else { return Ok(self.clone()) };
         struct Back(f64, u64);
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {

@@ -65,7 +65,7 @@ impl Bags {
     pub fn dots(&self, gpu: &Arc<Gpu>, g: &Array, w: &Array) -> Result<Array> {
         let (n, p) = (self.ids.numel(), g.shape()[1]);
         if p == 0 {
-            return Array::zeros_on(gpu, &[n], g.dtype());
+            return Ok(Array::zeros(&[n], (g.dtype(), gpu)));
         }
         let out = Array::uninit_on(gpu, &[n], g.dtype())?;
         let l = self.launch(gpu, "bag_dots", g.dtype(), crate::kernels::sums::cuda::blocks(n, p))?;

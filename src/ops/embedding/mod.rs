@@ -102,12 +102,12 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
 pub static OPS: &[&OpInfo] = &[&EMBEDDING, &EMBEDDING_BAG];
 
 /// Checks table and ids; ids as contiguous u32.
-fn table(op: &'static str, weight: &Param, ids: &Tensor) -> Result<(Array, usize)> {
+fn table(op: &'static str, weight: &Param, ids: &Array) -> Result<(Array, usize)> {
     let &[v, p] = weight.shape() else {
         return Err(Error::shape(op, format!("table {} is {:?}, not [rows, size]", weight.name(), weight.shape())));
     };
     weight.dtype().expect_float(op)?;
-    Ok((ids_below(op, ids.array(), v, &|| format!("table {} with {v} rows", weight.name()))?, p))
+    Ok((ids_below(op, ids, v, &|| format!("table {} with {v} rows", weight.name()))?, p))
 }
 
 /// Rows of `weight [V, p]` by `ids` (u32 or i64) `[B, …]`: `[B, …, p]` in the weight's dtype.
@@ -116,12 +116,17 @@ fn table(op: &'static str, weight: &Param, ids: &Tensor) -> Result<(Array, usize
 /// ids otherwise. Forward copies N rows; the gradient is a lookup factor of N rows.
 ///
 /// ```
-/// use prismgrad::{Array, DType, Param, Tensor, ops::embedding::embedding};
+/// use prismgrad::{Array, DType, Param, ops::embedding::embedding};
 /// let table = Param::new("wte.weight", Array::arange(6, DType::F32).reshape(&[3, 2]).unwrap());
-/// let y = embedding(&table, &Tensor::from_slice(&[2u32, 0], &[1, 2]).unwrap(), None, None).unwrap();
+/// let y = embedding(&table, Array::from_slice(&[2u32, 0], &[1, 2]).unwrap(), None, None).unwrap();
 /// assert_eq!(y.array().to_f64(), [4.0, 5.0, 0.0, 1.0]);
 /// ```
-pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Option<&Samples>) -> Result<Tensor> {
+pub fn embedding(
+    weight: &Param,
+    ids: impl AsRef<Array>,
+    padding: Option<u32>,
+    samples: Option<&Samples>,
+) -> Result<Tensor> {
     let _op = spans::op("embedding");
     struct Back {
         weight: Param,
@@ -148,7 +153,7 @@ pub fn embedding(weight: &Param, ids: &Tensor, padding: Option<u32>, samples: Op
             Ok(())
         }
     }
-    let (ids, p) = table("embedding", weight, ids)?;
+    let (ids, p) = table("embedding", weight, ids.as_ref())?;
     let samples = samples.cloned().unwrap_or_else(|| Samples::leading(ids.shape(), 0));
     if samples.rows() != ids.numel() {
         let message = format!("the samples map {} rows, there are {} ids", samples.rows(), ids.numel());
@@ -300,7 +305,7 @@ fn rows_of(g: &Array, ids: &[u32], p: usize) -> Result<Array> {
 /// to samples; without it every bag is one. The gradient is a lookup factor of N rows.
 pub fn embedding_bag(
     weight: &Param,
-    ids: &Tensor,
+    ids: impl AsRef<Array>,
     bags: &Segments,
     mode: BagMode,
     scale: Option<&Tensor>,
@@ -308,7 +313,7 @@ pub fn embedding_bag(
 ) -> Result<Tensor> {
     let _op = spans::op("embedding_bag");
     let op = "embedding_bag";
-    let (ids, p) = table(op, weight, ids)?;
+    let (ids, p) = table(op, weight, ids.as_ref())?;
     bags.expect_rows(op, ids.numel())?;
     let dtype = weight.dtype().compute();
     let scale = match scale {

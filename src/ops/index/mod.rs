@@ -182,7 +182,8 @@ impl Tensor {
     /// but along `dim`, where it may have any; the result has its shape. Any dtype.
     ///
     /// Backward adds the gradients into zeros, in order.
-    pub fn gather(&self, dim: isize, index: &Tensor) -> Result<Tensor> {
+    pub fn gather(&self, dim: isize, index: impl AsRef<Array>) -> Result<Tensor> {
+        let index = index.as_ref();
         let _op = spans::op("gather");
         struct Back {
             index: Array,
@@ -194,7 +195,7 @@ impl Tensor {
                 &GATHER
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
-                let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
+                let zeros = Array::zeros(&self.shape, (grad.dtype(), &grad.device()));
                 back.input(0, put(zeros, self.d, &self.index, &grad)?);
                 Ok(())
             }
@@ -202,13 +203,14 @@ impl Tensor {
         let d = shape::dim("gather", dim, self.rank())?;
         expect_alike("gather", index.shape(), self.shape(), d)?;
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let index = ids_below("gather", index.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let index = ids_below("gather", index, self.shape()[d], &what)?.to(&self.device())?;
         let y = pick(self.array(), d, &index)?;
         Ok(Tensor::record(y, &[self], &[], || Back { index, d, shape: self.shape().into() }))
     }
     /// This tensor with `src` added along `dim`: `out[…, index[…, i, …], …] += src[…, i, …]`, in ascending i.
     /// `index` (u32 or i64) has `src`'s shape; sizes but along `dim` are this tensor's.
-    pub fn scatter_add(&self, dim: isize, index: &Tensor, src: &Tensor) -> Result<Tensor> {
+    pub fn scatter_add(&self, dim: isize, index: impl AsRef<Array>, src: &Tensor) -> Result<Tensor> {
+        let index = index.as_ref();
         let _op = spans::op("scatter_add");
         struct Back {
             index: Array,
@@ -240,22 +242,23 @@ impl Tensor {
             ));
         }
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let index = ids_below(op, index.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let index = ids_below(op, index, self.shape()[d], &what)?.to(&self.device())?;
         let y = put(self.array().clone(), d, &index, src.array())?;
         Ok(Tensor::record(y, &[self, src], &[], || Back { index, d }))
     }
     /// [`Tensor::scatter_add`] of this tensor into zeros of size `n` along `dim`.
-    pub fn scatter_sum(&self, dim: isize, index: &Tensor, n: usize) -> Result<Tensor> {
+    pub fn scatter_sum(&self, dim: isize, index: impl AsRef<Array>, n: usize) -> Result<Tensor> {
         let d = shape::dim("scatter_add", dim, self.rank())?;
         let mut shape: Dims = self.shape().into();
         shape[d] = n;
-        let zeros = Array::zeros_at(&self.device(), &shape, self.dtype())?;
+        let zeros = Array::zeros(&shape, (self.dtype(), &self.device()));
         Tensor::new(zeros).scatter_add(dim, index, self)
     }
     /// Slices `ids [k]` (u32 or i64, repeats allowed) along `dim`, whose size becomes k. Any dtype.
     ///
     /// Backward adds the slices of one id in ascending order: deterministic, one sort of the ids and one pass.
-    pub fn index_select(&self, dim: isize, ids: &Tensor) -> Result<Tensor> {
+    pub fn index_select(&self, dim: isize, ids: impl AsRef<Array>) -> Result<Tensor> {
+        let ids = ids.as_ref();
         let _op = spans::op("index_select");
         struct Back {
             ids: Array,
@@ -267,7 +270,7 @@ impl Tensor {
                 &INDEX_SELECT
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
-                let zeros = Array::zeros_at(&grad.device(), &self.shape, grad.dtype())?;
+                let zeros = Array::zeros(&self.shape, (grad.dtype(), &grad.device()));
                 back.input(0, add_slices(zeros, self.d, &self.ids, &grad)?);
                 Ok(())
             }
@@ -277,7 +280,7 @@ impl Tensor {
             return Err(Error::shape("index_select", format!("ids must be a vector, got {:?}", ids.shape())));
         }
         let what = || format!("dimension {d} of {:?}", self.shape());
-        let ids = ids_below("index_select", ids.array(), self.shape()[d], &what)?.to(&self.device())?;
+        let ids = ids_below("index_select", ids, self.shape()[d], &what)?.to(&self.device())?;
         let (outer, _, inner) = around(self.shape(), d);
         let mut shape: Dims = self.shape().into();
         shape[d] = ids.numel();

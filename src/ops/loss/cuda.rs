@@ -1,9 +1,9 @@
 //! Launches of `cuda/loss.cu`.
 
-use crate::array::cuda::{on, strided, suffix};
+use crate::array::cuda::{launch_elementwise, on, strided, suffix};
 use crate::array::{Arguments, Array};
 use crate::autograd::Owners;
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::device::cuda::{Gpu, Launch};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
@@ -20,10 +20,18 @@ pub(crate) struct Targets {
 }
 
 impl Targets {
-    /// Targets from wherever they are.
-    pub fn new(gpu: &Arc<Gpu>, ids: &Array, owners: Owners, ignore: Option<u32>) -> Result<Targets> {
+    /// Targets from wherever they are. The kernels take u32, where u32::MAX stands for −100: targets of i64 are converted.
+    pub fn new(gpu: &Arc<Gpu>, ids: &Array, owners: Owners, ignore: Option<i64>) -> Result<Targets> {
         let ids = on(gpu, ids)?.contiguous();
-        Ok(Targets { ids, weight: None, owners, ignore: ignore.map_or(-1, |i| i as i64) })
+        if ids.dtype() == DType::I64 {
+            let (n, out) = (ids.numel(), Array::uninit_on(gpu, ids.shape(), DType::U32)?);
+            launch_elementwise(gpu, "loss", "class_ids", n, |l| {
+                l.array(&ids).array(&out).val(n as i64).val(ignore.unwrap_or(i64::MIN))
+            })?;
+            return Ok(Targets { ids: out, weight: None, owners, ignore: ignore.map_or(-1, |_| u32::MAX as i64) });
+        }
+        let ignore = ignore.map_or(-1, |i| if i == -100 { u32::MAX as i64 } else { i.max(-1) });
+        Ok(Targets { ids, weight: None, owners, ignore })
     }
 }
 
@@ -40,7 +48,7 @@ pub(crate) fn cross_entropy(
     let fresh = |n: usize| Array::uninit_on(gpu, &[n], x.dtype().compute());
     let (loss, lse, weight) = (fresh(rows)?, fresh(rows)?, fresh(rows)?);
     if rows == 0 {
-        let out = Array::zeros_on(gpu, &[count], x.dtype().compute())?;
+        let out = Array::zeros(&[count], (x.dtype().compute(), gpu));
         targets.weight = Some(weight);
         return Ok((out, lse, targets));
     }

@@ -24,8 +24,9 @@ pub enum Reduce {
 /// Options of [`cross_entropy`].
 #[derive(Clone, Debug)]
 pub struct CrossEntropy {
-    /// Rows with this target do not count.
-    pub ignore_index: Option<u32>,
+    /// Rows with this target do not count. −100 if not changed, as in PyTorch; among u32 targets, which cannot be negative,
+    /// u32::MAX ([`data::IGNORE`](crate::data::IGNORE)) stands for −100.
+    pub ignore_index: Option<i64>,
     /// Share of the target spread evenly over all classes, in [0, 1).
     pub label_smoothing: f64,
     /// How rows become a sample's loss.
@@ -36,7 +37,7 @@ pub struct CrossEntropy {
 
 impl Default for CrossEntropy {
     fn default() -> Self {
-        CrossEntropy { ignore_index: Some(u32::MAX), label_smoothing: 0.0, reduce: Reduce::Mean, samples: None }
+        CrossEntropy { ignore_index: Some(-100), label_smoothing: 0.0, reduce: Reduce::Mean, samples: None }
     }
 }
 
@@ -44,20 +45,35 @@ static CROSS_ENTROPY: OpInfo = OpInfo {
     name: "cross_entropy",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g: &mut Gen| {
-        let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
-        let targets = g.ids(&[b, t], c);
-        // Rows of a sample need not be neighbours.
-        let owner: Vec<u32> = (0..b * t).map(|_| g.size(0, b - 1) as u32).collect();
-        let samples = if g.chance(0.3) { Some(Samples::owners(owner, b)?) } else { None };
-        let options = CrossEntropy {
-            ignore_index: g.chance(0.5).then_some(0),
-            label_smoothing: if g.chance(0.5) { 0.1 } else { 0.0 },
-            reduce: if g.chance(0.5) { Reduce::Mean } else { Reduce::Sum },
-            samples,
-        };
-        Ok(Case::new(vec![g.array(&[b, t, c])], move |x| cross_entropy(&x[0], &targets, &options)))
-    }],
+    cases: &[
+        |g: &mut Gen| {
+            let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
+            let targets = g.ids(&[b, t], c);
+            // Rows of a sample need not be neighbours.
+            let owner: Vec<u32> = (0..b * t).map(|_| g.size(0, b - 1) as u32).collect();
+            let samples = if g.chance(0.3) { Some(Samples::owners(owner, b)?) } else { None };
+            let options = CrossEntropy {
+                ignore_index: g.chance(0.5).then_some(0),
+                label_smoothing: if g.chance(0.5) { 0.1 } else { 0.0 },
+                reduce: if g.chance(0.5) { Reduce::Mean } else { Reduce::Sum },
+                samples,
+            };
+            Ok(Case::new(vec![g.array(&[b, t, c])], move |x| cross_entropy(&x[0], &targets, &options)))
+        },
+        |g| {
+            // Targets of i64, some of which are not to be counted.
+            let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
+            let ignore_index = g.chance(0.7).then_some(-100);
+            let targets: Vec<i64> = (0..b * t)
+                .map(|_| if ignore_index.is_some() && g.chance(0.3) { -100 } else { g.size(0, c - 1) as i64 })
+                .collect();
+            let targets = Array::from_slice(&targets, &[b, t])?;
+            let options = CrossEntropy { ignore_index, ..CrossEntropy::default() };
+            Ok(Case::new(vec![g.array(&[b, t, c])], move |x| {
+                cross_entropy(&x[0], targets.to(&x[0].device())?, &options)
+            }))
+        },
+    ],
 };
 static BCE: OpInfo = OpInfo {
     name: "binary_cross_entropy",
@@ -141,7 +157,7 @@ impl Rule for Back {
     }
 }
 
-/// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32), fused with log-softmax: one loss per sample.
+/// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32 or i64), fused with log-softmax: one loss per sample.
 /// Saves the logits and one number per row. A sample without a row that counts has loss 0 and no gradient.
 ///
 /// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
@@ -154,11 +170,11 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
     let Some((&c, lead)) = logits.shape().split_last() else {
         return Err(Error::shape(OP, "scalar logits; they must be [B, …, classes]"));
     };
-    if targets.shape() != lead || targets.dtype() != DType::U32 {
+    if targets.shape() != lead || !matches!(targets.dtype(), DType::U32 | DType::I64) {
         let (s, d) = (targets.shape(), targets.dtype());
         return Err(Error::shape(
             OP,
-            format!("targets {s:?} {d} for logits {:?}: they must be {lead:?} u32", logits.shape()),
+            format!("targets {s:?} {d} for logits {:?}: they must be {lead:?}, u32 or i64", logits.shape()),
         ));
     }
     if !(0.0..1.0).contains(&options.label_smoothing) {
@@ -171,8 +187,8 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
         return Err(Error::shape(OP, format!("the samples map {} rows, there are {n}", samples.rows())));
     }
     // Targets that are on the CPU are checked before anything is queued.
-    let ids = if targets.device().is_cpu() { targets.to_vec::<u32>()? } else { Vec::new() };
-    let outside = |&(_, &id): &(usize, &u32)| Some(id) != options.ignore_index && id as usize >= c;
+    let ids = if targets.device().is_cpu() { class_ids(targets)? } else { Vec::new() };
+    let outside = |&(_, &id): &(usize, &i64)| Some(id) != options.ignore_index && !(0..c as i64).contains(&id);
     if let Some((r, id)) = ids.iter().enumerate().find(outside) {
         return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
     }
@@ -182,10 +198,10 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
         [x.clone()],
         Half::Native,
         |[x]| {
-            let ids = if ids.is_empty() { targets.to_vec::<u32>()? } else { ids.clone() };
+            let ids = if ids.is_empty() { class_ids(targets)? } else { ids };
             let mut counts = vec![0usize; samples.count()];
             let mut rows = Vec::with_capacity(n);
-            for (r, &id) in ids.iter().enumerate() {
+            for (r, id) in ids.into_iter().enumerate() {
                 let counted = Some(id) != options.ignore_index;
                 rows.push(if counted { id as usize } else { usize::MAX });
                 counts[samples.owner(r)] += counted as usize;
@@ -216,6 +232,14 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
         },
     )?;
     Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, rows, samples, smoothing }))
+}
+
+/// Targets on the host as i64: u32::MAX becomes −100.
+fn class_ids(targets: &Array) -> Result<Vec<i64>> {
+    match targets.dtype() {
+        DType::I64 => targets.to_vec::<i64>(),
+        _ => Ok(targets.to_vec::<u32>()?.into_iter().map(|t| if t == u32::MAX { -100 } else { t as i64 }).collect()),
+    }
 }
 
 /// Everything but dimension 0 reduced.

@@ -9,33 +9,90 @@ use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_rows2, par_units};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
-use crate::ops::conv::Conv;
+use crate::ops::conv::{Conv, Sides};
 use crate::{Tensor, with_float};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A pooling method over kernel, stride and padding.
-type Pool = fn(&Tensor, [usize; 2], [usize; 2], [usize; 2]) -> Result<Tensor>;
+/// The windows of a pooling over `N` directions. A size alone, `2` or `[2, 3]`, is windows that do not overlap: they move by their
+/// size, as in PyTorch.
+///
+/// ```
+/// use prismgrad::{DType, Tensor, ops::pool::Window};
+/// # fn main() -> prismgrad::Result<()> {
+/// let x = Tensor::ones(&[1, 3, 8, 8], DType::F32);
+/// assert_eq!(x.max_pool2d(2)?.shape(), [1, 3, 4, 4]);
+/// assert_eq!(x.avg_pool2d(Window::new(3).stride(2).padding(1))?.shape(), [1, 3, 4, 4]);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Window<const N: usize> {
+    size: Sides<N>,
+    stride: Sides<N>,
+    padding: Sides<N>,
+}
+
+impl<const N: usize> Window<N> {
+    /// Windows of this size that do not overlap, without padding.
+    pub fn new(size: impl Into<Sides<N>>) -> Window<N> {
+        let size = size.into();
+        Window { size, stride: size, padding: Sides([0; N]) }
+    }
+    /// The same windows, each this far from the last.
+    pub fn stride(self, stride: impl Into<Sides<N>>) -> Window<N> {
+        Window { stride: stride.into(), ..self }
+    }
+    /// The same windows over an input with this much padding on each side: at most half the window.
+    pub fn padding(self, padding: impl Into<Sides<N>>) -> Window<N> {
+        Window { padding: padding.into(), ..self }
+    }
+}
+
+impl<const N: usize> From<usize> for Window<N> {
+    fn from(size: usize) -> Self {
+        Window::new(size)
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Window<N> {
+    fn from(size: [usize; N]) -> Self {
+        Window::new(size)
+    }
+}
+
+impl Window<1> {
+    /// The same windows over images of height 1.
+    fn flat(self) -> Window<2> {
+        Window {
+            size: Sides(self.size.pair(1)),
+            stride: Sides(self.stride.pair(1)),
+            padding: Sides(self.padding.pair(0)),
+        }
+    }
+}
+
+/// A pooling method over windows.
+type Pool = fn(&Tensor, Window<2>) -> Result<Tensor>;
 
 fn case(g: &mut Gen, f: Pool) -> Result<Case> {
     let s = [g.extent(0, 2), g.extent(0, 2), g.extent(3, 5), g.extent(3, 5)];
     let (kernel, stride) = ([g.size(1, 3), g.size(1, 3)], [g.size(1, 3), g.size(1, 3)]);
     let padding = [g.size(0, kernel[0] / 2), g.size(0, kernel[1] / 2)];
-    Ok(Case::new(vec![g.distinct(&s)], move |t| f(&t[0], kernel, stride, padding)))
+    Ok(Case::new(vec![g.distinct(&s)], move |t| f(&t[0], Window::new(kernel).stride(stride).padding(padding))))
 }
 
 static MAX_POOL: OpInfo = OpInfo {
     name: "max_pool",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g| case(g, Tensor::max_pool2d)],
+    cases: &[|g| case(g, |x, windows| x.max_pool2d(windows))],
 };
 static AVG_POOL: OpInfo = OpInfo {
     name: "avg_pool",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[
-        |g| case(g, Tensor::avg_pool2d),
+        |g| case(g, |x, windows| x.avg_pool2d(windows)),
         |g| {
             let s = [g.extent(0, 2), g.extent(0, 2), g.extent(1, 5), g.extent(1, 5)];
             let out = [g.extent(1, 4), g.extent(1, 4)];
@@ -60,13 +117,8 @@ struct Grid {
 
 impl Grid {
     /// Sliding windows, cut off at the borders.
-    fn sliding(
-        op: &'static str,
-        size: [usize; 2],
-        kernel: [usize; 2],
-        stride: [usize; 2],
-        padding: [usize; 2],
-    ) -> Result<Grid> {
+    fn sliding(op: &'static str, size: [usize; 2], windows: Window<2>) -> Result<Grid> {
+        let Window { size: Sides(kernel), stride: Sides(stride), padding: Sides(padding) } = windows;
         if (0..2).any(|a| 2 * padding[a] > kernel[a]) {
             let message = format!("padding {padding:?} must be at most half the kernel {kernel:?}");
             return Err(Error::invalid(op, message));
@@ -264,23 +316,24 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
 }
 
 impl Tensor {
-    /// Largest value of each window of `[B, C, H, W]`; padding never wins. The gradient goes to the first of equal values.
-    pub fn max_pool2d(&self, kernel: [usize; 2], stride: [usize; 2], padding: [usize; 2]) -> Result<Tensor> {
+    /// Largest value of each window of `[B, C, H, W]`; padding is never the largest. The gradient goes to the first of equal
+    /// values. `x.max_pool2d(2)?` halves both sides; other windows are a [`Window`].
+    pub fn max_pool2d(&self, windows: impl Into<Window<2>>) -> Result<Tensor> {
         let [_, _, h, w] = image("max_pool", self)?;
-        largest(self, Grid::sliding("max_pool", [h, w], kernel, stride, padding)?)
+        largest(self, Grid::sliding("max_pool", [h, w], windows.into())?)
     }
     /// Largest value of each window of `[B, C, T]`.
-    pub fn max_pool1d(&self, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
-        self.flat("max_pool", |x| x.max_pool2d([1, kernel], [1, stride], [0, padding]))
+    pub fn max_pool1d(&self, windows: impl Into<Window<1>>) -> Result<Tensor> {
+        self.flat("max_pool", |x| x.max_pool2d(windows.into().flat()))
     }
     /// Mean of each window of `[B, C, H, W]`; padding counts as zeros.
-    pub fn avg_pool2d(&self, kernel: [usize; 2], stride: [usize; 2], padding: [usize; 2]) -> Result<Tensor> {
+    pub fn avg_pool2d(&self, windows: impl Into<Window<2>>) -> Result<Tensor> {
         let [_, _, h, w] = image("avg_pool", self)?;
-        average(self, Grid::sliding("avg_pool", [h, w], kernel, stride, padding)?)
+        average(self, Grid::sliding("avg_pool", [h, w], windows.into())?)
     }
     /// Mean of each window of `[B, C, T]`; padding counts as zeros.
-    pub fn avg_pool1d(&self, kernel: usize, stride: usize, padding: usize) -> Result<Tensor> {
-        self.flat("avg_pool", |x| x.avg_pool2d([1, kernel], [1, stride], [0, padding]))
+    pub fn avg_pool1d(&self, windows: impl Into<Window<1>>) -> Result<Tensor> {
+        self.flat("avg_pool", |x| x.avg_pool2d(windows.into().flat()))
     }
     /// Means over `out` windows that cover `[B, C, H, W]`: window o of a size n spans ⌊o·n/out⌋ to ⌈(o + 1)·n/out⌉.
     pub fn adaptive_avg_pool2d(&self, out: [usize; 2]) -> Result<Tensor> {

@@ -46,7 +46,7 @@ pub(crate) fn unpick(
     (k, cols): (usize, usize),
     shape: &[usize],
 ) -> Result<Array> {
-    let out = Array::zeros_on(gpu, shape, g.dtype())?;
+    let out = Array::zeros(shape, (g.dtype(), gpu));
     let count = g.numel();
     let l = Launch::new(gpu, "reduce", &format!("unpick_{}", width(g.dtype())))?.grid(count.div_ceil(1024), 1, 1);
     let l = l.array(g).array(index).array(&out).val(count as i64).val(k as i64);

@@ -195,6 +195,14 @@ impl Tensor {
         let shape: Dims = self.shape().into();
         Ok(Tensor::record(y, &[self], &[], || SumBack { shape, ones }))
     }
+    /// Sum of all elements, `[]`.
+    pub fn sum_all(&self) -> Result<Tensor> {
+        self.sum(&[], false)
+    }
+    /// Mean of all elements, `[]`.
+    pub fn mean_all(&self) -> Result<Tensor> {
+        self.mean(&[], false)
+    }
     /// Mean over `dims` (all if empty).
     pub fn mean(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         let n: usize = resolve("mean", dims, self.rank())?.iter().map(|&d| self.shape()[d]).product();

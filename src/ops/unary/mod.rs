@@ -682,7 +682,7 @@ impl Tensor {
             |[x]| with_dtype!(x.dtype(), |T| ew::map::<T, u8>(&x, |x| <T as Element>::to_f64(x).is_finite() as u8)),
             |gpu, [x]| match x.dtype().is_float() {
                 true => cuda::is_finite(gpu, &x),
-                false => Array::full_at(&x.device(), x.shape(), 1.0, DType::U8),
+                false => Ok(Array::full(x.shape(), 1.0, (DType::U8, &x.device()))),
             },
         )?;
         Ok(Tensor::new(y))

@@ -4,7 +4,12 @@
 //! distribution is the one whose hockey-stick divergence agrees with the exact one at every grid point and lies above it
 //! between them (Doroshenko et al. 2022, "connect the dots"), so every number is an upper bound that falls as h → 0.
 //! Steps compose by convolution, done with the FFT on a window whose truncated tails (bounded by Chernoff) are counted
-//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021).
+//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021). For small δ each distribution is tilted by e^{λ·loss} before the
+//! transform, with half of the λ that is best in Chernoff's bound, and tilted back afterwards: what the transform loses to rounding is then
+//! small beside the probabilities that decide about δ, and not only beside 1. Steps without sampling compose to one Gaussian comparison, whose δ is
+//! a formula (Balle and Wang 2018).
+//!
+//! The noise ends at 9.49 standard deviations (`random::chacha`): what a record moves past that end is counted as infinite loss.
 
 mod prv;
 pub mod rdp;
@@ -57,8 +62,31 @@ impl Default for Accountant {
     }
 }
 
-/// Mass that truncation may move to infinite loss.
+/// Mass that truncation may move to infinite loss, at most.
 const TAIL: f64 = 1e-15;
+/// Points of the longest window: two transforms of it take about two seconds and half a gigabyte.
+const LONGEST: usize = 1 << 24;
+/// Standard deviations that a normal of `random::chacha` reaches.
+const REACH: f64 = 9.49;
+
+/// What is asked about a composed distribution.
+#[derive(Clone, Copy)]
+enum Aim {
+    /// ε at this δ.
+    Delta(f64),
+    /// δ at this ε.
+    Epsilon(f64),
+}
+
+impl Aim {
+    /// Mass that truncation may move to infinite loss.
+    fn tail(self) -> f64 {
+        match self {
+            Aim::Delta(delta) => (delta * 1e-5).clamp(1e-100, TAIL),
+            Aim::Epsilon(_) => TAIL,
+        }
+    }
+}
 
 impl Accountant {
     /// An empty history, add/remove, h = 10⁻⁴.
@@ -106,14 +134,21 @@ impl Accountant {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
         }
-        Ok(self.composed()?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max))
+        if let Some(exact) = self.unsampled() {
+            return exact.epsilon(delta);
+        }
+        let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max);
+        Ok(epsilon)
     }
     /// δ at ε, from above.
     pub fn delta(&self, epsilon: f64) -> Result<f64> {
         if epsilon.is_nan() {
             return Err(Error::privacy("ε is not a number"));
         }
-        Ok(self.composed()?.iter().map(|c| c.delta(epsilon)).fold(0.0, f64::max))
+        if let Some(exact) = self.unsampled() {
+            return Ok(exact.delta(epsilon));
+        }
+        Ok(self.composed(Aim::Epsilon(epsilon))?.iter().map(|c| c.delta(epsilon)).fold(0.0, f64::max))
     }
     /// ε at δ after each of the given numbers of identical steps (σ, q), sharing one transform. The history plays no part.
     pub fn epsilons(&self, (sigma, rate): (f64, f64), counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
@@ -126,12 +161,20 @@ impl Accountant {
             return Ok(vec![0.0; counts.len()]);
         }
         let mut out = vec![0.0f64; counts.len()];
-        for one in one_step(sigma, rate, interval, a.neighbouring) {
-            let window = Window::new(&[(&one, a.steps())], interval);
-            let spectrum = window.transform(&one);
+        if a.unsampled().is_some() {
+            for (o, &count) in out.iter_mut().zip(counts) {
+                a.history = vec![Steps { sigma, rate, count }];
+                *o = a.epsilon(delta)?;
+            }
+            return Ok(out);
+        }
+        let (h, all, reaches) = a.steps_of(Aim::Delta(delta))?;
+        for (one, at) in all[0].iter().zip(reaches) {
+            let window = Window::new(h, at);
+            let spectrum = window.transform(one);
             for (o, &n) in out.iter_mut().zip(counts) {
                 if n > 0 {
-                    *o = o.max(window.compose([(&one, Cow::Borrowed(&spectrum[..]), n)]).epsilon(delta));
+                    *o = o.max(window.compose([(one, Cow::Borrowed(&spectrum[..]), n)]).epsilon(delta));
                 }
             }
         }
@@ -178,8 +221,59 @@ impl Accountant {
         }
         Ok(high)
     }
+    /// The comparison that steps without sampling compose to, if there are no others.
+    fn unsampled(&self) -> Option<Unsampled> {
+        let live = || self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0);
+        if live().next().is_none() || live().any(|s| s.rate < 1.0) {
+            return None;
+        }
+        let shift = shift(self.neighbouring);
+        let mu = live().map(|s| s.count as f64 * (shift / s.sigma).powi(2)).sum::<f64>().sqrt();
+        let beyond = live().map(|s| s.count as f64 * uncovered(shift / s.sigma)).sum();
+        Some(Unsampled { mu, beyond })
+    }
+    /// The spacing of the grid, and on it the distributions of one step of each kind, one per direction of the comparison.
+    ///
+    /// The spacing is [`Accountant::interval`], or finer where the losses of a step are closer together than that, or coarser where
+    /// the window would be too long.
+    #[allow(clippy::type_complexity)]
+    fn steps_of(&self, aim: Aim) -> Result<(f64, Vec<Vec<Pld>>, Vec<Reach>)> {
+        let live = || self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0);
+        // Standard deviation of the loss of one step: no more than that of the likelihood ratio, or of an unsampled step.
+        let deviation =
+            |s: &Steps| (s.rate * (s.sigma.powi(-2)).exp_m1().sqrt()).min(1.0 / s.sigma) * shift(self.neighbouring);
+        let least = live().map(deviation).fold(f64::INFINITY, f64::min);
+        let mut h = if least < self.interval { least / 5.0 } else { self.interval };
+        // Losses of one step span (2·reach + 1)/σ² at most.
+        let span = live().map(|s| (2.0 * REACH * s.sigma + 1.0) / (s.sigma * s.sigma)).fold(0.0, f64::max);
+        h = h.max(4.0 * shift(self.neighbouring) * span / LONGEST as f64);
+        loop {
+            let steps: Vec<Vec<Pld>> = live().map(|s| one_step(s.sigma, s.rate, h, self.neighbouring)).collect();
+            let reaches: Vec<Reach> = (0..steps[0].len())
+                .map(|d| {
+                    let parts: Vec<(&Pld, u64)> = steps.iter().zip(live()).map(|(p, s)| (&p[d], s.count)).collect();
+                    Reach::of(&parts, h, aim)
+                })
+                .collect();
+            let longest = reaches.iter().map(|r| r.size).max().unwrap_or(0);
+            if longest <= LONGEST {
+                return Ok((h, steps, reaches));
+            }
+            // A grid that is coarse beside the losses of a step gives an ε that is far too large after many steps.
+            let coarser = h * (longest / LONGEST).max(2) as f64;
+            if coarser > 0.5 * least && live().map(|s| s.count).sum::<u64>() > 1 {
+                return Err(Error::privacy(format!(
+                    "{} steps whose losses deviate by {least:.1e} need a grid of {longest} points, and the accountant takes up to \
+                     {LONGEST}: take fewer steps (fewer than about {:.0e} of this kind), or a larger noise multiplier",
+                    self.steps(),
+                    self.steps() as f64 * (LONGEST as f64 / longest as f64 * 0.5 * least / h).powi(2)
+                )));
+            }
+            h = coarser;
+        }
+    }
     /// The composed loss distributions, one per direction of the comparison.
-    fn composed(&self) -> Result<Vec<Composed>> {
+    fn composed(&self, aim: Aim) -> Result<Vec<Composed>> {
         if !(self.interval >= 1e-6 && self.interval <= 0.1) {
             return Err(Error::invalid("Accountant", format!("a grid spacing of {}; use 1e-6 to 0.1", self.interval)));
         }
@@ -187,17 +281,64 @@ impl Accountant {
         if live.is_empty() {
             return Ok(Vec::new());
         }
-        let steps: Vec<Vec<Pld>> =
-            live.iter().map(|s| one_step(s.sigma, s.rate, self.interval, self.neighbouring)).collect();
-        let directions = steps[0].len();
-        Ok((0..directions)
-            .map(|d| {
-                let parts: Vec<(&Pld, u64)> = steps.iter().zip(&live).map(|(p, s)| (&p[d], s.count)).collect();
-                let window = Window::new(&parts, self.interval);
-                window.compose(parts.iter().map(|&(p, n)| (p, Cow::Owned(window.transform(p)), n)))
-            })
-            .collect())
+        let (h, steps, reaches) = self.steps_of(aim)?;
+        let composed = reaches.into_iter().enumerate().map(|(d, at)| {
+            let window = Window::new(h, at);
+            let parts = steps.iter().zip(&live).map(|(p, s)| (&p[d], Cow::Owned(window.transform(&p[d])), s.count));
+            window.compose(parts)
+        });
+        Ok(composed.collect())
     }
+}
+
+/// How far apart two neighbours' sums are, in sensitivities.
+fn shift(neighbouring: Neighbouring) -> f64 {
+    if neighbouring == Neighbouring::ReplaceOne { 2.0 } else { 1.0 }
+}
+
+/// What noise that is moved by `d` standard deviations puts where unmoved noise does not reach.
+fn uncovered(d: f64) -> f64 {
+    q_tail(REACH - d) - q_tail(REACH)
+}
+
+/// N(0, 1) against N(μ, 1), and a mass of infinite loss.
+struct Unsampled {
+    mu: f64,
+    beyond: f64,
+}
+
+impl Unsampled {
+    /// δ(ε) = Q(ε/μ − μ/2) − e^ε·Q(ε/μ + μ/2), with φ(ε/μ − μ/2) = e^ε·φ(ε/μ + μ/2) taken out so that nothing overflows.
+    fn delta(&self, epsilon: f64) -> f64 {
+        let (x, y) = (epsilon / self.mu - self.mu / 2.0, epsilon / self.mu + self.mu / 2.0);
+        let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+        let delta = if x < 5.0 { q_tail(x) - density * mills(y) } else { density * (mills(x) - mills(y)) };
+        (delta.max(0.0) * (1.0 + 1e-9) + self.beyond).min(1.0)
+    }
+    /// The smallest ε with δ(ε) ≤ δ, from above.
+    fn epsilon(&self, delta: f64) -> Result<f64> {
+        if self.delta(0.0) <= delta {
+            return Ok(0.0);
+        }
+        if self.beyond >= delta {
+            return Ok(f64::INFINITY);
+        }
+        let (mut low, mut high) = (0.0, self.mu * self.mu / 2.0 + 40.0 * self.mu);
+        while high - low > 1e-9 * high {
+            let mid = 0.5 * (low + high);
+            if self.delta(mid) <= delta { high = mid } else { low = mid }
+        }
+        Ok(high)
+    }
+}
+
+/// Q(x)/φ(x), the ratio of the tail of the standard normal to its density.
+fn mills(x: f64) -> f64 {
+    if x < 5.0 {
+        return q_tail(x) * (0.5 * x * x).exp() * (2.0 * std::f64::consts::PI).sqrt();
+    }
+    // Laplace's continued fraction 1/(x + 1/(x + 2/(x + 3/…))), which has converged to the last digit at this depth.
+    1.0 / (x + (1..80).rev().fold(0.0, |rest, k| k as f64 / (x + rest)))
 }
 
 /// A discrete privacy-loss distribution: mass[i] at (first + i)·h, the rest at infinity.
@@ -215,8 +356,10 @@ fn q_tail(x: f64) -> f64 {
 /// One step's distributions: for add/remove, mixture against Gaussian and the reverse; for replace-one, mixture around
 /// +1 against mixture around −1 (symmetric).
 fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pld> {
-    // The largest loss that matters: beyond it lies less than the tail mass.
-    let reach = 9.5 * sigma;
+    // The largest loss that matters: noise does not reach further.
+    let reach = (REACH + 0.01) * sigma;
+    // What a record moves past the end of the noise of its neighbour has infinite loss.
+    let beyond = rate * uncovered(shift(neighbouring) / sigma);
     match neighbouring {
         Neighbouring::AddRemove | Neighbouring::ZeroOut => {
             let loss = |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * sigma * sigma));
@@ -239,7 +382,7 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
                 let (p, m) = (q_tail(-x / sigma), q_tail((1.0 - x) / sigma));
                 (p - e.exp() * ((1.0 - rate) * p + rate * m)).max(0.0)
             };
-            vec![discretise(remove, low, high, h), discretise(add, -high, -low, h)]
+            vec![discretise(remove, (low, high), h, beyond), discretise(add, (-high, -low), h, beyond)]
         }
         Neighbouring::ReplaceOne => {
             // P = (1−q)N(0) + qN(1), Q = (1−q)N(0) + qN(−1): the loss rises with x, and P(−x) = Q(x).
@@ -259,7 +402,7 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
                 let m = (1.0 - rate) * q_tail(x / sigma) + rate * q_tail((x + 1.0) / sigma);
                 (p - e.exp() * m).max(0.0)
             };
-            vec![discretise(divergence, -high, high, h)]
+            vec![discretise(divergence, (-high, high), h, beyond)]
         }
     }
 }
@@ -275,9 +418,9 @@ fn log_mix(q: f64, y: f64) -> f64 {
 }
 
 /// The grid distribution whose hockey-stick divergence is `d` at every grid point: the mass strictly above k is
-/// (D_k − e⁻ʰ·D_{k+1})/(1 − e⁻ʰ); what is left of D at the top is infinite loss, what is left of the mass goes to the
-/// lowest point.
-fn discretise(d: impl Fn(f64) -> f64, low: f64, high: f64, h: f64) -> Pld {
+/// (D_k − e⁻ʰ·D_{k+1})/(1 − e⁻ʰ); what is left of D at the top is infinite loss, with `beyond` besides; what is left of the mass
+/// goes to the lowest point.
+fn discretise(d: impl Fn(f64) -> f64, (low, high): (f64, f64), h: f64, beyond: f64) -> Pld {
     let (first, last) = ((low / h).floor() as i64, (high / h).ceil() as i64);
     let n = (last - first + 1) as usize;
     let div: Vec<f64> = (0..n).map(|i| d((first + i as i64) as f64 * h)).collect();
@@ -295,7 +438,7 @@ fn discretise(d: impl Fn(f64) -> f64, low: f64, high: f64, h: f64) -> Pld {
     for i in 1..n {
         mass[i] = above[i - 1] - above[i];
     }
-    Pld { first, mass, infinite }
+    Pld { first, mass, infinite: infinite + beyond }
 }
 
 impl Pld {
@@ -318,40 +461,70 @@ impl Pld {
     }
 }
 
+/// Where the composed losses lie.
+struct Reach {
+    first: i64,
+    size: usize,
+    /// Of the tilt.
+    lambda: f64,
+    tail: f64,
+}
+
+impl Reach {
+    /// A window outside of which the composition has at most the tail mass on each side.
+    fn of(parts: &[(&Pld, u64)], h: f64, aim: Aim) -> Reach {
+        let tail = aim.tail();
+        let log_mgf = |lambda: f64| parts.iter().map(|(p, n)| *n as f64 * p.log_mgf(lambda, h)).sum::<f64>();
+        let (mut high, mut low) = (f64::INFINITY, f64::NEG_INFINITY);
+        let (mut lambda, mut best) = (1e-3, (f64::INFINITY, 0.0));
+        while lambda < 3000.0 {
+            let m = log_mgf(lambda);
+            high = high.min((m - tail.ln()) / lambda);
+            low = low.max(-(log_mgf(-lambda) - tail.ln()) / lambda);
+            let bound = match aim {
+                Aim::Delta(delta) => (m - delta.ln()) / lambda,
+                Aim::Epsilon(epsilon) => m - lambda * epsilon,
+            };
+            if bound < best.0 {
+                best = (bound, lambda);
+            }
+            lambda *= 1.6;
+        }
+        let min: i64 = parts.iter().map(|(p, n)| p.first.saturating_mul(*n as i64)).fold(0, i64::saturating_add);
+        let max = parts.iter().map(|(p, n)| (p.first + p.mass.len() as i64).saturating_mul(*n as i64));
+        let max = max.fold(0, i64::saturating_add);
+        let first = ((low / h).floor() as i64 - 1).max(min);
+        let last = ((high / h).ceil() as i64 + 1).min(max);
+        // One step has to fit as well.
+        let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
+        let size = (last.saturating_sub(first).saturating_add(1).max(1) as usize).max(span).next_power_of_two();
+        // Half of the best λ leaves the tilted losses inside the window; where δ is large beside what rounding leaves, none is needed.
+        let lambda = if matches!(aim, Aim::Delta(delta) if delta < 1e-10) { 0.5 * best.1 } else { 0.0 };
+        Reach { first, size, lambda, tail }
+    }
+}
+
 /// The window of composed losses, and the transform on it.
 struct Window {
     h: f64,
-    first: i64,
-    size: usize,
+    at: Reach,
     forward: Arc<dyn RealToComplex<f64>>,
     inverse: Arc<dyn ComplexToReal<f64>>,
 }
 
 impl Window {
-    /// A window outside of which the composition has at most the tail mass on each side.
-    fn new(parts: &[(&Pld, u64)], h: f64) -> Window {
-        let log_mgf = |lambda: f64| parts.iter().map(|(p, n)| *n as f64 * p.log_mgf(lambda, h)).sum::<f64>();
-        let (mut high, mut low) = (f64::INFINITY, f64::NEG_INFINITY);
-        let mut lambda = 0.05;
-        while lambda < 3000.0 {
-            high = high.min((log_mgf(lambda) - TAIL.ln()) / lambda);
-            low = low.max(-(log_mgf(-lambda) - TAIL.ln()) / lambda);
-            lambda *= 1.6;
-        }
-        let min: i64 = parts.iter().map(|(p, n)| p.first * *n as i64).sum();
-        let max: i64 = parts.iter().map(|(p, n)| (p.first + p.mass.len() as i64) * *n as i64).sum();
-        let first = ((low / h).floor() as i64 - 1).max(min);
-        let last = ((high / h).ceil() as i64 + 1).min(max);
-        // One step has to fit as well.
-        let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
-        let size = ((last - first + 1).max(1) as usize).max(span).next_power_of_two();
+    fn new(h: f64, at: Reach) -> Window {
         let mut planner = RealFftPlanner::new();
-        Window { h, first, size, forward: planner.plan_fft_forward(size), inverse: planner.plan_fft_inverse(size) }
+        let (forward, inverse) = (planner.plan_fft_forward(at.size), planner.plan_fft_inverse(at.size));
+        Window { h, at, forward, inverse }
     }
+    /// Of p·e^{λ·loss}, made to add up to 1.
     fn transform(&self, p: &Pld) -> Vec<Complex64> {
-        let mut x = vec![0.0; self.size];
+        let (mut x, size) = (vec![0.0; self.at.size], self.at.size as i64);
+        let (lambda, log) = (self.at.lambda, p.log_mgf(self.at.lambda, self.h));
         for (i, &m) in p.mass.iter().enumerate() {
-            x[(p.first + i as i64).rem_euclid(self.size as i64) as usize] += m;
+            let loss = (p.first + i as i64) as f64 * self.h;
+            x[(p.first + i as i64).rem_euclid(size) as usize] += m * (lambda * loss - log).exp();
         }
         let mut spectrum = self.forward.make_output_vec();
         self.forward.process(&mut x, &mut spectrum).expect("both buffers have the plan's lengths");
@@ -360,9 +533,10 @@ impl Window {
     /// Π spectrumᵢ^nᵢ, back in losses.
     fn compose<'a>(&self, terms: impl IntoIterator<Item = (&'a Pld, Cow<'a, [Complex64]>, u64)>) -> Composed {
         let mut product: Vec<Complex64> = Vec::new();
-        let mut finite = 0.0;
+        let (mut finite, mut log) = (0.0, 0.0);
         for (p, spectrum, n) in terms {
             finite += n as f64 * (-p.infinite).ln_1p();
+            log += n as f64 * p.log_mgf(self.at.lambda, self.h);
             if product.is_empty() {
                 product = spectrum.into_owned();
                 product.iter_mut().for_each(|x| *x = power(*x, n));
@@ -371,16 +545,21 @@ impl Window {
             }
         }
         // The sum and the alternating sum of real masses are real; powers of theirs are up to the sign of a zero.
-        for end in [0, self.size / 2] {
+        let (size, first) = (self.at.size, self.at.first);
+        for end in [0, size / 2] {
             product[end].im = 0.0;
         }
         let mut x = self.inverse.make_output_vec();
         self.inverse.process(&mut product, &mut x).expect("both buffers have the plan's lengths");
         drop(product);
-        let scale = 1.0 / self.size as f64;
-        x.rotate_left(self.first.rem_euclid(self.size as i64) as usize);
-        x.iter_mut().for_each(|x| *x = (*x * scale).max(0.0));
-        Composed { h: self.h, first: self.first, mass: x, infinite: -finite.exp_m1() + 2.0 * TAIL }
+        let scale = 1.0 / size as f64;
+        x.rotate_left(first.rem_euclid(size as i64) as usize);
+        // Tilted back. Far below the losses that matter this is rounding blown up; no mass is more than 1.
+        x.iter_mut().enumerate().for_each(|(i, x)| {
+            let loss = (first + i as i64) as f64 * self.h;
+            *x = ((*x * scale).max(0.0) * (log - self.at.lambda * loss).exp()).min(1.0)
+        });
+        Composed { h: self.h, first, mass: x, infinite: -finite.exp_m1() + 2.0 * self.at.tail }
     }
 }
 

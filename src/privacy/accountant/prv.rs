@@ -4,7 +4,7 @@
 //! steps are then independent, of mean zero and at most h/2 each, so that by Hoeffding their sum exceeds
 //! h·√(n·ln(2/η)/2) with probability at most η.
 
-use super::{Accountant, Neighbouring, Pld, Window, log_mix, q_tail};
+use super::{Accountant, Aim, Neighbouring, Pld, Reach, Window, log_mix, q_tail};
 use crate::base::{Error, Result};
 use std::borrow::Cow;
 
@@ -49,7 +49,7 @@ impl Accountant {
         for side in 0..sides[0].len() {
             let parts: Vec<(&Pld, u64)> = sides.iter().zip(&live).map(|(p, s)| (&p[side].0, s.count)).collect();
             let shift: f64 = sides.iter().zip(&live).map(|(p, s)| p[side].1 * s.count as f64).sum();
-            let window = Window::new(&parts, h);
+            let window = Window::new(h, Reach::of(&parts, h, Aim::Delta(delta)));
             let composed = window.compose(parts.iter().map(|&(p, n)| (p, Cow::Owned(window.transform(p)), n)));
             let at = |delta: f64| {
                 let (mut a, mut b) = (0.0, 1.0);
