@@ -285,7 +285,7 @@ impl Mixtral {
             return Err(Error::shape("Mixtral", message));
         }
         let span = c.sliding_window.map_or(Span::Causal, Span::Window);
-        let mut x = ctx.activations(&self.embed.forward(&Tensor::new(ids.clone()), ctx)?)?;
+        let mut x = ctx.activations(&self.embed.forward(Tensor::new(ids.clone()), ctx)?)?;
         let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let h = block.input_norm.forward(&x, ctx)?;

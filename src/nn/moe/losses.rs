@@ -105,7 +105,7 @@ impl Losses<'_> {
             None => Array::from_slice(&self.samples.owner_ids(), &[self.samples.rows()])?.to(&device)?,
         };
         let owner = owner.reshape(&[self.samples.rows(), 1])?.expand(x.shape())?.contiguous();
-        let sums = x.scatter_sum(0, &Tensor::new(owner), b)?;
+        let sums = x.scatter_sum(0, Tensor::new(owner), b)?;
         let choices = Tensor::new(self.routing.load(self.samples)?.cast(x.dtype())).sum(&[1], true)?;
         let tokens = choices.mul_scalar(1.0 / self.routing.top_k() as f64)?.clamp(1.0, f64::INFINITY)?;
         sums.div(&tokens)

@@ -49,7 +49,7 @@ impl Placement {
         let expert: Vec<u32> = expert.collect();
         let from: Vec<usize> =
             (0..self.of.len()).map(|r| theirs[r * own..(r + 1) * own].iter().map(|&n| n as usize).sum()).collect();
-        let rows = flat.index_select(0, &Tensor::new(routing.tokens_of_rows().clone()))?;
+        let rows = flat.index_select(0, Tensor::new(routing.tokens_of_rows().clone()))?;
         let here = self.exchange(&rows, &to, &from)?;
         // A rank without experts runs none of them all the same, so that it takes part in the backward pass.
         let local = Routing::new(Array::from_slice(&expert, &[expert.len(), 1])?, own)?;
