@@ -513,7 +513,8 @@ fn run() -> Result<()> {
     let epsilon = args.get("epsilon", "a positive number, such as 8", |e: &f64| e.is_finite() && *e > 0.0);
     // Tried by every arm in shorter runs, and chosen by validation.
     let rate = args.get("rate", "0 or a positive number, such as 0.001", |r: &f64| r.is_finite() && *r >= 0.0);
-    let rates: &[f64] = if rate > 0.0 { &[rate] } else { &[1e-3, 3e-3] };
+    let rates = if rate > 0.0 { vec![rate] } else { vec![1e-3, 3e-3] };
+    let rates = rates.as_slice();
     // Of the third experiment: steps, and the expected batch.
     let (steps, batch) = match (full, args.has("quick")) {
         (true, _) => (120, 512.0),
