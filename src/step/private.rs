@@ -256,6 +256,20 @@ impl PrivateStep {
         }
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
+        // All of it once outside of the capture, so that the pool has blocks of these sizes. Nothing is released: the sum is erased.
+        // The numbers that the capture reads from memory take the places of a few small arrays that are held meanwhile.
+        let held: Vec<Array> = (0..8).map(|_| Array::zeros(&[1], (DType::I64, &device))).collect();
+        let secret = privacy.mask_secret(self.core.steps);
+        let once = |_| {
+            let losses = masks::secret(secret, &mut forward)?;
+            expect_losses(&losses, capacity, 0)?;
+            Ok(Microbatch { losses: losses.mul(&masked.cast(losses.dtype())?)?, public: None })
+        };
+        let taken = self.core.accumulate(privacy.clipping(), [()], once, None);
+        let taken = taken.and_then(|_| privacy.add_noise_on_gpu(self.core.steps, None, &self.core.grads));
+        zero(&mut self.core.grads)?;
+        taken?;
+        drop(held);
         let capture = Capture::new(&mut self.core, |core, scalars| {
             let secret = privacy.mask_secret(core.steps);
             let losses = |_| {
