@@ -20,13 +20,14 @@ use common::tokens::tokens;
 use common::values::values;
 use prismgrad::device::emulator::{config, lock, stat};
 use prismgrad::models::Gpt;
-use prismgrad::nn::Ctx;
+use prismgrad::nn::{Balance, Ctx, Moe, MoeConfig, Params};
 use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Optimizer, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle};
 use prismgrad::profile::{self, Kind};
+use prismgrad::random::NoiseKey;
 use prismgrad::step::{
-    CapturedPrivateStep, CapturedStep, PlainStep, PrivateReport, PrivateStep, TrainStep, clipped_gradient,
+    CapturedPrivateStep, CapturedStep, PlainStep, Privacy, PrivateReport, PrivateStep, TrainStep, clipped_gradient,
 };
 use prismgrad::{Array, DType, Device, Param, Result, Samples, Tensor};
 
@@ -504,4 +505,34 @@ fn a_profile_has_the_kernels_of_every_op() {
     // Off again: nothing is recorded any more.
     drop(step.run(3, 3, |_| model.losses(&x, &y, &Ctx::eval())));
     assert!(!profile::is_on());
+}
+
+/// With a secret key, noise on a GPU follows from a digest of the sum: the same sum has the same bits, another has other noise. The
+/// model has experts with the balance loss of each sample.
+#[test]
+fn noise_of_a_secret_key_follows_from_the_sum() {
+    let _one = lock();
+    let device = gpu();
+    let released = |slope: f64| -> Vec<f64> {
+        let params = Params::new(0, DType::F32);
+        let config = MoeConfig { balance: Balance::PerSample(0.01), ..MoeConfig::new(4, 2, 8) };
+        let moe = Moe::new(&params.at("moe"), 8, &config).unwrap();
+        params.to(&device).unwrap();
+        let privacy = Privacy::new(whole(4).noise_multiplier(1.0), NoiseKey::from_bytes([7; 32])).unwrap();
+        let mut step = PrivateStep::new(&params.all(), privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
+        step.run(4, |records| {
+            let x = |i: usize| slope * ((records[i / 24] * 24 + i % 24) as f64 * 0.7).sin();
+            let x = Array::generate(&[records.len(), 3, 8], DType::F32, x).to(&device)?;
+            let out = moe.forward(&Tensor::new(x), &Ctx::eval())?;
+            out.output.square()?.sum(&[1, 2], false)?.add(&out.losses)
+        })
+        .unwrap();
+        step.last_gradient().to_f64()
+    };
+    let (one, other) = (released(1.0), released(1.0 + 1e-3));
+    assert_eq!(one, released(1.0));
+    let n = one.len() as f64;
+    let apart = one.iter().zip(&other).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / n;
+    let size = one.iter().map(|a| a * a).sum::<f64>() / n;
+    assert!(apart > size, "the difference of two releases has a variance of {apart:.2e}, one release {size:.2e}");
 }
