@@ -536,3 +536,19 @@ fn noise_of_a_secret_key_follows_from_the_sum() {
     let size = one.iter().map(|a| a * a).sum::<f64>() / n;
     assert!(apart > size, "the difference of two releases has a variance of {apart:.2e}, one release {size:.2e}");
 }
+
+/// Experts with a capacity drop the same tokens on a GPU as on the CPU.
+#[test]
+fn a_capacity_drops_the_same_tokens() {
+    let _one = lock();
+    let device = gpu();
+    let outputs = |device: &Device| {
+        let params = Params::new(0, DType::F64);
+        let config = MoeConfig { capacity: Some(0.5), ..MoeConfig::new(3, 2, 8) };
+        let moe = Moe::new(&params.at("moe"), 8, &config).unwrap();
+        params.to(device).unwrap();
+        let x = Array::generate(&[4, 5, 8], DType::F64, |i| (i as f64 * 0.7).sin()).to(device).unwrap();
+        moe.forward(&Tensor::new(x), &Ctx::eval()).unwrap().output.array().to_f64()
+    };
+    close("outputs", &outputs(&device), &outputs(&Device::Cpu), 1e-12);
+}
