@@ -57,7 +57,10 @@ impl<'a> Kind<'a> for Outer<'a> {
         let r = self.samples.range(i);
         let left = cpu::rows(self.left.as_slice::<T>()?, width(self.left), &r);
         let right = cpu::rows(self.right.as_slice::<T>()?, width(self.right), &r);
-        Ok(Norm { sq: norms::sq_norm(left, right, r.len()), reach: norms::reach(left, right, r.len()), rows: r.len() })
+        let sq = norms::sq_norm(left, right, r.len());
+        // A single term is its own sum.
+        let reach = if r.len() == 1 { sq.value.sqrt() } else { norms::reach(left, right, r.len()) };
+        Ok(Norm { sq, reach, rows: r.len() })
     }
     fn widths(&self) -> usize {
         width(self.left) + width(self.right)
