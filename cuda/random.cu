@@ -263,10 +263,12 @@ KERNEL chacha_digest(const u32* words, i64 n, const u32* key, u32* out) {
     SHARED(u64, parts, [2][8]);
     i64 from = (i64)blockIdx.x * 2048, count = n - from < 2048 ? n - from : 2048;
     u64 sum[2] = {0, 0};
-    for (i64 i = 2 * threadIdx.x; i < count; i += 512) {
-        u32 a = words[from + i], b = i + 1 < count ? words[from + i + 1] : 0;
-        sum[0] += (u64)(a + key[i]) * (b + key[i + 1]);
-        sum[1] += (u64)(a + key[i + 2]) * (b + key[i + 3]);
+    // Word i of the first half of a block of 32 with word i of the second half; missing words are zeros.
+    for (i64 pair = threadIdx.x; pair < (count + 31) / 32 * 16; pair += 256) {
+        i64 i = pair / 16 * 32 + pair % 16;
+        u32 a = i < count ? words[from + i] : 0, b = i + 16 < count ? words[from + i + 16] : 0;
+        sum[0] += (u64)(a + key[i]) * (b + key[i + 16]);
+        sum[1] += (u64)(a + key[i + 32]) * (b + key[i + 48]);
     }
 #pragma unroll
     for (int t = 0; t < 2; t++) {

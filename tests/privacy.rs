@@ -125,6 +125,27 @@ device_tests! {
         }
     }
 
+    /// A sum that is exact on every device has the same noise on every device: the digest and the key that follows from it are the
+    /// same. Its length is no multiple of a chunk of the digest, and it takes two levels.
+    fn an_exact_sum_has_the_same_release_everywhere(device) {
+        for n in [7, 2048, 5001] {
+            let released = |device: &Device| {
+                let w = Param::new("w", Array::zeros(&[n], DType::F32).to(device).unwrap());
+                let c = config(40).expected_batch(40.0).clip(ClipFn::Global).max_grad_norm(1e4);
+                let privacy = Privacy::new(c, NoiseKey::from_bytes([5; 32])).unwrap();
+                let params = std::slice::from_ref(&w);
+                let mut step = PrivateStep::new(params, privacy, Sgd::default(), Schedule::constant(0.1)).unwrap();
+                step.run(40, |ids| {
+                    let rows = Array::generate(&[ids.len(), n], DType::F32, |i| ((ids[i / n] + i % n) % 5) as f64);
+                    w.per_sample(ids.len())?.mul(&Tensor::new(rows.to(device)?))?.sum(&[1], false)
+                })
+                .unwrap();
+                step.last_gradient().to_f64()
+            };
+            assert_eq!(released(device), released(&Device::Cpu), "{n}");
+        }
+    }
+
     /// g = α·(clipped sum + noise)/B₁ + (1 − α)·mean of the public gradients, however it is cut into microbatches.
     fn coupled_steps_are_the_weighted_mean(device) {
         let public = [7usize, 8, 9];

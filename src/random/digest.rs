@@ -1,8 +1,8 @@
 //! A digest of a clipped sum under a secret key, from which the noise that is added to it is derived.
 //!
-//! Words are hashed in chunks of [`CHUNK`] by NH (Black et al. 1999, UMAC): Σ (w₂ᵢ + k₂ᵢ)·(w₂ᵢ₊₁ + k₂ᵢ₊₁) with the inner sums
-//! mod 2³² and the outer one mod 2⁶⁴, twice, the second time with the key moved on by two words. The four words of every chunk
-//! are hashed in the same way with further words of the key, until one chunk is left. Two different sums of the same length
+//! Words are hashed in chunks of [`CHUNK`] by NH (Black et al. 1999, UMAC): Σ (wᵢ + kᵢ)·(wⱼ + kⱼ) over pairs of words, with the inner
+//! sums mod 2³² and the outer one mod 2⁶⁴, twice, the second time with the key moved on by a block. A block is 32 words, and pairs the
+//! word i of its first half with the word i of its second half, so that both are read in order. The four words of every chunk are hashed in the same way with further words of the key, until one chunk is left. Two different sums of the same length
 //! have equal digests with probability at most levels·2⁻⁶⁴ over the key. Integer sums do not depend on an order: the digest has the same
 //! bits on every device. One pass over the data; it is never released.
 
@@ -13,8 +13,10 @@ use crate::device::cpu::simd::simd;
 
 /// Words hashed together.
 pub(crate) const CHUNK: usize = 2048;
+/// Words of a block.
+const BLOCK: usize = 32;
 /// Words of the key for one level.
-pub(crate) const KEY: usize = CHUNK + 2;
+pub(crate) const KEY: usize = CHUNK + BLOCK;
 /// Levels: enough for 2⁶⁴ words.
 pub(crate) const LEVELS: usize = 8;
 
@@ -23,31 +25,33 @@ pub(crate) fn key(key: &NoiseKey) -> Vec<u32> {
     key.digest_words(KEY * LEVELS)
 }
 
-/// NH of at most [`CHUNK`] words, twice.
+/// NH of at most [`CHUNK`] words, twice; words that are missing from the last block are zeros.
 fn chunk(words: &[u32], key: &[u32]) -> [u64; 2] {
-    let mut sums = [0u64; 2];
-    for (t, sum) in sums.iter_mut().enumerate() {
-        let key = &key[2 * t..];
-        let product = |a: u32, b: u32, k: &[u32]| a.wrapping_add(k[0]) as u64 * b.wrapping_add(k[1]) as u64;
-        *sum = simd(
-            #[inline(always)]
-            || {
-                let mut lanes = [0u64; 16];
-                let whole = words.chunks_exact(32);
-                let (rest, at) = (whole.remainder(), words.len() / 32 * 32);
-                for (w, k) in whole.zip(key.chunks_exact(32)) {
-                    for l in 0..16 {
-                        lanes[l] = lanes[l].wrapping_add(product(w[2 * l], w[2 * l + 1], &k[2 * l..2 * l + 2]));
-                    }
+    const HALF: usize = BLOCK / 2;
+    simd(
+        #[inline(always)]
+        || {
+            let (mut one, mut two) = ([0u64; HALF], [0u64; HALF]);
+            let mut add = |w: &[u32; BLOCK], k: &[u32]| {
+                for l in 0..HALF {
+                    let product =
+                        |at: usize| w[l].wrapping_add(k[at]) as u64 * w[l + HALF].wrapping_add(k[at + HALF]) as u64;
+                    one[l] = one[l].wrapping_add(product(l));
+                    two[l] = two[l].wrapping_add(product(l + BLOCK));
                 }
-                for (w, k) in rest.chunks(2).zip(key[at..].chunks_exact(2)) {
-                    lanes[0] = lanes[0].wrapping_add(product(w[0], w.get(1).copied().unwrap_or(0), k));
-                }
-                lanes.iter().fold(0, |a: u64, &b| a.wrapping_add(b))
-            },
-        );
-    }
-    sums
+            };
+            let (whole, rest) = words.as_chunks::<BLOCK>();
+            for (w, k) in whole.iter().zip(key.windows(2 * BLOCK).step_by(BLOCK)) {
+                add(w, k);
+            }
+            if !rest.is_empty() {
+                let mut last = [0u32; BLOCK];
+                last[..rest.len()].copy_from_slice(rest);
+                add(&last, &key[whole.len() * BLOCK..][..2 * BLOCK]);
+            }
+            [one, two].map(|lanes| lanes.iter().fold(0, |a: u64, &b| a.wrapping_add(b)))
+        },
+    )
 }
 
 /// The digest of `words` under [`key`]'s words.
@@ -86,12 +90,11 @@ mod tests {
         loop {
             let mut next = Vec::new();
             for c in level.chunks(CHUNK) {
-                for t in [0, 2] {
+                for t in [0, 32] {
                     let mut sum = 0u64;
-                    for i in (0..c.len()).step_by(2) {
-                        let second = c.get(i + 1).copied().unwrap_or(0);
-                        let (a, b) = (c[i].wrapping_add(key[at + t + i]), second.wrapping_add(key[at + t + i + 1]));
-                        sum = sum.wrapping_add(a as u64 * b as u64);
+                    for i in (0..c.len().next_multiple_of(32)).filter(|i| i % 32 < 16) {
+                        let word = |i: usize| c.get(i).copied().unwrap_or(0).wrapping_add(key[at + t + i]) as u64;
+                        sum = sum.wrapping_add(word(i) * word(i + 16));
                     }
                     next.extend([sum as u32, (sum >> 32) as u32]);
                 }
