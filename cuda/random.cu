@@ -222,8 +222,7 @@ DEV void gaussian_body(T* y, i64 n, const u32* words, u64 step, u64 first, doubl
             u64 e = at + (2 * pair + k) * 16;
             if (e < first || e >= end) continue;
             D sum = D((double)y[e - first]) + std * z[k];
-            D rounded = (sum + magic) - magic;
-            y[e - first] = (T)(fabs(sum.v) < magic * (1.0 / 3.0) ? rounded.v : sum.v);
+            y[e - first] = (T)((sum + magic) - magic).v;
         }
     }
 }

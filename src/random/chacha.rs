@@ -258,12 +258,11 @@ impl Grid {
     pub fn step(self) -> f64 {
         self.magic / 1.5 / 2f64.powi(52)
     }
-    /// The nearest multiple; ties go to the even one. Values from 2⁵¹ steps on, which f64 spaces by half a step or more, come
-    /// back as they are; so do infinities and NaN.
+    /// The nearest multiple; ties go to the even one. From 2⁵¹ steps on, where f64 has no finer numbers than half a step, the
+    /// result is a neighbour of `x`; infinities and NaN stay.
     #[inline(always)]
     pub fn round(self, x: f64) -> f64 {
-        let rounded = (x + self.magic) - self.magic;
-        if x.abs() < self.magic * (1.0 / 3.0) { rounded } else { x }
+        (x + self.magic) - self.magic
     }
 }
 
@@ -272,56 +271,59 @@ impl Grid {
 pub fn add_gaussian<T: Float>(key: &NoiseKey, step: u64, first: u64, std: f64, out: &mut [T]) {
     let (words, grid) = (key.words(), Grid::of(std));
     // Aligned groups of LANES blocks, 16 normals each; the pieces at both ends use part of a group.
-    const GROUP: u64 = (LANES * 16) as u64;
+    const GROUP: usize = LANES * 16;
     let end = first + out.len() as u64;
-    let (g0, g1) = (first / GROUP, end.div_ceil(GROUP));
+    let (g0, g1) = (first / GROUP as u64, end.div_ceil(GROUP as u64));
     let dst = Shared::new(out);
     par_chunks((g1 - g0) as usize, 64, |r| {
         for g in r {
-            let start = (g0 + g as u64) * GROUP;
-            let counter = std::array::from_fn(|l| start / 16 + l as u64);
-            let mut z = [0f64; GROUP as usize];
+            let start = (g0 + g as u64) * GROUP as u64;
+            let (lo, hi) = (start.max(first), (start + GROUP as u64).min(end));
+            // SAFETY: groups are disjoint.
+            let o = unsafe { dst.slice((lo - first) as usize..(hi - first) as usize) };
+            let counter: [u64; LANES] = std::array::from_fn(|l| start / 16 + l as u64);
             let mut x = [[0u32; LANES]; 16];
-            simd(
+            // Within a group elements lie word by word, lane by lane: a fixed order like any other, and no shuffles.
+            let done = simd(
                 #[inline(always)]
                 || {
                     blocks::<LANES>(&words, counter, NOISE, step, &mut x);
-                    for pair in 0..8 {
+                    let rare = (0..8).fold(false, |any, p| x[2 * p].iter().fold(any, |any, &a| any | (a < RARE)));
+                    if rare || o.len() < GROUP {
+                        return false;
+                    }
+                    for (pair, o) in o.chunks_exact_mut(2 * LANES).enumerate() {
+                        let (first, second) = o.split_at_mut(LANES);
                         for l in 0..LANES {
                             let r = radius(x[2 * pair][l]) as f64;
                             let (s, c) = sin_cos_turn(x[2 * pair + 1][l]);
-                            // Element 16·block + word. Products of two f32 numbers are exact in f64.
-                            z[2 * pair * LANES + l] = r * c as f64;
-                            z[(2 * pair + 1) * LANES + l] = r * s as f64;
+                            first[l] = T::from_f64(grid.round(first[l].to_f64() + std * (r * c as f64)));
+                            second[l] = T::from_f64(grid.round(second[l].to_f64() + std * (r * s as f64)));
                         }
                     }
+                    true
                 },
             );
-            let rare = simd(
-                #[inline(always)]
-                || (0..8).fold(false, |any, pair| x[2 * pair].iter().fold(any, |any, &a| any | (a < RARE))),
-            );
-            if rare {
-                let mut more = [[0u32; LANES]; 16];
-                blocks::<LANES>(&words, counter, TAIL, step, &mut more);
-                for pair in 0..8 {
-                    for l in (0..LANES).filter(|&l| x[2 * pair][l] < RARE) {
-                        let r = rare_radius(x[2 * pair][l], more[2 * pair][l]) as f64;
-                        let (s, c) = sin_cos_turn(x[2 * pair + 1][l]);
-                        z[2 * pair * LANES + l] = r * c as f64;
-                        z[(2 * pair + 1) * LANES + l] = r * s as f64;
+            if done {
+                continue;
+            }
+            // A part of a group, or one with a radius that takes a second word: the same, element by element.
+            let mut more = [[0u32; LANES]; 16];
+            blocks::<LANES>(&words, counter, TAIL, step, &mut more);
+            for (pair, l) in (0..8).flat_map(|pair| (0..LANES).map(move |l| (pair, l))) {
+                let r = match x[2 * pair][l] {
+                    a if a < RARE => rare_radius(a, more[2 * pair][l]),
+                    a => radius(a),
+                } as f64;
+                let (s, c) = sin_cos_turn(x[2 * pair + 1][l]);
+                for (word, z) in [(2 * pair, r * c as f64), (2 * pair + 1, r * s as f64)] {
+                    let at = start + (word * LANES + l) as u64;
+                    if (lo..hi).contains(&at) {
+                        let o = &mut o[(at - lo) as usize];
+                        *o = T::from_f64(grid.round(o.to_f64() + std * z));
                     }
                 }
             }
-            let (lo, hi) = (start.max(first), (start + GROUP).min(end));
-            // SAFETY: groups are disjoint.
-            let o = unsafe { dst.slice((lo - first) as usize..(hi - first) as usize) };
-            // Within a group elements lie word by word, lane by lane: a fixed order like any other, and no shuffles.
-            let z = &z[(lo - start) as usize..(hi - start) as usize];
-            simd(
-                #[inline(always)]
-                || o.iter_mut().zip(z).for_each(|(o, &z)| *o = T::from_f64(grid.round(o.to_f64() + std * z))),
-            );
         }
     });
 }
