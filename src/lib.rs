@@ -19,6 +19,7 @@ pub mod privacy;
 pub mod profile;
 pub mod random;
 pub mod step;
+pub mod systems;
 pub mod train;
 
 pub use array::Array;
