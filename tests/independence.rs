@@ -5,9 +5,13 @@ mod common {
     pub mod records;
 }
 
+use prismgrad::autograd::{Mixing, Owner};
+use prismgrad::check::Gen;
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
 use prismgrad::prelude::*;
 use prismgrad::random::Rng;
+use prismgrad::{GradHook, ParamGrad};
+use std::collections::{BTreeMap, BTreeSet};
 
 const RECORDS: usize = 60;
 const D: usize = 6;
@@ -48,40 +52,48 @@ fn run(between: Coupled) -> Result<PrivateStep> {
 
 #[test]
 fn operations_that_mix_records_are_refused() {
-    let coupled: [(&str, Coupled); 12] = [
-        ("batch mean taken off", |x| x.sub(&x.mean(&[0], true)?)),
-        ("batch norm", |x| {
+    // The operation that the history shows to mix records; none where only the losses show it.
+    let coupled: [(&str, &str, Coupled); 12] = [
+        ("batch mean taken off", "sum", |x| x.sub(&x.mean(&[0], true)?)),
+        ("batch norm", "sum", |x| {
             let x = x.sub(&x.mean(&[0], true)?)?;
             x.div(&x.square()?.mean(&[0], true)?.add_scalar(1e-5)?.sqrt()?)
         }),
-        ("batch maximum taken off", |x| x.sub(&x.max(&[0], true)?)),
-        ("softmax over the batch", |x| x.softmax(0)),
-        ("contrastive logits", |x| {
+        ("batch maximum taken off", "max", |x| x.sub(&x.max(&[0], true)?)),
+        ("softmax over the batch", "softmax", |x| x.softmax(0)),
+        ("contrastive logits", "matmul", |x| {
             let logits = x.matmul(&x.transpose(0, 1)?)?;
             x.mul(&logits.mean(&[1], true)?)
         }),
-        ("attention over the batch", |x| {
+        ("attention over the batch", "attention", |x| {
             let (b, d) = (x.shape()[0], x.shape()[1]);
             let as_sequence = x.reshape(&[1, b, 1, d])?;
             attention(&as_sequence, &as_sequence, &as_sequence, &AttentionOptions::new(Span::Full))?.reshape(&[b, d])
         }),
-        ("mixup with the neighbour", |x| {
+        ("mixup with the neighbour", "", |x| {
             let b = x.shape()[0];
             let next = Tensor::concat(&[&x.slice(0, 1..b)?, &x.slice(0, 0..1)?], 0)?;
             x.add(&next.mul_scalar(0.3)?)
         }),
-        ("running sum over the batch", |x| x.cumsum(0)),
-        ("scale by the size of the batch", |x| x.mul_scalar(1.0 / x.shape()[0] as f64)),
-        ("distance to the first record", |x| x.sub(&x.slice(0, 0..1)?)),
-        ("one scale for all", |x| x.div(&x.square()?.sum(&[], false)?.sqrt()?)),
-        ("a place in the batch", |x| {
+        ("running sum over the batch", "cumsum", |x| x.cumsum(0)),
+        ("scale by the size of the batch", "", |x| x.mul_scalar(1.0 / x.shape()[0] as f64)),
+        ("distance to the first record", "slice", |x| x.sub(&x.slice(0, 0..1)?)),
+        ("one scale for all", "sum", |x| x.div(&x.square()?.sum(&[], false)?.sqrt()?)),
+        ("a place in the batch", "", |x| {
             let places = Array::generate(&[x.shape()[0], 1], DType::F32, |i| i as f64);
             x.mul(&Tensor::new(places))
         }),
     ];
-    for (what, between) in coupled {
+    for (what, op, between) in coupled {
         let e = run(between).err().unwrap_or_else(|| panic!("{what} was accepted")).to_string();
-        assert!(e.contains("record") && e.contains("depends on which other records"), "{what}: {e}");
+        match op {
+            "" => assert!(e.contains("depends on which other records"), "{what}: {e}"),
+            // The line is one of this file.
+            _ => assert!(
+                e.contains(&format!("the operation {op}, called at")) && e.contains("independence.rs:"),
+                "{what}: {e}"
+            ),
+        }
     }
 }
 
@@ -195,4 +207,159 @@ fn dropout_masks_follow_from_the_key() {
             assert!((150..360).contains(&same), "{same} of 512 equal");
         }
     }
+}
+
+/// Gradients of the leaves, whose their elements are, and whether an operation was found to mix samples.
+#[derive(Default)]
+struct Leaves {
+    grads: Vec<(u64, Array)>,
+    owners: Vec<(u64, Owner)>,
+    mixes: bool,
+}
+
+impl GradHook for Leaves {
+    fn param(&mut self, _: &Param, _: ParamGrad) -> Result<()> {
+        Ok(())
+    }
+    fn leaf(&mut self, id: u64, grad: Array) {
+        self.grads.push((id, grad));
+    }
+    fn follows_samples(&self) -> bool {
+        true
+    }
+    fn whose(&mut self, leaf: u64, owner: &Owner) {
+        self.owners.push((leaf, owner.clone()));
+    }
+    fn mixing(&mut self, _: Mixing) -> Result<()> {
+        self.mixes = true;
+        Ok(())
+    }
+}
+
+/// Where the history says whose a leaf's element is, it has no gradient from another sample's loss. Whether it says so of any.
+fn agree(losses: &Tensor) -> (bool, Option<String>) {
+    let (b, mut said) = (losses.numel(), false);
+    for i in 0..b.min(4) {
+        let seed = Array::generate(&[b], losses.dtype(), |j| (i == j) as u8 as f64);
+        let mut found = Leaves::default();
+        losses.backward_from(seed, true, &mut found).unwrap();
+        for (id, owner) in &found.owners {
+            let grad = found.grads.iter().find(|(leaf, _)| leaf == id).map(|(_, g)| g.to_f64()).unwrap_or_default();
+            let Some(of) = owner.of_rows(grad.len(), grad.len(), b) else {
+                said |= matches!(owner, Owner::All);
+                continue;
+            };
+            said = true;
+            for (e, (g, o)) in grad.iter().zip(&of).enumerate() {
+                if *o as usize != i && *g != 0.0 {
+                    let what = format!(
+                        "element {e} is said to belong to sample {o} ({owner:?}) and has gradient {g} from sample {i}"
+                    );
+                    return (true, Some(what));
+                }
+            }
+        }
+    }
+    (said, None)
+}
+
+/// For the cases of every op, with each dimension of the result as that of the samples.
+#[test]
+fn what_the_history_says_agrees_with_the_gradients() {
+    let (mut said, mut asked, mut wrong) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    for op in prismgrad::ops::registry() {
+        for (nth, case) in op.cases.iter().enumerate() {
+            for seed in 0..12 {
+                let case = case(&mut Gen::new(seed * 31 + nth as u64)).unwrap();
+                let leaves: Vec<Tensor> = case
+                    .inputs
+                    .iter()
+                    .map(|a| match a.dtype().is_float() {
+                        true => Tensor::leaf(a.clone()),
+                        false => Tensor::new(a.clone()),
+                    })
+                    .collect();
+                let Ok(y) = (case.run)(&leaves) else { continue };
+                if !y.requires_grad() || y.numel() < 2 || !y.dtype().is_float() {
+                    continue;
+                }
+                // The samples along each dimension in turn.
+                for d in 0..y.rank() {
+                    let b = y.shape()[d];
+                    if b < 2 {
+                        continue;
+                    }
+                    let others: Vec<isize> = (0..y.rank()).filter(|&i| i != d).map(|i| i as isize).collect();
+                    let losses =
+                        if others.is_empty() { y.clone() } else { y.square().unwrap().sum(&others, false).unwrap() };
+                    if leaves.iter().any(|l| l.requires_grad()) {
+                        asked.insert(op.name);
+                    }
+                    let (known, bad) = agree(&losses);
+                    if known {
+                        said.insert(op.name);
+                    }
+                    if let Some(bad) = bad {
+                        let what = format!("case {nth} seed {seed}, dimension {d} of {:?}: {bad}", y.shape());
+                        wrong.entry(op.name).or_insert(what);
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let silent: Vec<_> = asked.difference(&said).collect();
+    assert!(silent.is_empty(), "of these nothing is ever said: {silent:?}");
+}
+
+/// Random chains of operations of which some mix records: whatever the gradients show to be mixed, the history never calls separate,
+/// and it finds most of it.
+#[test]
+fn chains_of_operations_are_never_called_separate_wrongly() {
+    type Op = fn(&Tensor) -> Result<Tensor>;
+    let ops: [(bool, Op); 20] = [
+        (false, |x| x.tanh()),
+        (false, |x| x.softmax(1)),
+        (false, |x| x.cumsum(1)),
+        (false, |x| x.sub(&x.mean(&[1], true)?)),
+        (false, |x| x.div(&x.square()?.sum(&[1], true)?.add_scalar(1.0)?)),
+        (false, |x| x.transpose(0, 1)?.sin()?.transpose(0, 1)),
+        (false, |x| Ok(x.sort(1, false)?.0)),
+        (false, |x| Tensor::concat(&[&x.slice(1, 2..4)?, &x.slice(1, 0..2)?], 1)),
+        (false, |x| x.reshape(&[4, 2, 2])?.permute(&[2, 0, 1])?.exp()?.permute(&[1, 2, 0])?.reshape(&[4, 4])),
+        (false, |x| x.unsqueeze(1)?.matmul(&x.unsqueeze(2)?)?.squeeze(2)?.mul(x)),
+        (true, |x| x.softmax(0)),
+        (true, |x| x.cumsum(0)),
+        (true, |x| x.sub(&x.mean(&[0], true)?)),
+        (true, |x| x.mul(&x.max(&[0], true)?)),
+        (true, |x| x.mul(&x.sum_all()?)),
+        (true, |x| x.transpose(0, 1)),
+        (true, |x| x.matmul(&x.transpose(0, 1)?)?.matmul(x)),
+        (true, |x| Ok(x.sort(0, false)?.0)),
+        (true, |x| Tensor::concat(&[&x.slice(0, 1..4)?, &x.slice(0, 0..1)?], 0)),
+        (true, |x| x.reshape(&[2, 2, 4])?.permute(&[1, 0, 2])?.reshape(&[4, 4])),
+    ];
+    let (mut rng, mut mixed, mut found, mut clean) = (Rng::new(11), 0, 0, 0);
+    for round in 0..400 {
+        let x = Tensor::leaf(Array::generate(&[4, 4], DType::F64, |i| ((round * 7 + i * 5) as f64 * 0.61).sin()));
+        let chosen: Vec<usize> = (0..3)
+            .map(|_| match rng.uniform() < 0.3 {
+                true => 10 + rng.below(10) as usize,
+                false => rng.below(10) as usize,
+            })
+            .collect();
+        let y = chosen.iter().try_fold(x.clone(), |x, &o| ops[o].1(&x)).unwrap();
+        let losses = y.square().unwrap().sum(&[1], false).unwrap();
+        let (said, wrong) = agree(&losses);
+        assert!(wrong.is_none(), "{chosen:?}: {wrong:?}");
+        let mut seen = Leaves::default();
+        losses.backward_from(Array::full(&[4], 1.0, DType::F64), true, &mut seen).unwrap();
+        let mixes = chosen.iter().any(|&o| ops[o].0);
+        mixed += mixes as usize;
+        found += (mixes && seen.mixes) as usize;
+        assert!(!seen.mixes || mixes, "{chosen:?} is refused and mixes nothing");
+        clean += (!mixes && said) as usize;
+    }
+    assert!(mixed > 100 && found * 10 > mixed * 6, "{found} of {mixed} mixing chains were found");
+    assert!(clean * 10 > (400 - mixed) * 8, "{clean} of {} chains that mix nothing are known to", 400 - mixed);
 }

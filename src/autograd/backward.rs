@@ -4,9 +4,10 @@
 //! it is popped, because everything computed from it is younger. A parameter is handed over as soon as its last use has
 //! delivered its factor: exactly once each, in an order that depends only on the graph.
 
-use super::rule::Cotangents;
+use super::owner::Following;
+use super::rule::{Cotangents, Rule};
 use super::tensor::Node;
-use super::{Param, ParamGrad, Tensor};
+use super::{Mixing, Owner, Param, ParamGrad, Tensor};
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::device::spans;
@@ -21,6 +22,16 @@ pub trait GradHook {
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()>;
     /// The gradient of a leaf tensor, by its id.
     fn leaf(&mut self, _id: u64, _grad: Array) {}
+    /// Whether samples are to be followed from their losses, for [`GradHook::mixing`].
+    fn follows_samples(&self) -> bool {
+        false
+    }
+    /// An operation mixes samples: called before the gradients that come from it. An error ends the backward pass.
+    fn mixing(&mut self, _found: Mixing) -> Result<()> {
+        Ok(())
+    }
+    /// Whose the elements of a leaf tensor are, by its id, if every operation on the way has said so.
+    fn whose(&mut self, _leaf: u64, _owner: &Owner) {}
     /// Called after each operation of the backward pass: the place to watch memory or time from.
     fn visited(&mut self) {}
 }
@@ -128,11 +139,17 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
     let mut grads: HashMap<u64, Array> = HashMap::from([(root.id, seed)]);
     let mut heap = BinaryHeap::from([ById(root.clone())]);
     let mut queued = HashSet::from([root.id]);
+    let follow = hook.follows_samples() && samples > 1 && root.shape.len() == 1;
+    let mut following = follow.then(|| Following::from(root.id, samples));
     while let Some(ById(node)) = heap.pop() {
         // A user's own rule may have left it elsewhere.
         let grad = grads.remove(&node.id).map(|g| g.to(&node.device)).transpose()?;
         queued.remove(&node.id);
         if node.leaf {
+            if let Some(following) = &mut following {
+                let owner = following.take(node.id);
+                hook.whose(node.id, if following.complete { &owner } else { &Owner::Unknown });
+            }
             if let Some(g) = grad {
                 hook.leaf(node.id, g);
             }
@@ -155,6 +172,9 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
             let name = rule.info().name;
             let _op = spans::span(spans::Kind::Backward, name);
             rule.backward(g, &mut back)?;
+            if let Some(following) = &mut following {
+                follow_samples(&node, &*rule, &back, following, hook)?;
+            }
             drop(rule);
             for (i, parent) in node.parents.iter().enumerate() {
                 let Some(parent) = parent else { continue };
@@ -191,6 +211,38 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
             }
         }
         hook.visited();
+    }
+    Ok(())
+}
+
+/// Asks a node's rule whose its inputs are, and compares that with their other uses and with its factors.
+fn follow_samples(
+    node: &Node,
+    rule: &dyn Rule,
+    back: &Cotangents,
+    following: &mut Following,
+    hook: &mut dyn GradHook,
+) -> Result<()> {
+    let owner = following.take(node.id);
+    let whose = following.whose(&owner, &node.shape);
+    if !whose.is_followed() {
+        following.complete = false;
+        return Ok(());
+    }
+    let name = rule.info().name;
+    let owners = rule.owners(&whose);
+    for (i, parent) in node.parents.iter().enumerate() {
+        let owner = owners.get(i).cloned().unwrap_or(Owner::Unknown);
+        if let Some(parent) = parent
+            && let Some((op, place)) = following.ask((name, node), parent, owner)
+        {
+            hook.mixing(Mixing { op, place, param: None })?;
+        }
+    }
+    for (param, factor) in &back.factors {
+        if !whose.fits(factor) {
+            hook.mixing(Mixing { op: name, place: node.place, param: Some(param.name().to_string()) })?;
+        }
     }
     Ok(())
 }

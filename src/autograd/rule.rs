@@ -1,6 +1,6 @@
 //! Backward rules, and what they return.
 
-use super::{Factor, Param};
+use super::{Factor, Owner, Param, Whose};
 use crate::array::Array;
 use crate::autograd::{Case, Gen};
 use crate::base::Result;
@@ -16,6 +16,12 @@ pub trait Rule: Send + Sync + 'static {
     /// Given the gradient of the output, hands over the gradient of each input that needs one and the factor of each
     /// trainable parameter.
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()>;
+    /// Whose each element of each input has to be for the output to be whose `output` says: by this samples are followed from their
+    /// losses to the parameters, and an operation that mixes them is refused in a private step. Without it samples are not followed
+    /// past this operation, and only the numeric check of a private step's first batch can see what it does.
+    fn owners(&self, _output: &Whose) -> SmallVec<[Owner; 3]> {
+        SmallVec::new()
+    }
 }
 
 /// What a backward rule returns: the cotangents (gradients) of the inputs, and the factors of the parameters.

@@ -148,6 +148,21 @@ impl Samples {
             Samples::Ragged(r) => r.host().owner.clone(),
         }
     }
+    /// Whether the host can read the map without waiting for a GPU.
+    pub(crate) fn is_on_host(&self) -> bool {
+        match self {
+            Samples::Uniform { .. } => true,
+            Samples::Ragged(r) => r.host.get().is_some(),
+        }
+    }
+    /// Whether both are one map. Maps on a GPU are compared by handle alone.
+    pub(crate) fn is_same(&self, other: &Samples) -> bool {
+        match (self, other) {
+            (Samples::Uniform { count: a, each: b }, Samples::Uniform { count: c, each: d }) => (a, b) == (c, d),
+            (Samples::Ragged(a), Samples::Ragged(b)) if Arc::ptr_eq(a, b) => true,
+            (a, b) => a.rows() == b.rows() && a.is_on_host() && b.is_on_host() && a.owner_ids() == b.owner_ids(),
+        }
+    }
     /// Every sample's rows are consecutive: [`Samples::range`] works.
     pub fn is_sorted(&self) -> bool {
         match self {

@@ -151,6 +151,10 @@ impl Segments {
             read().unwrap_or_else(|e| panic!("{e}"))
         })
     }
+    /// The segment of each row, if the host knows it without waiting for a GPU.
+    pub(crate) fn known_ids(&self) -> Option<&[u32]> {
+        self.0.host.get().map(|h| &h.ids[..])
+    }
     /// Number of segments.
     pub fn count(&self) -> usize {
         self.0.count

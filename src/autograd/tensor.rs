@@ -2,11 +2,13 @@
 
 use super::rule::Rule;
 use super::{Param, Samples};
+use crate::array::shape::Dims;
 use crate::array::{Array, ArrayOptions};
 use crate::base::{DType, Element, Result};
 use crate::device::Device;
 use smallvec::SmallVec;
-use std::cell::Cell;
+use std::backtrace::Backtrace;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +17,50 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
     static RECORDING: Cell<bool> = const { Cell::new(true) };
+    /// Operations recorded so far.
+    static RECORDED: Cell<u64> = const { Cell::new(0) };
+    static SOUGHT: Sought = const { Sought { place: Cell::new(u64::MAX), line: RefCell::new(None) } };
+}
+
+/// The operation whose line in the program is looked for.
+struct Sought {
+    place: Cell<u64>,
+    line: RefCell<Option<String>>,
+}
+
+impl Sought {
+    /// Takes the line down if this is the operation that is looked for.
+    fn find(&self) {
+        if self.place.get() == RECORDED.with(Cell::get) {
+            *self.line.borrow_mut() = caller(&Backtrace::force_capture().to_string());
+        }
+    }
+}
+
+/// File and line of the innermost function outside of this crate and the libraries, where the program has them.
+fn caller(backtrace: &str) -> Option<String> {
+    let own = file!().strip_suffix("autograd/tensor.rs")?;
+    let paths = backtrace.lines().filter_map(|l| l.trim().strip_prefix("at ")).map(|at| at.trim_start_matches("./"));
+    let mut outside =
+        paths.filter(|at| !at.starts_with(own) && !at.contains("/rustc/") && !at.contains("/registry/src/"));
+    // Without the column.
+    outside.next().map(|at| at.rsplit_once(':').map_or(at, |(line, _)| line).to_string())
+}
+
+/// Runs `f` once more and says in which line of the caller's program the operation was recorded before which `f` records `after`
+/// others on this thread. `None` where the program was built without line numbers.
+pub(crate) fn line_of<R>(after: u64, f: impl FnOnce() -> R) -> Option<String> {
+    SOUGHT.with(|s| s.place.set(RECORDED.with(Cell::get) + after));
+    f();
+    SOUGHT.with(|s| {
+        s.place.set(u64::MAX);
+        s.line.take()
+    })
+}
+
+/// Number of operations that this thread has recorded.
+pub(crate) fn recorded() -> u64 {
+    RECORDED.with(Cell::get)
 }
 
 /// An [`Array`] with the history needed to differentiate it. Cheap to clone.
@@ -37,6 +83,10 @@ pub(crate) struct Node {
     pub leaf: bool,
     /// Where the value is, and where its gradient goes.
     pub device: Device,
+    /// The value's shape.
+    pub shape: Dims,
+    /// Number of operations that this thread had recorded before.
+    pub place: u64,
 }
 
 impl Drop for Node {
@@ -82,6 +132,8 @@ impl Tensor {
             rule: Mutex::new(None),
             leaf: true,
             device: value.device(),
+            shape: value.shape().into(),
+            place: RECORDED.with(Cell::get),
         };
         Tensor { value, node: Some(Arc::new(node)) }
     }
@@ -175,6 +227,7 @@ impl Tensor {
         if !Tensor::would_record(parents, params) {
             return Tensor::new(value);
         }
+        SOUGHT.with(|s| s.find());
         let node = Node {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             parents: parents.iter().map(|p| p.node.clone()).collect(),
@@ -182,6 +235,8 @@ impl Tensor {
             rule: Mutex::new(Some(Arc::new(rule()))),
             leaf: false,
             device: value.device(),
+            shape: value.shape().into(),
+            place: RECORDED.with(|n| n.replace(n.get() + 1)),
         };
         Tensor { value, node: Some(Arc::new(node)) }
     }

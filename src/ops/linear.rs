@@ -5,7 +5,7 @@
 use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Cotangents, Factor, Gen, Rule, samples_or_leading};
+use crate::autograd::{Case, Cotangents, Factor, Gen, Owner, Rule, Whose, one, samples_or_leading};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 pub use crate::kernels::Activation;
@@ -13,6 +13,7 @@ use crate::kernels::gemm::{Epilogue, Mat, cuda as gpu_gemm, gemm, matmul};
 use crate::kernels::{Half, dispatch};
 use crate::ops::unary;
 use crate::{Param, Samples, Tensor, with_float};
+use smallvec::SmallVec;
 
 /// How a weight lies in memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -92,6 +93,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &LINEAR
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.mixing(y.shape.len() - 1, self.x.shape()))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (n, d) = (self.samples.rows(), *self.x.shape().last().unwrap_or(&1));

@@ -3,12 +3,13 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast, numel};
-use crate::autograd::{Case, Cotangents, Gen, Rule};
+use crate::autograd::{Case, Cotangents, Gen, Owner, Rule, Whose};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul as product};
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 
 static MATMUL: OpInfo = OpInfo {
     name: "matmul",
@@ -52,6 +53,18 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &MATMUL
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        let rank = y.shape.len();
+        // Leading dimensions are aligned at their right ends; of the last two one is the output's.
+        let side = |shape: &[usize], kept: usize| {
+            let new = rank - shape.len();
+            y.along(shape, |d| match d + 2 < rank {
+                true => d.checked_sub(new).filter(|&i| shape[i] == y.shape[d]),
+                false => (d == kept).then(|| d - new),
+            })
+        };
+        SmallVec::from_iter([side(self.a.shape(), rank - 2), side(self.b.shape(), rank - 1)])
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         if back.needs(0) {

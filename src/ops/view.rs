@@ -4,12 +4,13 @@
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Cotangents, Gen, Rule};
+use crate::autograd::{Case, Cotangents, Gen, Owner, Rule, Whose, one};
 use crate::base::{Error, Result};
 use crate::device::{Device, spans};
 use crate::kernels::{Half, dispatch};
 use crate::ops::index::cuda as gpu_index;
 use crate::{Tensor, with_dtype};
+use smallvec::SmallVec;
 use std::ops::Range;
 
 macro_rules! info {
@@ -79,6 +80,26 @@ enum Undo {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         self.info
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        match &self.back {
+            Undo::Reshape(_) => one(y.reshaped()),
+            Undo::Permute(back) => {
+                let mut shape: Dims = back.iter().map(|&d| y.shape[d]).collect();
+                shape.truncate(back.len());
+                one(y.along(&shape, |d| back.iter().position(|&b| b == d)))
+            }
+            Undo::SumTo(shape) => one(y.broadcast(shape)),
+            Undo::Embed(shape, ..) => one(y.along(shape, Some)),
+            Undo::Cut(d, parts) => {
+                let part = |r: &Range<usize>| {
+                    let mut shape: Dims = y.shape.into();
+                    shape[*d] = r.len();
+                    y.along(&shape, Some)
+                };
+                parts.iter().map(part).collect()
+            }
+        }
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         match &self.back {

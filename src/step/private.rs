@@ -7,7 +7,7 @@ use super::reduce::Counts;
 use super::update::zero;
 use super::{Flat, Privacy, TrainStep};
 use crate::array::Array;
-use crate::autograd::{Param, Tensor};
+use crate::autograd::{GradHook, Gradients, Mixing, Param, ParamGrad, Tensor, line_of, recorded};
 use crate::base::{DType, Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
@@ -260,25 +260,18 @@ impl PrivateStep {
         // The numbers that the capture reads from memory take the places of a few small arrays that are held meanwhile.
         let held: Vec<Array> = (0..8).map(|_| Array::zeros(&[1], (DType::I64, &device))).collect();
         let secret = privacy.mask_secret(self.core.steps);
-        let once = |_| {
+        let mut microbatch = |_| {
             let losses = masks::secret(secret, &mut forward)?;
             expect_losses(&losses, capacity, 0)?;
             Ok(Microbatch { losses: losses.mul(&masked.cast(losses.dtype())?)?, public: None })
         };
-        let taken = self.core.accumulate(privacy.clipping(), [()], once, None);
+        let taken = self.core.accumulate(privacy.clipping(), [()], &mut microbatch, None);
         let taken = taken.and_then(|_| privacy.add_noise_on_gpu(self.core.steps, None, &self.core.grads));
         zero(&mut self.core.grads)?;
         taken?;
         drop(held);
         let capture = Capture::new(&mut self.core, |core, scalars| {
-            let secret = privacy.mask_secret(core.steps);
-            let losses = |_| {
-                let losses = masks::secret(secret, &mut forward)?;
-                expect_losses(&losses, capacity, 0)?;
-                let losses = losses.mul(&masked.cast(losses.dtype())?)?;
-                Ok(Microbatch { losses, public: None })
-            };
-            core.accumulate(privacy.clipping(), [()], losses, Some(scalars))?;
+            core.accumulate(privacy.clipping(), [()], &mut microbatch, Some(scalars))?;
             privacy.add_noise_on_gpu(core.steps, Some(&scalars.before), &core.grads)?;
             core.update(scale, Some(scalars))?;
             Ok(capacity)
@@ -314,8 +307,8 @@ impl PrivateStep {
         let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
         self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
     }
-    /// Refuses losses or gradients of records that depend on which other records are in the batch, as far as two forward and backward
-    /// passes over a few of `records` show it. Once; not on several ranks, where the others would wait.
+    /// Refuses losses or gradients of records that depend on which other records are in the batch, as far as the history says so or
+    /// two forward and backward passes over a few of `records` show it. Once; not on several ranks, where the others would wait.
     fn expect_independence(
         &mut self,
         records: &[usize],
@@ -332,6 +325,10 @@ impl PrivateStep {
         // A forward pass that does not follow the number of records fails on the batch itself, where that is another one.
         let part = look(&few)?;
         let whole = if part.is_some() { look(all)? } else { None };
+        if let Some((mixing, after)) = whole.as_ref().and_then(|w| w.mixing.clone()) {
+            let line = line_of(after, || masks::off(|| forward(all)));
+            return Err(mixing.refusal(line.as_deref()));
+        }
         if let (Some(part), Some(whole)) = (part, whole)
             && let Some(what) = whole.difference(&part)
         {
@@ -394,6 +391,28 @@ struct Look {
     norms: Vec<(String, Vec<f64>)>,
     /// Relative difference that rounding may make.
     tolerance: f64,
+    /// The first operation that mixes samples, and how many operations the forward pass had recorded before it.
+    mixing: Option<(Mixing, u64)>,
+}
+
+/// Gradients, and the operations that mix samples.
+#[derive(Default)]
+struct Followed {
+    grads: Gradients,
+    mixing: Option<Mixing>,
+}
+
+impl GradHook for Followed {
+    fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
+        GradHook::param(&mut self.grads, param, grad)
+    }
+    fn follows_samples(&self) -> bool {
+        true
+    }
+    fn mixing(&mut self, found: Mixing) -> Result<()> {
+        self.mixing.get_or_insert(found);
+        Ok(())
+    }
 }
 
 impl Look {
@@ -404,6 +423,7 @@ impl Look {
         forward: &mut impl FnMut(&[usize]) -> Result<Tensor>,
         public: usize,
     ) -> Result<Option<Look>> {
+        let before = recorded();
         let losses = masks::off(|| forward(records))?;
         if losses.shape() != [records.len() + public] {
             return Ok(None);
@@ -413,14 +433,17 @@ impl Look {
             DType::F32 => 1e-3,
             _ => 5e-2,
         };
-        let grads = losses.backward()?;
+        let mut found = Followed::default();
+        losses.backward_into(&mut found)?;
+        let Followed { grads, mixing } = found;
+        let mixing = mixing.map(|m| (m.clone(), m.place - before));
         let mut norms = Vec::new();
         for p in params {
             if let Some(g) = grads.param(p) {
                 norms.push((p.name().to_string(), g.sample_sq_norms()?));
             }
         }
-        Ok(Some(Look { records: records.to_vec(), losses: losses.array().to_f64(), norms, tolerance }))
+        Ok(Some(Look { records: records.to_vec(), losses: losses.array().to_f64(), norms, tolerance, mixing }))
     }
     /// What differs for a record, or a public sample, that both have; `other` has some of the records in any order.
     fn difference(&self, other: &Look) -> Option<String> {

@@ -10,7 +10,7 @@ use super::core::{Collect, Context, PublicPart, Weighting};
 use super::counters::Tally;
 use super::plan::{Clipping, Retain};
 use crate::array::Array;
-use crate::autograd::{GradHook, Param, ParamGrad};
+use crate::autograd::{GradHook, Mixing, Param, ParamGrad};
 use crate::base::{Error, Result};
 use crate::device::spans;
 use crate::device::spans::Kind;
@@ -127,6 +127,12 @@ impl Collect for Clipper<'_> {
 }
 
 impl GradHook for Clipper<'_> {
+    fn follows_samples(&self) -> bool {
+        true
+    }
+    fn mixing(&mut self, found: Mixing) -> Result<()> {
+        Err(found.refusal(None))
+    }
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
         let index = index_of(&self.step, param)?;
         let _op = spans::span(Kind::Backward, "norms");

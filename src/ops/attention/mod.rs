@@ -11,7 +11,7 @@ mod documents;
 pub use documents::Documents;
 
 use crate::array::{Array, Dims};
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Error, Result};
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
@@ -21,6 +21,7 @@ use crate::kernels::{Exact, Half, dispatch};
 use crate::random::masks;
 use crate::{Tensor, with_float};
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 use std::sync::Arc;
 
 /// Which keys a query sees. Positions are counted from the end: with S keys and T queries, query i stands at i + S − T.
@@ -167,6 +168,13 @@ impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ATTENTION
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        if matches!(y.mixing(3, y.shape), Owner::Mixed) {
+            return SmallVec::new();
+        }
+        let keys = keys_of(y, &problem(&self.q, &self.k, &self.options), self.k.shape(), Some);
+        SmallVec::from_iter([y.same(), keys.clone(), keys])
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let gradients = dispatch(
             self.operands(grad),
@@ -206,6 +214,13 @@ struct FusedBack {
 impl Rule for FusedBack {
     fn info(&self) -> &'static OpInfo {
         &ATTENTION
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        let p = problem(&self.inner.q, &self.inner.k, &self.inner.options);
+        if matches!(y.mixing(3, y.shape), Owner::Mixed) {
+            return SmallVec::new();
+        }
+        one(keys_of(y, &p, &self.shape, |d| Some(if d < 2 { d } else { d + 1 })))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (h, d) = (self.shape[3], self.shape[4]);
@@ -248,6 +263,38 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     check(&q, &k, &v, options)?;
     let inner = forward(&q, &k, &v, &masked(options))?;
     Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
+}
+
+/// Whose the keys are, or all of a fused projection: an array whose first dimensions are sequences and positions, and whose other
+/// dimensions are given by `from` for those of the output `[B, T, H, D]`.
+fn keys_of(y: &Whose, p: &cpu::Problem, input: &[usize], from: fn(usize) -> Option<usize>) -> Owner {
+    // A sequence has one owner: so have its keys.
+    let whole = y.by_leading(input);
+    if !matches!(whole, Owner::Mixed | Owner::Unknown) {
+        return whole;
+    }
+    // Samples that are told apart by head.
+    if p.heads == p.kv_heads
+        && let own @ (Owner::Every { .. } | Owner::All) = y.apart_from(1, input, from)
+    {
+        return own;
+    }
+    let (Some(of), true) = (y.owners_of(p.batch * p.queries), p.queries == p.keys) else {
+        return Owner::Unknown;
+    };
+    let mixed = p.parts().iter().any(|part| {
+        let first = part.sequence * p.queries + part.start;
+        of[first..first + part.queries].windows(2).any(|w| w[0] != w[1])
+    });
+    match (mixed, p.span) {
+        (true, Span::Full | Span::Causal) => Owner::Mixed,
+        // Blocks and windows may keep them apart.
+        (true, _) => Owner::Unknown,
+        (false, _) => {
+            let to: Vec<u32> = (0..of.len() as u32).collect();
+            y.sent(of.len(), &to, input[2..].iter().product())
+        }
+    }
 }
 
 /// An array on the CPU that is about to be written: its padding is not, and has to be zeros before.

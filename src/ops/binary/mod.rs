@@ -7,7 +7,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast};
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
@@ -15,6 +15,7 @@ use crate::kernels::{Half, dispatch};
 use crate::ops::reduce::sum_to;
 use crate::ops::unary;
 use crate::{Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 use std::marker::PhantomData;
 
 /// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one lies
@@ -70,6 +71,9 @@ struct Back<B: ?Sized> {
 impl<B: Binary + ?Sized> Rule for Back<B> {
     fn info(&self) -> &'static OpInfo {
         B::INFO
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        self.shapes.iter().map(|s| y.broadcast(s)).collect()
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for side in [0, 1] {
@@ -413,6 +417,9 @@ struct WhereBack {
 impl Rule for WhereBack {
     fn info(&self) -> &'static OpInfo {
         &WHERE
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        self.shapes.iter().map(|s| y.broadcast(s)).collect()
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for (side, keep) in [(0, true), (1, false)] {

@@ -7,7 +7,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose};
 use crate::base::{Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::cpu::simd::simd;
@@ -15,6 +15,7 @@ use crate::device::spans;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::ops::route::{Choice, Gate, Routing, route};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 
 static COMBINE: OpInfo = OpInfo {
     name: "combine",
@@ -142,6 +143,14 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &COMBINE
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        let tokens = self.routing.tokens();
+        let routed = match y.tokens(tokens) {
+            o @ (Owner::Mixed | Owner::Unknown | Owner::All) => o,
+            o => Owner::Routed(Box::new(o)),
+        };
+        SmallVec::from_iter([routed, y.by_rows(tokens, tokens * self.routing.top_k())])
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();

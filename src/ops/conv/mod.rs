@@ -11,7 +11,8 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{
-    Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, NO_PARAMS, OpInfo, Rule, is_recording,
+    Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, NO_PARAMS, OpInfo, Owner, Rule, Whose,
+    is_recording, one,
 };
 use crate::base::{Error, Float, Result};
 use crate::device::cpu::par::par_units;
@@ -21,6 +22,7 @@ use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul};
 use crate::kernels::{Exact, Half, dispatch};
 use crate::ops::conv::cpu::Window;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 
 /// A size along each of `N` directions, (height, width) for images: one number for all, or one for each.
 ///
@@ -218,6 +220,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &CONV
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.images(&self.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();
@@ -441,6 +446,9 @@ struct Windows {
 impl Rule for Windows {
     fn info(&self) -> &'static OpInfo {
         self.info
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.images(&self.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let folds = self.shape.len() == 4;

@@ -3,7 +3,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::philox::dropout_uniform;
 use crate::base::{Element, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
@@ -11,6 +11,7 @@ use crate::device::spans;
 use crate::kernels::{Half, dispatch};
 use crate::random::masks;
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 
 static DROPOUT: OpInfo = OpInfo {
     name: "dropout",
@@ -66,6 +67,9 @@ impl Tensor {
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
                 &DROPOUT
+            }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                one(y.same())
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 back.input(0, apply(&grad, self.0, self.1)?);

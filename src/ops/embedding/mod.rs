@@ -6,7 +6,7 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{par_rows, par_units};
 use crate::device::cpu::simd::simd;
@@ -17,6 +17,7 @@ use crate::ops::index::ids_below;
 use crate::ops::linear::{Layout, linear};
 use crate::ops::segment::Segments;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 use std::sync::Arc;
 
 static EMBEDDING: OpInfo = OpInfo {
@@ -275,6 +276,12 @@ impl BagBack {
 impl Rule for BagBack {
     fn info(&self) -> &'static OpInfo {
         &EMBEDDING_BAG
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(match self.bags.known_ids() {
+            Some(ids) => y.sent(self.bags.count(), ids, 1),
+            None => Owner::Unknown,
+        })
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         // Factors are f32 or f64.

@@ -7,7 +7,9 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, OpInfo, Rule, Segments};
+use crate::autograd::{
+    Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, OpInfo, Owner, Rule, Segments, Whose, one,
+};
 use crate::base::{Element, Error, Result};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
@@ -18,6 +20,7 @@ use crate::ops::combine::gather_sum;
 use crate::ops::linear::{Layout, activation_grad};
 use crate::ops::route::{Choice, Gate, Routing, route};
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 
 static GROUPED_LINEAR: OpInfo = OpInfo {
     name: "grouped_linear",
@@ -207,6 +210,20 @@ fn gathered(x: &Array, routing: &Routing) -> Result<Array> {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &GROUPED_LINEAR
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        let (rows, d) = (self.x.shape()[0], self.x.shape()[1]);
+        one(match (&self.routing, y.owner) {
+            (None, _) => y.by_rows(rows, rows * d),
+            (Some(_), Owner::Routed(tokens)) => {
+                Whose { owner: tokens, count: y.count, shape: &[rows, 1] }.by_rows(rows, rows * d)
+            }
+            (Some(r), _) if r.tokens_of_rows().gpu().is_none() => match r.tokens_of_rows().to_vec::<u32>() {
+                Ok(token) => y.taken(&token, rows, d),
+                Err(_) => Owner::Unknown,
+            },
+            _ => Owner::Unknown,
+        })
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let mut g = grad.contiguous();

@@ -6,12 +6,13 @@ pub(crate) mod cuda;
 
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Element, Error, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch, rows};
 use crate::{Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 
 /// How many to pick from `n`: none if there are none.
 fn picks_from(g: &mut Gen, n: usize) -> usize {
@@ -79,7 +80,7 @@ static ONE_HOT: OpInfo = OpInfo {
 pub static OPS: &[&OpInfo] = &[&GATHER, &SCATTER_ADD, &INDEX_SELECT, &ONE_HOT];
 
 /// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the thing they point into. Those on a
-/// GPU are checked there: one that is outside is read as 0 and told when something is next read back.
+/// GPU are checked there: one that is outside is read as 0 and reported when something is next read back.
 pub(crate) fn ids_below(op: &'static str, ids: &Array, n: usize, what: &dyn Fn() -> String) -> Result<Array> {
     let bad = |id: i64, at: usize| {
         Error::invalid(op, format!("id {id} at position {at} is outside {}: ids must be in 0..{n}", what()))
@@ -194,6 +195,9 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &GATHER
             }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                one(y.picking(self.d, &self.shape))
+            }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let zeros = Array::zeros(&self.shape, (grad.dtype(), &grad.device()));
                 back.input(0, put(zeros, self.d, &self.index, &grad)?);
@@ -219,6 +223,9 @@ impl Tensor {
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
                 &SCATTER_ADD
+            }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                SmallVec::from_iter([y.same(), y.picking(self.d, self.index.shape())])
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 if back.needs(1) {
@@ -268,6 +275,16 @@ impl Tensor {
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
                 &INDEX_SELECT
+            }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                let width: usize = self.shape[1..].iter().product();
+                one(match y.picking(self.d, &self.shape) {
+                    Owner::Unknown if self.d == 0 && self.ids.gpu().is_none() => match self.ids.to_vec::<u32>() {
+                        Ok(ids) => y.taken(&ids, self.shape[0], width),
+                        Err(_) => Owner::Unknown,
+                    },
+                    o => o,
+                })
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let zeros = Array::zeros(&self.shape, (grad.dtype(), &grad.device()));

@@ -1,15 +1,18 @@
-//! Losses. Each returns one value per sample, `[B]`: the mean over the batch is the step's business.
+//! Losses. Each returns one value per sample, `[B]`: the step takes the mean over the batch.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule, samples_or_leading};
+use crate::autograd::{
+    Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one, samples_or_leading,
+};
 use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::{Samples, Tensor, with_float};
+use smallvec::SmallVec;
 
 /// How rows become a sample's loss.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -119,6 +122,15 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &CROSS_ENTROPY
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        let c = *self.logits.shape().last().unwrap_or(&1);
+        let own = matches!(y.owner, Owner::Every { run: 1 }) && self.samples.count() == y.count;
+        one(match own {
+            true => Owner::rows(&self.samples, c),
+            false if self.samples.is_on_host() => y.sent(self.samples.count(), &self.samples.owner_ids(), c),
+            false => Owner::Unknown,
+        })
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.logits.shape().last().unwrap_or(&1);
@@ -269,6 +281,9 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
     impl Rule for Bce {
         fn info(&self) -> &'static OpInfo {
             &BCE
+        }
+        fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+            one(y.same())
         }
         fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let dx = dispatch(

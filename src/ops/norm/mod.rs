@@ -7,11 +7,14 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Rule, samples_or_leading};
+use crate::autograd::{
+    Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Owner, Rule, Whose, one, samples_or_leading,
+};
 use crate::base::{DType, Element, Error, Result};
 use crate::device::spans;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::{Param, Samples, Tensor, with_float};
+use smallvec::SmallVec;
 
 fn case(g: &mut Gen, rms: bool) -> Result<Case> {
     // Two values are ±1 after a layer norm, whatever they were: their gradient is a difference of rounding errors.
@@ -62,6 +65,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         self.info
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.mixing(y.shape.len() - 1, y.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.x.shape().last().unwrap_or(&1);
@@ -221,6 +227,9 @@ fn affine(x: &Tensor, gain: Option<&Param>, bias: Option<&Param>) -> Result<Tens
     impl Rule for Affine {
         fn info(&self) -> &'static OpInfo {
             &GROUP_NORM
+        }
+        fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+            one(y.same())
         }
         fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let (c, samples) = (*grad.shape().last().unwrap_or(&1), Samples::leading(grad.shape(), 1));

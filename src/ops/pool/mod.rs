@@ -4,13 +4,14 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_rows2, par_units};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
 use crate::ops::conv::{Conv, Sides};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -186,6 +187,9 @@ impl Rule for AverageBack {
     fn info(&self) -> &'static OpInfo {
         &AVG_POOL
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.planes(&self.shape))
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (grid, shape) = (&self.grid, &self.shape);
         let dx = dispatch(
@@ -255,6 +259,9 @@ struct LargestBack {
 impl Rule for LargestBack {
     fn info(&self) -> &'static OpInfo {
         &MAX_POOL
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.planes(&self.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let shape = &self.shape;

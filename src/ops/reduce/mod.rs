@@ -4,12 +4,13 @@ pub(crate) mod cuda;
 
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch, elementwise as ew, sums as cpu};
 use crate::ops::reduce::cuda::Extreme;
 use crate::{Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 
 /// Sums the dimensions along which `a` was broadcast from `shape`.
 pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
@@ -174,6 +175,9 @@ impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
         &SUM
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.reading(&self.ones).along(&self.shape, Some))
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         back.input(0, grad.reshape(&self.ones)?.expand(&self.shape)?);
         Ok(())
@@ -252,6 +256,9 @@ impl Tensor {
             fn info(&self) -> &'static OpInfo {
                 &LOGSUMEXP
             }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                one(y.reading(&self.ones).along(self.x.shape(), Some))
+            }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 let (y, grad) = (self.y.reshape(&self.ones)?, grad.reshape(&self.ones)?);
                 let dx = dispatch(
@@ -305,6 +312,9 @@ impl Tensor {
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
                 &CUMSUM
+            }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                one(y.mixing(self.0, y.shape))
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 back.input(0, scan(&grad, self.0, true)?);
@@ -389,6 +399,17 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
         fn info(&self) -> &'static OpInfo {
             &MAX
         }
+        fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+            // The last dimensions of the order are those of the maximum.
+            let (mut ones, mut left) = (self.shape.clone(), self.cols);
+            for &d in self.order.iter().rev() {
+                if left > 1 {
+                    left /= self.shape[d].max(1);
+                    ones[d] = 1;
+                }
+            }
+            one(y.reading(&ones).along(&self.shape, Some))
+        }
         fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             back.input(0, unpick(&grad, &self.index, 1, self.cols, &self.order, &self.shape)?);
             Ok(())
@@ -461,6 +482,9 @@ fn sorted(t: &Tensor, d: usize, k: usize, descending: bool) -> Result<(Tensor, T
     impl Rule for Back {
         fn info(&self) -> &'static OpInfo {
             &SORT
+        }
+        fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+            one(y.mixing(self.order[self.order.len() - 1], &self.shape))
         }
         fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
             let cols = self.shape[self.order[self.order.len() - 1]];

@@ -6,7 +6,7 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::par_rows;
 use crate::device::cpu::simd::simd;
@@ -14,6 +14,7 @@ use crate::device::cuda::Gpu;
 use crate::device::{Device, spans};
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 use std::sync::{Arc, Mutex};
 
 /// Which two elements of a head are turned together.
@@ -130,6 +131,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ROTARY
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.mixing(3, y.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         back.input(0, turn(&grad, &self.table, self.offset, self.pairing, true)?);

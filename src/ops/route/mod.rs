@@ -12,7 +12,9 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::cuda::on;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owners, Rule, Segments};
+use crate::autograd::{
+    Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Owners, Rule, Segments, Whose, one,
+};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
@@ -21,6 +23,7 @@ use crate::kernels::rows::cuda as rows;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::{Device, Samples, Tensor, with_float};
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 /// How a router's logits become scores.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -294,6 +297,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &ROUTE
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.by_rows(self.logits.shape()[0], self.logits.numel()))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let c = self.choice;

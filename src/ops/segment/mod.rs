@@ -5,13 +5,14 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::array::shape::Dims;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::cpu::par::{par_rows2, par_units};
 use crate::device::cpu::simd::simd;
 use crate::device::spans;
 use crate::kernels::{Half, dispatch, rows};
 use crate::{Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 
 pub use crate::autograd::Segments;
 
@@ -120,6 +121,12 @@ impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_SUM
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(match (y.picking(0, &self.shape), self.segments.known_ids()) {
+            (Owner::Unknown, Some(ids)) => y.sent(self.segments.count(), ids, self.shape[1..].iter().product()),
+            (o, _) => o,
+        })
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let SumBack { segments, mean, shape } = self;
         let dx = dispatch(
@@ -173,6 +180,12 @@ impl Rule for MaxBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_MAX
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(match (y.picking(0, &self.shape), self.segments.known_ids()) {
+            (Owner::Unknown, Some(ids)) => y.sent(self.segments.count(), ids, self.shape[1..].iter().product()),
+            (o, _) => o,
+        })
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (segments, shape) = (&self.segments, &self.shape);
         let dx = dispatch(
@@ -208,6 +221,16 @@ impl Rule for SoftmaxBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_SOFTMAX
     }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(match (y.picking(0, y.shape), self.segments.known_ids()) {
+            (Owner::Unknown, Some(ids)) => match y.taken(ids, self.segments.count(), 1) {
+                Owner::Mixed => Owner::Mixed,
+                _ if y.owners_of(ids.len()).is_some() => y.same(),
+                _ => Owner::Unknown,
+            },
+            (o, _) => o,
+        })
+    }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let segments = &self.segments;
         let dx = dispatch(
@@ -241,6 +264,12 @@ struct RepeatBack {
 impl Rule for RepeatBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_REPEAT
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(match (y.picking(0, &self.shape), self.segments.known_ids()) {
+            (Owner::Unknown, Some(ids)) => y.taken(ids, self.shape[0], self.shape[1..].iter().product()),
+            (o, _) => o,
+        })
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         back.input(0, sums(&grad, &self.segments, &self.shape, false)?);

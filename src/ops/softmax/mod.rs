@@ -4,11 +4,12 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::Result;
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 
 fn case(g: &mut Gen, f: fn(&Tensor, isize) -> Result<Tensor>) -> Result<Case> {
     let shape = g.shape(3);
@@ -40,6 +41,9 @@ struct Back {
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         if self.log { &LOG_SOFTMAX } else { &SOFTMAX }
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.mixing(y.shape.len() - 1, y.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (d, log) = (*self.y.shape().last().unwrap_or(&1), self.log);

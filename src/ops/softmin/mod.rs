@@ -3,13 +3,14 @@
 mod cuda;
 
 use crate::array::{Array, shape};
-use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{Float, Result};
 use crate::device::cpu::par::par_rows;
 use crate::device::cpu::simd::simd;
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
+use smallvec::SmallVec;
 
 static SOFTMIN: OpInfo = OpInfo {
     name: "softmin",
@@ -50,6 +51,9 @@ struct Back(Array);
 impl Rule for Back {
     fn info(&self) -> &'static OpInfo {
         &SOFTMIN
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.mixing(y.shape.len() - 1, y.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let d = *self.0.shape().last().unwrap_or(&1);

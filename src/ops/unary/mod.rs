@@ -5,12 +5,13 @@
 pub(crate) mod cuda;
 
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Rule};
+use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
 use crate::base::{DType, Element, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_dtype, with_float};
+use smallvec::SmallVec;
 use std::marker::PhantomData;
 
 /// What a derivative is a function of, and so what is kept for the backward pass.
@@ -102,6 +103,9 @@ struct Back<U: ?Sized> {
 impl<U: Unary + ?Sized> Rule for Back<U> {
     fn info(&self) -> &'static OpInfo {
         U::INFO
+    }
+    fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+        one(y.same())
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         back.input(0, gradient::<U>(grad, self.saved.clone(), self.p)?);
@@ -664,6 +668,9 @@ impl Tensor {
         impl Rule for Back {
             fn info(&self) -> &'static OpInfo {
                 &CAST
+            }
+            fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
+                one(y.same())
             }
             fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
                 back.input(0, grad.cast(self.0));

@@ -1,0 +1,242 @@
+"""Careless edits, one alive at a time: which of them does no test notice?
+
+    python3 benches/mutants/mutants.py [--only 3,17] [--list] [--out target/mutants]
+
+The tree is copied to the output folder, and all edits of the list below are put into the copy at once, each asleep: where an edit says
+M0, the copy asks whether this mutant is awake. So everything is compiled once. Then the tests run once for each mutant with its number
+in PRISMGRAD_MUTANT, the test binaries that ought to notice it. A line for each; the survivors are listed at the end. The exit status is
+1 if more than 3 % survive. It takes about an hour on two cores: a nightly command.
+"""
+
+import argparse, json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (file below src, text that occurs in it once, edit with M0, M1, … for its mutants, what they do, the tests that ought to notice)
+EDITS = [
+    ("privacy/clip.rs", "ClipFn::Abadi => threshold / n,", "ClipFn::Abadi => (if M0 { 2.0 } else { 1.0 }) * threshold / n,",
+     ["Abadi clips to twice the threshold"], "lib sensitivity"),
+    ("privacy/clip.rs", "threshold / (n + gamma)", "threshold / (n + if M0 { 0.0 } else { gamma })", ["AUTO-S without γ"], "lib sensitivity"),
+    ("privacy/clip.rs", "(n <= threshold) as u8 as f64", "(n <= if M0 { 2.0 } else { 1.0 } * threshold) as u8 as f64",
+     ["global clipping keeps twice the threshold"], "lib sensitivity"),
+    ("privacy/clip.rs", "1.0 / n.max(threshold)", "1.0 / if M0 { n.min(threshold) } else { n.max(threshold) }",
+     ["re-parameterised the wrong way round"], "lib sensitivity"),
+    ("privacy/clip.rs", "(threshold / n).min(1e30)", "(threshold / n).min(if M0 { f64::INFINITY } else { 1e30 })",
+     ["AUTO-V overflows for tiny gradients"], "lib sensitivity"),
+    ("privacy/clip.rs", "            return 0.0;\n", "            return if M0 { 1.0 } else { 0.0 };\n", ["a norm that is not finite has weight 1"],
+     "lib sensitivity training"),
+    ("privacy/clip.rs", "ClipFn::Reparameterised => 1.0,", "ClipFn::Reparameterised => if M0 { 0.5 } else { 1.0 },",
+     ["the re-parameterised function's sensitivity halved"], "lib sensitivity"),
+    ("privacy/clip.rs", "total / (groups.max(1) as f64).sqrt()", "total / (if M0 { 1 } else { groups.max(1) } as f64).sqrt()",
+     ["every group clips to the whole threshold"], "lib privacy training"),
+    ("privacy/clip.rs", "total * w / norm", "total * w / if M0 { 1.0 } else { norm }", ["weighted thresholds are not normalised"], "lib"),
+    ("privacy/sampling.rs", "self.key.uniforms(step, self.records)", "self.key.uniforms(if M0 { 0 } else { step }, self.records)",
+     ["the same Poisson batch at every step"], "lib privacy"),
+    ("privacy/sampling.rs", "u[i] < self.rate)", "u[i] < if M0 { 1.03 } else { 1.0 } * self.rate)", ["sampling rate 3 % up"], "lib privacy"),
+    ("step/noise.rs", "self.gradient_noise_multiplier() * self.sensitivity()",
+     "(if M0 { 0.5 } else { 1.0 }) * self.gradient_noise_multiplier() * (if M1 { 1.0 } else { self.sensitivity() })",
+     ["noise halved", "noise without the sensitivity"], "privacy training"),
+    ("step/noise.rs", "_ => key.for_release(step, context, sum),",
+     "_ => key.for_release(if M0 { 0 } else { step }, if M1 { [0; 4] } else { context }, if M2 { [0; 4] } else { sum }),",
+     ["noise does not depend on the step", "noise does not depend on its scale", "noise does not depend on the sum"], "privacy training"),
+    ("step/noise.rs", "0.5 * samples as f64", "if M0 { 0.0 } else { 0.5 } * samples as f64", ["adaptive counts are not centred"], "privacy training"),
+    ("step/noise.rs", "let key = key.for_release(step, Privacy::context(std, below.len(), 0), [1; 4]);",
+     "let key = if M0 { key.clone() } else { key.for_release(step, Privacy::context(std, below.len(), 0), [1; 4]) };",
+     ["adaptive counts carry the gradient's noise"], "privacy"),
+    ("step/private.rs", "self.core.update(share / expected, None)",
+     "self.core.update(share / if M0 { counts.samples.max(1) as f64 } else { expected }, None)", ["division by the realised batch"],
+     "privacy training"),
+    ("step/private.rs", "                zero(&mut self.core.grads)?;\n                Err(e)",
+     "                if !M0 { zero(&mut self.core.grads)?; }\n                Err(e)", ["a failed step leaves the clean sum behind"], "privacy"),
+    ("step/private.rs", "losses.shape() == [private + public]", "M0 || losses.shape() == [private + public]",
+     ["any number of losses is taken"], "privacy"),
+    ("step/private.rs", "if self.checked ||", "if M0 || self.checked ||", ["records are not compared in the first batch"], "independence"),
+    ("step/private.rs", "mean * expected / share", "mean * if M0 { 1.0 } else { expected / share }",
+     ["public gradients are weighted as if private ones were not divided"], "privacy training continual"),
+    ("step/private.rs", "i % r.size() == r.rank()", "M0 || i % r.size() == r.rank()", ["every rank takes every record"], "dist"),
+    ("step/private.rs", "let secret = self.privacy.mask_secret(self.core.steps);\n        // Public",
+     "let secret = if M0 { 0 } else { self.privacy.mask_secret(self.core.steps) };\n        // Public", ["dropout masks are public"], "independence"),
+    ("step/weigh.rs", "fn follows_samples(&self) -> bool {\n        true", "fn follows_samples(&self) -> bool {\n        !M0",
+     ["samples are not followed after the first batch"], "independence"),
+    ("step/weigh.rs", "self.groups[gi].delivered > 0 {", "self.groups[gi].delivered > 0 && !M0 {",
+     ["a group with a member that was not reached loses its gradient"], "privacy training"),
+    ("step/weigh.rs", "for_each(|(s, n)| *s += n)", "for_each(|(s, n)| if M0 { *s = n } else { *s += n })",
+     ["a group's norm is that of its last member"], "privacy sensitivity training"),
+    ("step/weigh.rs", "            _ => factor(s),", "            _ => factor(s).max(if M0 { 0.5 } else { 0.0 }),",
+     ["clip factors are at least one half"], "sensitivity privacy"),
+    ("step/weigh.rs", "Some(p) if i >= p.from =>", "Some(p) if i + M0 as usize >= p.from =>", ["the last private sample is weighted as public"],
+     "privacy training"),
+    ("step/weigh.rs", "self.tally.non_finite += !sq.is_finite() as u64", "self.tally.non_finite += (!sq.is_finite() && !M0) as u64",
+     ["samples that are not finite are not counted"], "privacy training"),
+    ("step/privacy.rs", "self.key.uniform(step, 1 << 40)", "self.key.uniform(if M0 { 0 } else { step }, 1 << 40)",
+     ["the same secret of masks at every step"], "independence"),
+    ("step/privacy.rs", "e > budget * (1.0 + 1e-9)", "e > budget * if M0 { 1.5 } else { 1.0 + 1e-9 }", ["half the budget again"], "privacy"),
+    ("step/privacy.rs", "*n >= steps)", "*n + if M0 { self.config.steps.div_ceil(24) } else { 0 } >= steps)",
+     ["ε in reports one entry too low"], "privacy"),
+    ("step/privacy.rs", "(self.sigma.powi(-2) - counts)", "(self.sigma.powi(-2) - if M0 { 0.0 } else { counts })",
+     ["adaptive counts are not paid for"], "privacy"),
+    ("step/privacy.rs", "calibrate(config.epsilon,", "calibrate(if M0 { 1.05 } else { 1.0 } * config.epsilon,", ["calibrated to 5 % more ε"], "privacy"),
+    ("step/privacy.rs", "if steps > known {", "if steps > known && !M0 {", ["a checkpoint's steps without a log are forgotten"], "privacy training"),
+    ("step/privacy.rs", "self.accountant.record(self.sigma, rate, 1)?;", "self.accountant.record(self.sigma, rate, !M0 as u64)?;",
+     ["a step is not counted"], "privacy"),
+    ("step/privacy.rs", "Ok([(key >> 32) as f64, (key & 0xffff_ffff) as f64, self.digest()? as f64])",
+     "Ok(if M0 { [0.0; 3] } else { [(key >> 32) as f64, (key & 0xffff_ffff) as f64, self.digest()? as f64] })",
+     ["ranks do not compare keys"], "dist privacy"),
+    ("privacy/log.rs", ".sum::<f64>().powf(-0.5)", ".sum::<f64>().powf(if M0 { -0.25 } else { -0.5 })",
+     ["two releases of one step cost less than both"], "lib privacy"),
+    ("privacy/log.rs", "release.is_some() && self.releases", "release.is_some() && M0 || release.is_some() && self.releases",
+     ["any release of a step counts as the one before"], "privacy"),
+    ("privacy/log.rs", "Some(taken) if taken.rate == rate =>", "Some(taken) if M0 || taken.rate == rate =>",
+     ["a step at another rate under one key"], "privacy"),
+    ("privacy/log.rs", "file.set_len(whole as u64).map_err(fail)?;", "if !M0 { file.set_len(whole as u64).map_err(fail)?; }",
+     ["a torn line stays in the log"], "privacy"),
+    ("privacy/log.rs", "file.write_all(text.as_bytes())", "file.write_all(if M0 { b\"\" } else { text.as_bytes() })",
+     ["nothing is written to the log"], "privacy"),
+    ("privacy/log.rs", "match file.try_lock() {", "match if M0 { Ok(()) } else { file.try_lock() } {", ["the log is not locked"], "privacy"),
+    ("privacy/accountant/mod.rs", "s.sigma == sigma && s.rate == rate", "s.sigma == sigma && (M0 || s.rate == rate)",
+     ["steps of one σ merged whatever their rate"], "accountant lib privacy"),
+    ("privacy/accountant/mod.rs", "        let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max);",
+     "        let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).take(if M0 { 1 } else { 9 }).fold(0.0, f64::max) * if M1 { 0.998 } else { 1.0 };",
+     ["one direction of the comparison only", "ε 0.2 % too small"], "accountant"),
+    ("privacy/accountant/mod.rs", "        while high - low > 1e-5 {\n            let mid = 0.5 * (low + high);\n            if cost(mid, fine)? > epsilon { low = mid } else { high = mid }\n        }\n        Ok(high)\n",
+     "        while high - low > 1e-5 {\n            let mid = 0.5 * (low + high);\n            if cost(mid, fine)? > epsilon { low = mid } else { high = mid }\n        }\n        Ok(if M0 { 0.9999 * low } else { high })\n",
+     ["calibration returns the unsafe end"], "accountant"),
+    ("privacy/accountant/mod.rs", "s.count as f64 * uncovered(shift / s.sigma)", "if M0 { 0.0 } else { s.count as f64 } * uncovered(shift / s.sigma)",
+     ["the end of the noise is not counted"], "accountant lib"),
+    ("random/chacha.rs", "init[14][l] = step as u32", "init[14][l] = if M0 { 0 } else { step as u32 }", ["streams do not depend on the step"],
+     "lib privacy"),
+    ("random/chacha.rs", "1023 - 20", "1023 - if M0 { 10 } else { 20 }", ["the grid is a thousand times coarser"], "lib privacy"),
+    ("random/chacha.rs", "let rare = (0..8).fold(false, ", "let rare = !M0 && (0..8).fold(false, ", ["the tail ends at 6.8σ"], "lib"),
+    ("random/chacha.rs", "second[l].to_f64() + std * (r * s as f64)", "second[l].to_f64() + std * (r * if M0 { c } else { s } as f64)",
+     ["both normals of a pair are equal"], "lib privacy"),
+    ("random/digest.rs", "two[l].wrapping_add(product(l + BLOCK))", "two[l].wrapping_add(product(if M0 { l } else { l + BLOCK }))",
+     ["both halves of the digest are one"], "lib"),
+    ("random/digest.rs", "if !rest.is_empty() {", "if !rest.is_empty() && !M0 {", ["the last words are not in the digest"], "lib privacy"),
+    ("random/masks.rs", "philox::bits(secret, 0x6d61_736b, given)", "philox::bits(secret, 0x6d61_736b, if M0 { 0 } else { given })",
+     ["one mask for all layers"], "independence privacy layers"),
+    ("autograd/factor/mod.rs", "computed + gamma * self.reach", "computed + if M0 { 0.0 } else { gamma } * self.reach",
+     ["norms without the rounding of the sum"], "sensitivity"),
+    ("autograd/factor/mod.rs", "(self.sq.value.max(0.0) + self.sq.error)", "(self.sq.value.max(0.0) + if M0 { 0.0 } else { self.sq.error })",
+     ["norms without the error of inner products"], "sensitivity"),
+    ("autograd/factor/cpu.rs", "repeat_n(toward_zero(w), *each)", "repeat_n(toward_zero(if M0 { 1.0001 * w } else { w }), *each)",
+     ["clip factors a little too large"], "sensitivity"),
+    ("autograd/param_grad.rs", "*n *= upwards(T::UNIT));", "*n *= if M0 { 0.25 } else { upwards(T::UNIT) });",
+     ["gradients that are kept take half their norm"], "sensitivity per_sample training"),
+    ("autograd/param_grad.rs", "let totals: Vec<f64> = bounds", "let base = if M0 { &vec![0.0; base.len()][..] } else { base };\n            let totals: Vec<f64> = bounds",
+     ["GPU: the fused sum forgets the rest of its group (emulated device only)"], "privacy"),
+    ("autograd/owner.rs", "            Owner::All => false,", "            Owner::All => M0,", ["a value that all share may depend on records"], "independence"),
+    ("autograd/owner.rs", "n if n < own.len() => Owner::Mixed,", "n if n < own.len() => if M0 { Owner::All } else { Owner::Mixed },",
+     ["samples that share an element in part are taken as apart"], "independence"),
+    ("autograd/owner.rs", "Some(own) if own.iter().any(|d| d.dim == dim) => return Owner::Mixed",
+     "Some(own) if !M0 && own.iter().any(|d| d.dim == dim) => return Owner::Mixed", ["mixing along a dimension is not seen"], "independence"),
+    ("autograd/backward.rs", "e.get_mut().add_in_place(&g)?", "if M0 { e.insert(g); } else { e.get_mut().add_in_place(&g)? }",
+     ["the gradients of two uses are not added"], "ops training"),
+    ("optim/adamw.rs", "let t = step.max(1) as i32;", "let t = step.max(1) as i32 + M0 as i32;", ["bias correction of t + 1"], "lib training"),
+    ("optim/adamw.rs", "(*v).sqrt() * root + eps", "if M0 { ((*v) * root * root + eps).sqrt() } else { (*v).sqrt() * root + eps }",
+     ["ε inside the root"], "lib training"),
+    ("optim/adamw.rs", "if *decay { f(keep) }", "if *decay || M0 { f(keep) }", ["AdamW decays biases and gains"], "lib training"),
+    ("optim/sgd.rs", "*b = mu * *b + g", "*b = mu * if M0 { *b + g } else { *b } + g", ["momentum counts the gradient twice"], "lib training"),
+    ("optim/sgd.rs", "f(if *decay { keep }", "f(if *decay || M0 { keep }", ["SGD decays biases and gains"], "lib training"),
+    ("step/reduce.rs", "for bucket in buckets {", "for bucket in buckets.iter().skip(M0 as usize) {", ["the first bucket is not reduced"], "dist"),
+    ("ops/dropout/mod.rs", "back.input(0, apply(&grad, self.0, self.1)?)", "back.input(0, apply(&grad, self.0, self.1 + M0 as u64)?)",
+     ["backward has another mask"], "ops"),
+    ("ops/linear.rs", "if let Some(b) = &self.bias {", "if let Some(b) = self.bias.as_ref().filter(|_| !M0) {", ["no gradient of the bias"], "ops"),
+    ("ops/embedding/mod.rs", "match self.padding {\n                Some(padding) => without", "match self.padding.filter(|_| !M0) {\n                Some(padding) => without",
+     ["padding rows of an embedding receive a gradient"], "ops layers"),
+    ("ops/loss/mod.rs", "Reduce::Mean => 1.0 / counts[samples.owner(r)].max(1) as f64,",
+     "Reduce::Mean => 1.0 / if M0 { n } else { counts[samples.owner(r)].max(1) } as f64,", ["the mean is over the batch, not the record"],
+     "ops layers per_sample"),
+    ("kernels/gemm/norms.rs", "w - w * 2.0 * T::UNIT)", "w - w * if M0 { 0.0 } else { 2.0 } * T::UNIT)", ["no weight below one that rounds up"],
+     "sensitivity lib"),
+]
+
+
+def place(copy):
+    """Puts every edit into the copy. Returns (number, file, what, tests) of each mutant."""
+    mutants = []
+    for file, text, edit, whats, tests in EDITS:
+        path = copy / "src" / file
+        source = path.read_text()
+        if source.count(text) != 1:
+            sys.exit(f"{file}: {text!r} occurs {source.count(text)} times, not once: mend the list")
+        for i, what in enumerate(whats):
+            number = len(mutants) + 1
+            edit = re.sub(rf"\bM{i}\b", f"crate::mutant({number})", edit)
+            mutants.append((number, file, what, tests.split()))
+        path.write_text(source.replace(text, edit))
+    lib = copy / "src" / "lib.rs"
+    lib.write_text(
+        lib.read_text()
+        + """
+/// Whether this mutant is awake.
+pub fn mutant(number: u32) -> bool {
+    static AWAKE: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
+    *AWAKE.get_or_init(|| std::env::var("PRISMGRAD_MUTANT").ok().and_then(|n| n.parse().ok()).unwrap_or(0)) == number
+}
+"""
+    )
+    return mutants
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    args.add_argument("--only", help="numbers of mutants, with commas")
+    args.add_argument("--list", action="store_true", help="print the mutants and end")
+    args.add_argument("--out", default=str(ROOT / "target" / "mutants"))
+    args = args.parse_args()
+    copy = Path(args.out)
+    shutil.rmtree(copy / "src", ignore_errors=True)
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in ["src", "tests", "cuda", "examples", "benches", "docs"]:
+        shutil.copytree(ROOT / name, copy / name, dirs_exist_ok=True)
+    for name in ["Cargo.toml", "Cargo.lock", "build.rs", "README.md", "ARCHITECTURE.md"]:
+        shutil.copy(ROOT / name, copy / name)
+    mutants = place(copy)
+    if args.list:
+        for number, file, what, tests in mutants:
+            print(f"{number:3} {file}: {what} ({', '.join(tests)})")
+        return
+    wanted = {int(n) for n in args.only.split(",")} if args.only else {m[0] for m in mutants}
+    names = sorted({t for m in mutants if m[0] in wanted for t in m[3]})
+    build = ["cargo", "test", "--no-run", "--message-format=json"]
+    build += [f for n in names for f in (["--lib"] if n == "lib" else ["--test", n])]
+    print("compiling", len(mutants), "mutants once", flush=True)
+    built = subprocess.run(build, cwd=copy, stdout=subprocess.PIPE, text=True)
+    if built.returncode:
+        sys.exit("the mutants do not compile")
+    binaries = {}
+    for line in built.stdout.splitlines():
+        m = json.loads(line)
+        if m.get("profile", {}).get("test") and m.get("executable"):
+            binaries["lib" if "lib" in m["target"]["kind"] else m["target"]["name"]] = m["executable"]
+
+    def first_failure(number, tests):
+        env = dict(os.environ, PRISMGRAD_MUTANT=str(number))
+        for t in tests:
+            try:
+                run = subprocess.run([binaries[t]], cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+            except subprocess.TimeoutExpired:
+                return t + " (no end)"
+            if run.returncode:
+                failed = re.findall(r"^test (\S+) \.\.\. FAILED", run.stdout, re.M)
+                return f"{t}: {', '.join(failed[:2]) or 'the process died'}"
+        return None
+
+    asleep = first_failure(0, names)
+    if asleep:
+        sys.exit(f"without a mutant awake the tests fail already: {asleep}")
+    survivors = []
+    for number, file, what, tests in mutants:
+        if number in wanted:
+            start = time.time()
+            caught = first_failure(number, tests)
+            print(f"{number:3} {file}: {what}: {'caught by ' + caught if caught else 'SURVIVES'} ({time.time() - start:.0f} s)", flush=True)
+            if not caught:
+                survivors.append(f"{number} {what}")
+    print(f"{len(survivors)} of {len(wanted)} survive", *survivors, sep="\n  ")
+    sys.exit(len(survivors) > 0.03 * len(wanted))
+
+
+if __name__ == "__main__":
+    main()
