@@ -3,7 +3,9 @@
 #[path = "common/skip.rs"]
 mod skip;
 
-use prismgrad::systems::codeeval::buggy::{Generated, Released, generate, read_problems, read_released};
+use prismgrad::systems::codeeval::buggy::{Generated, Parts, Released, generate, read_problems, read_released};
+use prismgrad::systems::codeeval::locate::Doubt;
+use prismgrad::systems::codeeval::mini::{Coder, Corpus, Interpreter, Training, Vocabulary, renamed, same_meaning};
 use prismgrad::systems::codeeval::python::{cut_completion, operators, tokens};
 use prismgrad::systems::codeeval::{FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict};
 use prismgrad::{Result, data};
@@ -30,7 +32,7 @@ fn sandbox(limits: Limits) -> Option<Sandbox> {
 }
 
 fn quick() -> Limits {
-    Limits { cpu_seconds: 1.0, wall_seconds: 4.0, memory: 256 << 20 }
+    Limits { cpu_seconds: 0.5, wall_seconds: 12.0, memory: 256 << 20 }
 }
 
 /// A program with an entry point `f` whose test wants `f(2) == 4`.
@@ -371,4 +373,121 @@ proptest! {
         }
         prop_assert!(text.starts_with(cut_completion(&text)));
     }
+}
+
+/// Every family's bodies agree, the references pass, flips that are kept fail, and the parts share no program.
+#[test]
+fn the_mini_language_has_problems_with_tests() {
+    let corpus = Corpus::new(3000, 1, 0).unwrap();
+    let names = |p: &[Problem]| p.iter().map(|p| p.task_id.clone()).collect::<BTreeSet<_>>();
+    let families =
+        |p: &[Problem]| p.iter().map(|p| p.task_id.split('/').nth(1).unwrap().to_string()).collect::<BTreeSet<_>>();
+    assert!(families(&corpus.test).len() >= 40, "{}", families(&corpus.test).len());
+    assert_eq!(names(&corpus.test).intersection(&names(&corpus.validation)).count(), 0);
+    let train: BTreeSet<&String> = corpus.train.iter().collect();
+    for p in corpus.test.iter().chain(&corpus.validation) {
+        assert!(!train.contains(&(p.prompt.clone() + &p.canonical_solution)), "{} is in both", p.task_id);
+    }
+    let judge = Interpreter::default();
+    let made = generate(&corpus.test, &FlipMap::paper(), &judge, Mode::Corrected).unwrap();
+    assert_eq!(made.left_out, []);
+    assert!(made.rows.len() > 100 && made.surviving() > 0, "{} rows, {} survive", made.rows.len(), made.surviving());
+    let vocabulary = Vocabulary::new();
+    for row in &made.rows {
+        let whole =
+            |source: String| Program { source, entry_point: "f".into(), test: corpus.test[row.problem].test.clone() };
+        let ids = vocabulary.encode(&row.buggy_program()).unwrap();
+        let again = vocabulary.decode(&ids);
+        assert_eq!(vocabulary.encode(&again).unwrap(), ids);
+        let verdicts = judge.judge(&[row.clean_program(), again.clone()].map(whole)).unwrap();
+        assert_eq!(verdicts[0], Verdict::Passed, "{}", row.clean_program());
+        assert_ne!(verdicts[1], Verdict::Passed, "{again}");
+        // The control edits change the text and not the meaning.
+        let parts = Parts::of(&corpus.test[row.problem]);
+        let operands = same_meaning(row, &parts, made.sites[row.site].start).map(|e| format!("{e}\n{}", row.rest));
+        let all = Row { clean: row.clean_program(), rest: String::new(), ..row.clone() };
+        let edited: Vec<String> = [operands, renamed(&all)].into_iter().flatten().collect();
+        for source in edited {
+            assert_ne!(source, row.clean_program());
+            assert_eq!(judge.run(&whole(source.clone())), Verdict::Passed, "{source}");
+            vocabulary.encode(&source).unwrap();
+        }
+    }
+}
+
+/// The interpreter computes what Python computes, for references and flips.
+#[test]
+fn python_agrees_with_the_interpreter() {
+    let Some(sandbox) = sandbox(quick()) else { return };
+    let problems = Corpus::new(1, 1, 0).unwrap().test;
+    let judge = Interpreter::default();
+    let made = generate(&problems, &FlipMap::paper(), &judge, Mode::Corrected).unwrap();
+    let programs: Vec<Program> = (made.sites.iter().step_by(3))
+        .map(|s| {
+            let (p, parts) = (&problems[s.problem], Parts::of(&problems[s.problem]));
+            Program { source: parts.head.clone() + &parts.flipped(s), entry_point: "f".into(), test: p.test.clone() }
+        })
+        .collect();
+    for (p, (ours, theirs)) in
+        programs.iter().zip(judge.judge(&programs).unwrap().iter().zip(sandbox.run_all(&programs)))
+    {
+        // Steps and CPU seconds are no common measure: a loop that counts down for ever ends in neither.
+        assert_eq!(*ours, theirs.verdict, "{}", p.source);
+    }
+}
+
+#[test]
+fn the_interpreter_refuses_what_it_does_not_have() {
+    let of = |source: &str| Interpreter::default().run(&program(source));
+    let cases = [
+        ("def f(x):\n    return x * x\n", Verdict::Passed),
+        ("def f(x):\n    return x * x", Verdict::Passed),
+        ("def f(x):\n    if x > 1:\n        return 8 // 2\n    else:\n        return 0\n", Verdict::Passed),
+        ("def f(x):\n    return [1, 4][-1] - 7 % 5 + 2.0\n", Verdict::Passed),
+        ("def f(x):\n    while x < 4:\n        x += 1\n    return x\n", Verdict::Passed),
+        ("def f(x):\n    while x > 0:\n        x += 1\n    return x\n", Verdict::Cpu),
+        ("def f(x):\n    x = 9\n", Verdict::Failed),
+        ("def f(x):\n    return y\n", Verdict::Error),
+        ("def f(x):\n    return x[0]\n", Verdict::Error),
+        ("def f(x):\n    return x / 0\n", Verdict::Error),
+        ("def f(x):\n    x = 9223372036854775807\n    return x + 1\n", Verdict::Error),
+        ("def f(x):\n    import os\n", Verdict::Error),
+        ("def f(x):\n    return 'a'\n", Verdict::Error),
+        ("def f(x):\n  if x:\n      y = 1\n    return 4\n", Verdict::Error),
+        ("def f(x):\n", Verdict::Error),
+        ("def f(x):\n    if x:\n", Verdict::Error),
+        ("", Verdict::Error),
+        ("def f(x):\n    return 4\nprint(1)\n", Verdict::Error),
+        ("def f():\n    return 4\n", Verdict::Error),
+    ];
+    for (source, want) in cases {
+        assert_eq!(of(source), want, "{source}");
+    }
+    let deep = format!("def f(x):\n    return {}x{}\n", "(".repeat(5000), ")".repeat(5000));
+    assert_eq!(of(&deep), Verdict::Error);
+    assert_eq!(of(&format!("def f(x):\n    return {}x\n", "-".repeat(5000))), Verdict::Error);
+    let test = Program { test: "def check(f):\n    f(1)\n".into(), ..program("def f(x):\n    return 4\n") };
+    assert!(matches!(Interpreter::default().run(&test), Verdict::Infrastructure(_)));
+}
+
+/// A small model learns a little, samples do not depend on what is drawn beside them, and doubts lie where the operators are.
+#[test]
+fn a_model_of_the_mini_language() {
+    let corpus = Corpus::new(200, 1, 0).unwrap();
+    let training = Training { width: 32, layers: 1, heads: 2, steps: 60, batch: 8, rate: 5e-3, seed: 0 };
+    let mut losses = Vec::new();
+    let coder = Coder::train(&corpus.train, &training, |_, _, loss| losses.push(loss)).unwrap();
+    assert!(losses[59] < 0.6 * losses[0], "{} {}", losses[0], losses[59]);
+    let prefixes: Vec<String> = corpus.test.iter().take(3).map(|p| p.prompt.trim_end().to_string()).collect();
+    let all = coder.complete(&prefixes, 2, 0.8, 1).unwrap();
+    let first = coder.complete(&prefixes[..1], 2, 0.8, 1).unwrap();
+    assert_eq!(all[0], first[0]);
+    assert!(all[0].iter().all(|t| t.starts_with("def f")));
+    let text = "def f(xs):\n    # the sum of the elements of xs greater than 3\n    s = -1\n    for x in xs:\n        if x > 3:\n            s += x - 1";
+    let doubts = &coder.doubts(&[text.to_string()]).unwrap()[0];
+    assert_eq!(doubts.iter().map(|d| d.line).collect::<Vec<_>>(), [4, 5, 5]);
+    assert!(doubts.iter().all(|d| d.best >= d.observed && d.observed > 0.0 && d.best < 1.0));
+    let edited = coder.replaced(text, &Doubt { instead: "<=".into(), ..doubts[0].clone() }).unwrap();
+    assert!(edited.contains("if x <= 3:"), "{edited}");
+    assert!(coder.doubts(&["def f(unknown):".to_string()]).unwrap_err().to_string().contains("unknown"));
 }

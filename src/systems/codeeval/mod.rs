@@ -17,9 +17,13 @@
 //! | [`python`] | enough of Python's lexer to find operators outside strings |
 //! | [`buggy`] | the generator of buggy prefixes, for any set of problems with tests |
 //! | [`sandbox`] | generated programs run without files, network or other processes; verdicts |
+//! | [`locate`] | which operator a language model doubts |
+//! | [`mini`] | a language that is a part of Python, its interpreter, problem families, and a model of it |
 //! | [`passk`] | pass@k without bias, averages over problems, bootstrap intervals |
 
 pub mod buggy;
+pub mod locate;
+pub mod mini;
 pub mod passk;
 pub mod python;
 pub mod sandbox;

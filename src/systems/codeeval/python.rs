@@ -140,10 +140,10 @@ pub fn tokens(text: &str) -> Result<Vec<Token<'_>>> {
                     let c = rest.chars().next().unwrap_or('?');
                     return Err(bad(line, format!("the character {c:?} outside a string")));
                 };
-                if let Some(close) = [(b'(', b')'), (b'[', b']'), (b'{', b'}')].iter().find(|p| p.1 == b) {
-                    if open.pop() != Some(close.0) {
-                        return Err(bad(line, format!("a {op} that closes nothing")));
-                    }
+                if let Some(close) = [(b'(', b')'), (b'[', b']'), (b'{', b'}')].iter().find(|p| p.1 == b)
+                    && open.pop() != Some(close.0)
+                {
+                    return Err(bad(line, format!("a {op} that closes nothing")));
                 }
                 out.push(Token { kind: Kind::Op, text: &text[i..i + op.len()], start: i, line, depth: open.len() });
                 if b"([{".contains(&b) {
@@ -306,7 +306,7 @@ mod tests {
     fn binary_operators_outside_strings_and_comments() {
         assert_eq!(found("x = -a + b # c - d\n"), ["+"]);
         assert_eq!(found("def f(*args, a=-1, **kw) -> int:\n    return -1 if a < 2 else +a\n"), ["<"]);
-        assert_eq!(found("s = 'a + b' + f\"{a + b}\" + r'\\' + '''x\n- y'''\n"), ["+", "+", "+"]);
+        assert_eq!(found("s = 'a + b' + f\"{a + b}\" + r'\\\\' + '''x\n- y'''\n"), ["+", "+", "+"]);
         assert_eq!(found("x **= 2; y //= 3; z = a ** -b // c % d\n"), Vec::<&str>::new());
         assert_eq!(found("f(*a, -b)[i - 1] * -3\n"), ["-", "*"]);
         assert_eq!(found("x += 1\nx = a \\\n  - b\n"), ["+=", "-"]);
