@@ -3,4 +3,5 @@
 //! Each module has the paper it comes from, with its equations, at its top. They use nothing that a program which links the crate
 //! could not use.
 
+pub mod codeeval;
 pub mod robustness;

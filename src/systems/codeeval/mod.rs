@@ -1,0 +1,32 @@
+//! Completion of code with potential bugs: what an error in the context does to a code model.
+//!
+//! Dinh, Zhao, Tan, Negrinho, Lausen, Zha and Karypis, "Large Language Models of Code Fail at Completing Code with Potential
+//! Bugs" (NeurIPS 2023). The task: given a specification and a prefix `s'` of a program in which one operator was flipped, write a
+//! whole program that passes the specification's tests. Buggy prefixes are made from a problem set in this way:
+//!
+//! 1. blank lines of the prompt and of the solution are dropped;
+//! 2. candidate sites are the binary arithmetic, comparison and augmented-assignment operators of the solution;
+//! 3. one operator is flipped ([`FlipMap::paper`]), and the flip is kept if the edited program fails a test;
+//! 4. for each line from the one of the flip to the last but one, the lines up to it are a prefix, clean and buggy.
+//!
+//! A score is [`passk::pass_at_k`] (Chen et al. 2021, equation 1), averaged over the samples of a prefix, over the prefixes of a
+//! problem, and over problems, because three problems hold a quarter of all prefixes.
+//!
+//! | module | what it has |
+//! |---|---|
+//! | [`python`] | enough of Python's lexer to find operators outside strings |
+//! | [`buggy`] | the generator of buggy prefixes, for any set of problems with tests |
+//! | [`sandbox`] | generated programs run without files, network or other processes; verdicts |
+//! | [`locate`] | which operator a language model doubts |
+//! | [`mini`] | a language that is a part of Python, its interpreter, problem families, and a model of it |
+//! | [`passk`] | pass@k without bias, averages over problems, bootstrap intervals |
+
+pub mod buggy;
+pub mod locate;
+pub mod mini;
+pub mod passk;
+pub mod python;
+pub mod sandbox;
+
+pub use buggy::{FlipMap, Mode, Problem, Row};
+pub use sandbox::{Judge, Limits, Program, Sandbox, Verdict};
