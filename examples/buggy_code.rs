@@ -458,7 +458,7 @@ fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: b
     for arm in ARMS {
         let (mean, half) = interval(&pass(arm));
         chart = match half.is_finite() {
-            true => chart.bar_with_interval(arm, mean, mean - half, mean + half),
+            true => chart.bar_with_interval(arm, mean, (mean - half).max(0.0), (mean + half).min(1.0)),
             false => chart.bar(arm, mean),
         };
     }
