@@ -4,8 +4,9 @@
 mod skip;
 
 use prismgrad::systems::codeeval::buggy::{Generated, Parts, Released, generate, read_problems, read_released};
-use prismgrad::systems::codeeval::locate::Doubt;
+use prismgrad::systems::codeeval::locate::{Doubt, most_suspicious};
 use prismgrad::systems::codeeval::mini::{Coder, Corpus, Interpreter, Training, Vocabulary, renamed, same_meaning};
+use prismgrad::systems::codeeval::ngram::OperatorNgrams;
 use prismgrad::systems::codeeval::python::{cut_completion, operators, tokens};
 use prismgrad::systems::codeeval::{FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict};
 use prismgrad::{Result, data};
@@ -490,4 +491,46 @@ fn a_model_of_the_mini_language() {
     let edited = coder.replaced(text, &Doubt { instead: "<=".into(), ..doubts[0].clone() }).unwrap();
     assert!(edited.contains("if x <= 3:"), "{edited}");
     assert!(coder.doubts(&["def f(unknown):".to_string()]).unwrap_err().to_string().contains("unknown"));
+}
+
+/// The standard library of the Python on this machine lexes, and its operators, counted by their neighbours, find flips of
+/// HumanEval more often than a guess.
+#[test]
+fn neighbours_of_operators_find_flips() {
+    let Some((problems, released)) = humaneval() else { return };
+    let folders = ["/usr/lib/python3.11", "/usr/lib/python3.12", "/usr/lib/python3.13", "/usr/local/lib/python3.11"];
+    let Some(folder) = folders.iter().find(|f| std::path::Path::new(f).join("heapq.py").exists()) else {
+        eprintln!("not tested: no standard library of Python in {folders:?}");
+        return;
+    };
+    let (mut grams, mut files) = (OperatorNgrams::new(FlipMap::paper()), 0);
+    for entry in fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|x| x == "py") {
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            grams.count(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            files += 1;
+        }
+    }
+    let head = |r: &Released| {
+        let problem = problems.iter().find(|p| p.task_id == r.task_id).unwrap();
+        Parts::of(problem).head.lines().count()
+    };
+    let mut of: BTreeMap<&str, (f64, f64, f64)> = BTreeMap::new();
+    for r in released {
+        let bug = r.clean.lines().zip(r.buggy.lines()).position(|(a, b)| a != b).unwrap();
+        let body: Vec<Doubt> = grams.doubts(&r.buggy).unwrap().into_iter().filter(|d| d.line >= head(r)).collect();
+        let hit = most_suspicious(&body).is_some_and(|d| d.line == bug);
+        let chance = body.iter().filter(|d| d.line == bug).count() as f64 / body.len() as f64;
+        let entry = of.entry(&r.task_id).or_default();
+        *entry = (entry.0 + f64::from(u8::from(hit)), entry.1 + chance, entry.2 + 1.0);
+    }
+    let sum = |f: fn(&(f64, f64, f64)) -> f64| of.values().map(f).sum::<f64>();
+    let (n, rows) = (of.len() as f64, released.len() as f64);
+    let (found, chance, by_problem) = (sum(|e| e.0) / rows, sum(|e| e.1) / rows, sum(|e| e.0 / e.2) / n);
+    eprintln!(
+        "{files} files, {} operators: {found:.3} of rows, {by_problem:.3} by problem; at random {chance:.3}",
+        grams.sites()
+    );
+    assert!(found > chance + 0.1, "{found} {chance}");
 }

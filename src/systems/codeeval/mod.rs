@@ -19,11 +19,13 @@
 //! | [`sandbox`] | generated programs run without files, network or other processes; verdicts |
 //! | [`locate`] | which operator a language model doubts |
 //! | [`mini`] | a language that is a part of Python, its interpreter, problem families, and a model of it |
+//! | [`ngram`] | a baseline for location: operators counted by the tokens around them |
 //! | [`passk`] | pass@k without bias, averages over problems, bootstrap intervals |
 
 pub mod buggy;
 pub mod locate;
 pub mod mini;
+pub mod ngram;
 pub mod passk;
 pub mod python;
 pub mod sandbox;
