@@ -1,11 +1,15 @@
-//! The robustness of text classifiers, on an artificial language whose words have a worth each, so that no file is needed.
+//! The robustness of text classifiers, on an artificial language whose words have a worth each, so that only the comparison with
+//! TextAttack needs files.
+
+#[path = "common/skip.rs"]
+mod skip;
 
 use prismgrad::base::philox::Rng;
 use prismgrad::systems::robustness::evaluate::attacked;
 use prismgrad::systems::robustness::{
-    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Lens, Misspellings, ModelConfig, Outcome, Output, Pgd,
-    Precision, Report, Score, Served, Synonyms, Text, TextModel, TextSet, Training, Vocabulary, accuracy_under_attack,
-    augmented,
+    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Found, Lens, Misspellings, ModelConfig, Outcome, Output,
+    Pgd, Precision, Report, Score, Served, Synonyms, Text, TextModel, TextSet, Training, Vocabulary,
+    accuracy_under_attack, augmented, data,
 };
 use prismgrad::{DType, Result};
 
@@ -349,4 +353,35 @@ fn trainings_differ_as_they_should() {
     assert!(more.len() > train.len() + 50 && more.len() <= train.len() + 100);
     let wrong = Training { temperature: 0.0, ..short(0) }.run(&model, &train, |_, _| {});
     assert!(wrong.unwrap_err().to_string().contains("training temperature"));
+}
+
+/// What TextAttack 0.3.11 found for 200 film reviews with the same model and candidates, and how often it asked the model
+/// (`benches/peers/textattack_verdicts.py` wrote the file).
+#[test]
+fn textattack_finds_the_same() {
+    let (Ok([_, _, test]), Ok(list)) = (data::reviews(), Synonyms::ppdb()) else {
+        return skip::skip("the film reviews or PPDB's synonyms are not there; PRISMGRAD_DATA names their folder");
+    };
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/robustness");
+    let model = Classifier::load(&folder).unwrap();
+    let theirs: serde_json::Value = prismgrad::io::read_json(folder.join("textattack.json")).unwrap();
+    let (set, letters) = (test.sample(200, 11), Misspellings { seed: 5 });
+    for (name, attack) in [("pwws", Attack::pwws(&list)), ("deepwordbug", Attack::deep_word_bug(&letters))] {
+        let ours = attack.run(&Served::new(&model), &set).unwrap();
+        let theirs = theirs[name].as_array().unwrap();
+        assert_eq!((ours.len(), theirs.len()), (200, 200));
+        let verdict = |f: &Found| match f.outcome {
+            Outcome::WrongFromStart => "wrong",
+            Outcome::Broken => "broken",
+            Outcome::Stood | Outcome::Unchangeable => "stood",
+        };
+        let same = |i: &usize| theirs[*i][0] == verdict(&ours[*i]);
+        let verdicts = (0..200).filter(same).count();
+        let queries = (0..200).filter(|i| same(i) && theirs[*i][1] == ours[*i].queries).count();
+        println!("{name}: {verdicts} of 200 verdicts, {queries} of 200 query counts");
+        for i in (0..200).filter(|i| theirs[*i][0] != verdict(&ours[*i]) || theirs[*i][1] != ours[*i].queries).take(5) {
+            println!("text {i}: theirs {}, ours {} after {} queries", theirs[i], verdict(&ours[i]), ours[i].queries);
+        }
+        assert!(verdicts >= 198 && queries >= 198, "{name}: {verdicts} verdicts and {queries} query counts of 200");
+    }
 }
