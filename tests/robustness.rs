@@ -382,6 +382,7 @@ fn textattack_finds_the_same() {
         for i in (0..200).filter(|i| theirs[*i][0] != verdict(&ours[*i]) || theirs[*i][1] != ours[*i].queries).take(5) {
             println!("text {i}: theirs {}, ours {} after {} queries", theirs[i], verdict(&ours[i]), ours[i].queries);
         }
-        assert!(verdicts >= 198 && queries >= 198, "{name}: {verdicts} verdicts and {queries} query counts of 200");
+        // A misspelling that ends in an apostrophe is one word here and split there: their counts of queries differ.
+        assert!(verdicts >= 198 && queries >= 194, "{name}: {verdicts} verdicts and {queries} query counts of 200");
     }
 }
