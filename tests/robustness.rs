@@ -7,9 +7,9 @@ mod skip;
 use prismgrad::base::philox::Rng;
 use prismgrad::systems::robustness::evaluate::attacked;
 use prismgrad::systems::robustness::{
-    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Found, Lens, Misspellings, ModelConfig, Outcome, Output,
-    Pgd, Precision, Report, Score, Served, Synonyms, Text, TextModel, TextSet, Training, Vocabulary,
-    accuracy_under_attack, augmented, data,
+    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Found, Importance, Lens, Misspellings, ModelConfig,
+    Neighbours, Outcome, Output, Pgd, Precision, Report, Score, Served, Similarity, Synonyms, Text, TextModel, TextSet,
+    Training, Vocabulary, WordClasses, WordVectors, accuracy_under_attack, augmented, data,
 };
 use prismgrad::{DType, Result};
 
@@ -240,6 +240,38 @@ fn limits_hold() {
     assert!(!run(Attack::pwws(&list).max_edits(3)).changed.contains(&1));
 }
 
+/// Near words of vectors made from the texts, a limit on the similarity of the texts, and word classes.
+#[test]
+fn near_words_similarity_and_word_classes() {
+    let (model, train) = (trained(Architecture::Bag, &short(0)), texts(1500, 1));
+    let vectors = WordVectors::of_texts(&train.texts, 32, 0).retrofitted(&synonyms());
+    let (near, similarity) = (Neighbours::new(vectors.clone(), 20, 0.3), Similarity::new(vectors));
+    let (served, set) = (Served::new(&model), texts(60, 3));
+    let run = |attack: Attack| attack.score(Score::Margin).run(&served, &set).unwrap();
+    let broken = |found: &[Found]| found.iter().filter(|f| f.outcome == Outcome::Broken).count();
+    let free = run(Attack::new("near words", &near, Importance::Delete));
+    let limited = run(Attack::text_fooler(&near, &similarity));
+    assert!(broken(&free) > 5 && broken(&limited) <= broken(&free), "{} {}", broken(&free), broken(&limited));
+    for (found, text) in limited.iter().zip(&set.texts) {
+        let original: Vec<&str> = text.words().collect();
+        let words: Vec<&str> = found.words.iter().map(String::as_str).collect();
+        for &at in &found.changed {
+            assert!(near.get(original[at]).contains(&words[at]), "a near word");
+        }
+        // The last change was held against the text that it made.
+        if let Some(&at) = found.changed.last() {
+            assert!(similarity.of(&original, &words, at, words[at]) >= 0.8408);
+        }
+    }
+    // Words with an even number are of one class, those with an odd number of another: few candidates are left.
+    let classes = WordClasses::of((0..WORDS).map(|w| (name(w), 1 << (w % 2))));
+    let list = synonyms();
+    for found in run(Attack::pwws(&list).same_class(&classes)).iter().zip(&set.texts) {
+        let original: Vec<&str> = found.1.words().collect();
+        assert!(found.0.changed.iter().all(|&at| classes.fit(original[at], &found.0.words[at])));
+    }
+}
+
 /// Only strictly better candidates are taken; where all scores are tied, nothing is.
 #[test]
 fn ties_are_not_taken() {
@@ -382,7 +414,6 @@ fn textattack_finds_the_same() {
         for i in (0..200).filter(|i| theirs[*i][0] != verdict(&ours[*i]) || theirs[*i][1] != ours[*i].queries).take(5) {
             println!("text {i}: theirs {}, ours {} after {} queries", theirs[i], verdict(&ours[i]), ours[i].queries);
         }
-        // A misspelling that ends in an apostrophe is one word here and split there: their counts of queries differ.
-        assert!(verdicts >= 198 && queries >= 194, "{name}: {verdicts} verdicts and {queries} query counts of 200");
+        assert!(verdicts >= 198 && queries >= 198, "{name}: {verdicts} verdicts and {queries} query counts of 200");
     }
 }
