@@ -116,14 +116,15 @@ fn train(data: &Data, architecture: Architecture, training: &Training) -> Result
     };
     let model = Classifier::new(config, Vocabulary::of_texts(&data.train.texts, 2, 20_000), training.seed)?;
     let steps = (training.epochs as u64).max(1);
+    if architecture == Architecture::Bag {
+        // A second or so, very often.
+        training.run(&model, &data.train, |_, _| {})?;
+        return Ok(model);
+    }
     let mut progress = Progress::new(format!("train {} {architecture:?}", data.name), Some(steps), 0);
-    let mut failed = None;
-    training.run(&model, &data.train, |epoch, loss| match model.accuracy(&data.validation) {
-        Ok(accuracy) => progress.set(epoch as u64 + 1, &[("loss", loss), ("validation", accuracy)]),
-        Err(e) => failed = Some(e),
-    })?;
+    training.run(&model, &data.train, |epoch, loss| progress.set(epoch as u64 + 1, &[("loss", loss)]))?;
     progress.finish();
-    failed.map_or(Ok(model), Err)
+    Ok(model)
 }
 
 /// Whether a number is above a limit in every seed's run beyond chance: the mean difference and its 95 % interval.
@@ -180,9 +181,10 @@ fn illusion(
 ) -> Result<(Vec<Value>, Vec<Value>)> {
     let bag = architecture == Architecture::Bag;
     let count = if bag || study.full { study.texts } else { study.texts / 4 };
-    let seeds = if bag || study.full { &study.seeds[..] } else { &study.seeds[..1] };
+    let seeds = if (bag && data.name != "tweets") || study.full { &study.seeds[..] } else { &study.seeds[..1] };
     let temperatures: &[f64] = match (bag, study.full, study.quick) {
-        (true, _, false) => &[1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3, 1e6, 1e7, 1e8, 1e9],
+        (true, true, _) => &[1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 2.0, 10.0, 1e3, 1e6, 1e7, 1e8, 1e9],
+        (true, _, false) => &[1e-4, 1e-2, 0.1, 0.5, 1.0, 2.0, 1e3, 1e7, 1e9],
         (_, true, _) => &[1e-4, 1e-2, 0.5, 1.0, 2.0, 1e3, 1e6, 1e7, 1e9],
         _ => &[1e-4, 1e-2, 1.0, 1e9],
     };
@@ -457,7 +459,7 @@ fn accidents(study: &Study, data: &Data, folder: &mut RunFolder) -> Result<Vec<V
 /// Training temperatures beside adversarial training and augmentation.
 fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> Result<(Vec<Value>, Vec<Value>)> {
     let base = training(Architecture::Bag, 0);
-    let rates: &[f64] = if study.quick { &[3e-3] } else { &[1e-3, 3e-3, 1e-2] };
+    let rates: &[f64] = if study.full { &[1e-3, 3e-3, 1e-2] } else { &[3e-3] };
     let mut arms: Vec<(String, Training, bool)> = Vec::new();
     let temperatures: &[f64] = if study.quick { &[1.0, 20.0] } else { &[1.0, 10.0, 20.0, 100.0, 200.0, 2000.0] };
     for &temperature in temperatures {

@@ -1,11 +1,15 @@
-//! The robustness of text classifiers, on an artificial language whose words have a worth each, so that no file is needed.
+//! The robustness of text classifiers, on an artificial language whose words have a worth each, so that only the comparison with
+//! TextAttack needs files.
+
+#[path = "common/skip.rs"]
+mod skip;
 
 use prismgrad::base::philox::Rng;
 use prismgrad::systems::robustness::evaluate::attacked;
 use prismgrad::systems::robustness::{
-    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Lens, Misspellings, ModelConfig, Outcome, Output, Pgd,
-    Precision, Report, Score, Served, Synonyms, Text, TextModel, TextSet, Training, Vocabulary, accuracy_under_attack,
-    augmented,
+    Architecture, Attack, Batch, Classifier, Evaluate, Flag, Found, Importance, Lens, Misspellings, ModelConfig,
+    Neighbours, Outcome, Output, Pgd, Precision, Report, Score, Served, Similarity, Synonyms, Text, TextModel, TextSet,
+    Training, Vocabulary, WordClasses, WordVectors, accuracy_under_attack, augmented, data,
 };
 use prismgrad::{DType, Result};
 
@@ -236,6 +240,38 @@ fn limits_hold() {
     assert!(!run(Attack::pwws(&list).max_edits(3)).changed.contains(&1));
 }
 
+/// Near words of vectors made from the texts, a limit on the similarity of the texts, and word classes.
+#[test]
+fn near_words_similarity_and_word_classes() {
+    let (model, train) = (trained(Architecture::Bag, &short(0)), texts(1500, 1));
+    let vectors = WordVectors::of_texts(&train.texts, 32, 0).retrofitted(&synonyms());
+    let (near, similarity) = (Neighbours::new(vectors.clone(), 20, 0.3), Similarity::new(vectors));
+    let (served, set) = (Served::new(&model), texts(60, 3));
+    let run = |attack: Attack| attack.score(Score::Margin).run(&served, &set).unwrap();
+    let broken = |found: &[Found]| found.iter().filter(|f| f.outcome == Outcome::Broken).count();
+    let free = run(Attack::new("near words", &near, Importance::Delete));
+    let limited = run(Attack::text_fooler(&near, &similarity));
+    assert!(broken(&free) > 5 && broken(&limited) <= broken(&free), "{} {}", broken(&free), broken(&limited));
+    for (found, text) in limited.iter().zip(&set.texts) {
+        let original: Vec<&str> = text.words().collect();
+        let words: Vec<&str> = found.words.iter().map(String::as_str).collect();
+        for &at in &found.changed {
+            assert!(near.get(original[at]).contains(&words[at]), "a near word");
+        }
+        // The last change was held against the text that it made.
+        if let Some(&at) = found.changed.last() {
+            assert!(similarity.of(&original, &words, at, words[at]) >= 0.8408);
+        }
+    }
+    // Words with an even number are of one class, those with an odd number of another: few candidates are left.
+    let classes = WordClasses::of((0..WORDS).map(|w| (name(w), 1 << (w % 2))));
+    let list = synonyms();
+    for found in run(Attack::pwws(&list).same_class(&classes)).iter().zip(&set.texts) {
+        let original: Vec<&str> = found.1.words().collect();
+        assert!(found.0.changed.iter().all(|&at| classes.fit(original[at], &found.0.words[at])));
+    }
+}
+
 /// Only strictly better candidates are taken; where all scores are tied, nothing is.
 #[test]
 fn ties_are_not_taken() {
@@ -349,4 +385,35 @@ fn trainings_differ_as_they_should() {
     assert!(more.len() > train.len() + 50 && more.len() <= train.len() + 100);
     let wrong = Training { temperature: 0.0, ..short(0) }.run(&model, &train, |_, _| {});
     assert!(wrong.unwrap_err().to_string().contains("training temperature"));
+}
+
+/// What TextAttack 0.3.11 found for 200 film reviews with the same model and candidates, and how often it asked the model
+/// (`benches/peers/textattack_verdicts.py` wrote the file).
+#[test]
+fn textattack_finds_the_same() {
+    let (Ok([_, _, test]), Ok(list)) = (data::reviews(), Synonyms::ppdb()) else {
+        return skip::skip("the film reviews or PPDB's synonyms are not there; PRISMGRAD_DATA names their folder");
+    };
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/robustness");
+    let model = Classifier::load(&folder).unwrap();
+    let theirs: serde_json::Value = prismgrad::io::read_json(folder.join("textattack.json")).unwrap();
+    let (set, letters) = (test.sample(200, 11), Misspellings { seed: 5 });
+    for (name, attack) in [("pwws", Attack::pwws(&list)), ("deepwordbug", Attack::deep_word_bug(&letters))] {
+        let ours = attack.run(&Served::new(&model), &set).unwrap();
+        let theirs = theirs[name].as_array().unwrap();
+        assert_eq!((ours.len(), theirs.len()), (200, 200));
+        let verdict = |f: &Found| match f.outcome {
+            Outcome::WrongFromStart => "wrong",
+            Outcome::Broken => "broken",
+            Outcome::Stood | Outcome::Unchangeable => "stood",
+        };
+        let same = |i: &usize| theirs[*i][0] == verdict(&ours[*i]);
+        let verdicts = (0..200).filter(same).count();
+        let queries = (0..200).filter(|i| same(i) && theirs[*i][1] == ours[*i].queries).count();
+        println!("{name}: {verdicts} of 200 verdicts, {queries} of 200 query counts");
+        for i in (0..200).filter(|i| theirs[*i][0] != verdict(&ours[*i]) || theirs[*i][1] != ours[*i].queries).take(5) {
+            println!("text {i}: theirs {}, ours {} after {} queries", theirs[i], verdict(&ours[i]), ours[i].queries);
+        }
+        assert!(verdicts >= 198 && queries >= 198, "{name}: {verdicts} verdicts and {queries} query counts of 200");
+    }
 }

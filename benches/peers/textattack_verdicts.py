@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,7 +32,6 @@ NLTK.mkdir(parents=True)
 os.environ["NLTK_DATA"] = str(NLTK.parent.parent)
 
 import numpy as np
-import textattack
 import torch
 from safetensors.torch import load_file
 from textattack.attack import Attack
@@ -141,9 +141,11 @@ def main():
             for name, method in METHODS.items():
                 attack, given = attacker(model, data["stop_words"], method)
                 start = time.perf_counter()
-                for text in data["texts"]:
+                # A quarter of the texts: it takes one after the other, and the time of each is much the same.
+                some = data["texts"][:50]
+                for text in some:
                     run(attack, given, name, text)
-                theirs = (time.perf_counter() - start) / len(data["texts"])
+                theirs = (time.perf_counter() - start) / len(some)
                 ratios[name].append(theirs / ours[name])
                 print(f"{name}: TextAttack {1e3 * theirs:.2f} ms a text, ours {1e3 * ours[name]:.4f} ms: {theirs / ours[name]:.0f} times", flush=True)
         for name, r in ratios.items():
@@ -151,7 +153,7 @@ def main():
         return
     out = Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
-    found = {"textattack": textattack.__version__ if hasattr(textattack, "__version__") else "0.3.11"}
+    found = {"textattack": version("textattack")}
     for name, method in METHODS.items():
         attack, given = attacker(model, data["stop_words"], method)
         found[name] = [run(attack, given, name, text) for text in data["texts"]]

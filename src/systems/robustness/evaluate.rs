@@ -72,7 +72,8 @@ impl<'a> Evaluate<'a> {
         self.calibrate = calibrate;
         self
     }
-    /// Also searches for the attacker's best temperature, with this attack on the validation texts (the paper takes DeepWordBug).
+    /// Also searches for the attacker's best temperature, with this attack on the validation texts, 200 of them at most (the paper takes
+    /// DeepWordBug).
     pub fn optimise(mut self, with: &'a Attack<'a>) -> Self {
         self.optimise = Some(with);
         self
@@ -97,7 +98,7 @@ impl<'a> Evaluate<'a> {
         let optimised = match self.optimise {
             None => None,
             Some(attack) => {
-                let temperature = best_temperature(attack, served, validation, temperature)?;
+                let temperature = best_temperature(attack, served, &validation.sample(200, 0), temperature)?;
                 Some(attacked(Lens { score: PLAIN, temperature })?)
             }
         };

@@ -174,11 +174,12 @@ pub(super) fn disagreement(a: &[Found], b: &[Found]) -> f64 {
 }
 
 /// Whether probabilities are a softmax of probabilities: every confidence is at most e/(e + C − 1), what one softmax undone gives is a
-/// list of probabilities, and it fits the classes clearly better.
+/// list of probabilities, and it either fits the classes clearly better or often comes close to certainty (so that confidences crowd just
+/// below a bound that none passes).
 pub(super) fn double_softmax(answers: &Answers, labels: &[u32]) -> Option<Flag> {
     let c = answers.classes;
     let mut largest = 0f64;
-    let (mut twice, mut once) = (0.0, 0.0);
+    let (mut twice, mut once, mut sure) = (0.0, 0.0, 0);
     for (i, &y) in labels.iter().enumerate() {
         let mut log: Vec<f64> = answers.row(i).to_vec();
         if answers.probabilities {
@@ -193,13 +194,12 @@ pub(super) fn double_softmax(answers: &Answers, labels: &[u32]) -> Option<Flag> 
         if p.iter().any(|p| !(-1e-3..=1.001).contains(p)) {
             return None;
         }
+        sure += usize::from(p.iter().any(|p| *p > 0.95));
         twice -= log[y as usize];
         once -= p[y as usize].max(1e-3).ln();
     }
     let n = labels.len().max(1) as f64;
-    let limit = std::f64::consts::E / (std::f64::consts::E + c as f64 - 1.0);
-    let reached = largest > 0.8 * limit;
-    (reached && once / n < twice / n - 0.02).then_some(Flag::DoubleSoftmax { largest })
+    (once / n < twice / n - 0.02 || sure as f64 > 0.05 * n).then_some(Flag::DoubleSoftmax { largest })
 }
 
 /// The share of rows of probabilities that have an exact 0 or 1.

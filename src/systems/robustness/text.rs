@@ -10,7 +10,7 @@ use std::path::Path;
 pub const UNK: &str = "[UNK]";
 
 /// A text and where its words lie in it. A word is a longest run of letters, digits and the marks `'`, `-`, `_`, `*` and `@`, without
-/// marks at its beginning; the rest is kept, so that a changed text has the spaces and punctuation of the original.
+/// marks at its beginning and end; the rest is kept, so that a changed text has the spaces and punctuation of the original.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
     source: String,
@@ -29,7 +29,7 @@ impl Text {
             match (inside, start) {
                 (true, None) => start = Some(at),
                 (false, Some(from)) => {
-                    spans.push(from..at);
+                    spans.push(from..from + source[from..at].trim_end_matches(MARKS).len());
                     start = None;
                 }
                 _ => {}
@@ -300,10 +300,10 @@ mod tests {
     #[test]
     fn words_and_what_stands_between_them() {
         let t = Text::new(" A well-made 'film', isn't it? -- 90 min. ");
-        assert_eq!(t.words().collect::<Vec<_>>(), ["A", "well-made", "film'", "isn't", "it", "90", "min"]);
+        assert_eq!(t.words().collect::<Vec<_>>(), ["A", "well-made", "film", "isn't", "it", "90", "min"]);
         let words: Vec<String> = t.words().map(str::to_string).collect();
         assert_eq!(t.with_words(&words), t.source());
-        assert_eq!(t.with_words(&["x"; 7]), " x x 'x, x x? -- x x. ");
+        assert_eq!(t.with_words(&["x"; 7]), " x x 'x', x x? -- x x. ");
         assert!(Text::new("").is_empty() && Text::new(" - ' .").is_empty());
         assert_eq!(Text::new("né ö").len(), 2);
     }
