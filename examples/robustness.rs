@@ -103,7 +103,7 @@ fn substitute() -> Result<(Data, Synonyms)> {
     Ok((Data::of("comments", set.split()), synonyms))
 }
 
-/// How a model of this kind is trained by default; rates and epochs were chosen on validation texts.
+/// How a model of this kind is trained by default; the epochs were chosen on validation texts, the rates are usual ones.
 fn training(architecture: Architecture, seed: u64) -> Training {
     let lr = if architecture == Architecture::Bag { 3e-3 } else { 1e-3 };
     Training { epochs: 3, lr, seed, ..Training::default() }
@@ -343,7 +343,7 @@ fn reliability_plot(one: &Report, other: &Report, t: f64, folder: &RunFolder, se
         .series(Series::new(name("T = 1", &one.reliability.0), line(&one.reliability.0)).markers())
         .series(Series::new(name(&format!("T = {t:e}"), &other.reliability.0), line(&other.reliability.0)).markers())
         .series(Series::new(name("calibrated", &one.reliability.1), line(&one.reliability.1)).markers())
-        .save(folder.plot(&format!("reliability-{set}")))
+        .save(folder.plot(&format!("reliability-{}", set.replace(' ', "-"))))
         .map(drop)
 }
 
