@@ -610,7 +610,10 @@ fn own(args: &args::Args, csv: &str, synonyms: &Synonyms) -> Result<()> {
             return Err(Error::Invalid { op: "robustness", message });
         }
         let data = Data { name: "your texts", train: train_set, validation, test };
-        let model = train(&data, Architecture::Bag, &training(Architecture::Bag, 0))?;
+        let base = training(Architecture::Bag, 0);
+        // As many steps as the film reviews have, however few the texts.
+        let epochs = base.epochs.max(25_600 / data.train.len().max(1)).min(100);
+        let model = train(&data, Architecture::Bag, &Training { epochs, ..base })?;
         (model, data.validation, data.test)
     } else {
         let model = Classifier::load(folder_of_model)?;
