@@ -103,7 +103,7 @@ fn substitute() -> Result<(Data, Synonyms)> {
     Ok((Data::of("comments", set.split()), synonyms))
 }
 
-/// How a model of this kind is trained by default; rates and epochs were chosen on validation texts.
+/// How a model of this kind is trained by default; the epochs were chosen on validation texts, the rates are usual ones.
 fn training(architecture: Architecture, seed: u64) -> Training {
     let lr = if architecture == Architecture::Bag { 3e-3 } else { 1e-3 };
     Training { epochs: 3, lr, seed, ..Training::default() }
@@ -343,7 +343,7 @@ fn reliability_plot(one: &Report, other: &Report, t: f64, folder: &RunFolder, se
         .series(Series::new(name("T = 1", &one.reliability.0), line(&one.reliability.0)).markers())
         .series(Series::new(name(&format!("T = {t:e}"), &other.reliability.0), line(&other.reliability.0)).markers())
         .series(Series::new(name("calibrated", &one.reliability.1), line(&one.reliability.1)).markers())
-        .save(folder.plot(&format!("reliability-{set}")))
+        .save(folder.plot(&format!("reliability-{}", set.replace(' ', "-"))))
         .map(drop)
 }
 
@@ -610,7 +610,10 @@ fn own(args: &args::Args, csv: &str, synonyms: &Synonyms) -> Result<()> {
             return Err(Error::Invalid { op: "robustness", message });
         }
         let data = Data { name: "your texts", train: train_set, validation, test };
-        let model = train(&data, Architecture::Bag, &training(Architecture::Bag, 0))?;
+        let base = training(Architecture::Bag, 0);
+        // As many steps as the film reviews have, however few the texts.
+        let epochs = base.epochs.max(25_600 / data.train.len().max(1)).min(100);
+        let model = train(&data, Architecture::Bag, &Training { epochs, ..base })?;
         (model, data.validation, data.test)
     } else {
         let model = Classifier::load(folder_of_model)?;
