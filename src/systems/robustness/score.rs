@@ -123,7 +123,7 @@ mod tests {
         let (f32, f64) = (Score::Probability(Precision::F32), Score::Probability(Precision::F64));
         assert!(tied(f32, 1e-2) && tied(f64, 1e-2), "over-confident: 64 bits are no cure");
         assert!(tied(f32, 1e9) && !tied(f64, 1e9), "under-confident: 64 bits are one");
-        assert!(!tied(Score::LogProbability, 1e-2) && tied(Score::LogProbability, 1e-3));
+        assert!(!tied(Score::LogProbability, 0.1) && tied(Score::LogProbability, 1e-2));
         assert!([1e-9, 1e-2, 1.0, 1e9].iter().all(|&t| !tied(Score::Margin, t)));
     }
 }
