@@ -581,9 +581,7 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
             .save(folder.plot(&format!("training-{}", attack.name().to_lowercase())))?;
     }
     let mut verdicts = Vec::new();
-    let best = (1..temperatures.len())
-        .max_by(|&x, &y| validated[x].total_cmp(&validated[y]))
-        .unwrap_or(0);
+    let best = (1..temperatures.len()).max_by(|&x, &y| validated[x].total_cmp(&validated[y])).unwrap_or(0);
     for (a, attack) in study.attacks.iter().enumerate() {
         let than = |other: usize| {
             calibrated[best][a].iter().zip(&calibrated[other][a]).map(|(x, y)| x - y).collect::<Vec<f64>>()
