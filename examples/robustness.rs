@@ -478,6 +478,9 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
     let test = data.test.sample(study.texts, 3);
     let mut rows = Vec::new();
     let mut calibrated: Vec<[Vec<f64>; 2]> = Vec::new();
+    // The training temperature is chosen by validation texts under attack, calibrated.
+    let chosen_by = data.validation.sample(study.texts.min(200), 3);
+    let mut validated = vec![0.0; temperatures.len()];
     let mut curves: [Vec<(f64, f64, f64)>; 2] = Default::default();
     println!(
         "\nTraining temperature and defences, bag model, {}: rates {rates:?} tried with each, chosen by validation accuracy",
@@ -525,6 +528,10 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
             };
             let c = test.classes.len();
             gaps.push(logits.chunks(c).map(gap).sum::<f64>() / test.len() as f64);
+            if rows.len() < temperatures.len() && temperatures.len() > 2 {
+                let r = Evaluate::new(&study.attacks[1]).run(&served, &data.validation, &chosen_by)?;
+                validated[rows.len()] += r.calibrated.accuracy;
+            }
             for (a, attack) in study.attacks.iter().enumerate() {
                 let r = Evaluate::new(attack).run(&served, &data.validation, &test)?;
                 scores[a][0].push(100.0 * r.plain.accuracy);
@@ -574,9 +581,7 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
             .save(folder.plot(&format!("training-{}", attack.name().to_lowercase())))?;
     }
     let mut verdicts = Vec::new();
-    let best = (1..temperatures.len())
-        .max_by(|&x, &y| interval(&calibrated[x][1]).0.total_cmp(&interval(&calibrated[y][1]).0))
-        .unwrap_or(0);
+    let best = (1..temperatures.len()).max_by(|&x, &y| validated[x].total_cmp(&validated[y])).unwrap_or(0);
     for (a, attack) in study.attacks.iter().enumerate() {
         let than = |other: usize| {
             calibrated[best][a].iter().zip(&calibrated[other][a]).map(|(x, y)| x - y).collect::<Vec<f64>>()

@@ -112,7 +112,8 @@ impl StepLog {
             None => Ok(false),
             Some(taken) if taken.rate == rate => Ok(true),
             Some(taken) => Err(Error::privacy(format!(
-                "step {step} was taken before under this key with a sampling rate of {}, and now it is {rate}: two batches that                  one key has drawn are not independent, and what they tell together cannot be counted. Go on with a fresh key",
+                "step {step} was taken before under this key with a sampling rate of {}, and now it is {rate}: two batches that one \
+                 key has drawn are not independent, and what they tell together cannot be counted. Go on with a fresh key",
                 taken.rate
             ))),
         }

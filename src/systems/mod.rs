@@ -4,4 +4,5 @@
 //! could not use.
 
 pub mod codeeval;
+pub mod editing;
 pub mod robustness;

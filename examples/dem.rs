@@ -1,0 +1,453 @@
+//! A distribution-edited model on real text: one base, a model tuned on each source, and their vectors added with searched weights,
+//! beside mixtures of the sources, soups, TIES, DARE and tuning one after the other.
+//!
+//! ```text
+//! cargo run --release --example dem
+//! ```
+//!
+//! Writes `plots/losses`, `plots/directions`, `plots/cosines` (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes
+//! the table of `docs/results/dem.md`.
+
+#[path = "common/args.rs"]
+mod args;
+#[path = "common/study.rs"]
+mod study;
+
+use prismgrad::data::{Bpe, Corpus, CrateSources, Document, Windows, data_file, read_maybe_gzip, shuffled};
+use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::{Ctx, Params};
+use prismgrad::optim::{AdamW, Schedule};
+use prismgrad::random::Rng;
+use prismgrad::step::PlainStep;
+use prismgrad::systems::editing::{Cost, Merge, Search, Tags, VectorPool};
+use prismgrad::train::Progress;
+use prismgrad::train::plot::{BarChart, HeatMap, LineChart, Series};
+use prismgrad::{Array, DType, Error, Result, no_grad};
+use serde_json::{Value, json};
+use std::time::Instant;
+use study::interval;
+
+const OPTIONS: &[args::Opt] = &[
+    ("seeds", "1", "1", "runs of everything, paired by seed; 3 with --full"),
+    ("base-tokens", "400000", "8192", "tokens that the base is trained on; 1500000 with --full"),
+    ("tokens", "60000", "4096", "tokens of each source; 150000 with --full"),
+    (
+        "mixtures",
+        "4",
+        "2",
+        "mixtures of the sources that are tried, each with the tokens of all sources; 12 with --full",
+    ),
+    ("full", "", "", "the table of docs/results/dem.md: three seeds, 12 mixtures, the null controls"),
+];
+const VOCAB: usize = 512;
+const SEQ: usize = 128;
+const BATCH: usize = 16;
+
+/// A source's text in windows: to tune on, to choose by, and to be read once at the end.
+struct Source {
+    name: &'static str,
+    train: Windows,
+    validation: Windows,
+    test: Windows,
+}
+
+/// Pieces of a text of about 4 kB, so that a part of it can be held out.
+fn pieces(name: &str, text: &str) -> Vec<Document> {
+    let (mut out, mut piece) = (Vec::new(), String::new());
+    for line in text.lines() {
+        piece.push_str(line);
+        piece.push('\n');
+        if piece.len() > 4096 {
+            out.push(Document { name: format!("{name}/{}", out.len()), text: std::mem::take(&mut piece) });
+        }
+    }
+    out
+}
+
+fn sources() -> Result<Vec<Source>> {
+    let mut texts: Vec<(&'static str, Vec<Document>)> = Vec::new();
+    let crates = CrateSources::new().max_bytes(2 << 20).load()?;
+    for (name, files) in [
+        ("shakespeare", &["tinyshakespeare.txt.gz"][..]),
+        ("reviews", &["rt-polarity.pos.gz", "rt-polarity.neg.gz"]),
+        ("tweets", &["emotion-train.txt.gz"]),
+    ] {
+        let mut documents = Vec::new();
+        for file in files {
+            let Ok(path) = data_file(file) else { continue };
+            let text = String::from_utf8_lossy(&read_maybe_gzip(path, 64 << 20)?).into_owned();
+            documents.extend(pieces(file, &text));
+        }
+        match documents.is_empty() {
+            true => eprintln!("no {name}: set PRISMGRAD_DATA to the folder that has {}", files.join(" and ")),
+            false => texts.push((name, documents)),
+        }
+    }
+    if texts.is_empty() {
+        eprintln!("going on with two halves of the crate sources");
+        let (a, b) = crates.documents.into_iter().partition(|d: &Document| d.name.len() % 2 == 0);
+        texts = vec![("crates, one half", a), ("crates, the other", b)];
+    } else {
+        texts.insert(0, ("rust", crates.documents));
+    }
+    let mut all = Corpus { documents: texts.iter().flat_map(|(_, d)| d.clone()).collect() };
+    all.documents.sort_by(|a, b| a.name.cmp(&b.name));
+    let tokenizer = Bpe::train(all.split(0.1, 1).0.texts(), VOCAB)?;
+    let windows = |c: &Corpus| c.tokenize(&tokenizer).windows(SEQ);
+    let source = |(name, documents)| {
+        let (train, held) = Corpus { documents }.split(0.15, 1);
+        let (validation, test) = held.split(0.5, 2);
+        Ok(Source { name, train: windows(&train)?, validation: windows(&validation)?, test: windows(&test)? })
+    };
+    texts.into_iter().map(source).collect()
+}
+
+fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<prismgrad::Tensor> {
+    let (x, y) = w.batch(records)?;
+    let shape = [records.len(), w.seq_len()];
+    model.losses(Array::from_slice(&x, &shape)?, Array::from_slice(&y, &shape)?, ctx)
+}
+
+/// Mean loss in nats per token over at most `most` windows.
+fn evaluate(model: &Gpt, w: &Windows, most: usize) -> Result<f64> {
+    let records: Vec<usize> = shuffled(w.len(), 3).into_iter().take(most).collect();
+    let mut sum = 0.0;
+    for part in records.chunks(32) {
+        sum += no_grad(|| losses(model, w, part, &Ctx::eval()))?.array().to_f64().iter().sum::<f64>();
+    }
+    Ok(sum / records.len().max(1) as f64)
+}
+
+fn values(params: &Params) -> Vec<Array> {
+    params.all().iter().map(|p| p.value().copy()).collect()
+}
+
+fn put(params: &Params, values: &[Array]) -> Result<()> {
+    params.all().iter().zip(values).try_for_each(|(p, v)| p.set(v.copy()))
+}
+
+/// One seed's work: the model, its sources, and what is counted.
+struct Study<'a> {
+    model: Gpt,
+    sources: &'a [Source],
+    seed: u64,
+    /// Windows of each source in a validation loss.
+    validation: usize,
+}
+
+impl Study<'_> {
+    fn flops(&self, tokens: usize) -> f64 {
+        6.0 * self.model.params().count() as f64 * tokens as f64
+    }
+    /// Trains the model as it is, each batch from one source drawn with these probabilities, and keeps the values with the best mean
+    /// validation loss of the sources that it draws from. Returns that loss and the seconds.
+    fn train(&self, shares: &[f64], tokens: usize, lr: f64, what: &str) -> Result<(f64, f64)> {
+        let steps = (tokens / (BATCH * SEQ)).max(2) as u64;
+        let schedule = Schedule::cosine(lr, (steps / 10).max(1), steps);
+        let params = self.model.params();
+        let mut step = PlainStep::new(&params.all(), AdamW::default(), schedule)?;
+        let mut rng = Rng::new(self.seed * 7919 + 17);
+        let mut orders: Vec<(Vec<usize>, usize, u64)> = self.sources.iter().map(|_| (Vec::new(), 0, 0)).collect();
+        let (mut best, mut kept, mut seconds) = (f64::INFINITY, Vec::new(), 0.0);
+        let mut progress = Progress::new(what.to_string(), Some(steps), 0);
+        for t in 0..steps {
+            let mut u = rng.uniform() * shares.iter().sum::<f64>();
+            let i = shares.iter().position(|s| {
+                u -= s;
+                u < 0.0
+            });
+            let i = i.unwrap_or(shares.len() - 1);
+            let (order, at, epoch) = &mut orders[i];
+            if *at + BATCH > order.len() {
+                *epoch += 1;
+                (*order, *at) = (shuffled(self.sources[i].train.len(), 1000 * self.seed + *epoch), 0);
+            }
+            let batch: Vec<usize> = order.iter().skip(*at).take(BATCH).copied().collect();
+            *at += BATCH;
+            let start = Instant::now();
+            let report = step.run_one(|| losses(&self.model, &self.sources[i].train, &batch, &Ctx::train(t)))?;
+            seconds += start.elapsed().as_secs_f64();
+            if (t + 1) % (steps / 5).max(1) == 0 || t + 1 == steps {
+                let mut loss = 0.0;
+                for (s, share) in self.sources.iter().zip(shares).filter(|(_, share)| **share > 0.0) {
+                    loss += share / shares.iter().sum::<f64>() * evaluate(&self.model, &s.validation, self.validation)?;
+                }
+                if loss < best {
+                    (best, kept) = (loss, values(params));
+                }
+                progress.set(t + 1, &[("validation", loss), ("train", report.loss()?)]);
+            }
+        }
+        progress.finish();
+        put(params, &kept)?;
+        Ok((best, seconds))
+    }
+    /// Mean validation loss over the sources.
+    fn validate(&self) -> Result<f64> {
+        let each = self.sources.iter().map(|s| evaluate(&self.model, &s.validation, self.validation));
+        Ok(each.collect::<Result<Vec<f64>>>()?.iter().sum::<f64>() / self.sources.len() as f64)
+    }
+    /// Mean test loss over the sources, and the worst.
+    fn test(&self) -> Result<(f64, f64)> {
+        let each = self.sources.iter().map(|s| evaluate(&self.model, &s.test, 128)).collect::<Result<Vec<f64>>>()?;
+        Ok((each.iter().sum::<f64>() / each.len() as f64, each.into_iter().fold(f64::NEG_INFINITY, f64::max)))
+    }
+    /// The best of some merges by validation, applied.
+    fn best_merge(&self, pool: &VectorPool, merges: impl IntoIterator<Item = Merge>) -> Result<Merge> {
+        let mut best: Option<(f64, Merge)> = None;
+        for m in merges {
+            pool.apply(&m, self.model.params())?;
+            let loss = self.validate()?;
+            if best.as_ref().is_none_or(|b| loss < b.0) {
+                best = Some((loss, m));
+            }
+        }
+        let (_, merge) = best.ok_or_else(|| Error::invalid("dem", "no merges"))?;
+        pool.apply(&merge, self.model.params())?;
+        Ok(merge)
+    }
+}
+
+/// Points of the simplex: even shares first, then exponentials divided by their sum.
+fn simplex(n: usize, count: usize, seed: u64) -> Vec<Vec<f64>> {
+    let mut rng = Rng::new(seed);
+    (0..count)
+        .map(|g| {
+            let x: Vec<f64> = (0..n).map(|_| if g == 0 { 1.0 } else { -(1.0 - rng.uniform()).ln() }).collect();
+            let sum: f64 = x.iter().sum();
+            x.into_iter().map(|x| x / sum).collect()
+        })
+        .collect()
+}
+
+/// What every method of one seed came to: name, training tokens, mean test loss, worst test loss.
+type Row = (String, usize, f64, f64);
+
+/// Weights, rows, loss along each direction, cosines, bf16's lost edits.
+struct Outcome {
+    rows: Vec<Row>,
+    weights: Vec<f64>,
+    directions: Vec<Vec<(f64, f64)>>,
+    cosines: Vec<Vec<f64>>,
+    lost: Vec<usize>,
+    edits: usize,
+    permuted: f64,
+    tuned: f64,
+    ledger: String,
+}
+
+fn one_seed(
+    sources: &[Source],
+    (base_tokens, tokens, mixtures): (usize, usize, usize),
+    seed: u64,
+    validation: usize,
+) -> Result<Outcome> {
+    let n = sources.len();
+    let config = GptConfig::small(VOCAB, SEQ, 4, 96, 4);
+    let study = Study { model: Gpt::new(config, seed)?, sources, seed, validation };
+    let params = study.model.params();
+    study.train(&vec![1.0; n], base_tokens, 2e-3, "base")?;
+    let mut pool = VectorPool::new(params, Tags::new())?;
+    let base = values(params);
+    let mut rows: Vec<Row> = Vec::new();
+    let row = |name: &str, tokens: usize, study: &Study| -> Result<Row> {
+        let (mean, worst) = study.test()?;
+        println!("  {name:<28}{tokens:>9} tokens   mean test loss {mean:.4}   worst {worst:.4}");
+        Ok((name.to_string(), tokens, mean, worst))
+    };
+    rows.push(row("base", 0, &study)?);
+    let lr = 1e-3;
+    let mut single: Option<(f64, Row)> = None;
+    for (i, s) in sources.iter().enumerate() {
+        put(params, &base)?;
+        let shares: Vec<f64> = (0..n).map(|j| (i == j) as u8 as f64).collect();
+        let (_, seconds) = study.train(&shares, tokens, lr, s.name)?;
+        pool.add(
+            s.name,
+            params,
+            Tags::new(),
+            Cost { tokens: tokens as u64, flops: study.flops(tokens), seconds, privacy: None },
+        )?;
+        let loss = study.validate()?;
+        if single.as_ref().is_none_or(|b| loss < b.0) {
+            single = Some((loss, row(&format!("tuned on {} alone", s.name), tokens, &study)?));
+        }
+    }
+    let all = n * tokens;
+    rows.extend(single.map(|s| s.1));
+    let found = pool.search(&Search::Coordinate { grid: 11, rounds: 2 }, params, None, |_| study.validate())?;
+    let tuned = found.loss;
+    rows.push(row("DEM", all, &study)?);
+    // Coordinates of each vector in another order, the same weights: the edit must lose its meaning.
+    let edited = values(params);
+    let mut rng = Rng::new(seed + 5);
+    for (p, (b, e)) in params.all().iter().zip(base.iter().zip(&edited)) {
+        let (b, e) = (b.to_f64(), e.to_f64());
+        let mut difference: Vec<f64> = e.iter().zip(&b).map(|(e, b)| e - b).collect();
+        rng.shuffle(&mut difference);
+        let moved: Vec<f64> = b.iter().zip(difference).map(|(b, d)| b + d).collect();
+        p.set(Array::from_slice(&moved, p.shape())?.cast(DType::F32))?;
+    }
+    let permuted = study.validate()?;
+    pool.apply(&Merge::Soup, params)?;
+    rows.push(row("soup", all, &study)?);
+    let lambdas = || (0..=10).map(|i| i as f64 / 10.0);
+    study.best_merge(&pool, lambdas().map(Merge::Arithmetic))?;
+    rows.push(row("one λ for all", all, &study)?);
+    study.best_merge(&pool, lambdas().map(|l| Merge::Ties { density: 0.2, lambda: 2.0 * l, normalise: true }))?;
+    rows.push(row("TIES", all, &study)?);
+    study.best_merge(&pool, lambdas().map(|lambda| Merge::Dare { density: 0.5, lambda, seed }))?;
+    rows.push(row("DARE", all, &study)?);
+    put(params, &base)?;
+    for (i, s) in sources.iter().enumerate() {
+        let shares: Vec<f64> = (0..n).map(|j| (i == j) as u8 as f64).collect();
+        study.train(&shares, tokens, lr, &format!("then {}", s.name))?;
+    }
+    rows.push(row("one after the other", all, &study)?);
+    let mut best: Option<(f64, Row)> = None;
+    for (g, shares) in simplex(n, mixtures, seed).into_iter().enumerate() {
+        put(params, &base)?;
+        study.train(&shares, all, lr, &format!("mixture {}", g + 1))?;
+        let loss = study.validate()?;
+        let name = if g == 0 { "even mixture".to_string() } else { format!("mixture {}", g + 1) };
+        let r = row(&name, all, &study)?;
+        if g == 0 {
+            rows.push(r.clone());
+        }
+        if best.as_ref().is_none_or(|b| loss < b.0) {
+            best = Some((loss, r));
+        }
+    }
+    if let Some((_, (_, _, mean, worst))) = best {
+        rows.push((format!("best of {mixtures} mixtures"), mixtures * all, mean, worst));
+    }
+    let mut directions = Vec::new();
+    for i in 0..n {
+        let at = |w: f64| -> Result<(f64, f64)> {
+            let weights = (0..n).map(|j| if i == j { w } else { 0.0 }).collect();
+            pool.apply(&Merge::Weights(weights), params)?;
+            Ok((w, study.validate()?))
+        };
+        directions.push((0..=6).map(|k| at(k as f64 / 4.0)).collect::<Result<Vec<_>>>()?);
+    }
+    let diagnosis = pool.diagnose();
+    Ok(Outcome {
+        rows,
+        weights: found.weights,
+        directions,
+        cosines: diagnosis.cosines,
+        lost: diagnosis.lost_in_bf16,
+        edits: params.count(),
+        permuted,
+        tuned,
+        ledger: pool.ledger().to_string(),
+    })
+}
+
+/// Whether a − b is below `limit`: the paired differences, their mean and 95 % interval, and what they say.
+fn verdict(claim: &str, a: &[f64], b: &[f64], limit: f64) -> Value {
+    let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+    let (mean, half) = interval(&differences);
+    let word = match () {
+        _ if mean + half < limit => "holds",
+        _ if mean - half > limit => "contradicted",
+        // One seed has no interval.
+        _ => "undecided",
+    };
+    match half.is_finite() {
+        true => println!("{claim}: {word} (difference {mean:+.4} ± {half:.4})"),
+        false => println!("{claim}: {word} (difference {mean:+.4}, one seed)"),
+    }
+    let half = half.is_finite().then_some(half);
+    json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "limit": limit, "seeds": differences.len()})
+}
+
+fn run() -> Result<()> {
+    let args =
+        args::Args::parse("dem", "Distribution-edited models beside mixtures of the sources and other merges", OPTIONS);
+    let full = args.has("full");
+    let count = |name: &str, in_full: usize, least: usize| match full && !args.has(name) {
+        true => in_full,
+        false => args.get(name, &format!("a whole number of at least {least}"), |n: &usize| *n >= least),
+    };
+    let (seeds, base_tokens) = (count("seeds", 3, 1), count("base-tokens", 1_500_000, 4096));
+    let (tokens, mixtures) = (count("tokens", 150_000, 2048), count("mixtures", 12, 1));
+    let start = Instant::now();
+    let long = if full {
+        "about an hour"
+    } else if args.has("quick") {
+        "half a minute"
+    } else {
+        "about 6 minutes"
+    };
+    println!("{seeds} seeds, {mixtures} mixtures: {long} on two cores");
+    let sources = sources()?;
+    let names: Vec<&str> = sources.iter().map(|s| s.name).collect();
+    let config =
+        json!({"seeds": seeds, "base_tokens": base_tokens, "tokens": tokens, "mixtures": mixtures, "sources": names});
+    let mut folder = args.folder(&config)?;
+    let validation = if args.has("quick") { 8 } else { 32 };
+    let mut outcomes = Vec::new();
+    for seed in 0..seeds as u64 {
+        println!("seed {seed}");
+        let o = one_seed(&sources, (base_tokens, tokens, mixtures), seed, validation)?;
+        println!("  weights {:?} for {names:?}", o.weights);
+        println!("{}", o.ledger);
+        folder.log(
+            seed,
+            &json!({
+                "rows": o.rows, "weights": o.weights, "lost_in_bf16": o.lost, "edits": o.edits, "validation": o.tuned,
+                "validation_permuted": o.permuted, "cosines": o.cosines,
+            }),
+        )?;
+        outcomes.push(o);
+    }
+    let mean_of = |name: &str| -> Vec<f64> {
+        outcomes.iter().filter_map(|o| o.rows.iter().find(|r| r.0 == name).map(|r| r.2)).collect()
+    };
+    let best = format!("best of {mixtures} mixtures");
+    let dem = mean_of("DEM");
+    let tokens_of = |name: &str| outcomes[0].rows.iter().find(|r| r.0 == name).map_or(0, |r| r.1);
+    let ratio = tokens_of(&best) as f64 / tokens_of("DEM").max(1) as f64;
+    println!("training tokens of the {best} over those of DEM: {ratio:.1}");
+    let permuted: Vec<f64> = outcomes.iter().map(|o| o.tuned - o.permuted).collect();
+    let verdicts = vec![
+        verdict(&format!("DEM is within 0.01 nat of the {best}"), &dem, &mean_of(&best), 0.01),
+        verdict("DEM is below the even mixture of equal cost", &dem, &mean_of("even mixture"), 0.0),
+        verdict("DEM is below the soup", &dem, &mean_of("soup"), 0.0),
+        verdict("DEM is below one λ for all", &dem, &mean_of("one λ for all"), 0.0),
+        verdict("DEM is below TIES", &dem, &mean_of("TIES"), 0.0),
+        verdict("DEM is below tuning one after the other", &dem, &mean_of("one after the other"), 0.0),
+        verdict("null control: permuted vectors are worse", &permuted, &vec![0.0; permuted.len()], 0.0),
+    ];
+    let lost: usize = outcomes.iter().flat_map(|o| &o.lost).sum();
+    let edits: usize = outcomes.iter().map(|o| o.edits * sources.len()).sum();
+    println!("edits that bf16 would lose: {lost} of {edits} ({:.1} %)", 100.0 * lost as f64 / edits.max(1) as f64);
+    let mut chart = BarChart::new("Mean test loss over the sources").label("nats per token");
+    for (name, ..) in &outcomes[0].rows {
+        let (mean, half) = interval(&mean_of(name));
+        chart = match half.is_finite() {
+            true => chart.bar_with_interval(name, mean, mean - half, mean + half),
+            false => chart.bar(name, mean),
+        };
+    }
+    chart.save(folder.plot("losses"))?;
+    let mut chart =
+        LineChart::new("Mean validation loss along each vector").x_label("weight").y_label("nats per token");
+    for (name, points) in names.iter().zip(&outcomes[0].directions) {
+        chart = chart.series(Series::new(*name, points.clone()).markers());
+    }
+    chart.save(folder.plot("directions"))?;
+    HeatMap::new("Cosine between vectors", names.clone(), names.clone(), &outcomes[0].cosines.concat())?
+        .save(folder.plot("cosines"))?;
+    folder.finish(&json!({
+        "rows": outcomes.iter().map(|o| &o.rows).collect::<Vec<_>>(), "weights": outcomes.iter().map(|o| &o.weights).collect::<Vec<_>>(),
+        "verdicts": verdicts, "token_ratio": ratio, "lost_in_bf16": lost, "edits": edits, "seconds": start.elapsed().as_secs_f64(),
+    }))?;
+    println!("plots and summary in {} after {:.0} s", folder.path().display(), start.elapsed().as_secs_f64());
+    Ok(())
+}
+
+fn main() {
+    args::finish(run());
+}

@@ -1,0 +1,111 @@
+//! How the vectors of a pool are combined.
+
+use crate::base::{Error, Result, philox};
+use serde::{Deserialize, Serialize};
+
+/// A way to combine n vectors dᵢ with a base Θ.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Merge {
+    /// Θ + Σ wᵢ·dᵢ, a weight for each source.
+    Weights(Vec<f64>),
+    /// Θ + λ·Σ dᵢ (task arithmetic, Ilharco et al. 2023).
+    Arithmetic(f64),
+    /// The mean of the models: Θ + Σ dᵢ/n (Wortsman et al. 2022).
+    Soup,
+    /// A weight for each layer and source. A layer is what comes before the last dot of a parameter's name; those that are not named
+    /// keep the base's values.
+    PerLayer(Vec<(String, Vec<f64>)>),
+    /// TIES (Yadav et al. 2023): of each tensor of dᵢ the `density` share of largest magnitude is kept, the sign of the sum is
+    /// elected element by element, and Θ + λ·(the weighted mean of the entries with that sign), or their sum without `normalise`.
+    Ties {
+        /// Share that is kept, in (0, 1].
+        density: f64,
+        /// Factor of the result.
+        lambda: f64,
+        /// Whether the entries that agree are averaged.
+        normalise: bool,
+    },
+    /// DARE (Yu et al. 2024): each entry is dropped with probability 1 − `density`, the others are divided by `density`, and
+    /// Θ + λ·Σ of them. Which entries are dropped follows from the seed, the source's name, the parameter's name and the element.
+    Dare {
+        /// Share that is kept, in (0, 1].
+        density: f64,
+        /// Factor of the result.
+        lambda: f64,
+        /// Seed of what is dropped.
+        seed: u64,
+    },
+}
+
+impl Merge {
+    /// Refuses numbers that make no sense, for `n` sources.
+    pub(super) fn check(&self, n: usize) -> Result<()> {
+        let bad = |what: String| Err(Error::invalid("merge", what));
+        let weights = |w: &[f64]| match w.len() == n && w.iter().all(|w| w.is_finite()) {
+            true => Ok(()),
+            false => bad(format!("weights {w:?} for {n} sources: one finite number for each")),
+        };
+        let share = |density: f64, lambda: f64| match density > 0.0 && density <= 1.0 && lambda.is_finite() {
+            true => Ok(()),
+            false => bad(format!("density {density} and λ {lambda}: the density lies in (0, 1], λ is finite")),
+        };
+        match self {
+            Merge::Weights(w) => weights(w),
+            Merge::Arithmetic(l) if !l.is_finite() => bad(format!("λ = {l}; it must be finite")),
+            Merge::Arithmetic(_) | Merge::Soup => Ok(()),
+            Merge::PerLayer(layers) => layers.iter().try_for_each(|(_, w)| weights(w)),
+            Merge::Ties { density, lambda, .. } | Merge::Dare { density, lambda, .. } => share(*density, *lambda),
+        }
+    }
+    /// The weights of the sources in a layer, where the merge is a weighted sum.
+    pub(super) fn weights(&self, n: usize, layer: &str) -> Option<Vec<f64>> {
+        match self {
+            Merge::Weights(w) => Some(w.clone()),
+            Merge::Arithmetic(l) => Some(vec![*l; n]),
+            Merge::Soup => Some(vec![1.0 / n as f64; n]),
+            Merge::PerLayer(layers) => {
+                Some(layers.iter().find(|(l, _)| l == layer).map_or(vec![0.0; n], |(_, w)| w.clone()))
+            }
+            Merge::Ties { .. } | Merge::Dare { .. } => None,
+        }
+    }
+}
+
+/// What TIES adds to the base: `vectors` are one tensor's of each source.
+pub(super) fn ties(vectors: &[Vec<f64>], density: f64, lambda: f64, normalise: bool) -> Vec<f64> {
+    let n = vectors.first().map_or(0, Vec::len);
+    let trimmed: Vec<Vec<f64>> = vectors.iter().map(|v| trim(v, density)).collect();
+    (0..n)
+        .map(|e| {
+            let sign = trimmed.iter().map(|v| v[e]).sum::<f64>().signum();
+            let (mut sum, mut count) = (0.0, 0usize);
+            for x in trimmed.iter().map(|v| v[e]).filter(|x| *x != 0.0 && x.signum() == sign) {
+                sum += x;
+                count += 1;
+            }
+            lambda * if normalise { sum / count.max(1) as f64 } else { sum }
+        })
+        .collect()
+}
+
+/// The ⌊density·n⌋ entries of largest magnitude, the others 0; of equal ones the first.
+fn trim(v: &[f64], density: f64) -> Vec<f64> {
+    let keep = (density * v.len() as f64) as usize;
+    if keep >= v.len() {
+        return v.to_vec();
+    }
+    let mut order: Vec<u32> = (0..v.len() as u32).collect();
+    let larger = |a: &u32, b: &u32| v[*b as usize].abs().total_cmp(&v[*a as usize].abs()).then(a.cmp(b));
+    if keep > 0 {
+        order.select_nth_unstable_by(keep - 1, larger);
+    }
+    let mut out = vec![0.0; v.len()];
+    order[..keep].iter().for_each(|&e| out[e as usize] = v[e as usize]);
+    out
+}
+
+/// What DARE keeps of one tensor of one source.
+pub(super) fn dare(v: &[f64], density: f64, seed: u64, stream: u64) -> Vec<f64> {
+    let kept = |e: usize| philox::uniform(seed, stream, e as u64) < density;
+    v.iter().enumerate().map(|(e, &x)| if kept(e) { x / density } else { 0.0 }).collect()
+}
