@@ -85,7 +85,7 @@ fn sources() -> Result<Vec<Source>> {
     }
     if texts.is_empty() {
         eprintln!("going on with two halves of the crate sources");
-        let (a, b) = crates.documents.into_iter().partition(|d: &Document| d.name.len() % 2 == 0);
+        let (a, b) = crates.documents.into_iter().partition(|d: &Document| d.name.len().is_multiple_of(2));
         texts = vec![("crates, one half", a), ("crates, the other", b)];
     } else {
         texts.insert(0, ("rust", crates.documents));
