@@ -2,6 +2,7 @@
 
 use super::ledger::{Cost, Ledger};
 use super::merge::{Merge, dare, ties};
+use crate::Param;
 use crate::array::Array;
 use crate::autograd::Gradients;
 use crate::base::{DType, Error, Result, hash};
@@ -10,7 +11,6 @@ use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::io;
 use crate::nn::Params;
-use crate::{Param, with_float};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -46,9 +46,11 @@ struct Difference {
 }
 
 impl Difference {
+    fn rest_at(&self, e: usize) -> f64 {
+        self.rest.binary_search_by_key(&(e as u32), |r| r.0).map_or(0.0, |i| self.rest[i].1 as f64)
+    }
     fn at(&self, e: usize) -> f64 {
-        let rest = self.rest.binary_search_by_key(&(e as u32), |r| r.0).map_or(0.0, |i| self.rest[i].1);
-        self.values[e] as f64 + rest as f64
+        self.values[e] as f64 + self.rest_at(e)
     }
     fn exact(&self) -> Vec<f64> {
         let mut all: Vec<f64> = self.values.iter().map(|&v| v as f64).collect();
@@ -251,7 +253,9 @@ impl VectorPool {
             out.iter_mut().zip(sums).for_each(|(o, s)| *o = s as f32);
         });
         for e in live.iter().flat_map(|(_, v)| v.rest.iter().map(|r| r.0 as usize)) {
-            let sum = live.iter().fold(b[e] as f64, |s, (w, v)| s + w * v.at(e));
+            // The rests last: beside a large base they would be rounded away.
+            let sum = live.iter().fold(b[e] as f64, |s, (w, v)| s + w * v.values[e] as f64);
+            let sum = live.iter().fold(sum, |s, (w, v)| s + w * v.rest_at(e));
             // SAFETY: nobody else writes now.
             let one = unsafe { to.slice(e..e + 1) };
             one[0] = sum as f32;
@@ -400,19 +404,19 @@ impl VectorPool {
 
 /// `tuned` − `base`, element by element.
 fn subtract(base: &Array, tuned: &Array) -> Result<Difference> {
+    // 16-bit values are f32 values.
+    let (base, tuned) = (base.cast(DType::F32), tuned.cast(DType::F32));
     let mut rest = Vec::new();
-    let values = with_float!("VectorPool", base.dtype(), |T| {
-        let (b, t) = (base.as_slice::<T>()?, tuned.as_slice::<T>()?);
-        let one = |(e, (b, t)): (usize, (&T, &T))| {
-            let whole = crate::Element::to_f64(*t) - crate::Element::to_f64(*b);
-            let value = whole as f32;
-            if value as f64 != whole {
-                rest.push((e as u32, (whole - value as f64) as f32));
-            }
-            value
-        };
-        Ok(b.iter().zip(t).enumerate().map(one).collect())
-    })?;
+    let one = |(e, (b, t)): (usize, (&f32, &f32))| {
+        let value = (*t as f64 - *b as f64) as f32;
+        // Base and value nearly cancel all but the source, so that their sum loses nothing that matters to it.
+        let left = *t as f64 - (*b as f64 + value as f64);
+        if left != 0.0 {
+            rest.push((e as u32, left as f32));
+        }
+        value
+    };
+    let values = base.as_slice::<f32>()?.iter().zip(tuned.as_slice::<f32>()?).enumerate().map(one).collect();
     Ok(Difference { values, rest })
 }
 
