@@ -224,7 +224,8 @@ fn follow_samples(
     hook: &mut dyn GradHook,
 ) -> Result<()> {
     let owner = following.take(node.id);
-    let whose = following.whose(&owner, &node.shape);
+    let history: SmallVec<[bool; 3]> = node.parents.iter().map(Option::is_some).collect();
+    let whose = following.whose(&owner, &node.shape, &history);
     if !whose.is_followed() {
         following.complete = false;
         return Ok(());

@@ -57,8 +57,8 @@ impl Mixing {
         let what = match &self.param {
             None => format!("the operation {op} mixes records"),
             Some(p) => format!(
-                "{p}, in the operation {op}, has rows of other records than the losses do: is the first dimension that of the \
-                 records, or do the rows have another map?"
+                "{p}, in the operation {op}, has rows of other records than the losses do: the first dimension has to be that of the \
+                 records, unless a map of the rows says otherwise"
             ),
         };
         Error::privacy(format!(
@@ -76,6 +76,8 @@ pub struct Whose<'a> {
     pub count: usize,
     /// Shape of the output.
     pub shape: &'a [usize],
+    /// Of each input, whether it has a history; the others are data.
+    pub history: &'a [bool],
 }
 
 /// A part of the sample's number that is read off one dimension: (index / div) mod count.
@@ -233,6 +235,15 @@ impl Whose<'_> {
         let new = self.shape.len() - input.len();
         self.along(input, |d| d.checked_sub(new).filter(|&i| input[i] == self.shape[d]))
     }
+    /// What is asked of one factor of a product whose other factor is input `other`. Data may be zero wherever two samples would meet,
+    /// as a matrix or a mask that picks each sample's rows is: where a factor would belong to all, nothing is said then.
+    pub fn times(&self, other: usize, owner: Owner) -> Owner {
+        let data = self.history.get(other) == Some(&false);
+        match owner {
+            Owner::All if data && !matches!(self.owner, Owner::All) => Owner::Unknown,
+            o => o,
+        }
+    }
     /// An input of the output's shape, or one that differs along `dim` only, whose elements along `dim` all reach the output's
     /// elements along it.
     pub fn mixing(&self, dim: usize, input: &[usize]) -> Owner {
@@ -268,7 +279,7 @@ impl Whose<'_> {
     }
     /// An output of other dimensions, as many elements in the same order: a dimension of size 1 left out or put in.
     pub fn reading<'a>(&'a self, shape: &'a [usize]) -> Whose<'a> {
-        Whose { owner: self.owner, count: self.count, shape }
+        Whose { shape, ..*self }
     }
     /// An input of images or sequences, dimension 0, that are the output's. Nothing is said where several samples are in one.
     pub fn images(&self, input: &[usize]) -> Owner {
@@ -398,8 +409,8 @@ impl Following {
     pub fn take(&mut self, id: u64) -> Owner {
         self.owners.remove(&id).unwrap_or(Owner::Unknown)
     }
-    pub fn whose<'a>(&self, owner: &'a Owner, shape: &'a [usize]) -> Whose<'a> {
-        Whose { owner, count: self.count, shape }
+    pub fn whose<'a>(&self, owner: &'a Owner, shape: &'a [usize], history: &'a [bool]) -> Whose<'a> {
+        Whose { owner, count: self.count, shape, history }
     }
     /// An operation, its name, number and value, asks for this owner of an input. The operation that mixes samples, if that contradicts
     /// another use.

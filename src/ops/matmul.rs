@@ -64,7 +64,7 @@ impl Rule for Back {
                 false => (d == kept).then(|| d - new),
             })
         };
-        SmallVec::from_iter([side(self.a.shape(), rank - 2), side(self.b.shape(), rank - 1)])
+        SmallVec::from_iter([y.times(1, side(self.a.shape(), rank - 2)), y.times(0, side(self.b.shape(), rank - 1))])
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         if back.needs(0) {

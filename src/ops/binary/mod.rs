@@ -73,7 +73,11 @@ impl<B: Binary + ?Sized> Rule for Back<B> {
         B::INFO
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-        self.shapes.iter().map(|s| y.broadcast(s)).collect()
+        let [a, b] = [y.broadcast(&self.shapes[0]), y.broadcast(&self.shapes[1])];
+        match B::NAME {
+            "mul" => SmallVec::from_iter([y.times(1, a), y.times(0, b)]),
+            _ => SmallVec::from_iter([a, b]),
+        }
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for side in [0, 1] {
@@ -419,7 +423,12 @@ impl Rule for WhereBack {
         &WHERE
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-        self.shapes.iter().map(|s| y.broadcast(s)).collect()
+        // The mask may keep samples apart.
+        let side = |s: &Dims| match y.broadcast(s) {
+            Owner::All if !matches!(y.owner, Owner::All) => Owner::Unknown,
+            o => o,
+        };
+        self.shapes.iter().map(side).collect()
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         for (side, keep) in [(0, true), (1, false)] {

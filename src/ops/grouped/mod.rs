@@ -216,7 +216,7 @@ impl Rule for Back {
         one(match (&self.routing, y.owner) {
             (None, _) => y.by_rows(rows, rows * d),
             (Some(_), Owner::Routed(tokens)) => {
-                Whose { owner: tokens, count: y.count, shape: &[rows, 1] }.by_rows(rows, rows * d)
+                Whose { owner: tokens, shape: &[rows, 1], ..*y }.by_rows(rows, rows * d)
             }
             (Some(r), _) if r.tokens_of_rows().gpu().is_none() => match r.tokens_of_rows().to_vec::<u32>() {
                 Ok(token) => y.taken(&token, rows, d),
