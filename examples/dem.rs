@@ -10,9 +10,12 @@
 
 #[path = "common/args.rs"]
 mod args;
+#[path = "common/documents.rs"]
+mod documents;
 #[path = "common/study.rs"]
 mod study;
 
+use documents::pieces;
 use prismgrad::data::{Bpe, Corpus, CrateSources, Document, Windows, data_file, read_maybe_gzip, shuffled};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::{Ctx, Params};
@@ -49,19 +52,6 @@ struct Source {
     train: Windows,
     validation: Windows,
     test: Windows,
-}
-
-/// Pieces of a text of about 4 kB, so that a part of it can be held out.
-fn pieces(name: &str, text: &str) -> Vec<Document> {
-    let (mut out, mut piece) = (Vec::new(), String::new());
-    for line in text.lines() {
-        piece.push_str(line);
-        piece.push('\n');
-        if piece.len() > 4096 {
-            out.push(Document { name: format!("{name}/{}", out.len()), text: std::mem::take(&mut piece) });
-        }
-    }
-    out
 }
 
 fn sources() -> Result<Vec<Source>> {

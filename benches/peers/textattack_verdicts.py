@@ -2,10 +2,10 @@
 
 Set-up (Python 3.10 to 3.12; about 3 GB, because torch comes with CUDA):
 
-    python3 -m venv /tmp/ta && /tmp/ta/bin/pip install torch 'transformers<5' 'datasets<4' 'huggingface_hub<1' textattack==0.3.11
-    cargo run --release --example robustness -- --export /tmp/robustness-export
-    /tmp/ta/bin/python benches/peers/textattack_verdicts.py /tmp/robustness-export tests/data/robustness
-    /tmp/ta/bin/python benches/peers/textattack_verdicts.py /tmp/robustness-export --time target/release/examples/robustness
+    python3 -m venv ta && ta/bin/pip install torch 'transformers<5' 'datasets<4' 'huggingface_hub<1' textattack==0.3.11
+    cargo run --release --example robustness -- --export target/robustness-export
+    ta/bin/python benches/peers/textattack_verdicts.py target/robustness-export tests/data/robustness
+    ta/bin/python benches/peers/textattack_verdicts.py target/robustness-export --time target/release/examples/robustness
 
 The first call of the script writes verdicts and query counts, which tests/robustness.rs compares with ours. The second one times both
 programs in turn, in five rounds. Nothing of TextAttack is changed, except that equal importances are ordered by position: its own sort is
@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TA_CACHE_DIR", "/tmp/ta-cache")
+os.environ.setdefault("TA_CACHE_DIR", os.path.join(tempfile.gettempdir(), "ta-cache"))
 # On import it reads a list of stop words, which it would download; it gets ours.
 EXPORT = json.loads((Path(sys.argv[1]) / "texts.json").read_text())
 NLTK = Path(tempfile.mkdtemp()) / "corpora" / "stopwords"

@@ -117,15 +117,20 @@ struct SumBack {
     shape: Dims,
 }
 
+/// Whose the rows are that each segment makes one of.
+fn reduced(y: &Whose, segments: &Segments, input: &[usize]) -> Owner {
+    match (y.picking(0, input), segments.known_ids()) {
+        (Owner::Unknown, Some(ids)) => y.sent(segments.count(), ids, input[1..].iter().product()),
+        (o, _) => o,
+    }
+}
+
 impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
         &SEGMENT_SUM
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-        one(match (y.picking(0, &self.shape), self.segments.known_ids()) {
-            (Owner::Unknown, Some(ids)) => y.sent(self.segments.count(), ids, self.shape[1..].iter().product()),
-            (o, _) => o,
-        })
+        one(reduced(y, &self.segments, &self.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let SumBack { segments, mean, shape } = self;
@@ -181,10 +186,7 @@ impl Rule for MaxBack {
         &SEGMENT_MAX
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-        one(match (y.picking(0, &self.shape), self.segments.known_ids()) {
-            (Owner::Unknown, Some(ids)) => y.sent(self.segments.count(), ids, self.shape[1..].iter().product()),
-            (o, _) => o,
-        })
+        one(reduced(y, &self.segments, &self.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let (segments, shape) = (&self.segments, &self.shape);
