@@ -170,11 +170,19 @@ fn blocks<const L: usize>(key: &[u32; 8], counter: [u64; L], domain: u32, step: 
         quarter!(2, 7, 8, 13);
         quarter!(3, 4, 9, 14);
     }
-    for w in 0..16 {
-        for l in 0..L {
-            out[w][l] = x[w][l].wrapping_add(init[w][l]);
-        }
+    // Row by row with constant numbers of the rows: as a loop over the rows, this becomes stores of single elements, which take as
+    // long as all that is above.
+    macro_rules! rows {
+        ($($w:literal)*) => {
+            $({
+                let (x, init, out) = (x[$w], init[$w], &mut out[$w]);
+                for l in 0..L {
+                    out[l] = x[l].wrapping_add(init[l]);
+                }
+            })*
+        };
     }
+    rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
 }
 
 /// Eight words of the block whose last four input words are `input`.
