@@ -6,7 +6,7 @@ mod common {
 
 use common::scratch::Scratch;
 use prismgrad::io::{load_arrays, save_arrays};
-use prismgrad::models::{Mixtral, MixtralConfig, Sampling, generate};
+use prismgrad::models::{ExpertCounts, Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::{Array, check};
 use std::collections::BTreeMap;
@@ -90,7 +90,7 @@ fn per_sample_gradients_are_those_of_each_sample_alone() {
         num_attention_heads: 2,
         num_key_value_heads: 1,
         max_position_embeddings: 16,
-        num_local_experts: 3,
+        num_local_experts: ExpertCounts::Same(3),
         sliding_window: Some(3),
         initializer_range: 0.3,
         tie_word_embeddings: true,
@@ -140,7 +140,7 @@ fn a_file_that_does_not_fit_is_told_by_name() {
     for layout in ["single", "stacked"] {
         says(
             edit(layout, &|_, c| c["num_local_experts"] = 8.into()),
-            &["it has 4 experts in each layer, config.json says 8"],
+            &["it has 4 experts in layer 0, config.json says 8"],
         );
     }
     says(edit("single", &|_, c| c["num_experts_per_tok"] = 5.into()), &["top_k 5 of 4 experts"]);

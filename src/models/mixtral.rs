@@ -52,8 +52,8 @@ pub struct MixtralConfig {
     pub rope_parameters: Option<RopeParameters>,
     /// Positions that a query sees, itself included; all before it if absent.
     pub sliding_window: Option<usize>,
-    /// Experts of each layer.
-    pub num_local_experts: usize,
+    /// Experts of each layer: a number, or a list where the layers differ.
+    pub num_local_experts: ExpertCounts,
     /// Experts for each token.
     pub num_experts_per_tok: usize,
     /// Coefficient of the balance loss, here [`Balance::PerSample`].
@@ -64,6 +64,49 @@ pub struct MixtralConfig {
     pub tie_word_embeddings: bool,
     /// Standard deviation of initial weights.
     pub initializer_range: f64,
+}
+
+/// How many experts the layers have.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(untagged)]
+pub enum ExpertCounts {
+    /// As many in every layer.
+    Same(usize),
+    /// A number for each layer, as after a reduction by [`pruning`](crate::systems::pruning); readers that expect one number
+    /// refuse such a file.
+    PerLayer(Vec<usize>),
+}
+
+impl ExpertCounts {
+    /// A number for each of `layers`; one number where they are equal.
+    pub fn of(layers: &[usize]) -> ExpertCounts {
+        match layers {
+            [first, rest @ ..] if rest.iter().all(|n| n == first) => ExpertCounts::Same(*first),
+            _ => ExpertCounts::PerLayer(layers.to_vec()),
+        }
+    }
+    /// The experts of a layer; 0 past the list's end.
+    pub fn at(&self, layer: usize) -> usize {
+        match self {
+            ExpertCounts::Same(n) => *n,
+            ExpertCounts::PerLayer(all) => all.get(layer).copied().unwrap_or(0),
+        }
+    }
+    /// The one number of every layer. An error that lists the numbers where layers differ.
+    pub fn same(&self) -> Result<usize> {
+        match self {
+            ExpertCounts::Same(n) => Ok(*n),
+            ExpertCounts::PerLayer(all) => match ExpertCounts::of(all) {
+                ExpertCounts::Same(n) => Ok(n),
+                _ => Err(Error::invalid(
+                    "ExpertCounts",
+                    format!(
+                        "the layers have {all:?} experts: there is no one number for the model; ask for each layer's (at)"
+                    ),
+                )),
+            },
+        }
+    }
 }
 
 /// Rotary options of newer files.
@@ -101,7 +144,7 @@ impl Default for MixtralConfig {
             rope_theta: 1e6,
             rope_parameters: None,
             sliding_window: None,
-            num_local_experts: 8,
+            num_local_experts: ExpertCounts::Same(8),
             num_experts_per_tok: 2,
             router_aux_loss_coef: 0.02,
             router_jitter_noise: 0.0,
@@ -151,16 +194,21 @@ impl MixtralConfig {
         if let Some(r) = self.rope_parameters.as_ref().filter(|r| r.rope_type != "default") {
             return bad(format!("rope_type {:?}; only the default one is there", r.rope_type));
         }
-        self.moe().validate()
+        if let ExpertCounts::PerLayer(all) = &self.num_local_experts
+            && all.len() != self.num_hidden_layers
+        {
+            return bad(format!("{} numbers of experts for {} layers", all.len(), self.num_hidden_layers));
+        }
+        (0..self.num_hidden_layers).try_for_each(|i| self.moe(i).validate())
     }
-    /// The mixture of experts of each layer.
-    pub fn moe(&self) -> MoeConfig {
+    /// The mixture of experts of a layer.
+    pub fn moe(&self, layer: usize) -> MoeConfig {
         MoeConfig {
             expert: ExpertKind::SwiGlu,
             renormalise: true,
             jitter: self.router_jitter_noise,
             balance: Balance::PerSample(self.router_aux_loss_coef),
-            ..MoeConfig::new(self.num_local_experts, self.num_experts_per_tok, self.intermediate_size)
+            ..MoeConfig::new(self.num_local_experts.at(layer), self.num_experts_per_tok, self.intermediate_size)
         }
     }
 }
@@ -231,7 +279,7 @@ impl Mixtral {
                 v: project("v_proj", d, keys)?,
                 o: project("o_proj", queries, d)?,
                 post_norm: norm.build(&at.at("post_attention_layernorm"))?,
-                moe: Moe::builder(d, &c.moe()).init(init).init_out(init).build(&at.at("moe"))?,
+                moe: Moe::builder(d, &c.moe(i)).init(init).init_out(init).build(&at.at("moe"))?,
             });
         }
         let last = norm.build(&params.at("norm"))?;
@@ -249,6 +297,10 @@ impl Mixtral {
     /// All parameters.
     pub fn params(&self) -> &Params {
         &self.params
+    }
+    /// The mixture of experts of each layer.
+    pub fn moe(&self) -> Vec<&Moe> {
+        self.blocks.iter().map(|b| &b.moe).collect()
     }
     /// Logits `[B, T, vocab]` of token ids `[B, T]` (u32).
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
@@ -346,9 +398,13 @@ impl Mixtral {
             false => Layout::Single,
         };
         let (all, mut wrong) = (self.params.all(), Vec::new());
-        if let Some(found) = files.experts().filter(|&e| e != self.config.num_local_experts) {
-            let said = self.config.num_local_experts;
-            return Err(files.misfit(&[format!("it has {found} experts in each layer, config.json says {said}")]));
+        for layer in 0..self.config.num_hidden_layers {
+            let said = self.config.num_local_experts.at(layer);
+            if let Some(found) = files.experts(layer).filter(|&e| e != said) {
+                return Err(
+                    files.misfit(&[format!("it has {found} experts in layer {layer}, config.json says {said}")])
+                );
+            }
         }
         let mut left: BTreeSet<&str> = files.at.keys().map(String::as_str).collect();
         for p in &all {
@@ -495,12 +551,14 @@ impl Files {
         Ok(Tensor::new(io::array_of(&self.files[*file], name)?))
     }
     /// The number of experts of a layer, by the names or the shapes.
-    fn experts(&self) -> Option<usize> {
-        let number = |n: &String| {
-            n.split_once(".block_sparse_moe.experts.")?.1.split('.').next()?.parse::<usize>().ok().map(|e| e + 1)
-        };
-        let stacked = self.at.iter().find(|(n, _)| n.ends_with(".mlp.experts.down_proj"));
-        stacked.and_then(|(_, (_, s))| s.first().copied()).or_else(|| self.at.keys().filter_map(number).max())
+    fn experts(&self, layer: usize) -> Option<usize> {
+        let stacked = self.at.get(&format!("model.layers.{layer}.mlp.experts.down_proj"));
+        if let Some((_, shape)) = stacked {
+            return shape.first().copied();
+        }
+        let below = format!("model.layers.{layer}.block_sparse_moe.experts.");
+        let names = self.at.keys().filter_map(|n| n.strip_prefix(&below)?.split('.').next()?.parse::<usize>().ok());
+        names.max().map(|e| e.saturating_add(1))
     }
     fn misfit(&self, wrong: &[String]) -> Error {
         match self.files.first() {

@@ -6,4 +6,4 @@ pub mod mixtral;
 
 pub use generate::{LanguageModel, Sampling, generate};
 pub use gpt::{Gpt, GptConfig, GptOut};
-pub use mixtral::{Mixtral, MixtralConfig};
+pub use mixtral::{ExpertCounts, Mixtral, MixtralConfig};

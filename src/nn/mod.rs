@@ -38,7 +38,9 @@ pub use layers::{Dropout, GroupNorm, GroupNormBuilder, LayerNorm, LayerNormBuild
 pub use layers::{RmsNorm, RmsNormBuilder};
 pub use lora::LoraConfig;
 pub use module::{Module, Sequential};
-pub use moe::{Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary, expert_traffic};
+pub use moe::{
+    Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary, Seen, expert_traffic,
+};
 pub(crate) use params::take;
 pub use params::{Init, Params, Strict, Taken};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
@@ -68,6 +70,9 @@ pub struct Ctx {
     /// The documents of packed sequences, or the lengths of padded ones, to which attention keeps; every sequence is one document if
     /// not given. See [`Documents`].
     pub documents: Option<Documents>,
+    /// Whether mixtures of experts keep what an analysis of the experts reads: the router's inputs, and the norms of the experts'
+    /// outputs ([`RouterStats::seen`]).
+    pub observe: bool,
 }
 
 impl Ctx {
@@ -100,6 +105,10 @@ impl Ctx {
     /// The same for packed sequences, each of which holds several documents.
     pub fn with_documents(&self, documents: Documents) -> Ctx {
         Ctx { documents: Some(documents), ..self.clone() }
+    }
+    /// The same with mixtures of experts that keep what an analysis of the experts reads ([`Ctx::observe`]).
+    pub fn observing(&self) -> Ctx {
+        Ctx { observe: true, ..self.clone() }
     }
     /// What goes into the layers: `x` in the dtype of activations.
     pub fn activations(&self, x: &Tensor) -> Result<Tensor> {

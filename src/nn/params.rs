@@ -198,6 +198,10 @@ impl Params {
             None => Err(Error::invalid("Params", format!("there is no {}", new.name()))),
         }
     }
+    /// The dtype of the parameters that are made here.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
     /// All parameters of the store below this scope, in order of creation.
     pub fn all(&self) -> Vec<Param> {
         let below = format!("{}.", self.prefix);

@@ -11,7 +11,7 @@ mod stats;
 pub use experts::ExpertKind;
 pub use losses::Balance;
 pub use parallel::expert_traffic;
-pub use stats::{RouterStats, RouterSummary};
+pub use stats::{RouterStats, RouterSummary, Seen};
 
 use super::{Ctx, Init, Linear, Mlp, Params, SwiGlu};
 use crate::array::Array;
@@ -244,6 +244,10 @@ impl Moe {
     pub fn config(&self) -> &MoeConfig {
         &self.config
     }
+    /// The layer's part of the parameter store.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
     /// The router.
     pub fn router(&self) -> &Linear {
         &self.router
@@ -271,7 +275,7 @@ impl Moe {
             let noise = self.jitter(&samples, ctx, (seed, logits.dtype()))?;
             logits = logits.mul(&Tensor::new(noise.to(&logits.device())?))?;
         }
-        let (out, losses, stats) = self.route_and_run(&flat, &logits, &samples)?;
+        let (out, losses, stats) = self.route_and_run(&flat, &logits, &samples, ctx.observe)?;
         let out = match &self.shared {
             None => out,
             Some(Shared::Mlp(m)) => out.add(&m.forward(&flat, &ctx.with_samples(samples))?)?,
@@ -285,6 +289,7 @@ impl Moe {
         flat: &Tensor,
         logits: &Tensor,
         samples: &Samples,
+        observe: bool,
     ) -> Result<(Tensor, Tensor, RouterStats)> {
         let c = &self.config;
         let choice = Choice { top_k: c.top_k, gate: c.gate, renormalise: c.renormalise };
@@ -305,7 +310,11 @@ impl Moe {
         };
         let out = combine(&y, &weights, &routing)?;
         let losses = Losses { config: c, logits, routing: &routing, samples }.all()?;
-        Ok((out, losses, RouterStats::new(logits.array().clone(), routing, kept)))
+        let seen = match observe {
+            true => Some(Seen::of(flat.array(), weights.array(), y.array(), &routing)?),
+            false => None,
+        };
+        Ok((out, losses, RouterStats::new(logits.array().clone(), routing, kept, seen)))
     }
     /// Moves the bias of each expert with less than an even share of the load up by the rate, and that of the others down (Wang
     /// et al. 2024, algorithm 1). To be called after each step, with the step's statistics; nothing without [`Balance::Bias`].

@@ -12,6 +12,30 @@ pub struct RouterStats {
     logits: Array,
     routing: Routing,
     kept: Option<Array>,
+    seen: Option<Seen>,
+}
+
+/// What a layer keeps for an analysis of its experts, with [`Ctx::observe`](crate::nn::Ctx::observe).
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The router's inputs, `[T, d]`.
+    pub inputs: Array,
+    /// The weights of each token's experts, `[T, k]`, in the order of [`Routing::choices`].
+    pub weights: Array,
+    /// The Euclidean norms of these experts' outputs before the weights, `[T, k]`.
+    pub norms: Array,
+}
+
+impl Seen {
+    /// From what was routed: `y` has a row for each choice, in the order of the experts.
+    pub(super) fn of(inputs: &Array, weights: &Array, y: &Array, routing: &Routing) -> Result<Seen> {
+        let y = Tensor::new(y.cast(y.dtype().compute()));
+        let rows = y.mul(&y)?.sum(&[-1], false)?.sqrt()?;
+        let places = routing.places().reshape(&[routing.tokens() * routing.top_k()])?;
+        let norms = rows.index_select(0, places)?.into_array();
+        let norms = norms.reshape(&[routing.tokens(), routing.top_k()])?;
+        Ok(Seen { inputs: inputs.clone(), weights: weights.clone(), norms })
+    }
 }
 
 /// [`RouterStats`] on the host.
@@ -28,8 +52,12 @@ pub struct RouterSummary {
 }
 
 impl RouterStats {
-    pub(super) fn new(logits: Array, routing: Routing, kept: Option<Array>) -> RouterStats {
-        RouterStats { logits, routing, kept }
+    pub(super) fn new(logits: Array, routing: Routing, kept: Option<Array>, seen: Option<Seen>) -> RouterStats {
+        RouterStats { logits, routing, kept, seen }
+    }
+    /// What was kept for an analysis of the experts; nothing unless the context asked for it.
+    pub fn seen(&self) -> Option<&Seen> {
+        self.seen.as_ref()
     }
     /// The router's logits `[T, E]`, jitter included.
     pub fn logits(&self) -> &Array {
