@@ -11,7 +11,7 @@ pub use local::Local;
 pub use shared::Shared;
 
 use crate::array::Array;
-use crate::base::Result;
+use crate::base::{Error, Result};
 
 /// What went through a communicator, as seen by one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,6 +44,22 @@ pub trait Communicator: Send {
     /// rank, in the order of the ranks, and how many there are of each. Ranks may send any number, and need not know what they will
     /// receive. The traffic is what this rank sends to the others.
     fn all_to_all_rows(&self, what: &str, x: &Array, rows: &[usize]) -> Result<(Array, Vec<usize>)>;
+    /// This rank's part of the sum of `x [n]`, where rank r's part is the next `parts[r]` elements; the same `parts` on every rank.
+    /// Summed in the order of the ranks, so that the bits are those of [`Communicator::all_reduce`].
+    fn reduce_scatter_parts(&self, what: &str, x: &Array, parts: &[usize]) -> Result<Array> {
+        let own = parts.get(self.rank()).copied().unwrap_or(0);
+        let (all, received) = self.all_to_all_rows(what, x, parts)?;
+        if let Some(rank) = received.iter().position(|&n| n != own) {
+            let message =
+                format!("rank {rank} sent {} elements of {what}, of which this rank has {own}", received[rank]);
+            return Err(Error::shape("reduce_scatter_parts", message));
+        }
+        let mut sum = all.slice(0, 0..own)?.copy();
+        for rank in 1..self.size() {
+            sum.add_in_place(&all.slice(0, rank * own..(rank + 1) * own)?)?;
+        }
+        Ok(sum)
+    }
     /// Returns when all ranks are here.
     fn barrier(&self) -> Result<()>;
     /// What went through so far.

@@ -56,7 +56,16 @@ fn chunk(words: &[u32], key: &[u32]) -> [u64; 2] {
 
 /// The digest of `words` under [`key`]'s words.
 pub(crate) fn digest(key: &[u32], words: &[u32]) -> [u32; 4] {
-    let mut level = hashed(&key[..KEY], words);
+    finish(key, first_level(key, words))
+}
+
+/// Four words for each chunk of `words`. The levels of stretches that begin with a chunk, one after the other, are that of the whole.
+pub(crate) fn first_level(key: &[u32], words: &[u32]) -> Vec<u32> {
+    hashed(&key[..KEY], words)
+}
+
+/// The digest of what has this first level.
+pub(crate) fn finish(key: &[u32], mut level: Vec<u32>) -> [u32; 4] {
     let mut at = KEY;
     while level.len() > 4 {
         level = hashed(&key[at..at + KEY], &level);

@@ -1,11 +1,51 @@
 //! The contracting slot: a factored gradient becomes a stretch of the flat gradient, samples weighted as it is formed.
 
+use super::shard::Buckets;
 use crate::array::Array;
 use crate::autograd::ParamGrad;
-use crate::base::Result;
+use crate::base::{DType, Result};
+use crate::device::cuda::Gpu;
 use crate::device::spans;
 use crate::with_float;
 use std::ops::Range;
+use std::sync::Arc;
+
+/// Where gradients are added up.
+pub(super) enum Target<'a> {
+    /// In one flat buffer.
+    Whole(&'a mut Array),
+    /// In buckets, each of which is summed over the ranks and freed as soon as it is complete.
+    Buckets(Buckets<'a>),
+}
+
+impl Target<'_> {
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match self {
+            Target::Whole(grads) => grads.gpu(),
+            Target::Buckets(_) => None,
+        }
+    }
+    pub fn dtype(&self) -> DType {
+        match self {
+            Target::Whole(grads) => grads.dtype(),
+            Target::Buckets(buckets) => buckets.dtype(),
+        }
+    }
+    /// Adds the gradient of the parameter that lies at `range`; returns the norms' totals of the fused form.
+    pub fn add(&mut self, range: &Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
+        match self {
+            Target::Whole(grads) => add(grads, range, grad, w),
+            Target::Buckets(buckets) => buckets.add(grad.param(), |grads, range| add(grads, range, grad, w)),
+        }
+    }
+    /// The backward pass of a microbatch is over: nothing more comes.
+    pub fn finish(&mut self) -> Result<()> {
+        match self {
+            Target::Whole(_) => Ok(()),
+            Target::Buckets(buckets) => buckets.finish(),
+        }
+    }
+}
 
 /// The weights of the samples.
 pub(super) enum Weights<'a> {
@@ -20,7 +60,7 @@ pub(super) enum Weights<'a> {
 }
 
 /// Adds a gradient to its stretch of the flat buffer; returns the norms' totals of the fused form.
-pub(super) fn add(grads: &mut Array, range: &Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
+fn add(grads: &mut Array, range: &Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
     spans::cost(grad.sum_flops(), grad.bytes() as f64);
     if grads.device().is_cuda() {
         let w = if let Weights::OnGpu(w) = w { Some(w) } else { None };

@@ -1,14 +1,16 @@
 //! What plain and private steps share: the buffers, and the slots collect, contract, accumulate, reduce and update.
 
 use super::capture::StepScalars;
+use super::contract::Target;
 use super::counters::{Counters, Snapshot, Tally, not_finite};
 use super::flat::Flat;
 use super::plan::{Event, Measurement, Plan, Prediction, Trace};
 use super::reduce::{Counts, reduce};
-use super::update::{update, zero};
+use super::shard::{Buckets, Shard, Stage};
+use super::update::{update, update_shard, zero};
 use crate::array::Array;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Tag, TagScope};
 use crate::device::spans::{self, Kind};
@@ -62,8 +64,8 @@ pub(super) struct Context<'a> {
     pub flat: &'a Flat,
     pub plan: &'a Plan,
     pub counters: Option<&'a Counters>,
-    /// The flat gradient.
-    pub grads: &'a mut Array,
+    /// Where the gradient is added up.
+    pub grads: Target<'a>,
 }
 
 /// Takes each parameter's factored gradient as backward delivers it, and adds the samples' weighted sum to the flat gradient.
@@ -102,6 +104,9 @@ pub(super) struct Core {
     pub schedule: Schedule,
     pub steps: u64,
     pub ranks: Option<Box<dyn Communicator>>,
+    /// What this rank keeps of its own where the ranks share the model's state; then `grads` is of no use after the ranks have summed
+    /// it, and has no elements at stage 2.
+    pub shard: Option<Shard>,
     pub plan: Plan,
     pub phases: Phases,
     /// Bytes in use when the step began.
@@ -126,11 +131,14 @@ impl Core {
         let state: Vec<Array> = optimizer.slots().iter().map(|_| zeros(Tag::Optimizer)).collect::<Result<_>>()?;
         let counters = device.gpu().map(Counters::new).transpose()?;
         let plan = plan(&flat, state.len())?;
-        let (ranks, phases) = (None, Phases::default());
-        Ok(Core { flat, grads, state, counters, optimizer, schedule, steps: 0, ranks, plan, phases, before: 0 })
+        let (ranks, shard, phases) = (None, None, Phases::default());
+        Ok(Core { flat, grads, state, counters, optimizer, schedule, steps: 0, ranks, shard, plan, phases, before: 0 })
     }
-    /// Makes this rank one of several.
-    pub fn with_ranks(&mut self, ranks: Box<dyn Communicator>) -> Result<()> {
+    /// Makes this rank one of several, which share what the stage says.
+    pub fn with_zero(&mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<()> {
+        if self.ranks.is_some() || self.steps > 0 {
+            return Err(Error::invalid("with_zero", "ranks are given to a new step, once"));
+        }
         if self.flat.device().is_cuda() {
             return Err(Error::invalid("with_ranks", "ranks are on the CPU so far; move the model there"));
         }
@@ -138,8 +146,30 @@ impl Core {
             let first = ranks.broadcast("parameters", &self.flat.buffer().slice(0, stretch.clone())?, 0)?;
             self.flat.update(|params, _| params.write(stretch.start, &first))?;
         }
+        if stage != Stage::Replicated {
+            let shard = Shard::new(&self.flat, &*ranks, stage)?;
+            let own = shard.own();
+            let _tag = TagScope::new(Tag::Optimizer);
+            self.state = self.state.iter().map(|s| Ok(s.slice(0, own.clone())?.copy())).collect::<Result<_>>()?;
+            if stage == Stage::Gradients {
+                self.grads = Array::zeros(&[0], self.flat.dtype());
+            }
+            let each = self.flat.dtype().size();
+            let kept = if stage == Stage::Gradients { own.len() } else { self.flat.numel() };
+            self.plan.keeps(kept * each, self.state.len() * own.len() * each);
+            self.shard = Some(shard);
+        }
         self.ranks = Some(ranks);
         Ok(())
+    }
+    /// The gradient of the last step as the optimizer saw it: of the whole, or of this rank's stretch.
+    pub fn last_gradient(&self) -> &Array {
+        self.shard.as_ref().map_or(&self.grads, |s| &s.grads)
+    }
+    /// Zeros instead of every sum that has no noise yet.
+    pub fn erase(&mut self) -> Result<()> {
+        zero(&mut self.grads)?;
+        self.shard.as_mut().map_or(Ok(()), |s| zero(&mut s.grads))
     }
     /// Starts a step's measurement.
     pub fn begin(&mut self) {
@@ -155,15 +185,34 @@ impl Core {
         mut forward: impl FnMut(B) -> Result<Microbatch>,
         scalars: Option<&StepScalars>,
     ) -> Result<Counts> {
-        zero(&mut self.grads)?;
+        self.erase()?;
         if let Some(counters) = &self.counters {
             counters.begin()?;
         }
         let (step, counters, phases) = (self.steps + 1, self.counters.as_ref(), &mut self.phases);
         let (mut loss, mut samples, mut private) = (0.0, 0, 0);
-        let context = Context { flat: &self.flat, plan: &self.plan, counters, grads: &mut self.grads };
-        let mut collect = weighting.collector(context);
-        for batch in microbatches {
+        let ranks = self.ranks.as_deref();
+        let (mut microbatches, mut meets) = (microbatches.into_iter(), None);
+        let grads = match (&mut self.shard, ranks) {
+            (Some(shard), Some(ranks)) if shard.stage == Stage::Gradients => {
+                meets = Some(ranks);
+                Target::Buckets(Buckets::new(shard, ranks, &self.flat))
+            }
+            _ => Target::Whole(&mut self.grads),
+        };
+        let mut collect = weighting.collector(Context { flat: &self.flat, plan: &self.plan, counters, grads });
+        loop {
+            let next = microbatches.next();
+            // Ranks sum their buckets in every microbatch of any of them: those that have none left take part with zeros.
+            if let Some(ranks) = meets {
+                let some = Array::full(&[1], next.is_some() as u8 as f64, DType::F64);
+                if ranks.all_reduce("microbatches", &some)?.item()? > 0.0 && next.is_none() {
+                    collect.begin(0, None);
+                    collect.finish()?;
+                    continue;
+                }
+            }
+            let Some(batch) = next else { break };
             let (phase, start) = (spans::span(Kind::Phase, "forward pass"), Instant::now());
             let Microbatch { losses, public } = forward(batch)?;
             drop(phase);
@@ -175,6 +224,8 @@ impl Core {
                 ));
             }
             if losses.numel() == 0 {
+                collect.begin(0, None);
+                collect.finish()?;
                 continue;
             }
             match counters {
@@ -205,20 +256,37 @@ impl Core {
         drop(collect);
         let own = Counts { samples, private, loss, tally, below };
         let start = Instant::now();
-        let counts = reduce(self.ranks.as_deref(), self.plan.buckets(), &mut self.grads, own)?;
+        let counts = match (&mut self.shard, self.ranks.as_deref()) {
+            (Some(shard), Some(ranks)) => {
+                if shard.stage == Stage::Optimizer {
+                    shard.reduce_whole(ranks, self.plan.buckets(), &self.grads)?;
+                    // What is left of the own samples' sum has no noise, and is of no use.
+                    zero(&mut self.grads)?;
+                }
+                reduce(Some(ranks), &[], &mut self.grads, own)?
+            }
+            (_, ranks) => reduce(ranks, self.plan.buckets(), &mut self.grads, own)?,
+        };
         self.phases.reduce += start.elapsed().as_secs_f64();
         Ok(counts)
     }
     /// Updates the parameters from `scale` times the gradient.
     pub fn update(&mut self, scale: f64, scalars: Option<&StepScalars>) -> Result<()> {
         let start = Instant::now();
-        update(
-            (&mut self.flat, &*self.optimizer),
-            (&mut self.grads, scale),
-            &mut self.state,
-            (self.steps + 1, self.schedule.at(self.steps)),
-            (self.counters.as_ref(), scalars),
-        )?;
+        let at = (self.steps + 1, self.schedule.at(self.steps));
+        match (&mut self.shard, self.ranks.as_deref()) {
+            (Some(shard), Some(ranks)) => {
+                let (state, optimizer) = (&mut self.state, &*self.optimizer);
+                update_shard(ranks, (&mut self.flat, optimizer), shard, state, (scale, at))?
+            }
+            _ => update(
+                (&mut self.flat, &*self.optimizer),
+                (&mut self.grads, scale),
+                &mut self.state,
+                at,
+                (self.counters.as_ref(), scalars),
+            )?,
+        }
         self.phases.update += start.elapsed().as_secs_f64();
         Ok(())
     }
@@ -267,7 +335,13 @@ impl Core {
     ) -> Result<Trace> {
         let device = self.flat.device();
         let counters = self.counters.as_ref();
-        let context = Context { flat: &self.flat, plan: &self.plan, counters, grads: &mut self.grads };
+        // A trace is of this rank alone; at stage 2 it needs a gradient of its own.
+        let mut own = None;
+        let grads = match self.grads.numel() == self.flat.numel() {
+            true => &mut self.grads,
+            false => own.insert(Array::zeros(&[self.flat.numel()], self.flat.dtype())),
+        };
+        let context = Context { flat: &self.flat, plan: &self.plan, counters, grads: Target::Whole(grads) };
         let (base, _) = device.watermark();
         let inner = weighting.collector(context);
         let mut tracing = Tracing { inner, flat: &self.flat, device, base, events: Vec::new() };
@@ -296,6 +370,16 @@ impl Core {
     pub fn state(&self) -> Vec<(&'static str, Array)> {
         self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect()
     }
+    /// The optimizer's buffers, whole, on every rank.
+    pub fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
+        let (Some(shard), Some(ranks)) = (&self.shard, self.ranks.as_deref()) else { return Ok(self.state()) };
+        let whole = |(name, own): (&'static str, Array)| {
+            let mut all = Array::zeros(&[self.flat.numel()], own.dtype());
+            shard.gather(ranks, name, &own, |at, part| all.write(at, part))?;
+            Ok((name, all))
+        };
+        self.state().into_iter().map(whole).collect()
+    }
     /// Takes over the optimizer's buffers and the number of steps of a checkpoint.
     pub fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {
         let mut buffers = Vec::new();
@@ -303,13 +387,19 @@ impl Core {
             let found = state.iter().find(|(n, _)| n == slot).ok_or_else(|| {
                 Error::invalid("restore", format!("the checkpoint has no {slot}; was it another optimizer?"))
             })?;
-            if found.1.shape() != buffer.shape() || found.1.dtype() != buffer.dtype() {
+            // A rank that keeps a stretch takes it out of the whole.
+            let whole = [self.flat.numel()];
+            let part = match &self.shard {
+                Some(shard) if found.1.shape() == whole => found.1.slice(0, shard.own())?,
+                _ => found.1.clone(),
+            };
+            if part.shape() != buffer.shape() || part.dtype() != buffer.dtype() {
                 return Err(Error::shape(
                     "restore",
                     format!("{slot} is {:?}, the model needs {:?}", found.1.shape(), buffer.shape()),
                 ));
             }
-            buffers.push(found.1.to(&buffer.device())?.copy());
+            buffers.push(part.to(&buffer.device())?.copy());
         }
         (self.state, self.steps) = (buffers, steps);
         Ok(())

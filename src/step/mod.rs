@@ -21,6 +21,7 @@ mod plan;
 mod privacy;
 mod private;
 mod reduce;
+mod shard;
 mod update;
 mod weigh;
 
@@ -31,6 +32,7 @@ pub use plain::{PlainStep, Report};
 pub use plan::{Measurement, Plan, PlannedParam, Prediction, Retain};
 pub use privacy::{Privacy, PrivacyConfig};
 pub use private::{PrivateReport, PrivateStep};
+pub use shard::Stage;
 
 use self::core::{Collect, Context, Weighting};
 use crate::array::Array;
@@ -38,6 +40,7 @@ use crate::autograd::{Param, Tensor};
 use crate::base::Result;
 use crate::dist::Communicator;
 use crate::privacy::{ClipFn, ClipStyle, Thresholds};
+use contract::Target;
 use counters::Counters;
 use plan::Clipping;
 
@@ -49,7 +52,7 @@ pub trait TrainStep {
     fn flat(&self) -> &Flat;
     /// What was settled before the first step.
     fn plan(&self) -> &Plan;
-    /// The gradient of the last step as the optimizer saw it, flat.
+    /// The gradient of the last step as the optimizer saw it, flat; of this rank's stretch where ranks share the model's state.
     fn last_gradient(&self) -> &Array;
     /// Sets the optimizer's first moment (its first buffer: Adam's m, SGD's momentum) to zero and keeps the rest, which is
     /// recommended when training goes from public to private data (Bu et al. 2024).
@@ -62,7 +65,10 @@ pub trait TrainStep {
     }
     /// Everything a checkpoint needs besides the parameters: named flat buffers.
     fn state(&self) -> Vec<(&'static str, Array)>;
-    /// Goes on from a checkpoint taken after `steps` steps, with what [`TrainStep::state`] gave then.
+    /// [`TrainStep::state`] with the optimizer's buffers whole where the ranks share them; every rank must call it. A checkpoint of it
+    /// can be gone on from at any number of ranks and any [`Stage`].
+    fn whole_state(&self) -> Result<Vec<(&'static str, Array)>>;
+    /// Goes on from a checkpoint taken after `steps` steps, with what [`TrainStep::state`] or [`TrainStep::whole_state`] gave then.
     fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()>;
 }
 
@@ -83,7 +89,7 @@ pub fn clipped_gradient(
     let mut grads = Array::zeros(&[flat.numel()], (flat.dtype(), &device));
     let counters = device.gpu().map(Counters::new).transpose()?;
     let plan = Plan::new(&flat, Some(&clipping), 0);
-    let context = Context { flat: &flat, plan: &plan, counters: counters.as_ref(), grads: &mut grads };
+    let context = Context { flat: &flat, plan: &plan, counters: counters.as_ref(), grads: Target::Whole(&mut grads) };
     let mut clipper = clipping.collector(context);
     clipper.begin(losses.numel(), None);
     losses.backward_into(&mut clipper)?;

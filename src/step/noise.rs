@@ -23,14 +23,19 @@ impl Privacy {
         const ROUNDING: f64 = 1.0 / 1024.0;
         self.gradient_noise_multiplier() * self.sensitivity() * (1.0 + ROUNDING)
     }
-    /// The key of the release of `grads` (on the CPU) and, with adaptive thresholds, of the counts `below`; and the release's
-    /// name for the log, from which neither follows.
-    pub(super) fn release_key(&self, step: u64, grads: &Array, below: &[u64]) -> Result<(NoiseKey, String)> {
+    /// The key of the release of a sum on the CPU and, with adaptive thresholds, of the counts `below`; and the release's name for the
+    /// log, from which neither follows. `level` gives the first level of the digest under its key; `numel` is the number of elements of
+    /// the whole sum and `bytes` their size.
+    pub(super) fn release_key(
+        &self,
+        step: u64,
+        (numel, bytes): (usize, usize),
+        below: &[u64],
+        level: impl FnOnce(&[u32]) -> Result<Vec<u32>>,
+    ) -> Result<(NoiseKey, String)> {
         let words = self.digest_key();
-        let sum = with_float!("run", grads.dtype(), |T| {
-            Ok(digest::digest(words, bytemuck::cast_slice::<T, u32>(grads.as_slice::<T>()?)))
-        })?;
-        let context = Privacy::context(self.std(), grads.numel(), grads.dtype().size());
+        let sum = digest::finish(words, level(words)?);
+        let context = Privacy::context(self.std(), numel, bytes);
         let of = |key: &NoiseKey| match self.config().thresholds {
             Thresholds::Adaptive { .. } => {
                 let counts = digest::digest(words, bytemuck::cast_slice(below));
@@ -40,11 +45,11 @@ impl Privacy {
         };
         Ok((of(&self.key), super::privacy::fingerprint(&of(&NoiseKey::from_bytes(self.key.to_bytes())))))
     }
-    /// Adds N(0, (σ·sensitivity)²) to every element of a sum on the CPU.
-    pub(super) fn add_noise(&self, key: &NoiseKey, step: u64, grads: &mut Array) -> Result<()> {
+    /// Adds N(0, (σ·sensitivity)²) to every element of a sum on the CPU, of which `grads` is the part from element `first` on.
+    pub(super) fn add_noise(&self, key: &NoiseKey, step: u64, first: usize, grads: &mut Array) -> Result<()> {
         let std = self.std();
         with_float!("run", grads.dtype(), |T| {
-            add_gaussian::<T>(key, step, 0, std, grads.as_mut_slice::<T>()?);
+            add_gaussian::<T>(key, step, first as u64, std, grads.as_mut_slice::<T>()?);
             Ok(())
         })
     }

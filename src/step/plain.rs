@@ -4,7 +4,7 @@ use super::capture::{Capture, CapturedStep};
 use super::core::{Core, Found, Microbatch};
 use super::plan::Plan;
 use super::weigh::Plain;
-use super::{Flat, TrainStep};
+use super::{Flat, Stage, TrainStep};
 use crate::array::Array;
 use crate::autograd::{Param, Tensor};
 use crate::base::{Error, Result};
@@ -75,8 +75,13 @@ impl PlainStep {
     /// Makes this one of several ranks that take every step together, each on its part of the batch (data parallelism, ZeRO
     /// stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order, so that the
     /// update is the same on each; the mean is over all ranks' samples, and so are the losses in reports. On the CPU.
-    pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<PlainStep> {
-        self.core.with_ranks(ranks)?;
+    pub fn with_ranks(self, ranks: Box<dyn Communicator>) -> Result<PlainStep> {
+        self.with_zero(ranks, Stage::Replicated)
+    }
+    /// [`PlainStep::with_ranks`], and the ranks share the model's state (Rajbhandari et al. 2020): with [`Stage::Optimizer`] each rank
+    /// keeps its stretch of the optimizer's buffers, with [`Stage::Gradients`] of the gradient as well.
+    pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PlainStep> {
+        self.core.with_zero(ranks, stage)?;
         Ok(self)
     }
     /// Runs `forward` on each microbatch (it returns one loss per sample), and updates the parameters once. A loss that is not
@@ -148,7 +153,10 @@ impl TrainStep for PlainStep {
         &self.core.plan
     }
     fn last_gradient(&self) -> &Array {
-        &self.core.grads
+        self.core.last_gradient()
+    }
+    fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
+        self.core.whole_state()
     }
     fn reset_first_moment(&mut self) -> Result<()> {
         self.core.reset_first_moment()

@@ -166,6 +166,14 @@ impl Plan {
             measured: None,
         }
     }
+    /// The bytes of gradients and of the optimizer's buffers that this rank keeps of its own.
+    pub(super) fn keeps(&mut self, gradients: usize, optimizer: usize) {
+        (self.bytes[1].1, self.bytes[2].1) = (gradients, optimizer);
+    }
+    /// The bytes that stay from step to step on this rank: parameters, gradients, and the optimizer's buffers.
+    pub fn bytes(&self) -> &[(&'static str, usize); 3] {
+        &self.bytes
+    }
     /// The parameters, in the order of the flat gradient.
     pub fn params(&self) -> &[PlannedParam] {
         &self.params

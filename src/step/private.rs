@@ -5,14 +5,14 @@ use super::core::{Core, Found, Microbatch, PublicPart};
 use super::plan::Plan;
 use super::reduce::Counts;
 use super::update::zero;
-use super::{Flat, Privacy, TrainStep};
+use super::{Flat, Privacy, Stage, TrainStep};
 use crate::array::Array;
 use crate::autograd::{GradHook, Gradients, Mixing, Param, ParamGrad, Tensor, line_of, recorded};
 use crate::base::{DType, Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
 use crate::privacy::{Public, Thresholds, Weight};
-use crate::random::masks;
+use crate::random::{digest, masks};
 use std::fmt;
 use std::ops::Range;
 
@@ -109,7 +109,14 @@ impl PrivateStep {
     /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,
     /// and noise is added once to the sum, the same bits on each rank. Losses and counts in reports are over all
     /// ranks. All must be given the same key, model and settings. On the CPU.
-    pub fn with_ranks(mut self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
+    pub fn with_ranks(self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
+        self.with_zero(ranks, Stage::Replicated)
+    }
+    /// [`PrivateStep::with_ranks`], and the ranks share the model's state (Bu et al. 2023, DP-ZeRO): with [`Stage::Optimizer`] or
+    /// [`Stage::Gradients`] each rank keeps its stretch of the optimizer's buffers, and of the gradient. The norms of a record are its
+    /// own rank's; noise is drawn once, by the owner of each stretch, the same bits at every stage and number of ranks. Private training
+    /// sends what plain training sends, and the digest of the sum besides, 1/512 of it.
+    pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PrivateStep> {
         let own = self.privacy.fingerprint()?;
         let all = ranks.all_gather("key and configuration", &Array::from_slice(&own, &[3])?)?.to_f64();
         if let Some(other) = all.chunks(3).position(|f| f != own) {
@@ -119,7 +126,7 @@ impl PrivateStep {
                 ranks.rank()
             )));
         }
-        self.core.with_ranks(ranks)?;
+        self.core.with_zero(ranks, stage)?;
         Ok(self)
     }
     /// Sampler, clipper, noise and accountant.
@@ -221,7 +228,7 @@ impl PrivateStep {
             }
             Err(e) => {
                 // A sum without its noise must not be seen.
-                zero(&mut self.core.grads)?;
+                self.core.erase()?;
                 Err(e)
             }
         }
@@ -357,15 +364,27 @@ impl PrivateStep {
     fn release(&mut self, counts: &Counts) -> Result<f64> {
         let _phase = crate::device::spans::span(crate::device::spans::Kind::Phase, "noise");
         let start = std::time::Instant::now();
-        let (steps, grads) = (self.core.steps, &mut self.core.grads);
-        let epsilon = if grads.gpu().is_some() {
+        let steps = self.core.steps;
+        let epsilon = if self.core.grads.gpu().is_some() {
             let epsilon = self.privacy.commit(steps, None)?;
-            self.privacy.add_noise_on_gpu(steps, None, grads)?;
+            self.privacy.add_noise_on_gpu(steps, None, &self.core.grads)?;
             epsilon
         } else {
-            let (key, name) = self.privacy.release_key(steps, grads, &counts.below)?;
+            let size = (self.core.flat.numel(), self.core.flat.dtype().size());
+            let (shard, ranks) = (&self.core.shard, self.core.ranks.as_deref());
+            let grads = &self.core.grads;
+            let (key, name) = self.privacy.release_key(steps, size, &counts.below, |key| match (shard, ranks) {
+                (Some(shard), Some(ranks)) => shard.first_level(ranks, key),
+                _ => crate::with_float!("run", grads.dtype(), |T| {
+                    Ok(digest::first_level(key, bytemuck::cast_slice::<T, u32>(grads.as_slice::<T>()?)))
+                }),
+            })?;
             let epsilon = self.privacy.commit(steps, Some(name))?;
-            self.privacy.add_noise(&key, steps, grads)?;
+            let (first, grads) = match &mut self.core.shard {
+                Some(shard) => (shard.own().start, &mut shard.grads),
+                None => (0, &mut self.core.grads),
+            };
+            self.privacy.add_noise(&key, steps, first, grads)?;
             self.privacy.adapt(&key, steps, &counts.below, counts.private);
             epsilon
         };
@@ -376,6 +395,16 @@ impl PrivateStep {
         let (lr, found) = self.core.end(here)?;
         let test_key = self.privacy.has_test_key();
         Ok(PrivateReport { step: self.core.steps, samples, lr, epsilon, test_key, found, padding })
+    }
+    /// What a checkpoint needs besides the optimizer's buffers; the same on every rank.
+    fn counts(&self) -> Vec<(&'static str, Array)> {
+        let steps = self.privacy.steps();
+        let mut all = vec![(PRIVATE_STEPS, Array::generate(&[1], DType::I64, |_| steps as f64))];
+        if self.adaptive() {
+            let thresholds = self.privacy.thresholds();
+            all.push((THRESHOLDS, Array::generate(&[thresholds.len()], DType::F64, |i| thresholds[i])));
+        }
+        all
     }
     fn adaptive(&self) -> bool {
         matches!(self.privacy.config().thresholds, Thresholds::Adaptive { .. })
@@ -515,7 +544,7 @@ impl TrainStep for PrivateStep {
         &self.core.plan
     }
     fn last_gradient(&self) -> &Array {
-        &self.core.grads
+        self.core.last_gradient()
     }
     fn reset_first_moment(&mut self) -> Result<()> {
         self.core.reset_first_moment()
@@ -526,14 +555,14 @@ impl TrainStep for PrivateStep {
     fn accounting(&self) -> Option<&Privacy> {
         Some(&self.privacy)
     }
+    fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
+        let mut all = self.core.whole_state()?;
+        all.extend(self.counts());
+        Ok(all)
+    }
     fn state(&self) -> Vec<(&'static str, Array)> {
         let mut all = self.core.state();
-        let steps = self.privacy.steps();
-        all.push((PRIVATE_STEPS, Array::generate(&[1], DType::I64, |_| steps as f64)));
-        if self.adaptive() {
-            let thresholds = self.privacy.thresholds();
-            all.push((THRESHOLDS, Array::generate(&[thresholds.len()], DType::F64, |i| thresholds[i])));
-        }
+        all.extend(self.counts());
         all
     }
     fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {

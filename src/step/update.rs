@@ -3,9 +3,11 @@
 use super::capture::StepScalars;
 use super::counters::Counters;
 use super::flat::Flat;
+use super::shard::Shard;
 use crate::array::Array;
 use crate::base::{Float, Result};
 use crate::device::spans::{self, Kind};
+use crate::dist::Communicator;
 use crate::kernels::elementwise::cuda::scale_in_place;
 use crate::kernels::elementwise::for_each_mut;
 use crate::optim::{GpuUpdate, Optimizer, Update};
@@ -29,6 +31,29 @@ pub(super) fn update(
     flat.update(|params, layout| {
         let gpu = GpuUpdate { scalars: scalars.map(|s| &s.optimizer), stop: stop.as_ref() };
         optimizer.update(Update { gpu, ..Update::new((step, lr), params, grads, state, layout) })
+    })
+}
+
+/// One update of this rank's stretch, after which every rank gets all parameters.
+pub(super) fn update_shard(
+    ranks: &dyn Communicator,
+    (flat, optimizer): (&mut Flat, &dyn Optimizer),
+    shard: &mut Shard,
+    state: &mut [Array],
+    (scale, at): (f64, (u64, f64)),
+) -> Result<()> {
+    let _phase = spans::span(Kind::Phase, "update");
+    scale_by(&mut shard.grads, scale)?;
+    for buffer in state.iter_mut() {
+        buffer.own()?;
+    }
+    let shard = &*shard;
+    flat.update(|params, _| {
+        let mut own = params.slice(0, shard.own())?.copy();
+        if own.numel() > 0 {
+            optimizer.update(Update::new(at, &mut own, &shard.grads, state, &shard.layout))?;
+        }
+        shard.gather(ranks, "parameters", &own, |at, part| params.write(at, part))
     })
 }
 

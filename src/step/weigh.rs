@@ -5,7 +5,7 @@
 //! is taken on delivery, while the operands are in the cache, and contraction follows the whole backward pass; with a group per
 //! layer, norm and clipped sum of the layer's large parameter are one pass.
 
-use super::contract::{Weights, add};
+use super::contract::Weights;
 use super::core::{Collect, Context, PublicPart, Weighting};
 use super::counters::Tally;
 use super::plan::{Clipping, Retain};
@@ -43,14 +43,14 @@ impl GradHook for Context<'_> {
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()> {
         let index = index_of(self, param)?;
         let _op = spans::span(Kind::Backward, "contract");
-        add(self.grads, &self.flat.segments()[index].range, &grad, Weights::None).map(|_| ())
+        self.grads.add(&self.flat.segments()[index].range, &grad, Weights::None).map(|_| ())
     }
 }
 
 impl Collect for Context<'_> {
     fn begin(&mut self, _samples: usize, _public: Option<PublicPart>) {}
     fn finish(&mut self) -> Result<()> {
-        Ok(())
+        self.grads.finish()
     }
     fn counts(&self) -> (Tally, Vec<u64>) {
         Default::default()
@@ -119,7 +119,7 @@ impl Collect for Clipper<'_> {
                 self.close(gi)?;
             }
         }
-        Ok(())
+        self.step.grads.finish()
     }
     fn counts(&self) -> (Tally, Vec<u64>) {
         (self.tally, self.groups.iter().map(|g| g.below).collect())
@@ -197,14 +197,16 @@ impl Clipper<'_> {
                     }
                 };
                 for grad in normed {
-                    add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::OnGpu(&weights))?;
+                    let range = range_of(&self.step, &grad)?;
+                    self.step.grads.add(&range, &grad, Weights::OnGpu(&weights))?;
                 }
                 return Ok(());
             }
         };
         let factor = move |sq: f64| clip.factor(sq, threshold);
         if let Some(grad) = held {
-            sq = add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::Clip(&sq, &factor))?;
+            let range = range_of(&self.step, &grad)?;
+            sq = self.step.grads.add(&range, &grad, Weights::Clip(&sq, &factor))?;
         }
         let private = self.public.map_or(sq.len(), |p| p.from);
         let weight = |(i, &s): (usize, &f64)| match self.public {
@@ -213,7 +215,8 @@ impl Clipper<'_> {
         };
         let weights: Vec<f64> = sq.iter().enumerate().map(weight).collect();
         for grad in normed {
-            add(self.step.grads, &range_of(&self.step, &grad)?, &grad, Weights::Given(&weights))?;
+            let range = range_of(&self.step, &grad)?;
+            self.step.grads.add(&range, &grad, Weights::Given(&weights))?;
         }
         for &sq in &sq[..private] {
             self.groups[gi].below += (sq.sqrt() <= threshold) as u64;

@@ -1,0 +1,228 @@
+//! ZeRO (Rajbhandari et al. 2020): the ranks share the model's state instead of each keeping all of it.
+//!
+//! The flat buffers are cut into one stretch for each rank, of equal length but for the last ones; the rank *owns* it. A rank keeps the
+//! optimizer's buffers of its own stretch alone (stage 1), and the gradient's, too (stage 2): then the gradient is added up in buckets,
+//! each of which is summed over the ranks and freed as soon as backward has delivered it. Noise is drawn by the owner, from the place in
+//! the flat buffer, so that it has the same bits at any number of ranks and at any stage. After the update every rank gets all parameters.
+//!
+//! Bytes of a rank for Ψ parameters in f32 with AdamW: 16Ψ, 8Ψ + 8Ψ/N and 4Ψ + 12Ψ/N, and one bucket. Sent by a rank in a step:
+//! Ψ·(N − 1)/N elements of gradients, and as many of parameters; with k microbatches stage 2 sends gradients k times.
+
+use super::flat::Flat;
+use crate::array::Array;
+use crate::autograd::Param;
+use crate::base::{DType, Error, Result};
+use crate::device::cuda::{Tag, TagScope};
+use crate::device::spans::{self, Kind};
+use crate::dist::Communicator;
+use crate::optim::{FlatLayout, Segment};
+use crate::random::digest;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// What the ranks share of the model's state (Rajbhandari et al. 2020, section 5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Stage 0, data parallelism: every rank keeps all of it.
+    #[default]
+    Replicated,
+    /// Stage 1: each rank keeps its part of the optimizer's buffers.
+    Optimizer,
+    /// Stage 2: and its part of the gradient.
+    Gradients,
+}
+
+/// Elements that a rank's stretch is a multiple of: a chunk of the digest, whose first level is then made by the owners.
+const GRAIN: usize = digest::CHUNK;
+/// Elements of the buckets of stage 2, unless a parameter has more, and of what is sent of the parameters at once.
+const BUCKET: usize = 4 << 20;
+
+/// The stretches of the ranks, and what this rank keeps of its own.
+pub(super) struct Shard {
+    pub stage: Stage,
+    pub rank: usize,
+    /// The stretch of each rank.
+    pub stretches: Vec<Range<usize>>,
+    /// The own stretch of the gradient: of the step in work, then of the last one.
+    pub grads: Array,
+    /// The parameters in the own stretch.
+    pub layout: FlatLayout,
+    /// The parameters of each bucket by number, in the order in which buckets are sent: the last ones first, as backward delivers
+    /// them.
+    buckets: Vec<Range<usize>>,
+}
+
+impl Shard {
+    pub fn new(flat: &Flat, ranks: &dyn Communicator, stage: Stage) -> Result<Shard> {
+        if let Some(p) = flat.params().iter().find(|p| p.placed()) {
+            return Err(Error::invalid(
+                "with_zero",
+                format!(
+                    "{} belongs to one rank (Moe::place), and parts of the others' state cannot be cut around it: use Stage::Replicated",
+                    p.name()
+                ),
+            ));
+        }
+        let (n, size, rank) = (flat.numel(), ranks.size(), ranks.rank());
+        let each = n.div_ceil(size).next_multiple_of(GRAIN);
+        let stretches: Vec<Range<usize>> = (0..size).map(|r| n.min(r * each)..n.min((r + 1) * each)).collect();
+        let own = &stretches[rank];
+        let segments = flat.segments().iter().filter_map(|s| {
+            let (from, to) = (s.range.start.max(own.start), s.range.end.min(own.end));
+            (from < to).then(|| Segment { range: from - own.start..to - own.start, decay: s.decay })
+        });
+        let mut buckets: Vec<Range<usize>> = Vec::new();
+        let mut held = 0;
+        for (i, s) in flat.segments().iter().enumerate().rev() {
+            match buckets.last_mut() {
+                Some(b) if held + s.range.len() <= BUCKET => b.start = i,
+                _ => {
+                    buckets.push(i..i + 1);
+                    held = 0;
+                }
+            }
+            held += s.range.len();
+        }
+        let _tag = TagScope::new(Tag::Gradient);
+        let grads = Array::zeros(&[own.len()], flat.dtype());
+        let layout = FlatLayout::new(segments.collect(), own.len());
+        Ok(Shard { stage, rank, stretches: stretches.clone(), grads, layout, buckets })
+    }
+    /// The own stretch.
+    pub fn own(&self) -> Range<usize> {
+        self.stretches[self.rank].clone()
+    }
+    /// Adds the own part of a stretch of the gradient, summed over the ranks.
+    fn reduce(&mut self, ranks: &dyn Communicator, at: usize, part: &Array) -> Result<()> {
+        let _phase = spans::span(Kind::Phase, "reduce");
+        let end = at + part.numel();
+        let pieces: Vec<usize> =
+            self.stretches.iter().map(|s| s.end.min(end).saturating_sub(s.start.max(at))).collect();
+        let sum = ranks.reduce_scatter_parts("gradients", part, &pieces)?;
+        if sum.numel() > 0 {
+            let to = at.max(self.own().start) - self.own().start;
+            let mut all = self.grads.slice(0, to..to + sum.numel())?.copy();
+            all.add_in_place(&sum)?;
+            self.grads.write(to, &all)?;
+        }
+        Ok(())
+    }
+    /// The own stretch of the sum of all ranks' gradients, bucket by bucket (stage 1).
+    pub fn reduce_whole(&mut self, ranks: &dyn Communicator, buckets: &[Range<usize>], grads: &Array) -> Result<()> {
+        buckets.iter().try_for_each(|b| self.reduce(ranks, b.start, &grads.slice(0, b.clone())?.contiguous()))
+    }
+    /// The digest's first level of the whole sum, from those of the owners.
+    pub fn first_level(&self, ranks: &dyn Communicator, key: &[u32]) -> Result<Vec<u32>> {
+        let words = |elements: usize| elements * self.grads.dtype().size() / 4;
+        let level = |elements: usize| 4 * words(elements).div_ceil(digest::CHUNK);
+        let own = crate::with_float!("run", self.grads.dtype(), |T| {
+            let words = bytemuck::cast_slice::<T, u32>(self.grads.as_slice::<T>()?);
+            Ok(if words.is_empty() { Vec::new() } else { digest::first_level(key, words) })
+        })?;
+        // Equal parts for the collective; what is filled up is left out again.
+        let most = self.stretches.iter().map(|s| level(s.len())).max().unwrap_or(0);
+        let mut part = own;
+        part.resize(most, 0);
+        let all = ranks.all_gather("digest of the gradients", &Array::from_slice(&part, &[most])?)?.to_vec::<u32>()?;
+        let of = |(r, s): (usize, &Range<usize>)| all[r * most..r * most + level(s.len())].to_vec();
+        let all: Vec<u32> = self.stretches.iter().enumerate().flat_map(of).collect();
+        // No parameters at all are a chunk as well.
+        Ok(if all.is_empty() { digest::first_level(key, &[]) } else { all })
+    }
+    /// Gives every rank the whole of a buffer, of which each owner has its stretch: `put` gets pieces of it and their places.
+    pub fn gather(
+        &self,
+        ranks: &dyn Communicator,
+        what: &str,
+        own: &Array,
+        mut put: impl FnMut(usize, &Array) -> Result<()>,
+    ) -> Result<()> {
+        let most = self.stretches.iter().map(Range::len).max().unwrap_or(0);
+        let piece = (BUCKET / ranks.size()).max(1);
+        for from in (0..most).step_by(piece) {
+            let to = most.min(from + piece);
+            let mut part = Array::zeros(&[to - from], own.dtype());
+            let (a, b) = (from.min(own.numel()), to.min(own.numel()));
+            if a < b {
+                part.write(0, &own.slice(0, a..b)?)?;
+            }
+            let all = ranks.all_gather(what, &part)?;
+            for (r, s) in self.stretches.iter().enumerate() {
+                let (a, b) = (from.min(s.len()), to.min(s.len()));
+                if a < b {
+                    let at = r * (to - from);
+                    put(s.start + a, &all.slice(0, at..at + b - a)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The gradients of one step while they are added up in buckets (stage 2).
+pub(super) struct Buckets<'a> {
+    shard: &'a mut Shard,
+    ranks: &'a dyn Communicator,
+    flat: &'a Flat,
+    /// What is there of each bucket.
+    open: Vec<Option<Array>>,
+    /// Of each bucket, parameters that are not there yet.
+    left: Vec<usize>,
+    /// The bucket that is sent next: the order is the same on every rank, whatever their graphs deliver.
+    next: usize,
+}
+
+impl<'a> Buckets<'a> {
+    pub fn new(shard: &'a mut Shard, ranks: &'a dyn Communicator, flat: &'a Flat) -> Buckets<'a> {
+        let left: Vec<usize> = shard.buckets.iter().map(Range::len).collect();
+        Buckets { open: left.iter().map(|_| None).collect(), left, next: 0, shard, ranks, flat }
+    }
+    pub fn dtype(&self) -> DType {
+        self.shard.grads.dtype()
+    }
+    /// The stretch of the flat buffer of a bucket.
+    fn range(&self, bucket: usize) -> Range<usize> {
+        let (params, segments) = (&self.shard.buckets[bucket], self.flat.segments());
+        segments[params.start].range.start..segments[params.end - 1].range.end
+    }
+    /// Calls `add` with a bucket, which is zeros at first, and the place of a parameter in it.
+    pub fn add<R>(&mut self, param: &Param, add: impl FnOnce(&mut Array, &Range<usize>) -> Result<R>) -> Result<R> {
+        let found = self.flat.index(param);
+        let bucket = found.and_then(|i| self.shard.buckets.iter().position(|b| b.contains(&i)));
+        // Its bucket is still here: a parameter is contracted once in a microbatch.
+        let (Some(index), Some(bucket)) = (found, bucket.filter(|b| *b >= self.next)) else {
+            let message = format!("{} was delivered after its bucket was sent, or is not of this step", param.name());
+            return Err(Error::autograd("run", message));
+        };
+        let param = &self.flat.segments()[index].range;
+        let range = self.range(bucket);
+        let dtype = self.dtype();
+        let grads = self.open[bucket].get_or_insert_with(|| {
+            let _tag = TagScope::new(Tag::Gradient);
+            Array::zeros(&[range.len()], dtype)
+        });
+        let done = add(grads, &(param.start - range.start..param.end - range.start))?;
+        self.left[bucket] = self.left[bucket].saturating_sub(1);
+        while self.next < self.left.len() && self.left[self.next] == 0 {
+            self.send()?;
+        }
+        Ok(done)
+    }
+    /// Sends what is left, also of parameters that were not reached.
+    pub fn finish(&mut self) -> Result<()> {
+        while self.next < self.left.len() {
+            self.send()?;
+        }
+        // For the next microbatch.
+        self.next = 0;
+        self.left = self.shard.buckets.iter().map(Range::len).collect();
+        Ok(())
+    }
+    fn send(&mut self) -> Result<()> {
+        let range = self.range(self.next);
+        let part = self.open[self.next].take().unwrap_or_else(|| Array::zeros(&[range.len()], self.dtype()));
+        self.next += 1;
+        self.shard.reduce(self.ranks, range.start, &part)
+    }
+}
