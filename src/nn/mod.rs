@@ -22,6 +22,7 @@ mod attention;
 mod conv;
 mod embedding;
 mod expr;
+pub mod hypergraph;
 mod layers;
 mod lora;
 mod module;
