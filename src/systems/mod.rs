@@ -5,4 +5,5 @@
 
 pub mod codeeval;
 pub mod editing;
+pub mod hytrel;
 pub mod robustness;
