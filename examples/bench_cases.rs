@@ -360,9 +360,8 @@ fn hyper_sum(name: &str) -> Result<(Step, Work, usize)> {
     let sets = Incidence::new(&sets, members, nodes)?;
     let (x, seed) = (Tensor::leaf(random(&[nodes, D], 1)?), random(&[sets.targets(), D], 2)?);
     let gigabytes = 2.0 * ((n + nodes) * D * 4) as f64 / 1e9;
-    let step = move || {
-        x.incidence_sum(&sets, None)?.backward_from(seed.clone(), false, &mut prismgrad::Gradients::default())
-    };
+    let step =
+        move || x.incidence_sum(&sets, None)?.backward_from(seed.clone(), false, &mut prismgrad::Gradients::default());
     Ok((Box::new(step), Work::Gigabytes(gigabytes), 0))
 }
 

@@ -70,7 +70,8 @@ impl Data {
                 }
             }
         }
-        let kept: Vec<usize> = shuffled(texts.len(), 3).into_iter().take(if real { most } else { most.min(10_000) }).collect();
+        let kept: Vec<usize> =
+            shuffled(texts.len(), 3).into_iter().take(if real { most } else { most.min(10_000) }).collect();
         let texts: Vec<&String> = kept.iter().map(|&i| &texts[i]).collect();
         let labels = kept.iter().map(|&i| labels[i]).collect();
         let (graph, _) = Hypergraph::of_words(&texts, 5..=500)?;
@@ -153,7 +154,15 @@ impl Network {
         self.out.forward(&self.drop.forward(&h, ctx)?, ctx)
     }
     /// Trains on the labelled reviews; the accuracy over the others.
-    fn accuracy(&self, data: &Data, s: &Structure, labelled: &[usize], rest: &[usize], (steps, lr): (u64, f64), what: &str) -> Result<f64> {
+    fn accuracy(
+        &self,
+        data: &Data,
+        s: &Structure,
+        labelled: &[usize],
+        rest: &[usize],
+        (steps, lr): (u64, f64),
+        what: &str,
+    ) -> Result<f64> {
         let schedule = Schedule::cosine(lr, (steps / 10).max(1), steps.max(2));
         let mut step = PlainStep::new(&self.params.all(), AdamW { weight_decay: 0.01, ..AdamW::default() }, schedule)?;
         let ids: Vec<u32> = labelled.iter().map(|&i| i as u32).collect();
@@ -286,8 +295,16 @@ fn run() -> Result<()> {
         verdict("HGNN is above the linear model", of("HGNN"), of("own words, linear")),
         verdict("HGNN is above itself on the rewired hypergraph", of("HGNN"), of("HGNN, rewired")),
         verdict("deep sets are above themselves on the rewired hypergraph", of("deep sets"), of("deep sets, rewired")),
-        verdict("set attention is above itself on the rewired hypergraph", of("set attention"), of("set attention, rewired")),
-        verdict("HGNN on the rewired hypergraph is above the network on own words (must not hold)", of("HGNN, rewired"), mlp),
+        verdict(
+            "set attention is above itself on the rewired hypergraph",
+            of("set attention"),
+            of("set attention, rewired"),
+        ),
+        verdict(
+            "HGNN on the rewired hypergraph is above the network on own words (must not hold)",
+            of("HGNN, rewired"),
+            mlp,
+        ),
     ];
     // Planted defect: trained on the very reviews that are asked for.
     let (_, rest) = chosen(&data, share, 0);

@@ -14,7 +14,8 @@ use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::random::{NoiseKey, Rng};
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
 use prismgrad::systems::hytrel::{
-    Corrupted, Corruption, Cuts, Detector, Encoded, Head, HyTrel, HyTrelConfig, Sets, TableBatch, TableLimits, TableTokenizer,
+    Corrupted, Corruption, Cuts, Detector, Encoded, Head, HyTrel, HyTrelConfig, Sets, TableBatch, TableLimits,
+    TableTokenizer,
 };
 use prismgrad::{Array, DType, Result, Samples, Tensor, no_grad};
 use std::sync::OnceLock;
@@ -286,7 +287,8 @@ fn the_corruption_loss_is_its_formula() {
 fn training_lowers_the_losses() {
     let some: Vec<Encoded> = encoded()[..24].to_vec();
     let broken = corrupted(&some);
-    let (plain, other) = (batch(&some.iter().collect::<Vec<_>>()), batch(&broken.iter().map(|c| &c.table).collect::<Vec<_>>()));
+    let (plain, other) =
+        (batch(&some.iter().collect::<Vec<_>>()), batch(&broken.iter().map(|c| &c.table).collect::<Vec<_>>()));
     for (what, goal) in [("corruption", 0.9), ("contrastive", 0.7), ("table types", 0.5)] {
         let (m, params) = model(DType::F32, 0.1);
         let detector = Detector::new(&params.at("detector"), 16).unwrap();
@@ -364,7 +366,8 @@ fn what_does_not_fit_is_cut_counted_or_said() {
     let e = tokenizer().table(&empty, &TableLimits::default(), &mut Cuts::default()).unwrap();
     let b = batch(&[&e]);
     let t = tokenizer();
-    let want = [t.missing_caption(), t.missing_header(), t.missing_header(), t.row(), t.missing_cell(), t.missing_cell()];
+    let want =
+        [t.missing_caption(), t.missing_header(), t.missing_header(), t.row(), t.missing_cell(), t.missing_cell()];
     assert_eq!(b.tokens().0.to_vec::<u32>().unwrap(), want);
     let (m, params) = model(DType::F32, 0.0);
     assert!(m.forward(&b, &Ctx::eval()).unwrap().edges.array().to_f64().iter().all(|x| x.is_finite()));

@@ -29,6 +29,8 @@ pub struct Data {
     pub train: Vec<usize>,
     pub validation: Vec<usize>,
     pub test: Vec<usize>,
+    /// All tables that are neither for validation nor for the test, typed columns or not.
+    pub pretrain: Vec<usize>,
     /// Whether these are Wikipedia's tables, and not the substitute.
     pub real: bool,
     pub cuts: Cuts,
@@ -131,7 +133,21 @@ impl Data {
                 _ => train.push(i),
             }
         }
-        Ok(Data { tables, tokenizer, encoded, with_headers, labels, types, train, validation, test, real, cuts })
+        let pretrain = (0..tables.len()).filter(|&i| part(&tables[i]) > 1).collect();
+        Ok(Data {
+            tables,
+            tokenizer,
+            encoded,
+            with_headers,
+            labels,
+            types,
+            train,
+            validation,
+            test,
+            pretrain,
+            real,
+            cuts,
+        })
     }
     /// The typed columns of tables: (table, column, type).
     pub fn columns(&self, of: &[usize]) -> Vec<(usize, usize, u32)> {
