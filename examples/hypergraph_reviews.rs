@@ -1,12 +1,12 @@
-//! A hypergraph of texts and words: film reviews are nodes, words are hyperedges, and few reviews have labels. HGNN, deep sets and set attention
-//! beside networks that see each review's own words alone.
+//! A hypergraph of texts and words: film reviews are nodes, words are hyperedges, and few reviews have labels. HGNN, deep sets and set
+//! attention beside networks that see each review's own words alone.
 //!
 //! ```text
 //! cargo run --release --example hypergraph_reviews
 //! ```
 //!
-//! Writes `plots/accuracy` (`.svg` and `.png`) and `summary.json` to the run folder. The table of `docs/results/hypergraph.md` is of the default
-//! run.
+//! Writes `plots/accuracy` (`.svg` and `.png`) and `summary.json` to the run folder. The table of `docs/results/hypergraph.md` is of the
+//! default run.
 
 #[path = "common/args.rs"]
 mod args;

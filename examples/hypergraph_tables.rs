@@ -1,12 +1,12 @@
-//! What a table's columns are: HyTrel on tables as hypergraphs, beside linear models of words and a network that sees the same text without the
-//! structure.
+//! What a table's columns are: HyTrel on tables as hypergraphs, beside linear models of words and a network that sees the same text
+//! without the structure.
 //!
 //! ```text
 //! cargo run --release --example hypergraph_tables
 //! ```
 //!
-//! Headers are hidden; the type of a column is its header. Writes `plots/f1`, `plots/columns`, `plots/curve` and `plots/attention` (`.svg` and
-//! `.png`) and `summary.json` to the run folder. `--full` makes the table of `docs/results/hypergraph.md`.
+//! Headers are hidden; the type of a column is its header. Writes `plots/f1`, `plots/columns`, `plots/curve` and `plots/attention`
+//! (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes the table of `docs/results/hypergraph.md`.
 
 #[path = "common/args.rs"]
 mod args;
@@ -129,8 +129,8 @@ impl Words {
     }
 }
 
-/// The same text without the structure: means of the token embeddings of the column, of the other columns and of the title, side by side, normed,
-/// and the same head.
+/// The same text without the structure: means of the token embeddings of the column, of the other columns and of the title, side by side,
+/// normed, and the same head.
 struct TextOnly {
     params: Params,
     embed: EmbeddingBag,

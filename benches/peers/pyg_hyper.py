@@ -4,7 +4,7 @@
     venv/bin/python benches/peers/pyg_hyper.py [seconds]
 
 256 tables of 11 x 6 cells, width 128, 4 heads: attention from cells to the hyperedges of tables, columns, rows and cells, fusion, attention
-back; forwards and backwards. Rows are gathered by incidence, softmax and sums are scatters, as in that package's message passing. Prints one
+back; forwards and backwards. Rows are gathered by incidence, softmax and sums are scatters, as in the package. Prints one
 JSON line in the format of `cargo run --release --example bench_cases -- hyper/grid`; run both in turn on one machine.
 """
 
