@@ -17,7 +17,7 @@ mod study;
 #[path = "common/tables.rs"]
 mod tables;
 
-use bags::{Bag, Features, Linear, f1};
+use bags::{Bag, Linear, Words, bag, f1, sums};
 use prismgrad::data::shuffled;
 use prismgrad::nn::{Ctx, EmbeddingBag, LayerNorm, Params};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
@@ -82,49 +82,57 @@ fn words(text: &str) -> Vec<String> {
     all
 }
 
-/// The words of every column of every table that is looked at.
-struct Words(Vec<Vec<Vec<String>>>);
+/// The words of every column, every table and every title, counted. Words that no table for training has are left out.
+struct Counted {
+    words: usize,
+    columns: Vec<Vec<Vec<(u32, u32)>>>,
+    titles: Vec<Vec<(u32, u32)>>,
+    headers: Vec<Vec<Vec<(u32, u32)>>>,
+}
 
-impl Words {
-    fn new(data: &Data) -> Words {
-        let column = |t: &prismgrad::data::Table, c: usize| t.column(c).flat_map(words).collect::<Vec<_>>();
-        Words(data.tables.iter().map(|t| (0..t.columns()).map(|c| column(t, c)).collect()).collect())
+impl Counted {
+    fn new(data: &Data) -> Counted {
+        let (mut ids, n) = (Words::default(), data.tables.len());
+        let (mut columns, mut titles, mut headers) = (vec![vec![]; n], vec![vec![]; n], vec![vec![]; n]);
+        let rest = (0..n).filter(|t| data.train.binary_search(t).is_err());
+        for (i, t) in data.train.iter().copied().chain(rest).enumerate() {
+            if i == data.train.len() {
+                ids.freeze();
+            }
+            let table = &data.tables[t];
+            let mut count = |text: Vec<String>| ids.counts(text.iter().map(String::as_str));
+            columns[t] = (0..table.columns()).map(|c| count(table.column(c).flat_map(words).collect())).collect();
+            titles[t] = count(words(&table.caption));
+            headers[t] = table.headers.iter().map(|h| count(vec![format!("header {}", h.to_lowercase())])).collect();
+        }
+        Counted { words: ids.len(), columns, titles, headers }
     }
-    /// A bag of the column's own words; with `context` also one of the other columns' words, and one of the title's.
-    fn bag(&self, data: &Data, features: &mut Features, (t, c): (usize, usize), context: bool, leak: bool) -> Bag {
-        let own = &self.0[t][c];
-        let mut bag = features.bag(own.iter().map(String::as_str));
+    /// A bag of the column's own words; with `context` also one of the other columns' words, and one of the title's. `leak` adds the header.
+    fn bag(&self, (t, c): (usize, usize), context: bool, leak: bool) -> Bag {
+        let mut all = bag(&self.columns[t][c], 0);
+        let first = self.words as u32;
         if context {
-            let others = self.0[t].iter().enumerate().filter(|(k, _)| *k != c).flat_map(|(_, w)| w);
-            let others: Vec<String> = others.map(|w| format!("other {w}")).collect();
-            bag.extend(features.bag(others.iter().map(String::as_str)));
-            let title = data.tables[t].caption.to_lowercase();
-            let title: Vec<String> = title.split_whitespace().map(|w| format!("title {w}")).collect();
-            bag.extend(features.bag(title.iter().map(String::as_str)));
+            let others =
+                self.columns[t].iter().enumerate().filter(|(k, _)| *k != c).flat_map(|(_, w)| w.iter().copied());
+            all.extend(bag(&sums(others), first));
+            all.extend(bag(&self.titles[t], 2 * first));
         }
         if leak {
-            bag.extend(
-                features.bag([format!("header {}", data.tables[t].headers[c].to_lowercase()).as_str()].into_iter()),
-            );
+            all.extend(bag(&self.headers[t][c], 3 * first));
         }
-        bag.sort_by_key(|f| f.0);
-        bag
+        all
     }
     /// Softmax regression; `labels` may be others than the columns' own.
     fn linear(&self, data: &Data, labels: Option<&[u32]>, context: bool, leak: bool, name: &str) -> Row {
         let (train, test) = (data.columns(&data.train), data.columns(&data.test));
-        let mut features = Features::default();
-        let rows: Vec<Bag> = train.iter().map(|c| self.bag(data, &mut features, (c.0, c.1), context, leak)).collect();
-        features.freeze();
+        let rows: Vec<Bag> = train.iter().map(|c| self.bag((c.0, c.1), context, leak)).collect();
         let own: Vec<u32> = train.iter().map(|c| c.2).collect();
-        let size = (features.len(), data.types.len());
+        let size = (4 * self.words, data.types.len());
         let model = Linear::train(&rows.iter().collect::<Vec<_>>(), labels.unwrap_or(&own), size, 6, 0.5, 0);
-        let mut class =
-            |c: &(usize, usize, u32)| model.class(&self.bag(data, &mut features, (c.0, c.1), context, leak));
-        let found: Vec<u32> = test.iter().map(&mut class).collect();
+        let found: Vec<u32> = test.iter().map(|c| model.class(&self.bag((c.0, c.1), context, leak))).collect();
         let wanted: Vec<u32> = test.iter().map(|c| c.2).collect();
         let (micro, by_type) = f1(&found, &wanted, data.types.len());
-        let note = json!({"features": size.0, "epochs": 6});
+        let note = json!({"words": self.words, "epochs": 6});
         Row { name: name.to_string(), micro: vec![micro], by_type: vec![by_type], found, note }
     }
 }
@@ -349,15 +357,15 @@ fn run() -> Result<()> {
         return Err(prismgrad::Error::Invalid { op: "hypergraph_tables", message });
     }
     let wanted: Vec<u32> = test.iter().map(|c| c.2).collect();
-    let words = Words::new(&data);
+    let counted = Counted::new(&data);
     let mut rows = vec![
-        words.linear(&data, None, false, false, "linear, own column"),
-        words.linear(&data, None, true, false, "linear, own column, others, title"),
+        counted.linear(&data, None, false, false, "linear, own column"),
+        counted.linear(&data, None, true, false, "linear, own column, others, title"),
     ];
     // Null control: types dealt out anew over all training columns. Planted defect: the header left where a model can see it.
     let dealt: Vec<u32> = shuffled(train.len(), 7).into_iter().map(|i| train[i].2).collect();
-    let nothing = words.linear(&data, Some(&dealt), true, false, "null: types dealt out anew, linear");
-    let leak = words.linear(&data, None, true, true, "planted leak: header shown, linear");
+    let nothing = counted.linear(&data, Some(&dealt), true, false, "null: types dealt out anew, linear");
+    let leak = counted.linear(&data, None, true, true, "planted leak: header shown, linear");
     rows.iter().chain([&nothing, &leak]).for_each(printed);
     let most_frequent =
         (0..data.types.len() as u32).map(|c| wanted.iter().filter(|w| **w == c).count()).max().unwrap_or(0);

@@ -6,51 +6,56 @@ use std::collections::HashMap;
 /// A row's features by number, and their values.
 pub type Bag = Vec<(u32, f32)>;
 
-/// Numbers of features by name.
+/// Numbers of words; those that come after [`Words::freeze`] for the first time have none.
 #[derive(Default)]
-pub struct Features {
+pub struct Words {
     ids: HashMap<String, u32>,
-    counts: Vec<u32>,
     frozen: bool,
 }
 
-impl Features {
-    /// Stops taking in new features.
+impl Words {
+    /// Stops taking in new words.
     pub fn freeze(&mut self) {
         self.frozen = true;
     }
     pub fn len(&self) -> usize {
-        self.counts.len()
+        self.ids.len()
     }
-    fn id(&mut self, name: &str) -> Option<u32> {
-        if let Some(&id) = self.ids.get(name) {
+    fn id(&mut self, word: &str) -> Option<u32> {
+        if let Some(&id) = self.ids.get(word) {
             return Some(id);
         }
-        if self.frozen {
-            return None;
-        }
-        let id = self.counts.len() as u32;
-        self.ids.insert(name.to_string(), id);
-        self.counts.push(0);
-        Some(id)
+        let id = self.ids.len() as u32;
+        (!self.frozen).then(|| {
+            self.ids.insert(word.to_string(), id);
+            id
+        })
     }
-    /// A bag of length 1 of these features, each as often as it comes, by its logarithm; those that are not known are left out.
-    pub fn bag<'a>(&mut self, names: impl Iterator<Item = &'a str>) -> Bag {
-        let mut counts: HashMap<u32, f32> = HashMap::new();
-        for name in names {
-            if let Some(id) = self.id(name) {
-                *counts.entry(id).or_default() += 1.0;
-            }
-        }
-        let mut bag: Bag = counts.into_iter().map(|(id, n)| (id, 1.0 + n.ln())).collect();
-        bag.sort_by_key(|f| f.0);
-        let length = bag.iter().map(|f| f.1 * f.1).sum::<f32>().sqrt().max(1e-12);
-        bag.iter_mut().for_each(|f| f.1 /= length);
-        if !self.frozen {
-            bag.iter().for_each(|f| self.counts[f.0 as usize] += 1);
-        }
-        bag
+    /// How often each word comes, by number.
+    pub fn counts<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Vec<(u32, u32)> {
+        let ids: Vec<u32> = words.filter_map(|w| self.id(w)).collect();
+        sums(ids.into_iter().map(|id| (id, 1)))
     }
+}
+
+/// Counts of one word added up, by number.
+pub fn sums(counts: impl Iterator<Item = (u32, u32)>) -> Vec<(u32, u32)> {
+    let mut all: Vec<(u32, u32)> = counts.collect();
+    all.sort_unstable_by_key(|c| c.0);
+    all.dedup_by(|next, kept| {
+        let same = next.0 == kept.0;
+        kept.1 += if same { next.1 } else { 0 };
+        same
+    });
+    all
+}
+
+/// A bag of length 1: each word by the logarithm of its count, its number raised by `first`.
+pub fn bag(counts: &[(u32, u32)], first: u32) -> Bag {
+    let mut bag: Bag = counts.iter().map(|&(id, n)| (first + id, 1.0 + (n as f32).ln())).collect();
+    let length = bag.iter().map(|f| f.1 * f.1).sum::<f32>().sqrt().max(1e-12);
+    bag.iter_mut().for_each(|f| f.1 /= length);
+    bag
 }
 
 /// Softmax regression, trained by AdaGrad (Duchi et al. 2011), one row at a time.

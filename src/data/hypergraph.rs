@@ -187,8 +187,8 @@ impl Hypergraph {
         self.kinds = kinds;
         Ok(self)
     }
-    /// The same with one more hyperedge for each node, which has this node alone; they come last, in the order of the nodes. In a batch they
-    /// come after the hyperedges of all samples.
+    /// The same with one more hyperedge for each node, which has this node alone; they come last, in the order of the nodes. In a batch
+    /// they come after the hyperedges of all samples.
     pub fn with_own_edges(&self) -> Result<Hypergraph> {
         let (n, s) = (self.nodes(), &self.structure);
         let members = s.nodes_of().members().iter().copied().chain(0..n as u32).collect();

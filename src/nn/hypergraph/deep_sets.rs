@@ -36,8 +36,8 @@ impl DeepSetsBuilder {
         /// Dropout of the hyperedges and of the nodes; 0 if not given.
         dropout: f64,
     }
-    /// The layer, with parameters under `before_edges`, `edges`, `before_nodes` and `nodes`. Fails if the dropout lies outside [0, 1), or if
-    /// the names are taken.
+    /// The layer, with parameters under `before_edges`, `edges`, `before_nodes` and `nodes`. Fails if the dropout lies outside [0, 1), or
+    /// if the names are taken.
     pub fn build(self, params: &Params) -> Result<DeepSets> {
         let (d, hidden) = self.sizes;
         let mlp = |name: &str| Mlp::builder(d, hidden).act(Activation::Relu).build(&params.at(name));

@@ -35,8 +35,8 @@ pub struct GridMask {
 const OUT: f64 = -1e30;
 
 impl HyperTrans {
-    /// [`HyperTrans::forward`] for full tables, written as softmaxes along the axes of a `[B, R, C, heads]` array. It shares with the general
-    /// path the linear layers and norms alone, so that each can be checked by the other. Without dropout.
+    /// [`HyperTrans::forward`] for full tables, written as softmaxes along the axes of a `[B, R, C, heads]` array. It shares with the
+    /// general path the linear layers and norms alone, so that each can be checked by the other. Without dropout.
     pub fn forward_grid(&self, g: &Grid, mask: Option<&GridMask>, ctx: &Ctx) -> Result<Grid> {
         let op = "HyperTrans::forward_grid";
         let &[b, r, c, d] = g.cells.shape() else {

@@ -67,8 +67,8 @@ impl Structure {
         let (nodes, edges) = (Samples::uniform(1, nodes_of.sources()), Samples::uniform(1, nodes_of.targets()));
         Structure::new(nodes_of, nodes, edges)
     }
-    /// The same with sums in an order that depends on values alone ([`Incidence::by_values`]): what comes out for a node or a hyperedge then
-    /// has the same bits however they are numbered. It sorts the rows before each layer on the host.
+    /// The same with sums in an order that depends on values alone ([`Incidence::by_values`]): what comes out for a node or a hyperedge
+    /// then has the same bits however they are numbered. It sorts the rows before each layer on the host.
     pub fn by_values(&self) -> Structure {
         Structure { by_values: true, ..self.clone() }
     }

@@ -53,16 +53,9 @@ fn random(g: &mut Gen) -> Result<Incidence> {
     Ok(if g.chance(0.5) { sets.flipped() } else { sets })
 }
 
-/// `out[t]` = Σ over t's incidences i of `w[at(i)]`·`x[member(i)]`, in the order of `side`; weights have a column for each of `heads` equal parts
-/// of a row, and `at` is i itself, or its place in the other order.
-fn gather<T: Float>(
-    x: &[T],
-    w: Option<&[T]>,
-    side: &Side,
-    places: bool,
-    (d, heads): (usize, usize),
-    out: &mut [T],
-) -> Result<()> {
+/// `out[t]` = Σ over t's incidences i of `w[at(i)]`·`x[member(i)]`, in the order of `side`; weights have a column for each of `heads`
+/// equal parts of a row, and `at` is i itself, or its place in the other order.
+fn gather<T: Float>(x: &[T], w: Option<&[T]>, side: &Side, places: bool, (d, heads): (usize, usize), out: &mut [T]) {
     let (members, width) = (side.members(), d / heads.max(1));
     let places = places.then(|| side.places());
     par_units(out, d, side.segments.grain(d), |targets, out| {
@@ -87,7 +80,6 @@ fn gather<T: Float>(
             },
         );
     });
-    Ok(())
 }
 
 /// The weighted sums of one direction. `w [I, heads]` lies in the order of the direction itself, or of the other one if `places`.
@@ -100,7 +92,7 @@ fn sums(x: &Array, w: Option<&Array>, sets: &Incidence, places: bool, heads: usi
             let mut y = Array::uninit(&shape, x.dtype());
             with_float!("incidence_sum", x.dtype(), |T| {
                 let w = w.map(|w| w.as_slice::<T>()).transpose()?;
-                gather::<T>(x.as_slice()?, w, sets.side(), places, (shape[1], heads), y.fresh_mut())?;
+                gather::<T>(x.as_slice()?, w, sets.side(), places, (shape[1], heads), y.fresh_mut());
                 Ok(y)
             })
         },
@@ -190,8 +182,8 @@ impl Tensor {
     /// Each target's sum over its members' rows: `[sources, d]` to `[targets, d]`. An empty set gives zeros; a member that is in a set
     /// twice counts twice.
     ///
-    /// `weights [I, heads]` has a row for each incidence in the order of [`Incidence::members`] and a column for each of `heads` equal parts
-    /// of a row, as the heads of attention are; it is differentiable, and taken in the precision that the rows are computed in.
+    /// `weights [I, heads]` has a row for each incidence in the order of [`Incidence::members`] and a column for each of `heads` equal
+    /// parts of a row, as the heads of attention are; it is differentiable, and taken in the precision that the rows are computed in.
     /// Without weights every member counts once.
     pub fn incidence_sum(&self, sets: &Incidence, weights: Option<&Tensor>) -> Result<Tensor> {
         let _op = spans::op("incidence_sum");

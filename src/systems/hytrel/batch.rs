@@ -26,8 +26,8 @@ impl Default for Sets {
     }
 }
 
-/// A batch of tables: one sample each. Hyperedges come by table, in each the table's, the columns', the rows'; after all of them come the cells'
-/// own.
+/// A batch of tables: one sample each. Hyperedges come by table, in each the table's, the columns', the rows'; after all of them come the
+/// cells' own.
 #[derive(Clone, Debug)]
 pub struct TableBatch {
     graph: Hypergraph,

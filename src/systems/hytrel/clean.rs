@@ -38,9 +38,9 @@ const FOLDS: &[(&str, &str)] = &[
     ("\u{a0}\u{2009}\u{202f}", " "),
 ];
 
-/// A text in lower-case ASCII with single spaces: letters lose their marks, other characters outside ASCII become spaces, templates of wikis
-/// (`{{…}}`), pipes, and what is left of table tags (`td`, `th`, `tr` at the start) go. An empty text, and one that says it is missing,
-/// becomes empty.
+/// A text in lower-case ASCII with single spaces: letters lose their marks, other characters outside ASCII become spaces, templates of
+/// wikis (`{{…}}`), pipes, and what is left of table tags (`td`, `th`, `tr` at the start) go. An empty text, and one that says it is
+/// missing, becomes empty.
 pub fn clean(text: &str) -> String {
     let mut ascii = String::with_capacity(text.len());
     for c in text.chars().flat_map(char::to_lowercase) {

@@ -13,13 +13,13 @@
 //! V·d + 2·d + L·(22·d² + 29·d) parameters. Nothing depends on the order of rows and columns: permuted tables have equal states, to the
 //! rounding of sums, or to the bit with [`TableBatch::by_values`].
 //!
-//! **Pre-training.** [`Corruption`] replaces headers and cells by frequent ones, and a [`Detector`] tells which: one loss per table, legal
-//! in a private step. [`HyTrel::contrastive_losses`] compares two thinned views of all tables in the batch; it couples samples, and a private
-//! step refuses it. What differs from the authors' program: the corruption loss is averaged within a table and not over the batch, and a
-//! replacement is never equal to what it replaces.
+//! **Pre-training.** [`Corruption`] replaces headers and cells by frequent ones, and a [`Detector`] tells which: one loss per table,
+//! legal in a private step. [`HyTrel::contrastive_losses`] compares two thinned views of all tables in the batch; it couples samples, and
+//! a private step refuses it. What differs from the authors' program: the corruption loss is averaged within a table and not over the
+//! batch, and a replacement is never equal to what it replaces.
 //!
-//! **Use.** A [`Head`] over the state of a column tells its type, over two columns their relation, over the table its type, and over two tables
-//! whether they are similar.
+//! **Use.** A [`Head`] over the state of a column tells its type, over two columns their relation, over the table its type, and over two
+//! tables whether they are similar.
 //!
 //! [`TableTokenizer`] cleans and cuts tables; what it cuts is counted in [`Cuts`].
 

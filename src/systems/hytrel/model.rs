@@ -58,8 +58,8 @@ pub struct HyTrel {
 }
 
 impl HyTrel {
-    /// With parameters under `params`: `embed`, `norm` and `layers.0` and on. Fails if the heads do not divide the width, or if the names are
-    /// taken.
+    /// With parameters under `params`: `embed`, `norm` and `layers.0` and on. Fails if the heads do not divide the width, or if the names
+    /// are taken.
     pub fn new(params: &Params, config: &HyTrelConfig) -> Result<HyTrel> {
         let HyTrelConfig { vocab, d, layers, heads, dropout } = *config;
         let layer = |i: usize| {
@@ -121,9 +121,9 @@ impl HyTrel {
     pub fn tables(&self, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         self.edges(batch, ctx)?.index_select(0, ids(&batch.table_edges())?)
     }
-    /// The contrastive objective: two views with each incidence left out with probability 0.3; the states of tables and columns in one view
-    /// have to find their own in the other (InfoNCE at temperature 0.07). One loss per table, but each depends on all tables of the batch: a
-    /// private step refuses it.
+    /// The contrastive objective: two views with each incidence left out with probability 0.3; the states of tables and columns in one
+    /// view have to find their own in the other (InfoNCE at temperature 0.07). One loss per table, but each depends on all tables of the
+    /// batch: a private step refuses it.
     pub fn contrastive_losses(&self, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         let mut rng = Rng::new(ctx.seed ^ 0x7669_6577);
         let (columns, owners) = batch.column_edges();
@@ -134,11 +134,11 @@ impl HyTrel {
             let ctx = Ctx { seed, ..ctx.clone() };
             self.edges(&batch.thinned(0.3, &mut rng)?, &ctx)?.index_select(0, ids(&items)?)
         };
-        let (a, b) = (view(ctx.seed)?, view(ctx.seed ^ 0x6f74_6865_72)?);
+        let (a, b) = (view(ctx.seed)?, view(ctx.seed ^ 0x006f_7468_6572)?);
         contrastive_loss(&a, &b, 0.07, &samples)
     }
-    /// The attention of a layer, the mean over heads: for each cell of table 0 its weight in its table's, its column's and its row's hyperedge, each
-    /// `[rows, columns]`.
+    /// The attention of a layer, the mean over heads: for each cell of table 0 its weight in its table's, its column's and its row's
+    /// hyperedge, each `[rows, columns]`.
     pub fn attention(&self, batch: &TableBatch, layer: usize) -> Result<[Vec<f64>; 3]> {
         let ctx = &Ctx::eval();
         let layer_of = self.layers.get(layer);

@@ -79,8 +79,8 @@ impl Corruption {
             rate,
         })
     }
-    /// The table with some texts replaced. What is drawn depends on `seed` and on `key`, the table's number, alone: not on which other tables
-    /// are in a batch. Missing texts are neither replaced nor drawn.
+    /// The table with some texts replaced. What is drawn depends on `seed` and on `key`, the table's number, alone: not on which other
+    /// tables are in a batch. Missing texts are neither replaced nor drawn.
     pub fn apply(&self, table: &Encoded, seed: u64, key: u64) -> Corrupted {
         let mut rng = Rng::new(philox::bits(seed, 0x636f_7272, key));
         let (mut table, mut replaced) = (table.clone(), Vec::new());

@@ -99,8 +99,8 @@ impl TableTokenizer {
         };
         numbers(&text).into_iter().map(part).collect()
     }
-    /// The tokens of a text: each word as after a space; of a number its digits, [`TableTokenizer::power`], and the power of ten. Empty for a
-    /// missing text.
+    /// The tokens of a text: each word as after a space; of a number its digits, [`TableTokenizer::power`], and the power of ten. Empty
+    /// for a missing text.
     pub fn text(&self, text: &str, limits: &TableLimits, cuts: &mut Cuts) -> Vec<u32> {
         let text = clean(text);
         let mut words = text.split(' ').filter(|w| !w.is_empty());
