@@ -4,7 +4,7 @@
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `dp/MODEL/STYLE`. A training case is a whole step:
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
 //! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
@@ -12,15 +12,19 @@
 //! `gpt/124M` besides.
 
 use clap::{Arg, ArgAction, Command, value_parser};
+use prismgrad::data::Hypergraph;
 use prismgrad::models::{Gpt, GptConfig};
+use prismgrad::nn::hypergraph::HyperTrans;
 use prismgrad::nn::{Balance, Ctx, Linear, Moe, MoeConfig, Params};
 use prismgrad::ops::attention::{AttentionOptions, Span, attention};
+use prismgrad::ops::incidence::Incidence;
 use prismgrad::ops::linear::Activation;
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
 use prismgrad::ops::norm::layer_norm;
+use prismgrad::ops::segment::Segments;
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::privacy::ClipFn;
-use prismgrad::random::{NoiseKey, philox};
+use prismgrad::random::{NoiseKey, Rng, philox};
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor, profile};
 use std::sync::OnceLock;
@@ -79,6 +83,10 @@ const NAMES: &[(&str, Make)] = &[
     ("attn/block256", attn),
     ("attn/block256_fwd", attn),
     ("moe/top2", moe),
+    ("hyper/grid", hyper),
+    ("hyper/sum/100000", hyper_sum),
+    ("hyper/sum/1000000", hyper_sum),
+    ("hyper/sum/10000000", hyper_sum),
     ("dp/gptS/nonprivate", dp),
     ("dp/gptS/layer-wise", dp),
     ("dp/gptS/all-layer", dp),
@@ -316,6 +324,45 @@ fn moe(_: &str) -> Result<(Step, Work, usize)> {
     };
     let gflop = 6.0 * 2.0 * 4096.0 * 256.0 * 1024.0 / 1e9;
     Ok((Box::new(step), Work::Products(gflop, Box::new(bare)), count))
+}
+
+/// One layer of HyTrel, forwards and backwards with the contraction of every gradient.
+fn hyper(_: &str) -> Result<(Step, Work, usize)> {
+    const D: usize = 128;
+    let params = Params::new(1, DType::F32);
+    let layer = HyperTrans::new(&params, D, 4)?;
+    params.to(device())?;
+    let tables = vec![Hypergraph::table(11, 6)?; 256];
+    let graph = Hypergraph::batch(&tables)?.with_own_edges()?;
+    let (n, m) = (graph.nodes(), graph.edges());
+    let (x, e) = (Tensor::leaf(random(&[n, D], 1)?), Tensor::leaf(random(&[m, D], 2)?));
+    let seed = random(&[n + m, D], 3)?;
+    let (all, count) = (params.all(), params.count());
+    let step = move || {
+        let (x, e) = layer.forward(&x, &e, graph.structure(), &Ctx::train(0))?;
+        let mut grads = prismgrad::Gradients::default();
+        Tensor::concat(&[&x, &e], 0)?.backward_from(seed.clone(), false, &mut grads)?;
+        all.iter().filter_map(|p| grads.param(p)).try_for_each(|g| g.sum().map(drop))
+    };
+    // Keys, values, both feed-forward parts, fusion; backwards twice as much.
+    let gflop = 3.0 * (D * D * (20 * n + 24 * m)) as f64 / 1e9;
+    Ok((Box::new(step), Work::Gflop(gflop), count))
+}
+
+/// Sums over random sets of 10 members on the average.
+fn hyper_sum(name: &str) -> Result<(Step, Work, usize)> {
+    const D: usize = 16;
+    let n: usize = name.rsplit('/').next().and_then(|n| n.parse().ok()).unwrap_or(100_000);
+    let mut rng = Rng::new(1);
+    let nodes = n / 10;
+    let sets = Segments::uniform(n / 10, 10);
+    let members = (0..sets.rows()).map(|_| rng.below(nodes as u64) as u32).collect();
+    let sets = Incidence::new(&sets, members, nodes)?;
+    let (x, seed) = (Tensor::leaf(random(&[nodes, D], 1)?), random(&[sets.targets(), D], 2)?);
+    let gigabytes = 2.0 * ((n + nodes) * D * 4) as f64 / 1e9;
+    let step =
+        move || x.incidence_sum(&sets, None)?.backward_from(seed.clone(), false, &mut prismgrad::Gradients::default());
+    Ok((Box::new(step), Work::Gigabytes(gigabytes), 0))
 }
 
 fn dp(name: &str) -> Result<(Step, Work, usize)> {

@@ -1,4 +1,4 @@
-//! Data: text and its tokenizers, sample windows with owners, and small images.
+//! Data: text and its tokenizers, sample windows with owners, small images, tables and hypergraphs.
 //!
 //! Loaders return plain vectors; the training code puts them on a device. Everything is deterministic: the same files give
 //! the same samples in the same order, whatever the file system or the number of threads.
@@ -6,7 +6,9 @@
 #[cfg(feature = "bpe")]
 pub mod bpe;
 pub mod crates;
+pub mod hypergraph;
 pub mod images;
+pub mod tables;
 pub mod text;
 pub mod tokenizer;
 pub mod tokens;
@@ -20,7 +22,9 @@ use crate::base::{Error, Result};
 #[cfg(feature = "bpe")]
 pub use bpe::Bpe;
 pub use crates::CrateSources;
+pub use hypergraph::{Hypergraph, Repeats};
 pub use images::{Images, digits};
+pub use tables::{TabFact, Table, TableCounts};
 pub use text::{Corpus, Document, Folder};
 pub use tokenizer::{ByteTokenizer, Tokenizer};
 pub use tokens::{IGNORE, TokenSet, Windows};

@@ -19,9 +19,11 @@ macro_rules! setters {
 }
 
 mod attention;
+mod contrastive;
 mod conv;
 mod embedding;
 mod expr;
+pub mod hypergraph;
 mod layers;
 mod lora;
 mod module;
@@ -31,6 +33,7 @@ mod transformer;
 
 pub use crate::ops::conv::Sides;
 pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
+pub use contrastive::contrastive_loss;
 pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder};
 pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};
 pub use expr::{Expr, Operand};

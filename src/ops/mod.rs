@@ -13,6 +13,7 @@ pub mod conv;
 pub mod dropout;
 pub mod embedding;
 pub mod grouped;
+pub mod incidence;
 pub mod index;
 pub mod linear;
 pub mod loss;
@@ -39,6 +40,7 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     dropout::OPS,
     embedding::OPS,
     grouped::OPS,
+    incidence::OPS,
     index::OPS,
     linear::OPS,
     loss::OPS,

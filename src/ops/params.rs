@@ -1,16 +1,17 @@
-//! Parameters as tensors: [`Param::per_sample`](crate::Param::per_sample) and [`Param::dense`](crate::Param::dense).
+//! Parameters as tensors: [`Param::per_sample`](crate::Param::per_sample), [`Param::per_row`](crate::Param::per_row) and
+//! [`Param::dense`](crate::Param::dense).
 
 use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
-use crate::autograd::{Case, Cotangents, Factor, Rule};
+use crate::autograd::{Case, Cotangents, Factor, Rule, Segments};
 use crate::base::Result;
-use crate::{Param, Tensor};
+use crate::{Param, Samples, Tensor};
 
-/// Entry of both uses.
+/// Entry of all uses.
 pub static INFO: OpInfo = OpInfo {
     name: "param",
     differentiable: Differentiable::Yes,
-    factor: FactorRule::Kinds(&["per-sample", "dense"]),
+    factor: FactorRule::Kinds(&["per-sample", "dense", "row sum"]),
     cases: &[
         // A parameter broadcast over the sample axis, then used by ordinary ops.
         |g| {
@@ -27,6 +28,17 @@ pub static INFO: OpInfo = OpInfo {
             let p = w.clone();
             Ok(Case::new(vec![x], move |t| t[0].mul(&p.dense())).params(vec![w]))
         },
+        // A parameter for each row, samples of any number of rows.
+        |g| {
+            let (rows, d) = (Samples::ragged(Segments::lengths(&g.lengths(1, 4)).offsets())?, g.size(1, 5));
+            let w = Param::new("w", g.array(&[d]));
+            let (x, b, p) = (g.array(&[rows.rows(), d]), rows.count(), w.clone());
+            let run = move |t: &[Tensor]| {
+                let y = t[0].mul(&p.per_row(&rows)?)?.sin()?;
+                y.segment_sum(&Segments::lengths(&(0..b).map(|i| rows.range(i).len()).collect::<Vec<_>>()))
+            };
+            Ok(Case::new(vec![x], run).params(vec![w]).samples(b))
+        },
     ],
 };
 
@@ -39,19 +51,35 @@ impl Param {
     pub fn per_sample(&self, count: usize) -> Result<Tensor> {
         let shape: Vec<usize> = std::iter::once(count).chain(self.shape().iter().copied()).collect();
         let value = self.value().expand(&shape)?;
-        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), per_sample: true }))
+        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), kept: Kept::PerSample }))
+    }
+    /// The parameter repeated for each row: `[rows, shape…]` without a copy. `samples` says whose the rows are, and each row's gradient
+    /// is kept: what is done with a row must stay in its sample. Where samples have several rows this takes the place of
+    /// [`Param::per_sample`] followed by a gather.
+    pub fn per_row(&self, samples: &Samples) -> Result<Tensor> {
+        let shape: Vec<usize> = std::iter::once(samples.rows()).chain(self.shape().iter().copied()).collect();
+        let value = self.value().expand(&shape)?;
+        let kept = Kept::PerRow(samples.clone());
+        Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), kept }))
     }
     /// The parameter as a plain tensor. Its gradient has no per-sample meaning: plain training works, private training
     /// refuses it by name. Prefer the factored layers, or [`Param::per_sample`].
     pub fn dense(&self) -> Tensor {
-        Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), per_sample: false })
+        Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), kept: Kept::Sum })
     }
 }
 
 /// A parameter entering the history as a tensor.
 struct LeafUse {
     param: Param,
-    per_sample: bool,
+    kept: Kept,
+}
+
+/// What stays apart of its gradient.
+enum Kept {
+    PerSample,
+    PerRow(Samples),
+    Sum,
 }
 
 impl Rule for LeafUse {
@@ -60,7 +88,14 @@ impl Rule for LeafUse {
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let grad = grad.cast(grad.dtype().compute());
-        let factor = if self.per_sample { Factor::PerSample { grads: grad } } else { Factor::Dense { grad } };
+        let factor = match &self.kept {
+            Kept::PerSample => Factor::PerSample { grads: grad },
+            Kept::PerRow(samples) => {
+                let rows = [samples.rows(), self.param.numel()];
+                Factor::RowSum { grad: grad.contiguous().reshape(&rows)?, samples: samples.clone() }
+            }
+            Kept::Sum => Factor::Dense { grad },
+        };
         back.param(&self.param, factor);
         Ok(())
     }

@@ -5,5 +5,6 @@
 
 pub mod codeeval;
 pub mod editing;
+pub mod hytrel;
 pub mod pruning;
 pub mod robustness;
