@@ -125,7 +125,9 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
     Seen seen[2] = {row < T_ ? visible(s, lo, S, row) : Seen{0, 0}, row + 8 < T_ ? visible(s, lo, S, row + 8) : Seen{0, 0}};
     float o[K::O8][4] = {}, top[2] = {-INFINITY, -INFINITY}, z[2] = {0.f, 0.f}, sl2 = (float)s.scale * LOG2E;
     K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, ROWS, T_, dim);
-    int j0 = lo + (first.lo - lo) / KEYS * KEYS, st = 0;
+    float slope2 = alibi_slope<float>(s, h) * LOG2E;
+    KeyTiles<KEYS> walk(s, lo, S, i0);
+    int j0 = walk.first, st = 0;
     auto fetch = [&](int j, int stage) {
         if (j < last.hi) {
             K::load(kv + stage * 2 * KEYS * DP, k, s.k[1], j, KEYS, S, dim);
@@ -134,10 +136,10 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
         cp_async_commit();
     };
     fetch(j0, 0);
-    for (; j0 < last.hi; j0 += KEYS, st ^= 1) {
+    for (; j0 < last.hi; j0 = walk.after(j0), st ^= 1) {
         cp_async_wait<0>();
         __syncthreads(); // this stage has arrived, the other is no longer read
-        fetch(j0 + KEYS, st ^ 1);
+        fetch(walk.after(j0), st ^ 1);
         const T *ks = kv + st * 2 * KEYS * DP, *vs = ks + KEYS * DP;
         float x[K::N8][4] = {};
         K::scores(x, qs, warp * 16, ks);
@@ -151,7 +153,8 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
                 for (int e = 0; e < 2; e++) {
                     int col = j0 + j * 8 + lane % 4 * 2 + e;
                     float y = x[j][r * 2 + e] * sl2;
-                    if (!whole && (col < seen[r].lo || col >= seen[r].hi)) y = -INFINITY;
+                    if (s.alibi) y -= slope2 * distance<float>(s, row + r * 8, col);
+                    if (!whole && !sees(seen[r], walk.sink, col)) y = -INFINITY;
                     x[j][r * 2 + e] = y;
                     m = fmaxf(m, y);
                 }
@@ -194,9 +197,11 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
 }
 
 // As back_one, with the log-sum-exp in base 2.
-DEV void back_one2(const AttentionShape& s, bool in, i64 row, int j, float lse2, float delta, float& x, float& dp) {
-    float p = in ? exp2f(x * ((float)s.scale * LOG2E) - lse2) : 0.f, keep = 1.f;
-    if (s.drop > 0. && in) keep = kept<float>(s, row, j);
+DEV void back_one2(const AttentionShape& s, bool in, i64 bh, int i, int j, float slope2, float lse2, float delta, float& x, float& dp) {
+    float score = x * ((float)s.scale * LOG2E), keep = 1.f;
+    if (s.alibi) score -= slope2 * distance<float>(s, i, j);
+    float p = in ? exp2f(score - lse2) : 0.f;
+    if (s.drop > 0. && in) keep = kept<float>(s, bh * s.queries + i, j);
     dp = in ? p * (dp * keep - delta) * (float)s.scale : 0.f;
     x = p * keep;
 }
@@ -214,7 +219,9 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
-    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = lo + (visible(s, lo, S, i0).lo - lo) / KEYS * KEYS, st = 0;
+    float slope2 = alibi_slope<float>(s, h) * LOG2E;
+    KeyTiles<KEYS> walk(s, lo, S, i0);
+    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = walk.first, st = 0;
     Seen seen[2];
     float l[2], d[2], o[K::O8][4] = {};
 #pragma unroll
@@ -234,10 +241,10 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
         cp_async_commit();
     };
     fetch(j0, 0);
-    for (; j0 < end; j0 += KEYS, st ^= 1) {
+    for (; j0 < end; j0 = walk.after(j0), st ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
-        fetch(j0 + KEYS, st ^ 1);
+        fetch(walk.after(j0), st ^ 1);
         const T *ks = kv + st * 2 * KEYS * DP, *vs = ks + KEYS * DP;
         float x[K::N8][4] = {}, dp[K::N8][4] = {};
         K::scores(x, qs, warp * 16, ks);
@@ -247,7 +254,7 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int col = j0 + j * 8 + lane % 4 * 2 + e % 2, r = e / 2;
-                back_one2(s, col >= seen[r].lo && col < seen[r].hi, bh * s.queries + row + r * 8, col, l[r], d[r], x[j][e], dp[j][e]);
+                back_one2(s, sees(seen[r], walk.sink, col), bh, row + r * 8, col, slope2, l[r], d[r], x[j][e], dp[j][e]);
             }
         K::mix(o, dp, ks);
     }
@@ -270,7 +277,8 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     int dim = (int)s.dim, j0 = tile.row, lo = tile.lo, S = tile.hi, T_ = s.tiles ? tile.hi : (int)s.queries;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = j0 + warp * 16 + lane / 4;
     int from = lo + (first_past<true>(s, lo, S, lo, T_, j0) - lo) / KEYS * KEYS;
-    int end = first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
+    int sink = lo + (int)s.sinks;
+    int end = j0 < sink ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     int steps = end > from ? (int)cdiv(end - from, KEYS) : 0;
     float sk[K::O8][4] = {}, sv[K::O8][4] = {};
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, ROWS, S, dim);
@@ -299,7 +307,9 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
         cp_async_wait<0>();
         __syncthreads();
         fetch(n + 1, st ^ 1);
-        i64 rows = (b * s.heads + hk * group + n / steps) * s.queries + from + n % steps * KEYS;
+        i64 h = hk * group + n / steps;
+        int i0 = from + (int)(n % steps) * KEYS;
+        float slope2 = alibi_slope<float>(s, h) * LOG2E;
         const T *qs = qg + st * 2 * KEYS * DP, *gs = qs + KEYS * DP;
         float x[K::N8][4] = {}, dp[K::N8][4] = {};
         K::scores(x, ks, warp * 16, qs);
@@ -309,7 +319,8 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int c = j * 8 + lane % 4 * 2 + e % 2, col = key + e / 2 * 8;
-                back_one2(s, col >= bounds[st][0][c] && col < bounds[st][1][c], rows + c, col, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
+                Seen seen = {bounds[st][0][c], bounds[st][1][c]};
+                back_one2(s, sees(seen, sink, col), b * s.heads + h, i0 + c, col, slope2, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
             }
         K::mix(sv, x, gs);
         K::mix(sk, dp, qs);
