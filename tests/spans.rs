@@ -160,6 +160,26 @@ device_tests! {
     }
 }
 
+device_tests! {
+    /// The last query over the sinks and its window alone, as a cache has them, sees what it sees over all keys.
+    fn forgotten_keys_change_no_distance(device) {
+        let (t, window, sinks) = (50, 7, 3);
+        let mut g = Gen::new(3);
+        let x = [g.array(&[2, t, 4, 6]), g.array(&[2, t, 2, 6]), g.array(&[2, t, 2, 6])].map(|x| x.to(device).unwrap());
+        let [q, k, v] = x.map(Tensor::new);
+        let o = AttentionOptions { alibi: true, ..AttentionOptions::new(Span::Sinks { window, sinks }) };
+        let last = |x: &Tensor| x.slice(1, t - 1..t).unwrap();
+        let want = last(&attention(&q, &k, &v, &o).unwrap()).array().to_f64();
+        let kept = |x: &Tensor| {
+            let parts = [x.slice(1, 0..sinks).unwrap(), x.slice(1, t - window..t).unwrap()];
+            Tensor::concat(&[&parts[0], &parts[1]], 1).unwrap()
+        };
+        let o = AttentionOptions { skipped: t - window - sinks, ..o };
+        let got = attention(&last(&q), &kept(&k), &kept(&v), &o).unwrap().array().to_f64();
+        assert!(distance(&got, &want) < 1e-12, "on {device}");
+    }
+}
+
 /// For each position, whether the loss at `t` depends on its vector: the largest gradient that it has.
 fn influence(forward: &dyn Fn(&Tensor) -> Result<Tensor>, n: usize, d: usize, t: usize) -> Vec<f64> {
     let x = Tensor::leaf(Gen::new(3).ordinary(&[1, n, d]));

@@ -134,6 +134,8 @@ impl KvCache {
             let [k, v] = self.kv.as_ref().ok_or_else(|| Error::invalid("KvCache", "nothing was stored"))?;
             return Ok((part(k)?, part(v)?));
         }
+        let [first, rest] = live(span, before);
+        options.skipped = rest.start - first.end;
         let all = [self.in_order(span, &k, 0)?, self.in_order(span, &v, 1)?];
         self.store(span, [k.array(), v.array()], before)?;
         let [k, v] = all;

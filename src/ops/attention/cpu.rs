@@ -32,6 +32,7 @@ pub struct Problem {
     pub span: Span,
     pub scale: f64,
     pub alibi: bool,
+    pub skipped: usize,
     pub documents: Option<Documents>,
     pub dropout: Option<(f64, u64)>,
 }
@@ -206,6 +207,9 @@ impl Problem {
 /// What ALiBi takes from the scores of a tile: slope · (number of positions between query and key).
 struct Distances<T> {
     slope: T,
+    /// Positions between the sinks, which are so many, and the next key.
+    skipped: usize,
+    sinks: usize,
     /// 0, 1, 2, …: the queries of a panel.
     lanes: [T; 64],
 }
@@ -213,13 +217,15 @@ struct Distances<T> {
 impl<T: Kernels> Distances<T> {
     fn new(p: &Problem, h: usize) -> Option<Distances<T>> {
         let lanes = std::array::from_fn(|c| T::from_f64(c as f64));
-        p.alibi.then(|| Distances { slope: T::from_f64(alibi_slope(h, p.heads)), lanes })
+        let slope = T::from_f64(alibi_slope(h, p.heads));
+        p.alibi.then(|| Distances { slope, skipped: p.skipped, sinks: p.sinks(p.keys), lanes })
     }
     /// Query `i` of the part is the first of the panel, key `j` the first of the tile.
     #[inline(always)]
     fn take_from(&self, tile: &mut [T], kern: &Kernel<T>, i: f64, j: usize) {
         for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
-            let from = T::from_f64(i - (j + r) as f64);
+            let further = if j + r < self.sinks { self.skipped } else { 0 };
+            let from = T::from_f64(i - (j + r) as f64 + further as f64);
             for (s, &lane) in row.iter_mut().zip(&self.lanes) {
                 let d = from + lane;
                 *s = *s - self.slope * d.abs();

@@ -27,6 +27,7 @@ fn shape(p: &Problem) -> AttentionShape {
         dim: p.dim as i64,
         width: width as i64,
         sinks: p.sinks(p.keys) as i64,
+        skipped: p.skipped as i64,
         alibi: if p.alibi { 1 << p.heads.max(1).ilog2() } else { 0 },
         seed,
         scale: p.scale,

@@ -108,6 +108,9 @@ pub struct AttentionOptions {
     pub scale: Option<f64>,
     /// Whether scores fall with the distance: [`alibi_slope`] · |query − key| is taken from each.
     pub alibi: bool,
+    /// Positions between the sinks of a [`Span::Sinks`] and the key after them: those that a cache has forgotten. Sinks are so much
+    /// further away for `alibi`.
+    pub skipped: usize,
     /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
     /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence.
     pub documents: Option<Documents>,
@@ -118,7 +121,7 @@ pub struct AttentionOptions {
 impl AttentionOptions {
     /// A span with the usual scale, one document, no dropout.
     pub fn new(span: Span) -> Self {
-        AttentionOptions { span, scale: None, alibi: false, documents: None, dropout: None }
+        AttentionOptions { span, scale: None, alibi: false, skipped: 0, documents: None, dropout: None }
     }
 }
 
@@ -156,6 +159,7 @@ static ATTENTION: OpInfo = OpInfo {
                 span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
                 scale: Some(0.4),
                 alibi: false,
+                skipped: 0,
                 documents: Some(Documents::packed(&[0, cut, t])),
                 dropout: g.chance(0.5).then_some((0.3, g.bits())),
             };
@@ -395,6 +399,7 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
         span: o.span,
         scale: o.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt()),
         alibi: o.alibi,
+        skipped: o.skipped,
         documents: o.documents.clone(),
         dropout: o.dropout,
     }
