@@ -171,7 +171,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
             for (int j = 0; j < TM; j++) {
                 int col = j0 + tx + 16 * j;
                 T score = x[i][j] * (T)s.scale;
-                if (s.alibi) score -= slope * distance<T>(s, i0 + ty + 16 * i, col);
+                if (s.alibi) score -= slope * (distance<T>(place_of(s, i0 + ty + 16 * i), col) + (col < s.sinks ? T(s.skipped) : T(0)));
                 x[i][j] = sees(seen[i], walk.sink, col) ? score : minus_infinity<T>();
                 m = x[i][j] > m ? x[i][j] : m;
             }
@@ -210,7 +210,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
 template <class A>
 DEV void back_one(const AttentionShape& s, bool in, i64 bh, int i, int j, A slope, A lse, A delta, A& x, A& dp) {
     A score = x * (A)s.scale, keep = 1;
-    if (s.alibi) score -= slope * distance<A>(s, i, j);
+    if (s.alibi) score -= slope * distance<A>(place_of(s, i), j);
     A p = in ? exp_of(score - lse) : A(0);
     if (s.drop > 0. && in) keep = kept<A>(s, bh * s.queries + i, j);
     dp = in ? p * (dp * keep - delta) * (A)s.scale : A(0);

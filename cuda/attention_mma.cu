@@ -8,7 +8,7 @@
 //
 // ROWS are queries in fwd and dq, keys in dkv. Rows and pointers that are 16-byte aligned go by cp.async, others element by
 // element. FLOPs 4·pairs·D forward, 14·pairs·D backward. P and its gradient are rounded to T between the products. Without
-// spills: fwd 176 (d64) and 208 registers, dq 223 and 210, dkv 248 and 255.
+// spills: fwd 177 (d64) and 214 registers, dq 234 and 211, dkv 252 and 255.
 
 // A warp owns 16 rows of a score tile (queries, or keys in dkv) and all its columns, so softmax rows stay within four
 // lanes and a tile of probabilities becomes an operand of the next product without leaving registers. Operand tiles lie
@@ -153,7 +153,7 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
                 for (int e = 0; e < 2; e++) {
                     int col = j0 + j * 8 + lane % 4 * 2 + e;
                     float y = x[j][r * 2 + e] * sl2;
-                    if (s.alibi) y -= slope2 * distance<float>(s, row + r * 8, col);
+                    if (s.alibi) y -= slope2 * (distance<float>(place_of(s, row + r * 8), col) + (col < s.sinks ? (float)s.skipped : 0.f));
                     if (!whole && !sees(seen[r], walk.sink, col)) y = -INFINITY;
                     x[j][r * 2 + e] = y;
                     m = fmaxf(m, y);
@@ -197,11 +197,9 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
 }
 
 // As back_one, with the log-sum-exp in base 2.
-DEV void back_one2(const AttentionShape& s, bool in, i64 bh, int i, int j, float slope2, float lse2, float delta, float& x, float& dp) {
-    float score = x * ((float)s.scale * LOG2E), keep = 1.f;
-    if (s.alibi) score -= slope2 * distance<float>(s, i, j);
-    float p = in ? exp2f(score - lse2) : 0.f;
-    if (s.drop > 0. && in) keep = kept<float>(s, bh * s.queries + i, j);
+DEV void back_one2(const AttentionShape& s, bool in, i64 row, int j, float lse2, float delta, float& x, float& dp) {
+    float p = in ? exp2f(x * ((float)s.scale * LOG2E) - lse2) : 0.f, keep = 1.f;
+    if (s.drop > 0. && in) keep = kept<float>(s, row, j);
     dp = in ? p * (dp * keep - delta) * (float)s.scale : 0.f;
     x = p * keep;
 }
@@ -219,7 +217,8 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
-    float slope2 = alibi_slope<float>(s, h) * LOG2E;
+    float slope = alibi_slope<float>(s, h) / (float)s.scale;
+    int place = place_of(s, row);
     KeyTiles<KEYS> walk(s, lo, S, i0);
     int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = walk.first, st = 0;
     Seen seen[2];
@@ -254,7 +253,8 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int col = j0 + j * 8 + lane % 4 * 2 + e % 2, r = e / 2;
-                back_one2(s, sees(seen[r], walk.sink, col), bh, row + r * 8, col, slope2, l[r], d[r], x[j][e], dp[j][e]);
+                if (s.alibi) x[j][e] -= slope * fabsf((float)(place + r * 8 - col));
+                back_one2(s, sees(seen[r], walk.sink, col), bh * s.queries + row + r * 8, col, l[r], d[r], x[j][e], dp[j][e]);
             }
         K::mix(o, dp, ks);
     }
@@ -271,14 +271,17 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     SHARED(float, lsd, [2][2][K::KEYS]);
     SHARED(int, bounds, [2][2][K::KEYS]);
+    // Of the bias by distance: where the first query of a tile stands, and the slope over the scale,
+    // so that the bias can be taken before the scale comes in, which leaves a register.
+    SHARED(int, places, [2]);
+    SHARED(float, slopes, [2]);
     T *ks = smem, *vs = ks + ROWS * DP, *qg = vs + ROWS * DP;
     AttentionTile tile = tile_of<ROWS, false>(s, tiles, s.keys, s.kv_heads);
     i64 b = tile.b, hk = tile.h, group = s.heads / s.kv_heads;
     int dim = (int)s.dim, j0 = tile.row, lo = tile.lo, S = tile.hi, T_ = s.tiles ? tile.hi : (int)s.queries;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = j0 + warp * 16 + lane / 4;
     int from = lo + (first_past<true>(s, lo, S, lo, T_, j0) - lo) / KEYS * KEYS;
-    int sink = lo + (int)s.sinks;
-    int end = j0 < sink ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
+    int end = j0 < lo + (int)s.sinks ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     int steps = end > from ? (int)cdiv(end - from, KEYS) : 0;
     float sk[K::O8][4] = {}, sv[K::O8][4] = {};
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, ROWS, S, dim);
@@ -287,6 +290,10 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
         if (n < group * steps) {
             i64 h = hk * group + n / steps;
             int i0 = from + (int)(n % steps) * KEYS, c = threadIdx.x;
+            if (s.alibi && c == 0) {
+                places[stage] = place_of(s, i0);
+                slopes[stage] = alibi_slope<float>(s, h) / (float)s.scale;
+            }
             K::load(qg + stage * 2 * KEYS * DP, q + b * s.q[0] + h * s.q[2], s.q[1], i0, KEYS, T_, dim);
             K::load(qg + (stage * 2 + 1) * KEYS * DP, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, KEYS, T_, dim);
             if (c < KEYS) {
@@ -307,9 +314,7 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
         cp_async_wait<0>();
         __syncthreads();
         fetch(n + 1, st ^ 1);
-        i64 h = hk * group + n / steps;
-        int i0 = from + (int)(n % steps) * KEYS;
-        float slope2 = alibi_slope<float>(s, h) * LOG2E;
+        i64 rows = (b * s.heads + hk * group + n / steps) * s.queries + from + n % steps * KEYS;
         const T *qs = qg + st * 2 * KEYS * DP, *gs = qs + KEYS * DP;
         float x[K::N8][4] = {}, dp[K::N8][4] = {};
         K::scores(x, ks, warp * 16, qs);
@@ -320,7 +325,8 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
             for (int e = 0; e < 4; e++) {
                 int c = j * 8 + lane % 4 * 2 + e % 2, col = key + e / 2 * 8;
                 Seen seen = {bounds[st][0][c], bounds[st][1][c]};
-                back_one2(s, sees(seen, sink, col), b * s.heads + h, i0 + c, col, slope2, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
+                if (s.alibi) x[j][e] -= slopes[st] * fabsf((float)(places[st] + c - col));
+                back_one2(s, sees(seen, lo + (int)s.sinks, col), rows + c, col, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
             }
         K::mix(sv, x, gs);
         K::mix(sk, dp, qs);

@@ -109,7 +109,7 @@ pub struct AttentionOptions {
     /// Whether scores fall with the distance: [`alibi_slope`] · |query − key| is taken from each.
     pub alibi: bool,
     /// Positions between the sinks of a [`Span::Sinks`] and the key after them: those that a cache has forgotten. Sinks are so much
-    /// further away for `alibi`.
+    /// further away for `alibi`. Forwards only.
     pub skipped: usize,
     /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
     /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence.
@@ -426,6 +426,12 @@ fn unit_last(a: &Array) -> Array {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
+    if options.skipped > 0 && Tensor::would_record(&[q, k, v], &[]) {
+        return Err(Error::invalid(
+            "attention",
+            "skipped positions are for generation and have no gradient; use no_grad",
+        ));
+    }
     let saved = forward(q, k, v, &masked(options))?;
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
 }
