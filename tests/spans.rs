@@ -131,12 +131,14 @@ device_tests! {
     /// Long enough for kernels to leave out tiles between the sinks and the window, in every dtype and both classes of heads.
     fn tiles_between_sinks_and_window_are_left_out(device) {
         let span = Span::Sinks { window: 20, sinks: 5 };
-        let dtypes = [(DType::F64, 1e-10, 20), (DType::F32, 2e-4, 70), (DType::BF16, 0.06, 16), (DType::F32, 2e-4, 16)];
-        for (i, (dtype, tolerance, d)) in dtypes.into_iter().enumerate() {
+        // Positions: as few as leave a tile out in some kernel of the dtype.
+        let dtypes =
+            [(DType::F64, 1e-10, 20, 140), (DType::F32, 2e-4, 70, 210), (DType::BF16, 0.06, 16, 270), (DType::F32, 2e-4, 16, 300)];
+        let dtypes = if device.is_cpu() { &dtypes[..] } else { &dtypes[..3] };
+        for (i, &(dtype, tolerance, d, t)) in dtypes.iter().enumerate() {
             // Under the emulator, which is slow, one combination for each dtype.
             let all: &[(bool, bool)] = &[(true, true), (true, false), (false, true)];
             for &(alibi, packed) in if device.is_cpu() { all } else { &all[i % 3..i % 3 + 1] } {
-                let t = if device.is_cpu() { 300 } else { 210 };
                 let offsets = if packed { vec![0, 17, t] } else { vec![0] };
                 let o = AttentionOptions {
                     alibi,
@@ -144,8 +146,8 @@ device_tests! {
                     ..AttentionOptions::new(span)
                 };
                 let mut g = Gen::new(7);
-                let inputs = [g.array(&[1, t, 3, d]), g.array(&[1, t, 1, d]), g.array(&[1, t, 1, d])];
-                let (inputs, w) = (inputs.map(|x| x.cast(dtype).cast(DType::F64)), g.array(&[1, t, 3, d]));
+                let inputs = [g.array(&[1, t, 2, d]), g.array(&[1, t, 1, d]), g.array(&[1, t, 1, d])];
+                let (inputs, w) = (inputs.map(|x| x.cast(dtype).cast(DType::F64)), g.array(&[1, t, 2, d]));
                 let w = w.cast(dtype).cast(DType::F64);
                 let want = run(&inputs, &w, DType::F64, &|q, k, v| dense(q, k, v, &o, &offsets, false));
                 let inputs = inputs.map(|x| x.to(device).unwrap());

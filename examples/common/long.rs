@@ -3,7 +3,7 @@
 // Each example uses some of it.
 #![allow(dead_code)]
 
-use prismgrad::data::{Bpe, CrateSources, Tokenizer, shuffled};
+use prismgrad::data::{Bpe, CrateSources, IGNORE, Tokenizer, shuffled};
 use prismgrad::models::{Gpt, GptConfig, Positions, Preset, SpanCost, span_cost, spans};
 use prismgrad::nn::Ctx;
 use prismgrad::ops::attention::Span;
@@ -107,6 +107,8 @@ impl Arm {
     pub fn config(&self, n: usize, d: usize) -> Result<GptConfig> {
         let list = spans(&self.preset, LAYERS, self.sparse)?;
         let mut c = GptConfig::small(VOCAB, n, LAYERS, d, 4).rotary();
+        // GPT-2's 0.02 is for a width of 768; narrow layers with it hardly move at first.
+        c.initializer_range = 0.6 / (d as f64).sqrt();
         if self.blind {
             let of = |s: &Span| if *s == Span::Causal { Positions::None } else { Positions::Rotary };
             c.layer_positions = Some(list.iter().map(of).collect());
@@ -118,20 +120,24 @@ impl Arm {
     }
 }
 
-fn arrays(rows: &[Vec<u32>]) -> Result<[Array; 2]> {
+/// Inputs and targets of rows; of each, tokens before `from` are no targets.
+fn arrays(rows: &[Vec<u32>], from: Option<&[usize]>) -> Result<[Array; 2]> {
     let n = rows.first().map_or(0, |r| r.len() - 1);
-    let part = |from: usize| {
-        let ids: Vec<u32> = rows.iter().flat_map(|r| r[from..from + n].iter().copied()).collect();
-        Array::from_slice(&ids, &[rows.len(), n])
+    let inputs: Vec<u32> = rows.iter().flat_map(|r| r[..n].iter().copied()).collect();
+    let target = |i: usize, p: usize| match from {
+        Some(from) if p < from[i] => IGNORE,
+        _ => rows[i][p],
     };
-    Ok([part(0)?, part(1)?])
+    let targets: Vec<u32> =
+        (0..rows.len()).flat_map(|i| (1..=n).map(move |p| (i, p))).map(|(i, p)| target(i, p)).collect();
+    Ok([Array::from_slice(&inputs, &[rows.len(), n])?, Array::from_slice(&targets, &[rows.len(), n])?])
 }
 
 /// The loss in nats of each token of each row but its first.
 pub fn token_losses(model: &Gpt, rows: &[Vec<u32>]) -> Result<Vec<Vec<f64>>> {
     let mut out = Vec::new();
     for part in rows.chunks(16) {
-        let [x, y] = arrays(part)?;
+        let [x, y] = arrays(part, None)?;
         let (b, n) = (part.len(), x.shape()[1]);
         let losses = no_grad(|| {
             let logits = model.forward(&x, &Ctx::eval())?.reshape(&[b * n, VOCAB])?;
@@ -149,6 +155,9 @@ pub fn mean_loss(losses: &[Vec<f64>], at: impl Fn(usize) -> bool) -> f64 {
     sum / count.max(1) as f64
 }
 
+/// Rows, and of each the first token that is a target; all are if it is not said.
+pub type Batch = (Documents, Option<Vec<usize>>);
+
 /// How a model is trained.
 #[derive(Clone, Copy)]
 pub struct Training {
@@ -164,7 +173,7 @@ pub fn train(
     model: &Gpt,
     t: Training,
     what: &str,
-    batch: &dyn Fn(u64) -> Documents,
+    batch: &dyn Fn(u64) -> Batch,
     look: &mut dyn FnMut(u64, f64, &Gpt) -> Result<f64>,
 ) -> Result<f64> {
     let schedule = Schedule::cosine(t.lr, (t.steps / 20).max(1), t.steps);
@@ -172,7 +181,8 @@ pub fn train(
     let (mut seconds, every) = (0.0, (t.steps / 8).max(1));
     let mut progress = Progress::new(what.to_string(), Some(t.steps), 0);
     for i in 0..t.steps {
-        let [x, y] = arrays(&batch(i))?;
+        let (rows, from) = batch(i);
+        let [x, y] = arrays(&rows, from.as_deref())?;
         let start = Instant::now();
         let report = step.run_one(|| model.losses(&x, &y, &Ctx::train(i)))?;
         seconds += start.elapsed().as_secs_f64();
@@ -186,11 +196,11 @@ pub fn train(
 }
 
 /// The rows of step `i`: an order of all rows for each epoch, the same in every arm.
-pub fn batch_of(rows: &Documents, batch: usize, seed: u64, i: u64) -> Documents {
+pub fn batch_of(rows: &Documents, batch: usize, seed: u64, i: u64) -> Batch {
     let per_epoch = (rows.len() / batch).max(1) as u64;
     let order = shuffled(rows.len(), 1_000 * seed + i / per_epoch);
     let at = (i % per_epoch) as usize * batch;
-    order.iter().cycle().skip(at).take(batch).map(|&r| rows[r].clone()).collect()
+    (order.iter().cycle().skip(at).take(batch).map(|&r| rows[r].clone()).collect(), None)
 }
 
 /// Mean, and half the width of the 95 % interval of the mean by Student's t; NaN of one value.
