@@ -25,11 +25,16 @@ use std::time::Instant;
 
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of everything, paired by seed; 3 with --full"),
-    ("copy-steps", "600", "4", "steps of 16 sequences of each model of the copies; 1200 with --full"),
+    ("copy-steps", "1200", "4", "steps of 16 sequences of each model of the copies"),
     ("steps", "150", "4", "steps of each model of language modelling and of conversion; 600 with --full"),
     ("rate", "0.003", "0.003", "learning rate of AdamW"),
-    ("only", "all", "all", "all, or one part: copy, placement (with the copies), language, conversion"),
-    ("full", "", "", "three seeds and more steps: about an hour"),
+    (
+        "only",
+        "all",
+        "all",
+        "one part: copy, placement (with the copies), language, conversion; all without the placement",
+    ),
+    ("full", "", "", "three seeds, more steps, and the placement as well: hours"),
 ];
 /// Positions of a sequence, of a block and of a passage that occurs twice.
 const N: usize = 192;
@@ -164,10 +169,26 @@ fn copy_part(
         arms.push(Arm::new(Preset::Sparse, Span::Window(equal_window(&arms[2])?)));
     }
     let full = arms[0].cost(N, WIDTH)?;
-    let (mut rows, mut all) = (Vec::new(), Vec::<Vec<Copied>>::new());
-    for arm in &arms {
-        let of = |seed| copy(arm, texts, true, Training { steps, batch: BATCH, lr, seed });
-        let runs = (0..seeds).map(of).collect::<Result<Vec<Copied>>>()?;
+    let (mut rows, mut all) = (Vec::new(), arms.iter().map(|_| Vec::new()).collect::<Vec<Vec<Copied>>>());
+    // A seed at a time, so that what is there when a run is cut short is whole.
+    for seed in 0..seeds {
+        for (i, arm) in arms.iter().enumerate() {
+            let c = copy(arm, texts, true, Training { steps, batch: BATCH, lr, seed })?;
+            println!(
+                "seed {seed}, {}: copied {:.3}, absent {:.3}, shuffled {:.3}; {:.0} s",
+                arm.name, c.present, c.absent, c.shuffled, c.seconds
+            );
+            folder.log(
+                seed * 100 + i as u64,
+                &json!({
+                    "part": "copy", "seed": seed, "arm": arm.name, "present": c.present, "absent": c.absent, "shuffled": c.shuffled,
+                    "seconds": c.seconds, "curve": c.curve,
+                }),
+            )?;
+            all[i].push(c);
+        }
+    }
+    for (arm, runs) in arms.iter().zip(&all) {
         let column = |f: fn(&Copied) -> f64| runs.iter().map(f).collect::<Vec<f64>>();
         let (present, absent, shuffled) = (column(|c| c.present), column(|c| c.absent), column(|c| c.shuffled));
         println!(
@@ -180,14 +201,11 @@ fn copy_part(
             cost_words(&arm.cost(N, WIDTH)?, &full)
         );
         let (attention, model) = arm.cost(N, WIDTH)?.saved(&full);
-        let row = json!({
+        rows.push(json!({
             "part": "copy", "arm": arm.name, "present": present, "absent": absent, "shuffled": shuffled,
             "curves": runs.iter().map(|r| &r.curve).collect::<Vec<_>>(), "seconds": column(|c| c.seconds),
             "attention_saved": attention, "model_saved": model, "cost": arm.cost(N, WIDTH)?,
-        });
-        folder.log(rows.len() as u64, &row)?;
-        rows.push(row);
-        all.push(runs);
+        }));
     }
     let near = copy(&Arm::new(Preset::Sparse, block), texts, false, Training { steps, batch: BATCH, lr, seed: 0 })?;
     println!("null control, both in one block, all blocks: copied {:.3}, absent {:.3}", near.present, near.absent);
@@ -443,7 +461,7 @@ fn run() -> Result<()> {
         verdicts.extend(v);
     };
     if part("copy") || part("placement") {
-        add(copy_part(&texts, (seeds, copy_steps, lr), part("placement"), &mut folder)?);
+        add(copy_part(&texts, (seeds, copy_steps, lr), only == "placement" || (full && only == "all"), &mut folder)?);
     }
     if part("language") {
         add(language_part(&texts, (seeds, steps, lr), &mut folder)?);
