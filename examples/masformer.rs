@@ -17,8 +17,9 @@ use prismgrad::Result;
 use prismgrad::models::{Extend, Gpt, Preset, SpanCost, spans};
 use prismgrad::ops::attention::Span;
 use prismgrad::random::Rng;
-use prismgrad::train::RunFolder;
 use prismgrad::train::plot::{BarChart, LineChart, Series};
+use prismgrad::train::{Existing, RunFolder};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -34,6 +35,7 @@ const OPTIONS: &[args::Opt] = &[
         "all",
         "one part: copy, placement (with the copies), language, conversion; all without the placement",
     ),
+    ("resume", "", "", "go on with a run that was cut short: models of the copies that it has are not trained again"),
     ("full", "", "", "three seeds, more steps, and the placement as well: hours"),
 ];
 /// Positions of a sequence, of a block and of a passage that occurs twice.
@@ -118,6 +120,7 @@ fn second_loss(model: &Gpt, c: &Copies, far: bool) -> Result<f64> {
 }
 
 /// One model's losses of the second passage.
+#[derive(Serialize, Deserialize)]
 struct Copied {
     present: f64,
     absent: f64,
@@ -148,6 +151,23 @@ fn copy(arm: &Arm, texts: &Texts, far: bool, t: Training) -> Result<Copied> {
     Ok(Copied { present: of(First::Same)?, absent: of(First::Other)?, shuffled: of(First::Shuffled)?, curve, seconds })
 }
 
+/// [`copy`], unless the folder has the same run already; its record goes to the folder.
+fn copied(arm: &Arm, texts: &Texts, far: bool, t: Training, number: usize, folder: &mut RunFolder) -> Result<Copied> {
+    let same = |v: &Value| v["part"] == "copy" && v["arm"] == arm.name.as_str() && v["seed"] == t.seed;
+    if let Some(done) = folder.metrics()?.into_iter().find(same)
+        && let Ok(copied) = serde_json::from_value(done)
+    {
+        return Ok(copied);
+    }
+    let c = copy(arm, texts, far, t)?;
+    let mut record = json!(c);
+    record["part"] = json!("copy");
+    record["arm"] = json!(arm.name);
+    record["seed"] = json!(t.seed);
+    folder.log(t.seed * 100 + number as u64, &record)?;
+    Ok(c)
+}
+
 type Rows = Vec<Value>;
 
 /// Far copies: the decisive comparison, and with it the placement of the full layers at equal cost.
@@ -173,18 +193,11 @@ fn copy_part(
     // A seed at a time, so that what is there when a run is cut short is whole.
     for seed in 0..seeds {
         for (i, arm) in arms.iter().enumerate() {
-            let c = copy(arm, texts, true, Training { steps, batch: BATCH, lr, seed })?;
+            let c = copied(arm, texts, true, Training { steps, batch: BATCH, lr, seed }, i, folder)?;
             println!(
                 "seed {seed}, {}: copied {:.3}, absent {:.3}, shuffled {:.3}; {:.0} s",
                 arm.name, c.present, c.absent, c.shuffled, c.seconds
             );
-            folder.log(
-                seed * 100 + i as u64,
-                &json!({
-                    "part": "copy", "seed": seed, "arm": arm.name, "present": c.present, "absent": c.absent, "shuffled": c.shuffled,
-                    "seconds": c.seconds, "curve": c.curve,
-                }),
-            )?;
             all[i].push(c);
         }
     }
@@ -207,7 +220,9 @@ fn copy_part(
             "attention_saved": attention, "model_saved": model, "cost": arm.cost(N, WIDTH)?,
         }));
     }
-    let near = copy(&Arm::new(Preset::Sparse, block), texts, false, Training { steps, batch: BATCH, lr, seed: 0 })?;
+    let mut near = Arm::new(Preset::Sparse, block);
+    near.name += ", near";
+    let near = copied(&near, texts, false, Training { steps, batch: BATCH, lr, seed: 0 }, 99, folder)?;
     println!("null control, both in one block, all blocks: copied {:.3}, absent {:.3}", near.present, near.absent);
     // The same seed: identical initial values and batches, so that a model whose layers are all full is the full model.
     let values = |arm: usize, f: &dyn Fn(&Copied) -> f64| all[arm].iter().map(f).collect::<Vec<f64>>();
@@ -454,7 +469,12 @@ fn run() -> Result<()> {
         "passage": PASSAGE, "layers": LAYERS, "width": WIDTH, "batch": BATCH, "documents": texts.train.len(), "short": texts.short,
         "costs": costs,
     });
-    let mut folder = args.folder(&config)?;
+    let existing = match (args.has("resume"), args.has("overwrite")) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
+    let mut folder = RunFolder::create(args.text("out"), &config, existing, &["seeds", "only", "steps"])?;
     let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
     let mut add = |(r, v): (Rows, Rows)| {
         rows.extend(r);

@@ -85,7 +85,7 @@ fn run() -> Result<()> {
         }
         let each = 1e3 * seconds / (seeds * steps) as f64;
         println!(
-            "{:<20} {} nats beyond the first block; {each:.0} ms a step, {:.0} MB; {}",
+            "{:<20} beyond the first block {} (nats a token); {each:.0} ms a step, {:.0} MB; {}",
             arm.name,
             long::words(&ends),
             kept as f64 / 1e6,
