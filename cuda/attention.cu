@@ -4,7 +4,8 @@
 // Q [B, T, H, D], K and V [B, S, H_kv, D], unit stride along D, every other stride free (parts of one fused projection are
 // read and written in place). Spans, packed documents, grouped queries and dropout as ops::attention; a query that sees no
 // key gives zeros and a log-sum-exp of 0. Bounds of what a query sees never fall from query to query, so a tile's loop
-// runs from the first bound of its first row to the last bound of its last row, whatever the span.
+// runs from the first bound of its first row to the last bound of its last row, whatever the span; before that it takes the tiles
+// with the sinks, if a window has some (KeyTiles in prelude.cuh).
 //
 // Kernels (block and shared memory below; grid x only, everything else 1):
 //   attention_fwd_d{64,128}_T  (q, k, v, out, lse, tiles, s)                      grid ⌈T/ROWS⌉·B·H
@@ -151,8 +152,10 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
 #pragma unroll
         for (int c = 0; c < K::NC; c++) acc[i][c] = 0;
     }
-    int j0 = lo + (visible(s, lo, S, i0).lo - lo) / ROWS * ROWS, end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
-    for (; j0 < end; j0 += ROWS) {
+    T slope = alibi_slope<T>(s, h);
+    KeyTiles<ROWS> walk(s, lo, S, i0);
+    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
+    for (int j0 = walk.first; j0 < end; j0 = walk.after(j0)) {
         __syncthreads(); // V of the round before is no longer read
         K::load(ks, k, s.k[1], j0, S, dim);
         cp_async_wait<0>();
@@ -167,7 +170,9 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
 #pragma unroll
             for (int j = 0; j < TM; j++) {
                 int col = j0 + tx + 16 * j;
-                x[i][j] = col >= seen[i].lo && col < seen[i].hi ? x[i][j] * (T)s.scale : minus_infinity<T>();
+                T score = x[i][j] * (T)s.scale;
+                if (s.alibi) score -= slope * (distance<T>(place_of(s, i0 + ty + 16 * i), col) + (col < s.sinks ? T(s.skipped) : T(0)));
+                x[i][j] = sees(seen[i], walk.sink, col) ? score : minus_infinity<T>();
                 m = x[i][j] > m ? x[i][j] : m;
             }
             m = row_max(m);
@@ -201,11 +206,13 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
     K::store(out + b * s.out[0] + h * s.out[2], s.out[1], i0, T_, dim, acc, inv);
 }
 
-// x: scores and dp: products grad·V of one element become the probability (dropped out: `p`) and the score's gradient.
+// x: scores and dp: products grad·V of query i and key j become the probability (dropped out: `p`) and the score's gradient.
 template <class A>
-DEV void back_one(const AttentionShape& s, bool in, i64 row, int j, A lse, A delta, A& x, A& dp) {
-    A p = in ? exp_of(x * (A)s.scale - lse) : A(0), keep = 1;
-    if (s.drop > 0. && in) keep = kept<A>(s, row, j);
+DEV void back_one(const AttentionShape& s, bool in, i64 bh, int i, int j, A slope, A lse, A delta, A& x, A& dp) {
+    A score = x * (A)s.scale, keep = 1;
+    if (s.alibi) score -= slope * distance<A>(place_of(s, i), j);
+    A p = in ? exp_of(score - lse) : A(0);
+    if (s.drop > 0. && in) keep = kept<A>(s, bh * s.queries + i, j);
     dp = in ? p * (dp * keep - delta) * (A)s.scale : A(0);
     x = p * keep;
 }
@@ -235,8 +242,10 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
         d[i] = row < T_ ? delta[bh * s.queries + row] : T(0);
         one[i] = 1;
     }
-    int j0 = lo + (visible(s, lo, S, i0).lo - lo) / ROWS * ROWS, end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
-    for (; j0 < end; j0 += ROWS) {
+    T slope = alibi_slope<T>(s, h);
+    KeyTiles<ROWS> walk(s, lo, S, i0);
+    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi;
+    for (int j0 = walk.first; j0 < end; j0 = walk.after(j0)) {
         __syncthreads();
         K::load(ks, k, s.k[1], j0, S, dim);
         K::load(vs, v, s.v[1], j0, S, dim);
@@ -250,7 +259,7 @@ DEV void simt_dq(const typename K::T* q, const typename K::T* k, const typename 
 #pragma unroll
             for (int j = 0; j < TM; j++) {
                 int col = j0 + tx + 16 * j;
-                back_one(s, col >= seen[i].lo && col < seen[i].hi, bh * s.queries + i0 + ty + 16 * i, col, l[i], d[i], x[i][j], dp[i][j]);
+                back_one(s, sees(seen[i], walk.sink, col), bh, i0 + ty + 16 * i, col, slope, l[i], d[i], x[i][j], dp[i][j]);
             }
         K::put(ps, dp);
         __syncthreads();
@@ -275,13 +284,15 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, S, dim);
     K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, S, dim);
     // Queries that see any key of this tile: from the first whose end lies past the tile's start to the last that
-    // begins before the tile's end.
-    int from = first_past<true>(s, lo, S, lo, T_, j0), end = first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
+    // begins before the tile's end; to the very last if the tile has sinks.
+    int from = first_past<true>(s, lo, S, lo, T_, j0), sink = lo + (int)s.sinks;
+    int end = j0 < sink ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     T one[TM], sk[TM][K::NC] = {}, sv[TM][K::NC] = {};
 #pragma unroll
     for (int i = 0; i < TM; i++) one[i] = 1;
     for (i64 h = hk * group; h < (hk + 1) * group; h++) {
         i64 bh = b * s.heads + h;
+        T slope = alibi_slope<T>(s, h);
         for (int i0 = lo + (from - lo) / ROWS * ROWS; i0 < end; i0 += ROWS) {
             __syncthreads();
             K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, T_, dim);
@@ -299,7 +310,7 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
 #pragma unroll
                 for (int i = 0; i < TM; i++) {
                     int col = j0 + ty + 16 * i;
-                    back_one(s, col >= seen.lo && col < seen.hi, bh * s.queries + row, col, l, d, x[i][j], dp[i][j]);
+                    back_one(s, sees(seen, sink, col), bh, row, col, slope, l, d, x[i][j], dp[i][j]);
                 }
             }
             K::put(ps, x);

@@ -8,7 +8,7 @@
 //
 // ROWS are queries in fwd and dq, keys in dkv. Rows and pointers that are 16-byte aligned go by cp.async, others element by
 // element. FLOPs 4·pairs·D forward, 14·pairs·D backward. P and its gradient are rounded to T between the products. Without
-// spills: fwd 176 (d64) and 208 registers, dq 223 and 210, dkv 248 and 255.
+// spills: fwd 177 (d64) and 214 registers, dq 234 and 211, dkv 252 and 255.
 
 // A warp owns 16 rows of a score tile (queries, or keys in dkv) and all its columns, so softmax rows stay within four
 // lanes and a tile of probabilities becomes an operand of the next product without leaving registers. Operand tiles lie
@@ -125,7 +125,9 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
     Seen seen[2] = {row < T_ ? visible(s, lo, S, row) : Seen{0, 0}, row + 8 < T_ ? visible(s, lo, S, row + 8) : Seen{0, 0}};
     float o[K::O8][4] = {}, top[2] = {-INFINITY, -INFINITY}, z[2] = {0.f, 0.f}, sl2 = (float)s.scale * LOG2E;
     K::load(qs, q + b * s.q[0] + h * s.q[2], s.q[1], i0, ROWS, T_, dim);
-    int j0 = lo + (first.lo - lo) / KEYS * KEYS, st = 0;
+    float slope2 = alibi_slope<float>(s, h) * LOG2E;
+    KeyTiles<KEYS> walk(s, lo, S, i0);
+    int j0 = walk.first, st = 0;
     auto fetch = [&](int j, int stage) {
         if (j < last.hi) {
             K::load(kv + stage * 2 * KEYS * DP, k, s.k[1], j, KEYS, S, dim);
@@ -134,10 +136,10 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
         cp_async_commit();
     };
     fetch(j0, 0);
-    for (; j0 < last.hi; j0 += KEYS, st ^= 1) {
+    for (; j0 < last.hi; j0 = walk.after(j0), st ^= 1) {
         cp_async_wait<0>();
         __syncthreads(); // this stage has arrived, the other is no longer read
-        fetch(j0 + KEYS, st ^ 1);
+        fetch(walk.after(j0), st ^ 1);
         const T *ks = kv + st * 2 * KEYS * DP, *vs = ks + KEYS * DP;
         float x[K::N8][4] = {};
         K::scores(x, qs, warp * 16, ks);
@@ -151,7 +153,8 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
                 for (int e = 0; e < 2; e++) {
                     int col = j0 + j * 8 + lane % 4 * 2 + e;
                     float y = x[j][r * 2 + e] * sl2;
-                    if (!whole && (col < seen[r].lo || col >= seen[r].hi)) y = -INFINITY;
+                    if (s.alibi) y -= slope2 * (distance<float>(place_of(s, row + r * 8), col) + (col < s.sinks ? (float)s.skipped : 0.f));
+                    if (!whole && !sees(seen[r], walk.sink, col)) y = -INFINITY;
                     x[j][r * 2 + e] = y;
                     m = fmaxf(m, y);
                 }
@@ -214,7 +217,10 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
-    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = lo + (visible(s, lo, S, i0).lo - lo) / KEYS * KEYS, st = 0;
+    float slope = alibi_slope<float>(s, h) / (float)s.scale;
+    int place = place_of(s, row);
+    KeyTiles<KEYS> walk(s, lo, S, i0);
+    int end = visible(s, lo, S, (int)min64(i0 + ROWS, T_) - 1).hi, j0 = walk.first, st = 0;
     Seen seen[2];
     float l[2], d[2], o[K::O8][4] = {};
 #pragma unroll
@@ -234,10 +240,10 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
         cp_async_commit();
     };
     fetch(j0, 0);
-    for (; j0 < end; j0 += KEYS, st ^= 1) {
+    for (; j0 < end; j0 = walk.after(j0), st ^= 1) {
         cp_async_wait<0>();
         __syncthreads();
-        fetch(j0 + KEYS, st ^ 1);
+        fetch(walk.after(j0), st ^ 1);
         const T *ks = kv + st * 2 * KEYS * DP, *vs = ks + KEYS * DP;
         float x[K::N8][4] = {}, dp[K::N8][4] = {};
         K::scores(x, qs, warp * 16, ks);
@@ -247,7 +253,8 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int col = j0 + j * 8 + lane % 4 * 2 + e % 2, r = e / 2;
-                back_one2(s, col >= seen[r].lo && col < seen[r].hi, bh * s.queries + row + r * 8, col, l[r], d[r], x[j][e], dp[j][e]);
+                if (s.alibi) x[j][e] -= slope * fabsf((float)(place + r * 8 - col));
+                back_one2(s, sees(seen[r], walk.sink, col), bh * s.queries + row + r * 8, col, l[r], d[r], x[j][e], dp[j][e]);
             }
         K::mix(o, dp, ks);
     }
@@ -264,13 +271,17 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     SHARED(float, lsd, [2][2][K::KEYS]);
     SHARED(int, bounds, [2][2][K::KEYS]);
+    // Of the bias by distance: where the first query of a tile stands, and the slope over the scale,
+    // so that the bias can be taken before the scale comes in, which leaves a register.
+    SHARED(int, places, [2]);
+    SHARED(float, slopes, [2]);
     T *ks = smem, *vs = ks + ROWS * DP, *qg = vs + ROWS * DP;
     AttentionTile tile = tile_of<ROWS, false>(s, tiles, s.keys, s.kv_heads);
     i64 b = tile.b, hk = tile.h, group = s.heads / s.kv_heads;
     int dim = (int)s.dim, j0 = tile.row, lo = tile.lo, S = tile.hi, T_ = s.tiles ? tile.hi : (int)s.queries;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = j0 + warp * 16 + lane / 4;
     int from = lo + (first_past<true>(s, lo, S, lo, T_, j0) - lo) / KEYS * KEYS;
-    int end = first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
+    int end = j0 < lo + (int)s.sinks ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     int steps = end > from ? (int)cdiv(end - from, KEYS) : 0;
     float sk[K::O8][4] = {}, sv[K::O8][4] = {};
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, ROWS, S, dim);
@@ -279,6 +290,10 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
         if (n < group * steps) {
             i64 h = hk * group + n / steps;
             int i0 = from + (int)(n % steps) * KEYS, c = threadIdx.x;
+            if (s.alibi && c == 0) {
+                places[stage] = place_of(s, i0);
+                slopes[stage] = alibi_slope<float>(s, h) / (float)s.scale;
+            }
             K::load(qg + stage * 2 * KEYS * DP, q + b * s.q[0] + h * s.q[2], s.q[1], i0, KEYS, T_, dim);
             K::load(qg + (stage * 2 + 1) * KEYS * DP, grad + b * s.grad[0] + h * s.grad[2], s.grad[1], i0, KEYS, T_, dim);
             if (c < KEYS) {
@@ -309,7 +324,9 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int c = j * 8 + lane % 4 * 2 + e % 2, col = key + e / 2 * 8;
-                back_one2(s, col >= bounds[st][0][c] && col < bounds[st][1][c], rows + c, col, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
+                Seen seen = {bounds[st][0][c], bounds[st][1][c]};
+                if (s.alibi) x[j][e] -= slopes[st] * fabsf((float)(places[st] + c - col));
+                back_one2(s, sees(seen, lo + (int)s.sinks, col), rows + c, col, lsd[st][0][c], lsd[st][1][c], x[j][e], dp[j][e]);
             }
         K::mix(sv, x, gs);
         K::mix(sk, dp, qs);

@@ -4,13 +4,14 @@
 //
 //   rotary_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* cos, const acc_t<T>* sin, T* y, Rotary r)
 //       grid ceil(B·T·H·D/2 / 256), block 256, a pair per thread. cos, sin [positions, D/2].
-//       Rotary, i64 each: batch, time, heads, half = D/2, step_b, step_t, step_h (elements), offset (position of row 0);
+//       Rotary, i64 each: batch, time, heads, turned (the first so many heads are turned, the others copied), half = D/2, step_b,
+//       step_t, step_h (elements), offset (position of row 0);
 //       then i32 interleaved (pairs 2i, 2i + 1 instead of i, i + D/2), i32 inverse.
 //
 // Bytes: x read once, y written once, the table from the cache (H pairs share an entry).
 
 struct Rotary {
-    i64 batch, time, heads, half, step_b, step_t, step_h, offset;
+    i64 batch, time, heads, turned, half, step_b, step_t, step_h, offset;
     i32 interleaved, inverse;
 };
 template <class T>
@@ -24,6 +25,11 @@ DEV void rotary_body(const T* x, const acc_t<T>* cos, const acc_t<T>* sin, T* y,
     i64 first = r.interleaved ? 2 * pair : pair, second = r.interleaved ? first + 1 : pair + r.half;
     x += b * r.step_b + t * r.step_t + h * r.step_h;
     y += row * 2 * r.half;
+    if (h >= r.turned) {
+        y[first] = x[first];
+        y[second] = x[second];
+        return;
+    }
     A u = to_acc(x[first]), v = to_acc(x[second]);
     y[first] = from_acc<T>(u * c - v * s);
     y[second] = from_acc<T>(v * c + u * s);

@@ -4,7 +4,7 @@
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd]`, `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `dp/MODEL/STYLE`. A training case is a whole step:
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd][/N]` (8 heads of 64 over 2,048 positions, or N), `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
 //! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
@@ -82,6 +82,14 @@ const NAMES: &[(&str, Make)] = &[
     ("attn/window256_fwd", attn),
     ("attn/block256", attn),
     ("attn/block256_fwd", attn),
+    ("attn/sinks252+4", attn),
+    ("attn/alibi", attn),
+    ("attn/causal/8192", attn),
+    ("attn/window1024/8192", attn),
+    ("attn/block1024/8192", attn),
+    ("attn/window1024/32768", attn),
+    ("attn/block1024/32768", attn),
+    ("attn/causal/32768", attn),
     ("moe/top2", moe),
     ("hyper/grid", hyper),
     ("hyper/sum/100000", hyper_sum),
@@ -255,23 +263,23 @@ fn elt(name: &str) -> Result<(Step, Work, usize)> {
 }
 
 fn attn(name: &str) -> Result<(Step, Work, usize)> {
-    let (n, d, h) = (2048usize, 64usize, 8usize);
-    let span = match name[5..].trim_end_matches("_fwd") {
-        "causal" => Span::Causal,
-        "window256" => Span::Window(256),
-        _ => Span::Block(256),
+    let (case, n) = match name[5..].split_once('/') {
+        Some((case, n)) => (case, n.parse().unwrap_or(2048)),
+        None => (&name[5..], 2048usize),
     };
-    let pairs: usize = (0..n)
-        .map(|i| match span {
-            Span::Window(w) => (i + 1).min(w),
-            Span::Block(b) => i % b + 1,
-            _ => i + 1,
-        })
-        .sum();
+    let ((d, h), case) = ((64usize, 8usize), case.trim_end_matches("_fwd"));
+    let width = |prefix: &str| case.strip_prefix(prefix).and_then(|w| w.parse().ok());
+    let span = match (width("window"), width("block")) {
+        (Some(w), _) => Span::Window(w),
+        (_, Some(b)) => Span::Block(b),
+        _ if case.starts_with("sinks") => Span::Sinks { window: 252, sinks: 4 },
+        _ => Span::Causal,
+    };
+    let pairs = span.pairs(n) as usize;
     let shape = [1, n, h, d];
     let t = (0..3).map(|i| Ok(Tensor::leaf(random(&shape, i)?))).collect::<Result<Vec<Tensor>>>()?;
     let seed = random(&shape, 9)?;
-    let options = AttentionOptions::new(span);
+    let options = AttentionOptions { alibi: case == "alibi", ..AttentionOptions::new(span) };
     let fwd_only = name.ends_with("_fwd");
     let flops = (if fwd_only { 4.0 } else { 14.0 }) * (pairs * d * h) as f64;
     let step = move || {

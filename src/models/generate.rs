@@ -18,6 +18,19 @@ pub trait LanguageModel {
     fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor>;
 }
 
+/// Refuses caches that are not those of `past` positions, one for each layer.
+pub(crate) fn check_caches(caches: Option<&[KvCache]>, layers: usize, past: usize) -> Result<()> {
+    let Some(caches) = caches else { return Ok(()) };
+    if caches.len() != layers {
+        return Err(Error::invalid("forward_cached", format!("{} caches for {layers} layers", caches.len())));
+    }
+    if let Some(seen) = caches.iter().map(KvCache::seen).find(|seen| *seen != past) {
+        let message = format!("{past} positions are said to be past, a cache has seen {seen}; go on where it ends");
+        return Err(Error::invalid("forward_cached", message));
+    }
+    Ok(())
+}
+
 /// How the next token is drawn.
 #[derive(Clone, Debug)]
 pub struct Sampling {
@@ -100,12 +113,13 @@ pub fn generate(
     let max = model.positions();
     let (ctx, mut rng) = (Ctx::eval(), Rng::new(sampling.seed));
     let mut text = prompt.to_vec();
-    let mut caches = vec![KvCache::default(); model.layers()];
+    let empty = KvCache::reserving(max.min(prompt.len().saturating_add(count)));
+    let mut caches = vec![empty.clone(); model.layers()];
     let mut past = 0;
     for _ in 0..count {
         if past == 0 || past + 1 > max {
             past = 0;
-            caches.iter_mut().for_each(|c| *c = KvCache::default());
+            caches.fill(empty.clone());
         }
         let new = if past == 0 {
             let keep = if text.len() > max { (max / 2).max(1) } else { text.len() };

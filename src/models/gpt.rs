@@ -1,8 +1,9 @@
-//! GPT-2 (Radford et al. 2019), with an attention span per layer, and a mixture of experts in any of them.
+//! GPT-2 (Radford et al. 2019), with an attention span and positions per layer, and a mixture of experts in any of them.
 //!
 //! Parameter names and shapes are those of Hugging Face's `GPT2LMHeadModel`, so its checkpoints load as they are.
 
 use super::LanguageModel;
+use super::generate::check_caches;
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::io::SafeTensors;
@@ -13,11 +14,25 @@ use crate::ops::attention::Span;
 use crate::ops::embedding::embedding;
 use crate::ops::linear::{Layout, linear};
 use crate::ops::loss::{CrossEntropy, cross_entropy};
+use crate::ops::rotary::RotaryTable;
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Sizes and options; serialised as Hugging Face's `config.json`, with two fields of our own (`spans`, `moe`).
+/// How a layer's attention is told where its queries and keys stand, besides what the table of learned positions says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// Not at all.
+    None,
+    /// Queries and keys are turned by their positions (Su et al. 2021).
+    Rotary,
+    /// Scores fall with the distance between query and key (ALiBi, Press et al. 2022).
+    Alibi,
+}
+
+/// Sizes and options; serialised as Hugging Face's `config.json`, with fields of our own that are left out where they have their
+/// defaults (`spans`, `moe`, `n_head_kv`, `learned_positions`, `layer_positions`, `rope_theta`).
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct GptConfig {
@@ -52,9 +67,29 @@ pub struct GptConfig {
     /// Attention span per layer; causal everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spans: Option<Vec<Span>>,
+    /// Heads of keys and values, each of which serves equally many heads of queries; `n_head` if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_head_kv: Option<usize>,
+    /// Whether a learned vector for its position is added to each token's.
+    #[serde(skip_serializing_if = "is_true")]
+    pub learned_positions: bool,
+    /// Positions in each layer's attention; [`Positions::None`] everywhere if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_positions: Option<Vec<Positions>>,
+    /// Base of the rotary frequencies.
+    #[serde(skip_serializing_if = "is_usual_base")]
+    pub rope_theta: f64,
     /// The mixture of experts of each layer, `None` where it has an MLP; MLPs everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moe: Option<Vec<Option<MoeConfig>>>,
+}
+
+fn is_true(b: &bool) -> bool {
+    *b
+}
+
+fn is_usual_base(base: &f64) -> bool {
+    *base == 1e4
 }
 
 impl Default for GptConfig {
@@ -76,6 +111,10 @@ impl Default for GptConfig {
             initializer_range: 0.02,
             tie_word_embeddings: true,
             spans: None,
+            n_head_kv: None,
+            learned_positions: true,
+            layer_positions: None,
+            rope_theta: 1e4,
             moe: None,
         }
     }
@@ -96,6 +135,33 @@ impl GptConfig {
             resid_pdrop: 0.0,
             ..GptConfig::default()
         }
+    }
+    /// The same with rotary positions in every layer instead of the learned table.
+    pub fn rotary(mut self) -> GptConfig {
+        self.learned_positions = false;
+        self.layer_positions = Some(vec![Positions::Rotary; self.n_layer]);
+        self
+    }
+    /// The same with a span for each layer, for instance from [`spans`](super::spans()).
+    pub fn with_spans(mut self, spans: Vec<Span>) -> GptConfig {
+        self.spans = Some(spans);
+        self
+    }
+    /// The span of layer `i`.
+    pub fn span(&self, i: usize) -> Span {
+        self.spans.as_ref().and_then(|s| s.get(i).copied()).unwrap_or(Span::Causal)
+    }
+    /// The positions of layer `i`.
+    pub fn positions_of(&self, i: usize) -> Positions {
+        self.layer_positions.as_ref().and_then(|p| p.get(i).copied()).unwrap_or(Positions::None)
+    }
+    /// Width of a head.
+    pub(crate) fn head(&self) -> usize {
+        self.n_embd / self.n_head.max(1)
+    }
+    /// Heads of keys and values.
+    pub(crate) fn kv_heads(&self) -> usize {
+        self.n_head_kv.unwrap_or(self.n_head)
     }
     fn activation(&self) -> Result<Activation> {
         Ok(match self.activation_function.as_str() {
@@ -130,10 +196,33 @@ impl GptConfig {
                 format!("n_embd {} does not divide into n_head {} heads", self.n_embd, self.n_head),
             ));
         }
-        if let Some(s) = &self.spans
-            && s.len() != self.n_layer
-        {
-            return Err(Error::invalid("GptConfig", format!("{} spans for {} layers", s.len(), self.n_layer)));
+        let bad = |message: String| Err(Error::invalid("GptConfig", message));
+        if let Some(spans) = &self.spans {
+            if spans.len() != self.n_layer {
+                return bad(format!("{} spans for {} layers", spans.len(), self.n_layer));
+            }
+            spans.iter().try_for_each(|s| s.validate())?;
+            if let Some(Span::Block(b)) = spans.iter().find(|s| matches!(s, Span::Block(b) if *b > self.n_positions)) {
+                return bad(format!(
+                    "blocks of {b} in sequences of {} positions; a causal layer is the same",
+                    self.n_positions
+                ));
+            }
+        }
+        let kv = self.kv_heads();
+        if kv == 0 || !self.n_head.is_multiple_of(kv) {
+            return bad(format!("n_head {} cannot share n_head_kv {kv} heads of keys equally", self.n_head));
+        }
+        if let Some(positions) = &self.layer_positions {
+            if positions.len() != self.n_layer {
+                return bad(format!("{} entries of layer_positions for {} layers", positions.len(), self.n_layer));
+            }
+            if positions.contains(&Positions::Rotary) && !self.head().is_multiple_of(2) {
+                return bad(format!("rotary positions for heads of {} elements; use an even size", self.head()));
+            }
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
+            return bad(format!("rope_theta {} must be positive", self.rope_theta));
         }
         if let Some(moe) = &self.moe {
             if moe.len() != self.n_layer {
@@ -164,7 +253,7 @@ pub struct Gpt {
     config: GptConfig,
     params: Params,
     wte: Param,
-    wpe: Param,
+    wpe: Option<Param>,
     drop: Dropout,
     blocks: Vec<TransformerBlock>,
     ln_f: LayerNorm,
@@ -205,14 +294,25 @@ impl Gpt {
         let init_out = Init::Normal { std: std / (2.0 * config.n_layer as f64).sqrt() };
         let d = config.n_embd;
         let wte = params.at("wte").param("weight", &[config.vocab_size, d], init)?;
-        let wpe = params.at("wpe").param("weight", &[config.n_positions, d], init)?;
+        let wpe = match config.learned_positions {
+            true => Some(params.at("wpe").param("weight", &[config.n_positions, d], init)?),
+            false => None,
+        };
+        let turns = (0..config.n_layer).any(|i| config.positions_of(i) == Positions::Rotary);
+        let table = match turns {
+            true => Some(RotaryTable::new(config.n_positions, config.head(), config.rope_theta)?),
+            false => None,
+        };
         let mut blocks = Vec::new();
         for i in 0..config.n_layer {
             let block = TransformerBlock::builder(d, config.n_head)
                 .hidden(config.n_inner.unwrap_or(4 * d))
                 .act(config.activation()?)
                 .moe(config.moe.as_ref().and_then(|m| m[i]))
-                .span(config.spans.as_ref().map_or(Span::Causal, |s| s[i]))
+                .span(config.span(i))
+                .kv_heads(config.n_head_kv)
+                .rotary(table.clone().filter(|_| config.positions_of(i) == Positions::Rotary))
+                .alibi(config.positions_of(i) == Positions::Alibi)
                 .dropout(config.resid_pdrop)
                 .attn_dropout(config.attn_pdrop)
                 .eps(config.layer_norm_epsilon)
@@ -232,6 +332,10 @@ impl Gpt {
     /// Sizes and options.
     pub fn config(&self) -> &GptConfig {
         &self.config
+    }
+    /// Whether it has low-rank adapters.
+    pub(crate) fn has_adapters(&self) -> bool {
+        self.lora.is_some()
     }
     /// All parameters.
     pub fn params(&self) -> &Params {
@@ -298,16 +402,24 @@ impl Gpt {
         let [b, t] = ids.shape()[..] else {
             return Err(Error::shape("Gpt", format!("token ids {:?}; they must be [B, T]", ids.shape())));
         };
-        if past + t > self.config.n_positions {
+        if past.saturating_add(t) > self.config.n_positions {
             return Err(Error::shape(
                 "Gpt",
-                format!("{} positions, the model has {}; shorten the input", past + t, self.config.n_positions),
+                format!(
+                    "{} positions, the model has {}; shorten the input",
+                    past.saturating_add(t),
+                    self.config.n_positions
+                ),
             ));
         }
-        let positions = Array::arange(past + t, (DType::U32, &self.wpe.device()));
-        let positions = positions.slice(0, past..past + t)?.expand(&[b, t])?;
+        check_caches(caches.as_deref(), self.config.n_layer, past)?;
         let s = ctx.samples.as_ref();
-        let x = embedding(&self.wte, ids, None, s)?.add(&embedding(&self.wpe, positions, None, s)?)?;
+        let mut x = embedding(&self.wte, ids, None, s)?;
+        if let Some(wpe) = &self.wpe {
+            let positions = Array::arange(past + t, (DType::U32, &wpe.device()));
+            let positions = positions.slice(0, past..past + t)?.expand(&[b, t])?;
+            x = x.add(&embedding(wpe, positions, None, s)?)?;
+        }
         let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
         let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {

@@ -336,6 +336,7 @@ impl Mixtral {
                 format!("{} positions, the model has {}; shorten the input", past + t, c.max_position_embeddings);
             return Err(Error::shape("Mixtral", message));
         }
+        super::generate::check_caches(caches.as_deref(), c.num_hidden_layers, past)?;
         let span = c.sliding_window.map_or(Span::Causal, Span::Window);
         let mut x = ctx.activations(&self.embed.forward(Tensor::new(ids.clone()), ctx)?)?;
         let mut layers = Vec::new();
@@ -346,11 +347,12 @@ impl Mixtral {
             let q = turn(heads(&block.q, c.num_attention_heads)?)?;
             let k = turn(heads(&block.k, c.num_key_value_heads)?)?;
             let v = heads(&block.v, c.num_key_value_heads)?;
+            let mut options = AttentionOptions::new(span);
             let (k, v) = match &mut caches {
-                Some(caches) => caches[i].extend(k, v, span)?,
+                Some(caches) => caches[i].extend(k, v, &mut options)?,
                 None => (k, v),
             };
-            let a = attention(&q, &k, &v, &AttentionOptions::new(span))?;
+            let a = attention(&q, &k, &v, &options)?;
             let a = a.reshape(&[b, t, c.num_attention_heads * c.head()])?;
             x = x.add(&block.o.forward(&a, ctx)?)?;
             let out = block.moe.forward(&block.post_norm.forward(&x, ctx)?, ctx)?;

@@ -1,61 +1,37 @@
 //! Multi-head self-attention with a span per layer.
 
-use super::{Ctx, Init, Linear, Params};
+use super::{Ctx, Init, KvCache, Linear, Params};
 use crate::Tensor;
 use crate::base::{Error, Result};
 use crate::ops::attention::{AttentionOptions, Span, attention, attention_qkv};
 use crate::ops::linear::Layout;
-
-/// Keys and values of the positions seen so far, for generation: `[B, S, H, D]` each.
-#[derive(Clone, Default)]
-pub struct KvCache {
-    kv: Option<(Tensor, Tensor)>,
-}
-
-impl KvCache {
-    /// Positions held.
-    pub fn len(&self) -> usize {
-        self.kv.as_ref().map_or(0, |(k, _)| k.shape()[1])
-    }
-    /// Nothing held.
-    pub fn is_empty(&self) -> bool {
-        self.kv.is_none()
-    }
-    /// Appends new positions and drops those no later query can see; returns what the new queries see.
-    pub(crate) fn extend(&mut self, k: Tensor, v: Tensor, span: Span) -> Result<(Tensor, Tensor)> {
-        let (k, v) = match self.kv.take() {
-            Some((pk, pv)) => (Tensor::concat(&[&pk, &k], 1)?, Tensor::concat(&[&pv, &v], 1)?),
-            None => (k, v),
-        };
-        // Block spans count positions from the start, so they keep everything; windows forget.
-        let n = k.shape()[1];
-        let keep = match span {
-            Span::Window(w) => n.min(w.saturating_sub(1)),
-            _ => n,
-        };
-        self.kv = Some((k.slice(1, n - keep..n)?, v.slice(1, n - keep..n)?));
-        Ok((k, v))
-    }
-}
+use crate::ops::rotary::{Pairing, RotaryTable};
 
 /// Multi-head self-attention: one fused projection to Q, K and V, attention within the layer's span, one projection
-/// back. Parameters `c_attn` `[d, 3d]` and `c_proj` `[d, d]`, as in GPT-2.
+/// back. Parameters `c_attn` `[d, d + 2·H_kv·d/H]` (`[d, 3d]` where there are as many heads of keys as of queries) and `c_proj` `[d, d]`, as
+/// in GPT-2.
 pub struct MultiHeadAttention {
     qkv: Linear,
     out: Linear,
     heads: usize,
+    kv_heads: usize,
     span: Span,
+    rotary: Option<RotaryTable>,
+    alibi: bool,
     dropout: f64,
     id: u64,
 }
 
 /// Options of a [`MultiHeadAttention`] layer, from [`MultiHeadAttention::builder`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MultiHeadAttentionBuilder {
     d: usize,
     heads: usize,
+    kv_heads: Option<usize>,
     bias: bool,
     span: Span,
+    rotary: Option<RotaryTable>,
+    alibi: bool,
     dropout: f64,
     init: Init,
     init_out: Init,
@@ -67,6 +43,13 @@ impl MultiHeadAttentionBuilder {
         bias: bool,
         /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
         span: Span,
+        /// Heads of keys and values, each of which serves equally many heads of queries; as many as these if not given.
+        kv_heads: Option<usize>,
+        /// Turns queries and keys by their positions, with pairs half a head apart; a table may be shared between layers.
+        rotary: Option<RotaryTable>,
+        /// Whether scores fall with the distance between query and key
+        /// ([`alibi_slope`](crate::ops::attention::alibi_slope)).
+        alibi: bool,
         /// Dropout of the attention probabilities while training; 0 if not given.
         dropout: f64,
         /// Initial values of the projection to Q, K and V; [`Init::KaimingUniform`] if not given.
@@ -74,23 +57,37 @@ impl MultiHeadAttentionBuilder {
         /// Initial values of the projection back; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The layer. Fails if the width does not divide into the heads, if the dropout lies outside [0, 1), or if the names are taken
-    /// in `params`.
+    /// The layer. Fails if the width does not divide into the heads, or these into groups of `kv_heads`, if the span has a width of 0, if
+    /// the rotary table is for other heads, if the dropout lies outside [0, 1), or if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<MultiHeadAttention> {
-        let MultiHeadAttentionBuilder { d, heads, span, dropout, .. } = self;
+        let MultiHeadAttentionBuilder { d, heads, span, alibi, dropout, .. } = self;
+        let kv_heads = self.kv_heads.unwrap_or(heads);
         if heads == 0 || !d.is_multiple_of(heads) {
             return Err(Error::invalid("MultiHeadAttention", format!("width {d} does not divide into {heads} heads")));
         }
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            let message = format!("{heads} heads of queries cannot share {kv_heads} heads of keys equally");
+            return Err(Error::invalid("MultiHeadAttention", message));
+        }
+        let head = d / heads;
+        if let Some(table) = self.rotary.as_ref().filter(|t| t.dim() != head) {
+            let message = format!("a rotary table for heads of {}, but these have {head} elements", table.dim());
+            return Err(Error::invalid("MultiHeadAttention", message));
+        }
+        span.validate()?;
         if !(0.0..1.0).contains(&dropout) {
             let message = format!("dropout {dropout}; it must lie in [0, 1)");
             return Err(Error::invalid("MultiHeadAttention", message));
         }
         let linear = |p, init| Linear::builder(d, p).bias(self.bias).layout(Layout::InOut).init(init);
         Ok(MultiHeadAttention {
-            qkv: linear(3 * d, self.init).build(&params.at("c_attn"))?,
+            qkv: linear(d + 2 * kv_heads * head, self.init).build(&params.at("c_attn"))?,
             out: linear(d, self.init_out).build(&params.at("c_proj"))?,
             heads,
+            kv_heads,
             span,
+            rotary: self.rotary,
+            alibi,
             dropout,
             id: params.id("attn_dropout"),
         })
@@ -106,7 +103,18 @@ impl MultiHeadAttention {
     /// Options for a layer of width `d` with `heads` heads.
     pub fn builder(d: usize, heads: usize) -> MultiHeadAttentionBuilder {
         let init = Init::KaimingUniform;
-        MultiHeadAttentionBuilder { d, heads, bias: true, span: Span::Full, dropout: 0.0, init, init_out: init }
+        MultiHeadAttentionBuilder {
+            d,
+            heads,
+            kv_heads: None,
+            bias: true,
+            span: Span::Full,
+            rotary: None,
+            alibi: false,
+            dropout: 0.0,
+            init,
+            init_out: init,
+        }
     }
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.qkv, &mut self.out]
@@ -124,22 +132,28 @@ impl MultiHeadAttention {
         let [b, t, d] = x.shape()[..] else {
             return Err(Error::shape("MultiHeadAttention", format!("input {:?}; it must be [B, T, d]", x.shape())));
         };
-        let qkv = self.qkv.forward(x, ctx)?.reshape(&[b, t, 3, self.heads, d / self.heads])?;
-        let mut options = AttentionOptions { documents: ctx.documents.clone(), ..AttentionOptions::new(self.span) };
+        let (h, kv, head) = (self.heads, self.kv_heads, d / self.heads);
+        let mut qkv = self.qkv.forward(x, ctx)?.reshape(&[b, t, h + 2 * kv, head])?;
+        if let Some(table) = &self.rotary {
+            qkv = qkv.rotary_heads(table, cache.as_ref().map_or(0, |c| c.seen()), Pairing::Half, h + kv)?;
+        }
+        let documents = ctx.documents.clone();
+        let mut options = AttentionOptions { alibi: self.alibi, documents, ..AttentionOptions::new(self.span) };
         if ctx.train && self.dropout > 0.0 {
             options.dropout = Some((self.dropout, ctx.dropout_seed(self.id)));
         }
+        let part = |from: usize, to: usize| qkv.slice(2, from..to);
         let y = match cache {
             Some(_) if ctx.documents.is_some() => {
                 let message = "a cache holds whole sequences; generate for sequences of one length, without documents";
                 return Err(Error::invalid("MultiHeadAttention", message));
             }
             Some(cache) => {
-                let part = |i: usize| qkv.slice(2, i..i + 1)?.squeeze(2);
-                let (k, v) = cache.extend(part(1)?, part(2)?, self.span)?;
-                attention(&part(0)?, &k, &v, &options)?
+                let (k, v) = cache.extend(part(h, h + kv)?, part(h + kv, h + 2 * kv)?, &mut options)?;
+                attention(&part(0, h)?, &k, &v, &options)?
             }
-            None => attention_qkv(&qkv, &options)?,
+            None if h == kv => attention_qkv(&qkv.reshape(&[b, t, 3, h, head])?, &options)?,
+            None => attention(&part(0, h)?, &part(h, h + kv)?, &part(h + kv, h + 2 * kv)?, &options)?,
         };
         self.out.forward(&y.reshape(&[b, t, d])?, ctx)
     }

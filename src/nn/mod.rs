@@ -19,6 +19,7 @@ macro_rules! setters {
 }
 
 mod attention;
+mod cache;
 mod contrastive;
 mod conv;
 mod embedding;
@@ -32,7 +33,8 @@ mod params;
 mod transformer;
 
 pub use crate::ops::conv::Sides;
-pub use attention::{KvCache, MultiHeadAttention, MultiHeadAttentionBuilder};
+pub use attention::{MultiHeadAttention, MultiHeadAttentionBuilder};
+pub use cache::KvCache;
 pub use contrastive::contrastive_loss;
 pub use conv::{Conv1d, Conv1dBuilder, Conv2d, Conv2dBuilder};
 pub use embedding::{Embedding, EmbeddingBag, EmbeddingBagBuilder, EmbeddingBuilder};

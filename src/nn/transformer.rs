@@ -6,6 +6,7 @@ use crate::base::Result;
 use crate::kernels::Activation;
 use crate::ops::attention::Span;
 use crate::ops::linear::Layout;
+use crate::ops::rotary::RotaryTable;
 
 /// Two linear layers with an activation between them, act(x·W₁ + b₁)·W₂ + b₂. The weights `c_fc` `[d, hidden]` and `c_proj` `[hidden, d]` lie as
 /// in GPT-2, inputs first.
@@ -111,7 +112,7 @@ impl SwiGlu {
 }
 
 /// Options of a [`TransformerBlock`], from [`TransformerBlock::builder`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TransformerBlockBuilder {
     d: usize,
     heads: usize,
@@ -119,6 +120,9 @@ pub struct TransformerBlockBuilder {
     moe: Option<MoeConfig>,
     act: Activation,
     span: Span,
+    kv_heads: Option<usize>,
+    rotary: Option<RotaryTable>,
+    alibi: bool,
     dropout: f64,
     attn_dropout: f64,
     eps: f64,
@@ -136,6 +140,12 @@ impl TransformerBlockBuilder {
         act: Activation,
         /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
         span: Span,
+        /// Heads of keys and values; as many as heads of queries if not given.
+        kv_heads: Option<usize>,
+        /// Turns queries and keys by their positions.
+        rotary: Option<RotaryTable>,
+        /// Whether scores fall with the distance between query and key.
+        alibi: bool,
         /// Dropout after attention and after the MLP; 0 if not given.
         dropout: f64,
         /// Dropout of attention probabilities; 0 if not given.
@@ -152,7 +162,8 @@ impl TransformerBlockBuilder {
     pub fn build(self, params: &Params) -> Result<TransformerBlock> {
         let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
         let norm = LayerNorm::builder(d).eps(self.eps);
-        let attn = MultiHeadAttention::builder(d, heads).span(self.span).dropout(self.attn_dropout);
+        let attn = MultiHeadAttention::builder(d, heads).span(self.span).kv_heads(self.kv_heads);
+        let attn = attn.rotary(self.rotary).alibi(self.alibi).dropout(self.attn_dropout);
         let feed = match &self.moe {
             None => {
                 let mlp = Mlp::builder(d, hidden).act(self.act).init(init).init_out(init_out);
@@ -209,6 +220,9 @@ impl TransformerBlock {
             moe: None,
             act: Activation::Gelu,
             span: Span::Full,
+            kv_heads: None,
+            rotary: None,
+            alibi: false,
             dropout: 0.0,
             attn_dropout: 0.0,
             eps: 1e-5,

@@ -16,7 +16,7 @@ use crate::device::cpu::simd::simd;
 use crate::kernels::gemm::Mat;
 use crate::kernels::gemm::kernel::{Kernel, Kernels, MAX_TILE};
 use crate::kernels::gemm::pack::{pack_a, pack_b};
-use crate::ops::attention::{Documents, Span};
+use crate::ops::attention::{Documents, Span, alibi_slope};
 use std::ops::Range;
 
 /// Sizes and options of one call.
@@ -31,6 +31,8 @@ pub struct Problem {
     pub dim: usize,
     pub span: Span,
     pub scale: f64,
+    pub alibi: bool,
+    pub skipped: usize,
     pub documents: Option<Documents>,
     pub dropout: Option<(f64, u64)>,
 }
@@ -64,16 +66,39 @@ impl Problem {
     pub fn has_padding(&self) -> bool {
         self.documents.as_ref().is_some_and(|d| d.has_padding(self.batch, self.queries))
     }
-    /// Keys that query `i` of a part sees.
+    /// Keys at the start of a part of so many that every later query sees, besides those in its window.
+    pub fn sinks(&self, keys: usize) -> usize {
+        match self.span {
+            Span::Sinks { sinks, .. } => sinks.min(keys),
+            _ => 0,
+        }
+    }
+    /// Keys that query `i` of a part sees, but for the [sinks](Problem::sinks).
     pub fn visible(&self, part: &Part, i: usize) -> Range<usize> {
         let p = part.start + i + self.keys.saturating_sub(self.queries);
         let (start, end) = match self.span {
             Span::Full => (0, self.keys),
             Span::Causal => (0, p + 1),
-            Span::Window(w) => ((p + 1).saturating_sub(w), p + 1),
+            Span::Window(w) | Span::Sinks { window: w, .. } => ((p + 1).saturating_sub(w), p + 1),
             Span::Block(b) => (p / b * b, p + 1),
         };
         start.max(part.start) - part.start..end.min(part.start + part.keys) - part.start
+    }
+    /// Number of (query, key) pairs of one head, over all parts.
+    pub fn pairs(&self) -> u64 {
+        let of = |part: &Part| -> u64 {
+            let sinks = self.sinks(part.keys);
+            let seen = |i| {
+                let range = self.visible(part, i);
+                range.len() + sinks.min(range.start)
+            };
+            (0..part.queries).map(|i| seen(i) as u64).sum()
+        };
+        match &self.documents {
+            // All sequences are alike.
+            None => self.parts().first().map_or(0, of) * self.batch as u64,
+            Some(_) => self.parts().iter().map(of).sum(),
+        }
     }
     /// Dropout factor of probability (b, h, i, j): 0 or 1/(1 − p).
     pub fn keep(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
@@ -172,18 +197,62 @@ impl Problem {
         let (a, b) = (self.visible(part, i0), self.visible(part, i1 - 1));
         a.start.min(b.start)..b.end.max(a.end)
     }
+    /// Stretches of keys, of whole tiles but for the end, that queries go through who see `any` and so many sinks.
+    fn stretches(any: &Range<usize>, sinks: usize, mr: usize) -> [Range<usize>; 2] {
+        let start = any.start / mr * mr;
+        [0..(sinks.div_ceil(mr) * mr).min(start), start..any.end]
+    }
 }
 
-/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key.
+/// What ALiBi takes from the scores of a tile: slope · (number of positions between query and key).
+struct Distances<T> {
+    slope: T,
+    /// Positions between the sinks, which are so many, and the next key.
+    skipped: usize,
+    sinks: usize,
+    /// 0, 1, 2, …: the queries of a panel.
+    lanes: [T; 64],
+}
+
+impl<T: Kernels> Distances<T> {
+    fn new(p: &Problem, h: usize) -> Option<Distances<T>> {
+        let lanes = std::array::from_fn(|c| T::from_f64(c as f64));
+        let slope = T::from_f64(alibi_slope(h, p.heads));
+        p.alibi.then(|| Distances { slope, skipped: p.skipped, sinks: p.sinks(p.keys), lanes })
+    }
+    /// Query `i` of the part is the first of the panel, key `j` the first of the tile.
+    #[inline(always)]
+    fn take_from(&self, tile: &mut [T], kern: &Kernel<T>, i: f64, j: usize) {
+        for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
+            let further = if j + r < self.sinks { self.skipped } else { 0 };
+            let from = T::from_f64(i - (j + r) as f64 + further as f64);
+            for (s, &lane) in row.iter_mut().zip(&self.lanes) {
+                let d = from + lane;
+                *s = *s - self.slope * d.abs();
+            }
+        }
+    }
+}
+
+/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key. Queries see the keys of
+/// their range, and the first `sinks` ones before it.
 #[inline(always)]
-fn mask_tile<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, scale: T, j0: usize, seen: &[Range<usize>], whole: bool) {
+fn mask_tile<T: Kernels>(
+    tile: &mut [T],
+    kern: &Kernel<T>,
+    scale: T,
+    j0: usize,
+    (seen, sinks): (&[Range<usize>], usize),
+    whole: bool,
+) {
     for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
         if whole {
             row.iter_mut().for_each(|s| *s *= scale);
         } else {
             let j = j0 + r;
+            let sink = j < sinks;
             for (s, seen) in row.iter_mut().zip(seen) {
-                *s = if j >= seen.start && j < seen.end { *s * scale } else { T::NEG_INFINITY };
+                *s = if (sink || j >= seen.start) && j < seen.end { *s * scale } else { T::NEG_INFINITY };
             }
         }
     }
@@ -191,10 +260,12 @@ fn mask_tile<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, scale: T, j0: usize, 
 
 /// Zeros where a query does not see a key, whatever stands there: a NaN of a key stays with the queries that see it.
 #[inline(always)]
-fn clear_unseen<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, j0: usize, seen: &[Range<usize>]) {
+fn clear_unseen<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, j0: usize, (seen, sinks): (&[Range<usize>], usize)) {
     for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
+        let j = j0 + r;
+        let sink = j < sinks;
         for (s, seen) in row.iter_mut().zip(seen) {
-            *s = if seen.contains(&(j0 + r)) { *s } else { T::ZERO };
+            *s = if (sink || j >= seen.start) && j < seen.end { *s } else { T::ZERO };
         }
     }
 }
@@ -266,7 +337,9 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
             let qm = q.mat(part, h, part.queries);
             // Only the keys this stretch can see are packed.
             let range = p.visible_to(part, panels.start * nr, (panels.end * nr).min(part.queries));
-            let base = range.start / mr * mr;
+            let (sinks, behind) = (p.sinks(part.keys), p.keys.saturating_sub(p.queries) as f64);
+            let distances = Distances::new(p, h);
+            let base = if sinks > 0 { 0 } else { range.start / mr * mr };
             let r = base..range.end.min(part.keys).max(base);
             let (ks, vs) = (km.rows_of(&r), vm.rows_of(&r));
             pack_rows(&ks, &kern, kbuf.get());
@@ -281,9 +354,13 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                 acc.fill(T::ZERO);
                 let mut m = [T::NEG_INFINITY; 64];
                 let mut z = [T::ZERO; 64];
-                let mut j0 = any.start / mr * mr;
-                while j0 < any.end {
-                    let j1 = (j0 + keys_max).min(any.end.div_ceil(mr) * mr);
+                let mut begun = false;
+                let stretches = Problem::stretches(&any, sinks, mr);
+                let passes = stretches.iter().flat_map(|r| {
+                    let end = r.end.div_ceil(mr) * mr;
+                    (r.start..r.end).step_by(keys_max).map(move |j0| (j0, (j0 + keys_max).min(end)))
+                });
+                for (j0, j1) in passes {
                     let s = &mut sbuf.get::<T>()[..(j1 - j0) * nr];
                     let mut top = m;
                     for (t, tile) in s.chunks_exact_mut(mr * nr).enumerate() {
@@ -293,7 +370,11 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                         simd(
                             #[inline(always)]
                             || {
-                                mask_tile(tile, &kern, scale, j, &seen, j >= all.start && j + mr <= all.end);
+                                let whole = j >= all.start && j + mr <= all.end;
+                                mask_tile(tile, &kern, scale, j, (&seen, sinks), whole);
+                                if let Some(distances) = &distances {
+                                    distances.take_from(tile, &kern, i0 as f64 + behind, j);
+                                }
                                 for row in tile.chunks_exact(nr) {
                                     for (m, &s) in top.iter_mut().zip(row) {
                                         *m = if s > *m { s } else { *m };
@@ -319,7 +400,7 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                                     *z += *s;
                                 }
                             }
-                            if j0 > any.start / mr * mr {
+                            if begun {
                                 for row in acc.chunks_exact_mut(nr) {
                                     row.iter_mut().zip(&alpha).for_each(|(o, &a)| *o *= a);
                                 }
@@ -327,6 +408,7 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                         },
                     );
                     m = top;
+                    begun = true;
                     if p.dropout.is_some() {
                         drop_probabilities(p, s, (b, h), (part.start + i0, nr), part.start + j0);
                     }
@@ -344,7 +426,6 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                             || o.iter_mut().zip(&tile).for_each(|(o, &t)| *o += t),
                         );
                     }
-                    j0 = j1;
                 }
                 for c in 0..nr.min(part.queries - i0) {
                     let i = part.start + i0 + c;
@@ -430,7 +511,9 @@ pub fn backward<T: Kernels>(
             let (ksum, vsum) = (ksum.get::<T>(), vsum.get::<T>());
             ksum.fill(T::ZERO);
             vsum.fill(T::ZERO);
+            let (sinks, behind) = (p.sinks(part.keys), p.keys.saturating_sub(p.queries) as f64);
             for h in kv * group..(kv + 1) * group {
+                let distances = Distances::new(p, h);
                 let (qm, gm) = (q.mat(part, h, part.queries), grad.mat(part, h, part.queries));
                 let mut i0 = 0;
                 while i0 < part.queries {
@@ -459,9 +542,12 @@ pub fn backward<T: Kernels>(
                     let any = p.visible_to(part, i0, i0 + live);
                     let qsum = &mut qsum.get::<T>()[..panels * dp * tile_len];
                     qsum.fill(T::ZERO);
-                    let mut j0 = any.start / mr * mr;
-                    while j0 < any.end {
-                        let j1 = (j0 + keys_max).min(any.end.div_ceil(mr) * mr);
+                    let stretches = Problem::stretches(&any, sinks, mr);
+                    let passes = stretches.iter().flat_map(|r| {
+                        let end = r.end.div_ceil(mr) * mr;
+                        (r.start..r.end).step_by(keys_max).map(move |j0| (j0, (j0 + keys_max).min(end)))
+                    });
+                    for (j0, j1) in passes {
                         let ds_all = dsbuf.get::<T>();
                         for j in (j0..j1).step_by(mr) {
                             let [pt, dst] = &mut turned;
@@ -472,7 +558,7 @@ pub fn backward<T: Kernels>(
                                 let at = (c * keys_max + j - j0) * nr;
                                 let ds = &mut ds_all[at..at + tile_len];
                                 let cols = nr.min(live - c * nr);
-                                if j + mr <= reach_any.start || j >= reach_any.end {
+                                if (j >= sinks && j + mr <= reach_any.start) || j >= reach_any.end {
                                     ds.fill(T::ZERO);
                                     pt[c * nr * mr..][..cols * mr].fill(T::ZERO);
                                     dst[c * nr * mr..][..cols * mr].fill(T::ZERO);
@@ -497,14 +583,18 @@ pub fn backward<T: Kernels>(
                                 simd(
                                     #[inline(always)]
                                     || {
-                                        mask_tile(prob, &kern, scale, j, seen, whole);
+                                        mask_tile(prob, &kern, scale, j, (seen, sinks), whole);
+                                        if let Some(distances) = &distances {
+                                            let i = (i0 + c * nr) as f64 + behind;
+                                            distances.take_from(prob, &kern, i, j);
+                                        }
                                         for row in prob.chunks_exact_mut(nr) {
                                             for (s, &l) in row.iter_mut().zip(lse) {
                                                 *s = (*s - l).exp();
                                             }
                                         }
                                         if !whole {
-                                            clear_unseen(prob, &kern, j, seen);
+                                            clear_unseen(prob, &kern, j, (seen, sinks));
                                         }
                                     },
                                 );
@@ -527,7 +617,7 @@ pub fn backward<T: Kernels>(
                                             }
                                         }
                                         if !whole {
-                                            clear_unseen(ds, &kern, j, seen);
+                                            clear_unseen(ds, &kern, j, (seen, sinks));
                                         }
                                         turn(kept, &mut pt[c * nr * mr..], mr, nr, cols);
                                         turn(ds, &mut dst[c * nr * mr..], mr, nr, cols);
@@ -551,7 +641,6 @@ pub fn backward<T: Kernels>(
                                 add_product(&kern, keys, a, ds, &mut qsum[at..at + tile_len]);
                             }
                         }
-                        j0 = j1;
                     }
                     for i in 0..live {
                         // SAFETY: each (b, h, i) belongs to one task.

@@ -14,7 +14,7 @@ fn shape(p: &Problem) -> AttentionShape {
     let (span, width) = match p.span {
         Span::Full => (layouts::SPAN_FULL, 0),
         Span::Causal => (layouts::SPAN_CAUSAL, 0),
-        Span::Window(w) => (layouts::SPAN_WINDOW, w),
+        Span::Window(w) | Span::Sinks { window: w, .. } => (layouts::SPAN_WINDOW, w),
         Span::Block(b) => (layouts::SPAN_BLOCK, b),
     };
     let (drop, seed) = p.dropout.unwrap_or((0.0, 0));
@@ -26,8 +26,12 @@ fn shape(p: &Problem) -> AttentionShape {
         kv_heads: p.kv_heads as i64,
         dim: p.dim as i64,
         width: width as i64,
+        sinks: p.sinks(p.keys) as i64,
+        skipped: p.skipped as i64,
+        alibi: if p.alibi { 1 << p.heads.max(1).ilog2() } else { 0 },
         seed,
-        scale: p.scale,
+        // Kernels that take the bias before they scale divide by it.
+        scale: if p.alibi && p.scale == 0.0 { 1e-30 } else { p.scale },
         drop,
         span,
         ..bytemuck::Zeroable::zeroed()

@@ -2,7 +2,7 @@
 //! holding a T × T matrix.
 //!
 //! softmax(Q·Kᵀ·scale + mask)·V, mask by [`Span`]. FLOPs 4·pairs·D forward and 10·pairs·D backward, pairs the number of
-//! visible (query, key) pairs: a narrower span costs proportionally less.
+//! visible (query, key) pairs: a narrower span costs proportionally less. Scores may fall with the distance (ALiBi).
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -36,6 +36,67 @@ pub enum Span {
     Window(usize),
     /// Keys at or before the query within its block of b positions.
     Block(usize),
+    /// The last `window` keys up to the query, and the first `sinks` keys of its document (attention sinks, Xiao et al. 2024).
+    Sinks {
+        /// Keys up to the query, itself included.
+        window: usize,
+        /// Keys at the start of the document.
+        sinks: usize,
+    },
+}
+
+impl Span {
+    /// Number of (query, key) pairs that one head computes over a sequence of `tokens`: forward takes 4·pairs·D FLOPs.
+    ///
+    /// ```
+    /// use prismgrad::ops::attention::Span;
+    /// assert_eq!([Span::Causal, Span::Block(4), Span::Window(3)].map(|s| s.pairs(8)), [36, 20, 21]);
+    /// ```
+    pub fn pairs(self, tokens: usize) -> u64 {
+        let n = tokens as u64;
+        let triangle = |n: u64| n * (n + 1) / 2;
+        let window = |w: u64| triangle(n.min(w)) + n.saturating_sub(w) * w;
+        match self {
+            Span::Full => n * n,
+            Span::Causal => triangle(n),
+            Span::Window(w) => window(w as u64),
+            Span::Block(b) => n.checked_div(b as u64).map_or(0, |k| k * triangle(b as u64) + triangle(n % b as u64)),
+            // Query p sees, besides its window, the sinks that lie before it: min(sinks, p + 1 − window).
+            Span::Sinks { window: w, sinks } => {
+                let before = n.saturating_sub(w as u64);
+                window(w as u64)
+                    + triangle(before.min(sinks as u64))
+                    + before.saturating_sub(sinks as u64) * sinks as u64
+            }
+        }
+    }
+    /// Most keys that a query sees; `None` where it grows with the sequence. A cache needs no more of them.
+    pub fn reach(self) -> Option<usize> {
+        match self {
+            Span::Full | Span::Causal => None,
+            Span::Window(n) | Span::Block(n) => Some(n),
+            Span::Sinks { window, sinks } => Some(window.saturating_add(sinks)),
+        }
+    }
+    /// Refuses a width of 0.
+    pub fn validate(self) -> Result<()> {
+        match self {
+            Span::Window(0) | Span::Block(0) | Span::Sinks { window: 0, .. } => {
+                Err(Error::invalid("attention", "a span of 0 positions; use 1 or more"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Slope of a head's bias by distance, ALiBi (Press et al. 2022): 2^(−8(h + 1)/H) for head h of a power of two H. Of other numbers of
+/// heads, the first have the slopes of the largest power of two below, and the rest every other slope of twice as many.
+pub fn alibi_slope(head: usize, heads: usize) -> f64 {
+    let most = (1usize << heads.max(1).ilog2()) as f64;
+    match (head as f64, most) {
+        (h, m) if h < m => (-8.0 * (h + 1.0) / m).exp2(),
+        (h, m) => (-4.0 * (2.0 * (h - m) + 1.0) / m).exp2(),
+    }
 }
 
 /// What attention needs besides Q, K and V.
@@ -45,6 +106,11 @@ pub struct AttentionOptions {
     pub span: Span,
     /// Factor of the scores; 1/√D if not given.
     pub scale: Option<f64>,
+    /// Whether scores fall with the distance: [`alibi_slope`] · |query − key| is taken from each.
+    pub alibi: bool,
+    /// Positions between the sinks of a [`Span::Sinks`] and the key after them: those that a cache has forgotten. Sinks are so much
+    /// further away for `alibi`. Forwards only.
+    pub skipped: usize,
     /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
     /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence.
     pub documents: Option<Documents>,
@@ -55,7 +121,7 @@ pub struct AttentionOptions {
 impl AttentionOptions {
     /// A span with the usual scale, one document, no dropout.
     pub fn new(span: Span) -> Self {
-        AttentionOptions { span, scale: None, documents: None, dropout: None }
+        AttentionOptions { span, scale: None, alibi: false, skipped: 0, documents: None, dropout: None }
     }
 }
 
@@ -92,6 +158,8 @@ static ATTENTION: OpInfo = OpInfo {
             let o = AttentionOptions {
                 span: [Span::Full, Span::Causal, Span::Window(3), Span::Block(2)][g.size(0, 3)],
                 scale: Some(0.4),
+                alibi: false,
+                skipped: 0,
                 documents: Some(Documents::packed(&[0, cut, t])),
                 dropout: g.chance(0.5).then_some((0.3, g.bits())),
             };
@@ -112,6 +180,23 @@ static ATTENTION: OpInfo = OpInfo {
                 return Ok(Case::new(vec![g.array(&[b, t, 3, 1, d])], move |x| attention_qkv(&x[0], &o)));
             }
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, t, kv, d]), g.array(&[b, t, kv, d])];
+            Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
+        },
+        // Sinks beside a window, and biases by distance.
+        |g: &mut Gen| {
+            let (b, t, d) = (g.size(1, 2), g.side(2, 9), g.extent(1, 4).min(128));
+            let (kv, group, cut) = (g.size(1, 2), g.size(1, 3), g.size(0, t));
+            let packed = g.chance(0.4);
+            let s = if packed { t } else { t + g.size(0, 3) };
+            let spans =
+                [Span::Sinks { window: g.size(1, 4), sinks: g.size(0, 4) }, Span::Full, Span::Causal, Span::Block(3)];
+            let o = AttentionOptions {
+                alibi: g.chance(0.6),
+                documents: packed.then(|| Documents::packed(&[0, cut, t])),
+                dropout: g.chance(0.3).then_some((0.3, g.bits())),
+                ..AttentionOptions::new(spans[[0, 0, 1, 2, 3][g.size(0, 4)]])
+            };
+            let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
         },
     ],
@@ -313,6 +398,8 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
         dim: d,
         span: o.span,
         scale: o.scale.unwrap_or(1.0 / (d.max(1) as f64).sqrt()),
+        alibi: o.alibi,
+        skipped: o.skipped,
         documents: o.documents.clone(),
         dropout: o.dropout,
     }
@@ -321,14 +408,9 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
 /// Says what the spans cost, 4 (forward) or 10 (backward) · pairs · D.
 fn cost(p: &cpu::Problem, each: f64, size: usize) {
     if spans::is_on() {
-        let pairs: usize = p
-            .parts()
-            .iter()
-            .map(|part| (0..part.queries).map(|i| p.visible(part, i).len()).sum::<usize>())
-            .sum::<usize>()
-            / p.batch.max(1);
+        let pairs = p.pairs() * p.heads as u64;
         let elements = p.batch * p.dim * 2 * (p.queries * p.heads + p.keys * p.kv_heads);
-        spans::cost(each * (pairs * p.dim * p.batch * p.heads) as f64, (elements * size) as f64);
+        spans::cost(each * (pairs * p.dim as u64) as f64, (elements * size) as f64);
     }
 }
 
@@ -344,6 +426,12 @@ fn unit_last(a: &Array) -> Array {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
+    if options.skipped > 0 && Tensor::would_record(&[q, k, v], &[]) {
+        return Err(Error::invalid(
+            "attention",
+            "skipped positions are for generation and have no gradient; use no_grad",
+        ));
+    }
     let saved = forward(q, k, v, &masked(options))?;
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
 }
@@ -376,9 +464,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     if options.span != Span::Full && s < t {
         return bad("a causal span needs at least as many keys as queries".into());
     }
-    if matches!(options.span, Span::Window(0) | Span::Block(0)) {
-        return Err(Error::invalid("attention", "a span of 0 positions; use 1 or more"));
-    }
+    options.span.validate()?;
     if let Some(documents) = &options.documents {
         if s != t {
             return bad("documents need as many keys as queries".into());

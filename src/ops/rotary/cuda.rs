@@ -7,12 +7,12 @@ use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
 /// Rotary position embedding of `x [B, T, H, D]` (unit stride along D) with tables `[positions, D/2]`, row 0 at position
-/// `offset`; pairs interleaved or half apart, forwards or back.
+/// `offset`, the first `turned` heads; pairs interleaved or half apart, forwards or back.
 pub(crate) fn rotary(
     gpu: &Arc<Gpu>,
     x: &Array,
     (cos, sin): (&Array, &Array),
-    offset: usize,
+    (offset, turned): (usize, usize),
     (interleaved, inverse): (bool, bool),
 ) -> Result<Array> {
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
@@ -21,6 +21,7 @@ pub(crate) fn rotary(
         batch: s[0] as i64,
         time: s[1] as i64,
         heads: s[2] as i64,
+        turned: turned as i64,
         half: (s[3] / 2) as i64,
         step_b: st[0] as i64,
         step_t: st[1] as i64,

@@ -115,7 +115,9 @@ static ROTARY: OpInfo = OpInfo {
         let offset = g.size(0, 3);
         let table = RotaryTable::new(offset + t + g.size(0, 2), 2 * half, 100.0)?;
         let pairing = if g.chance(0.5) { Pairing::Half } else { Pairing::Interleaved };
-        Ok(Case::new(vec![g.array(&[b, t, h, 2 * half])], move |x| x[0].rotary(&table, offset, pairing)))
+        let turned = if g.chance(0.5) { h } else { g.size(0, h) };
+        let x = g.array(&[b, t, h, 2 * half]);
+        Ok(Case::new(vec![x], move |x| x[0].rotary_heads(&table, offset, pairing, turned)))
     }],
 };
 
@@ -124,7 +126,7 @@ pub static OPS: &[&OpInfo] = &[&ROTARY];
 
 struct Back {
     table: RotaryTable,
-    offset: usize,
+    place: (usize, usize),
     pairing: Pairing,
 }
 
@@ -136,13 +138,20 @@ impl Rule for Back {
         one(y.mixing(3, y.shape))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
-        back.input(0, turn(&grad, &self.table, self.offset, self.pairing, true)?);
+        back.input(0, turn(&grad, &self.table, self.place, self.pairing, true)?);
         Ok(())
     }
 }
 
-/// Turns `x [B, T, H, D]`, backwards if `inverse`. Strided inputs (a slice of a fused projection) are read in place.
-fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse: bool) -> Result<Array> {
+/// Turns the first `turned` heads of `x [B, T, H, D]`, whose row 0 stands at `offset`; backwards if `inverse`. Strided inputs (a slice of
+/// a fused projection) are read in place.
+fn turn(
+    x: &Array,
+    table: &RotaryTable,
+    (offset, turned): (usize, usize),
+    pairing: Pairing,
+    inverse: bool,
+) -> Result<Array> {
     let x = if x.strides()[3] == 1 { x.clone() } else { x.contiguous() };
     let (t_count, h_count, d) = (x.shape()[1], x.shape()[2], x.shape()[3]);
     let half = d / 2;
@@ -162,6 +171,9 @@ fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse
                     let (h, t, b) = (row % h_count, row / h_count % t_count, row / h_count / t_count);
                     let at = b * strides[0] + t * strides[1] + h * strides[2];
                     let place = (offset + t) * half..(offset + t + 1) * half;
+                    if h >= turned {
+                        return y.copy_from_slice(&src[at..at + d]);
+                    }
                     turn_row(&src[at..at + d], (&cos[place.clone()], &sin[place]), sign, pairing, y);
                 });
                 Ok(out)
@@ -169,7 +181,7 @@ fn turn(x: &Array, table: &RotaryTable, offset: usize, pairing: Pairing, inverse
         },
         |gpu, [x]| {
             let (cos, sin) = table.on_gpu(gpu, x.dtype().compute())?;
-            cuda::rotary(gpu, &x, (&cos, &sin), offset, (pairing == Pairing::Interleaved, inverse))
+            cuda::rotary(gpu, &x, (&cos, &sin), (offset, turned), (pairing == Pairing::Interleaved, inverse))
         },
     )
 }
@@ -203,6 +215,11 @@ impl Tensor {
     /// Rotary position embedding of queries or keys `[B, T, H, D]`: row t stands at position `offset + t` (the number of
     /// cached positions when decoding, 0 otherwise).
     pub fn rotary(&self, table: &RotaryTable, offset: usize, pairing: Pairing) -> Result<Tensor> {
+        self.rotary_heads(table, offset, pairing, usize::MAX)
+    }
+    /// As [`Tensor::rotary`] of the first `turned` heads alone; the others stay as they are. A fused projection `[B, T, 3·H, D]` of
+    /// queries, keys and values is turned in one pass with `turned = 2·H`.
+    pub fn rotary_heads(&self, table: &RotaryTable, offset: usize, pairing: Pairing, turned: usize) -> Result<Tensor> {
         let _op = spans::op("rotary");
         self.dtype().expect_float("rotary")?;
         let &[_, t, _, d] = self.shape() else {
@@ -220,7 +237,8 @@ impl Tensor {
                 format!("positions {offset}..{} of a table of {}; build a longer table", offset + t, table.len()),
             ));
         }
-        let y = turn(self.array(), table, offset, pairing, false)?;
-        Ok(Tensor::record(y, &[self], &[], || Back { table: table.clone(), offset, pairing }))
+        let place = (offset, turned.min(self.shape()[2]));
+        let y = turn(self.array(), table, place, pairing, false)?;
+        Ok(Tensor::record(y, &[self], &[], || Back { table: table.clone(), place, pairing }))
     }
 }
