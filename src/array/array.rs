@@ -59,11 +59,11 @@ impl Array {
 
     /// An array on the CPU with unspecified contents; the caller writes every element.
     pub(crate) fn uninit(shape: &[usize], dtype: DType) -> Array {
-        Array::over(Storage::cpu(shape::numel(shape) * dtype.size()), shape, dtype)
+        Array::over(Storage::cpu(shape::bytes(shape, dtype.size())), shape, dtype)
     }
     /// The same on a GPU.
     pub(crate) fn uninit_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
-        Ok(Array::over(Storage::cuda(gpu, shape::numel(shape) * dtype.size())?, shape, dtype))
+        Ok(Array::over(Storage::cuda(gpu, shape::bytes(shape, dtype.size()))?, shape, dtype))
     }
     /// Memory on a device with whatever is in it, for what is about to be written as a whole.
     pub(crate) fn uninit_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
@@ -79,7 +79,7 @@ impl Array {
     /// function of this kind. Where a GPU has no memory left, the error is that of the array's first use.
     pub fn zeros(shape: &[usize], at: impl Into<ArrayOptions>) -> Array {
         let ArrayOptions { dtype, device } = at.into();
-        let bytes = shape::numel(shape) * dtype.size();
+        let bytes = shape::bytes(shape, dtype.size());
         match device.gpu() {
             None => Array::over(Storage::Cpu(Arc::new(Buffer::zeroed(bytes))), shape, dtype),
             Some(gpu) => Array::made(gpu, shape, dtype, || {
@@ -146,7 +146,7 @@ impl Array {
     }
     /// Little-endian bytes, row-major, as in safetensors.
     pub fn from_bytes(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Array> {
-        let want = shape::numel(shape) * dtype.size();
+        let want = shape::numel(shape).saturating_mul(dtype.size());
         if bytes.len() != want {
             return Err(Error::shape(
                 "from_bytes",
@@ -297,7 +297,7 @@ impl Array {
     /// Copies `src` (of this dtype) over the elements from `at` on, row-major, on whatever device this array is; copies
     /// it first if it is shared.
     pub fn write(&mut self, at: usize, src: &Array) -> Result<()> {
-        if src.dtype != self.dtype || at + src.numel() > self.numel() {
+        if src.dtype != self.dtype || at.checked_add(src.numel()).is_none_or(|end| end > self.numel()) {
             return Err(Error::shape(
                 "write",
                 format!("{:?} {} at {at} of {:?} {}", src.shape, src.dtype, self.shape, self.dtype),

@@ -8,14 +8,29 @@ pub type Dims = SmallVec<[usize; 6]>;
 
 /// Product of the sizes; 1 for a scalar.
 pub fn numel(shape: &[usize]) -> usize {
-    shape.iter().product()
+    match shape.contains(&0) {
+        true => 0,
+        // A number that no memory holds and that no slice has as its length, where the product has none.
+        false => shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).unwrap_or(usize::MAX),
+    }
+}
+
+/// Bytes of an array that is stored as a whole.
+///
+/// # Panics
+/// Where no memory can hold them: what comes from files and configurations is checked before this.
+pub fn bytes(shape: &[usize], size: usize) -> usize {
+    match numel(shape).checked_mul(size).filter(|b| *b <= isize::MAX as usize) {
+        Some(bytes) => bytes,
+        None => panic!("an array of shape {shape:?} with {size} bytes an element is larger than any memory"),
+    }
 }
 
 /// Row-major strides of `shape`, in elements.
 pub fn contiguous_strides(shape: &[usize]) -> Dims {
     let mut strides: Dims = SmallVec::from_elem(1, shape.len());
     for d in (0..shape.len().saturating_sub(1)).rev() {
-        strides[d] = strides[d + 1] * shape[d + 1].max(1);
+        strides[d] = strides[d + 1].saturating_mul(shape[d + 1].max(1));
     }
     strides
 }

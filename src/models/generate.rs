@@ -131,6 +131,11 @@ pub fn generate(
         let logits = crate::no_grad(|| model.forward_cached(&ids, &mut caches, past, &ctx))?;
         past += new.len();
         let last = logits.array().slice(1, new.len() - 1..new.len())?.to_f64();
+        if let Some(i) = last.iter().position(|l| l.is_nan()) {
+            let message =
+                format!("the logit of token {i} is NaN after {} tokens: the model's values are no numbers", text.len());
+            return Err(Error::invalid("generate", message));
+        }
         let token = sampling.draw(&last, &mut rng);
         text.push(token);
         if Some(token) == stop {

@@ -17,6 +17,8 @@ use crate::ops::loss::{CrossEntropy, cross_entropy};
 use crate::ops::rotary::RotaryTable;
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// How a layer's attention is told where its queries and keys stand, besides what the table of learned positions says.
@@ -82,6 +84,10 @@ pub struct GptConfig {
     /// The mixture of experts of each layer, `None` where it has an MLP; MLPs everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moe: Option<Vec<Option<MoeConfig>>>,
+    /// What else a file says, such as `eos_token_id`: kept, and written again. Options that would change the numbers are refused by
+    /// [`GptConfig::validate`].
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
 }
 
 fn is_true(b: &bool) -> bool {
@@ -116,6 +122,7 @@ impl Default for GptConfig {
             layer_positions: None,
             rope_theta: 1e4,
             moe: None,
+            other: BTreeMap::new(),
         }
     }
 }
@@ -178,7 +185,25 @@ impl GptConfig {
             }
         })
     }
-    /// Refuses sizes that make no model.
+    /// Number of parameters at least (those of biases and norms are left out); `None` where it is no number of 64 bits.
+    fn parameters(&self) -> Option<usize> {
+        let d = self.n_embd;
+        let inner = self.n_inner.map_or_else(|| d.checked_mul(4), Some)?;
+        let tokens = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
+        let positions = if self.learned_positions { self.n_positions.checked_mul(d)? } else { 0 };
+        let mlp = d.checked_mul(inner)?.checked_mul(2)?;
+        let attention = d.checked_mul(d)?.checked_mul(2)?;
+        let layers = match &self.moe {
+            None => attention.checked_add(mlp)?.checked_mul(self.n_layer)?,
+            Some(_) => attention.checked_mul(self.n_layer)?,
+        };
+        let experts = self.moe.iter().flatten().try_fold(0usize, |sum, c| {
+            let one = c.map_or(Some(mlp), |c| d.checked_mul(c.hidden)?.checked_mul(2)?.checked_mul(c.experts));
+            sum.checked_add(one?)
+        })?;
+        tokens.checked_add(positions)?.checked_add(layers)?.checked_add(experts)
+    }
+    /// Refuses sizes that make no model, and options that are not there.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -197,6 +222,43 @@ impl GptConfig {
             ));
         }
         let bad = |message: String| Err(Error::invalid("GptConfig", message));
+        if self.model_type != "gpt2" {
+            return bad(format!("model_type {:?}; this is gpt2", self.model_type));
+        }
+        // Options of GPT-2's that change the numbers, and the values with which they do not.
+        for (name, usual) in [
+            ("scale_attn_weights", true),
+            ("scale_attn_by_inverse_layer_idx", false),
+            ("add_cross_attention", false),
+            ("is_encoder_decoder", false),
+        ] {
+            if let Some(v) = self.other.get(name).filter(|v| **v != Value::Bool(usual)) {
+                return bad(format!("{name} is {v}, which is not there; it must be {usual}"));
+            }
+        }
+        if let Some(v) = self.other.get("quantization_config").filter(|v| !v.is_null()) {
+            return bad(format!("quantization_config is {v}; weights must not be quantised"));
+        }
+        for (name, p) in
+            [("embd_pdrop", self.embd_pdrop), ("attn_pdrop", self.attn_pdrop), ("resid_pdrop", self.resid_pdrop)]
+        {
+            if !(0.0..1.0).contains(&p) {
+                return bad(format!("{name} {p}; it must lie in [0, 1)"));
+            }
+        }
+        for (name, x) in
+            [("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_range", self.initializer_range)]
+        {
+            if !(x.is_finite() && x >= 0.0) {
+                return bad(format!("{name} {x}; it must be 0 or more"));
+            }
+        }
+        if self.parameters().is_none_or(|n| n > isize::MAX as usize / 8) {
+            return bad(format!(
+                "vocab_size {}, n_positions {}, n_embd {} and n_layer {} make a model that no memory holds",
+                self.vocab_size, self.n_positions, self.n_embd, self.n_layer
+            ));
+        }
         if let Some(spans) = &self.spans {
             if spans.len() != self.n_layer {
                 return bad(format!("{} spans for {} layers", spans.len(), self.n_layer));
@@ -532,13 +594,22 @@ impl Gpt {
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read model configuration", &path, e))?;
         let config: GptConfig =
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
+        config.validate()?;
+        let file = SafeTensors::open(dir.join("model.safetensors"))?;
+        // Nothing is allocated that the file cannot fill.
+        let held: u128 = file.tensors().iter().map(|t| t.shape.iter().map(|&d| d as u128).product::<u128>()).sum();
+        if let Some(n) = config.parameters().filter(|&n| n as u128 > held) {
+            let message =
+                format!("config.json describes a model of at least {n} parameters, the file has {held} numbers");
+            return Err(Error::format(file.path(), message));
+        }
         // No initial values are drawn: each is in the file.
         let params = Params::new(0, DType::F32);
         let mut model = Gpt::over(config, params.drawing(false))?;
         model.params = params;
         // Files of Hugging Face hold causal masks beside the parameters.
         let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
-        take(&model.params.all(), &SafeTensors::open(dir.join("model.safetensors"))?, &name, Strict::AllowUnexpected)?;
+        take(&model.params.all(), &file, &name, Strict::AllowUnexpected)?;
         Ok(model)
     }
 }

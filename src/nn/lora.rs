@@ -10,6 +10,8 @@ use crate::kernels::Activation;
 use crate::ops::linear::{Layout, linear};
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// Rank, scale and targets of adapters; serialised as PEFT's `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +30,9 @@ pub struct LoraConfig {
     pub bias: String,
     /// Always `CAUSAL_LM`.
     pub task_type: String,
+    /// What else PEFT wrote. Settings that would change the numbers are refused by [`LoraConfig::validate`]; the others are kept.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
 }
 
 impl LoraConfig {
@@ -41,10 +46,52 @@ impl LoraConfig {
             fan_in_fan_out: true,
             bias: "none".into(),
             task_type: "CAUSAL_LM".into(),
+            other: BTreeMap::new(),
         }
     }
-    /// Fails for a rank of 0, an α that is not finite, and a kind that is not `LORA`.
+    /// Fails for a rank of 0, an α that is not finite, a kind that is not `LORA`, and options of PEFT that would change the numbers.
     pub fn validate(&self) -> Result<()> {
+        let bad = |message: String| Err(Error::invalid("LoRA", message));
+        if self.bias != "none" {
+            return bad(format!("bias {:?}; adapters leave biases frozen (\"none\")", self.bias));
+        }
+        for name in [
+            "alpha_pattern",
+            "rank_pattern",
+            "modules_to_save",
+            "use_rslora",
+            "use_dora",
+            "layers_to_transform",
+            "layers_pattern",
+            "exclude_modules",
+            "lora_bias",
+            "target_parameters",
+            "trainable_token_indices",
+            "layer_replication",
+            "eva_config",
+            "corda_config",
+            "loftq_config",
+            "megatron_config",
+            "qalora_group_size",
+            "use_qalora",
+            "alora_invocation_tokens",
+            "arrow_config",
+            "ensure_weight_tying",
+        ] {
+            let usual = |v: &Value| match v {
+                Value::Null | Value::Bool(false) => true,
+                Value::Object(o) => o.is_empty(),
+                Value::Array(a) => a.is_empty(),
+                // What says something only where the option beside it is on.
+                Value::Number(_) => name == "qalora_group_size",
+                _ => false,
+            };
+            if let Some(v) = self.other.get(name).filter(|v| !usual(v)) {
+                return bad(format!(
+                    "the adapter's {name} is {v}, which is not there; merge it with PEFT first, or train without it"
+                ));
+            }
+        }
         if self.r == 0 || !self.lora_alpha.is_finite() || self.peft_type != "LORA" {
             let what = format!("{} of rank {} and α {}", self.peft_type, self.r, self.lora_alpha);
             return Err(Error::invalid(

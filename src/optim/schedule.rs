@@ -74,12 +74,20 @@ impl Schedule {
             }
         }
     }
-    /// Refuses rates that are not positive and finite.
+    /// Refuses rates that are not positive and finite, and a floor outside of [0, 1].
     pub fn validate(&self) -> Result<()> {
         let rates = match *self {
             Schedule::Constant { lr } | Schedule::Cosine { lr, .. } | Schedule::Linear { lr, .. } => [lr; 2],
             Schedule::Switch { lr, then, .. } => [lr, then],
         };
+        if let Schedule::Cosine { floor, .. } = *self
+            && !(0.0..=1.0).contains(&floor)
+        {
+            return Err(Error::invalid(
+                "schedule",
+                format!("a floor of {floor}; it must lie in [0, 1], a share of the peak"),
+            ));
+        }
         match rates.into_iter().find(|lr| !(lr.is_finite() && *lr > 0.0)) {
             None => Ok(()),
             Some(lr) => {
@@ -113,5 +121,10 @@ mod tests {
     fn bad_rates_are_refused() {
         assert!(Schedule::constant(f64::NAN).validate().is_err());
         assert!(Schedule::constant(0.0).validate().is_err());
+        for floor in [f64::NAN, -5.0, f64::INFINITY, 7.0] {
+            let s = Schedule::Cosine { lr: 1.0, warmup: 0, total: 10, floor };
+            assert!(s.validate().unwrap_err().to_string().contains("[0, 1]"), "{floor}");
+        }
+        assert!(Schedule::Cosine { lr: 1.0, warmup: 20, total: 10, floor: 0.0 }.validate().is_ok());
     }
 }

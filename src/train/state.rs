@@ -17,7 +17,14 @@ struct State<X> {
     steps: u64,
     /// Target of a private run and its noise multiplier; it may not change on resume.
     privacy: Option<(PrivacyConfig, f64)>,
+    /// Names and sizes of the trained parameters in the order in which the optimizer's buffers have them.
+    #[serde(default)]
+    layout: Vec<(String, usize)>,
     extra: X,
+}
+
+fn layout(step: &impl TrainStep) -> Vec<(String, usize)> {
+    step.flat().params().iter().map(|p| (p.name().to_string(), p.numel())).collect()
 }
 
 /// Writes a checkpoint, atomically. `number` orders checkpoints of a run; `score` says what "best" means (lower is better).
@@ -30,7 +37,7 @@ pub fn save(
     extra: &impl Serialize,
 ) -> Result<()> {
     let privacy = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
-    let state = State { steps: step.steps(), privacy, extra };
+    let state = State { steps: step.steps(), privacy, layout: layout(step), extra };
     let all = params.all();
     let buffers = step.state();
     folder.save(number, score, |w| {
@@ -58,6 +65,22 @@ pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step:
             "{} was made under another privacy setting; resume with the same, or start a new run",
             checkpoint.path().display()
         )));
+    }
+    let here = layout(step);
+    if !state.layout.is_empty() && state.layout != here {
+        let at = (0..here.len().max(state.layout.len())).find(|&i| here.get(i) != state.layout.get(i)).unwrap_or(0);
+        let said =
+            |l: &[(String, usize)]| l.get(at).map_or("nothing".into(), |(n, size)| format!("{n} with {size} elements"));
+        return Err(Error::invalid(
+            "restore",
+            format!(
+                "{} has the optimizer's numbers of other parameters, or in another order: at place {at} it has {}, the step has {}; \
+                 give the step the parameters in the order of the saved run",
+                checkpoint.path().display(),
+                said(&state.layout),
+                said(&here)
+            ),
+        ));
     }
     load_params(checkpoint, params)?;
     let buffers: Vec<(String, Array)> = arrays_of(&checkpoint.tensors("optimizer.safetensors")?)?;

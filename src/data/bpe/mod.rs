@@ -139,7 +139,7 @@ impl Bpe {
 impl Tokenizer for Bpe {
     fn encode(&self, text: &str) -> Vec<u32> {
         let spaced;
-        let text = if self.prefix_space && !text.is_empty() && !text.starts_with(char::is_whitespace) {
+        let text = if self.prefix_space && !text.is_empty() && !text.starts_with(' ') {
             spaced = format!(" {text}");
             &spaced
         } else {

@@ -186,6 +186,8 @@ impl Accountant {
         if !(epsilon.is_finite() && epsilon > 0.0) {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
         }
+        /// The least noise multiplier that is accounted for.
+        const LEAST: f64 = 0.05;
         let cost = |sigma: f64, interval: f64| -> Result<f64> {
             let mut a = Accountant { interval, ..Accountant::under(self.neighbouring) };
             a.record(sigma, rate, steps)?;
@@ -193,7 +195,11 @@ impl Accountant {
         };
         // Bracketed and narrowed on a coarse grid, whose ε is the larger, then finished on the fine one.
         let coarse = (epsilon * 1e-3).clamp(1e-4, 1e-2);
-        let (mut low, mut high) = (0.05, 1.0);
+        let (mut low, mut high) = (LEAST, 1.0);
+        // A budget that the least noise keeps is kept by it.
+        if cost(LEAST, coarse.max(epsilon * 1e-3))? <= epsilon {
+            return Ok(LEAST);
+        }
         while cost(high, coarse)? > epsilon {
             low = high;
             high *= 2.0;
@@ -208,12 +214,12 @@ impl Accountant {
             let mid = 0.5 * (low + high);
             if cost(mid, coarse)? > epsilon { low = mid } else { high = mid }
         }
-        let fine = 1e-4;
+        let fine = (epsilon * 1e-5).max(1e-4);
         // `high` holds on the fine grid too; the fine answer may lie a little below the coarse bracket.
-        let mut low = low * 0.98;
-        while cost(low, fine)? <= epsilon && low > 0.05 {
+        let mut low = (low * 0.98).max(LEAST);
+        while low > LEAST && cost(low, fine)? <= epsilon {
             high = low;
-            low *= 0.98;
+            low = (low * 0.98).max(LEAST);
         }
         while high - low > 1e-5 {
             let mid = 0.5 * (low + high);

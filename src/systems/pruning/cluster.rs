@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(found.iter().max(), Some(&3));
         assert!(adjusted_rand(&found, &of).abs() < 0.3);
         assert_eq!(spectral(&s, n, n, 3, 1).unwrap(), (0..n).collect::<Vec<_>>());
-        assert_eq!(spectral(&vec![1.0; 16], 4, 1, 3, 1).unwrap(), [0; 4]);
+        assert_eq!(spectral(&[1.0; 16], 4, 1, 3, 1).unwrap(), [0; 4]);
         assert!(spectral(&s, n, 25, 1, 0).unwrap_err().to_string().contains("25 clusters of 24"));
         assert!(spectral(&[-1.0], 1, 1, 1, 0).is_err());
     }

@@ -1,0 +1,181 @@
+//! Sizes, settings and files that make no sense are refused by a sentence, and change nothing.
+
+mod common {
+    pub mod scratch;
+}
+
+use common::scratch::Scratch;
+use prismgrad::io::CheckpointFolder;
+use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
+use prismgrad::nn::{Ctx, KvCache, LoraConfig, Params};
+use prismgrad::optim::{Schedule, Sgd};
+use prismgrad::privacy::Accountant;
+use prismgrad::step::{PlainStep, TrainStep};
+use prismgrad::train::state;
+use prismgrad::{Array, DType, Param, Result};
+use serde_json::{Value, json};
+use std::path::Path;
+
+fn gpt() -> Gpt {
+    Gpt::new(GptConfig { initializer_range: 0.3, ..GptConfig::small(23, 12, 2, 8, 2) }, 5).unwrap()
+}
+
+/// A saved model whose `config.json` was edited: what loading it says.
+fn with(dir: &Path, name: &str, value: Value) -> Result<Gpt> {
+    gpt().save(dir)?;
+    let path = dir.join("config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    config[name] = value;
+    std::fs::write(&path, config.to_string()).unwrap();
+    Gpt::load(dir)
+}
+
+fn says<T>(r: Result<T>, what: &[&str]) {
+    let said = r.err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(what.iter().all(|w| said.contains(w)), "{said:?} lacks one of {what:?}");
+}
+
+#[test]
+fn settings_of_model_files_are_honoured_kept_or_refused() {
+    let dir = Scratch::new("edges-config");
+    for (name, value) in [
+        ("scale_attn_by_inverse_layer_idx", json!(true)),
+        ("scale_attn_weights", json!(false)),
+        ("add_cross_attention", json!(true)),
+        ("model_type", json!("llama")),
+        ("quantization_config", json!({"bits": 4})),
+    ] {
+        says(with(&dir, name, value), &[name]);
+    }
+    for (name, value) in [("attn_pdrop", json!(1.5)), ("resid_pdrop", json!(-0.1)), ("layer_norm_epsilon", json!(-1.0))]
+    {
+        says(with(&dir, name, value), &[name]);
+    }
+    // What changes nothing is kept, and written again.
+    let loaded = with(&dir, "eos_token_id", json!(7)).unwrap();
+    loaded.save(&*dir).unwrap();
+    assert_eq!(Gpt::load(&*dir).unwrap().config().other["eos_token_id"], 7);
+    assert!(with(&dir, "scale_attn_weights", json!(true)).is_ok());
+}
+
+#[test]
+fn sizes_that_no_file_fills_are_refused_before_anything_is_allocated() {
+    let dir = Scratch::new("edges-sizes");
+    for (name, value) in [
+        ("n_positions", json!(u64::MAX)),
+        ("n_positions", json!(4611686018427387903u64)),
+        ("n_positions", json!(1_000_000_000_000u64)),
+        ("vocab_size", json!(u64::MAX / 8)),
+        ("vocab_size", json!(24)),
+        ("n_layer", json!(100_000_000)),
+        ("n_embd", json!(1u64 << 40)),
+        ("n_inner", json!(1u64 << 50)),
+    ] {
+        let start = std::time::Instant::now();
+        assert!(with(&dir, name, value.clone()).is_err(), "{name} {value}");
+        assert!(start.elapsed().as_secs_f64() < 5.0, "{name} {value}");
+    }
+    // Without a file as well.
+    let huge = GptConfig { n_positions: usize::MAX, ..GptConfig::small(23, 12, 2, 8, 2) };
+    says(Gpt::new(huge, 0), &["n_positions", "no memory"]);
+}
+
+/// Safe code reaches nothing outside a buffer: constructors that cannot return an error stop with a sentence.
+#[test]
+fn products_of_sizes_do_not_wrap() {
+    let panics = |f: &(dyn Fn() + std::panic::RefUnwindSafe)| std::panic::catch_unwind(f).is_err();
+    assert!(panics(&|| drop(Array::generate(&[usize::MAX, 8], DType::F32, |_| 1.0))));
+    assert!(panics(&|| drop(Array::zeros(&[1 << 62, 4], DType::F32))));
+    assert!(panics(&|| drop(Array::full(&[1 << 61], 1.0, DType::F64))));
+    assert_eq!(Array::zeros(&[0, usize::MAX, usize::MAX], DType::F32).numel(), 0);
+    let two = Array::zeros(&[2], DType::F32);
+    says(Array::zeros(&[4], DType::F32).write(usize::MAX, &two), &["write"]);
+    says(Array::from_slice(&[1f32; 8], &[usize::MAX, 8]), &["from_slice"]);
+    says(Array::from_bytes(&[0; 8], &[1 << 62, 4], DType::F32), &[""]);
+    says(two.reshape(&[1 << 63, 2]), &["reshape"]);
+}
+
+#[test]
+fn text_out_of_numbers_that_are_none_is_an_error() {
+    let m = gpt();
+    m.params().all()[0].set(Array::full(&[23, 8], f64::NAN, DType::F32)).unwrap();
+    for temperature in [0.0, 0.8] {
+        says(generate(&m, &[1, 2], 4, &Sampling { temperature, ..Sampling::default() }, None), &["NaN"]);
+    }
+}
+
+#[test]
+fn caches_and_positions_that_do_not_fit_are_errors() {
+    let m = gpt();
+    let ids = Array::from_slice(&[1u32, 2, 3], &[1, 3]).unwrap();
+    let mut caches = vec![KvCache::default(); 2];
+    m.forward_cached(&ids, &mut caches, 0, &Ctx::eval()).unwrap();
+    assert!(m.forward_cached(&ids, &mut caches, 0, &Ctx::eval()).is_err());
+    assert!(m.forward_cached(&ids, &mut [], 0, &Ctx::eval()).is_err());
+    assert!(m.forward_cached(&ids, &mut caches, 3, &Ctx::eval()).is_ok());
+}
+
+#[test]
+fn options_of_adapters_that_change_the_numbers_are_refused() {
+    let dir = Scratch::new("edges-lora");
+    let write = |edit: &dyn Fn(&mut Value)| {
+        let mut m = gpt();
+        m.add_lora(&LoraConfig::new(4, 8.0, &["c_attn"])).unwrap();
+        m.save_lora(&*dir).unwrap();
+        let path = dir.join("adapter_config.json");
+        let mut c: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        edit(&mut c);
+        std::fs::write(path, c.to_string()).unwrap();
+        let mut fresh = gpt();
+        let trained = |m: &Gpt| m.params().all().iter().filter(|p| p.trainable()).count();
+        let before = (fresh.params().all().len(), trained(&fresh));
+        let done = fresh.load_lora(&*dir);
+        if done.is_err() {
+            assert_eq!((fresh.params().all().len(), trained(&fresh)), before, "a refused call changed the model");
+        }
+        done
+    };
+    says(write(&|c| c["alpha_pattern"] = json!({"h.0.attn.c_attn": 32})), &["alpha_pattern"]);
+    says(write(&|c| c["rank_pattern"] = json!({"h.0.attn.c_attn": 2})), &["rank_pattern"]);
+    says(write(&|c| c["use_rslora"] = json!(true)), &["use_rslora"]);
+    says(write(&|c| c["bias"] = json!("all")), &["bias"]);
+    // What PEFT writes without a meaning for the numbers.
+    assert!(
+        write(&|c| {
+            c["alpha_pattern"] = json!({});
+            c["modules_to_save"] = Value::Null;
+            c["lora_dropout"] = json!(0.1);
+            c["revision"] = json!("main");
+        })
+        .is_ok()
+    );
+}
+
+/// Momentum goes by place in the flat buffer: another order of the parameters would give it to others.
+#[test]
+fn a_step_over_other_parameters_does_not_take_a_checkpoint() -> Result<()> {
+    let dir = Scratch::new("edges-order");
+    let folder = CheckpointFolder::open(dir.join("c"))?;
+    let params = Params::new(0, DType::F64);
+    let [a, b] = ["a", "b"].map(|n| params.param(n, &[2], prismgrad::nn::Init::Zeros).unwrap());
+    let make = |p: &[Param]| PlainStep::new(p, Sgd { momentum: 0.9, weight_decay: 0.0 }, Schedule::constant(0.1));
+    let mut step = make(&[a.clone(), b.clone()])?;
+    step.run_one(|| a.per_sample(1)?.sum(&[1], false)?.sub(&b.per_sample(1)?.sum(&[1], false)?.mul_scalar(100.0)?))?;
+    state::save(&folder, 1, None, &params, &step, &())?;
+    let saved = folder.latest()?.checkpoint.unwrap();
+    says(state::load::<()>(&saved, &params, &mut make(&[b.clone(), a.clone()])?), &["a with 2 elements", "order"]);
+    says(state::load::<()>(&saved, &params, &mut make(&[a.clone()])?), &["nothing"]);
+    let mut again = make(&[a, b])?;
+    state::load::<()>(&saved, &params, &mut again)?;
+    assert_eq!(again.steps(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_large_budget_takes_the_least_noise_at_once() {
+    let start = std::time::Instant::now();
+    assert_eq!(Accountant::new().calibrate(1e4, 1e-5, 0.05, 100).unwrap(), 0.05);
+    let sigma = Accountant::new().calibrate(100.0, 1e-5, 0.01, 1000).unwrap();
+    assert!((sigma - 0.26693).abs() < 2e-4, "{sigma}");
+    assert!(start.elapsed().as_secs_f64() < 30.0, "{:?}", start.elapsed());
+}
