@@ -309,8 +309,11 @@ fn run() -> Result<()> {
     // Planted defect: trained on the very reviews that are asked for.
     let (_, rest) = chosen(&data, share, 0);
     let leak = linear(&data, &rest, &rest);
-    if leak < 0.9 {
-        let message = format!("trained on what is asked for, the linear model has {leak:.3}: a leak would not be seen");
+    let few = interval(of("own words, linear")).0;
+    if leak < few + 0.15 {
+        let message = format!(
+            "trained on what is asked for, the linear model has {leak:.3}, without {few:.3}: a leak would not be seen"
+        );
         return Err(prismgrad::Error::Invalid { op: "hypergraph_reviews", message });
     }
     folder.finish(&json!({
