@@ -159,12 +159,21 @@ impl Rule for Back {
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
         let (targets, n) = (self.sets.targets(), self.sets.len());
-        let Some(ids) = self.sets.segments().known_ids() else { return SmallVec::new() };
-        // Whose each incidence is, and from there whose the sources are.
-        let incidences = y.sent(targets, ids, 1);
-        let there = Whose { owner: &incidences, count: y.count, shape: &[n], history: y.history };
-        let x = there.taken(self.sets.members(), self.sets.sources(), self.d);
-        SmallVec::from_iter([x, y.sent(targets, ids, self.heads)].into_iter().take(1 + self.w.is_some() as usize))
+        let rows = match self.sets.segments().known_ids() {
+            // Whose each incidence is, and from there whose the sources are.
+            Some(ids) => {
+                let incidences = y.sent(targets, ids, 1);
+                let there = Whose { owner: &incidences, count: y.count, shape: &[n], history: y.history };
+                (there.taken(self.sets.members(), self.sets.sources(), self.d), y.sent(targets, ids, self.heads))
+            }
+            None => (Owner::Unknown, Owner::Unknown),
+        };
+        // Columns stay apart; each weight meets those of its head.
+        let x = match y.picking(0, &[self.sets.sources(), self.d]) {
+            Owner::Unknown => rows.0,
+            o => o,
+        };
+        SmallVec::from_iter([x, rows.1].into_iter().take(1 + self.w.is_some() as usize))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();
