@@ -92,9 +92,9 @@ enum Kind {
 /// Message passing, twice there and back.
 enum Layers {
     None,
-    Hgnn([Hgnn; 2]),
-    DeepSets(DeepSets),
-    SetAttention([SetAttention; 2]),
+    Hgnn(Box<[Hgnn; 2]>),
+    DeepSets(Box<DeepSets>),
+    SetAttention(Box<[SetAttention; 2]>),
 }
 
 /// A review begins as the mean of embeddings of its own words. Its state after message passing is laid beside that; a hidden layer and two
@@ -115,11 +115,13 @@ impl Network {
         let at = |name: &str| params.at(name);
         let layers = match kind {
             Kind::Mlp => Layers::None,
-            Kind::Hgnn => Layers::Hgnn([Hgnn::new(&at("a"), d, d)?, Hgnn::new(&at("b"), d, d)?]),
-            Kind::DeepSets => Layers::DeepSets(DeepSets::builder(d, 2 * d).how(Aggregate::Mean).build(&at("a"))?),
+            Kind::Hgnn => Layers::Hgnn(Box::new([Hgnn::new(&at("a"), d, d)?, Hgnn::new(&at("b"), d, d)?])),
+            Kind::DeepSets => {
+                Layers::DeepSets(Box::new(DeepSets::builder(d, 2 * d).how(Aggregate::Mean).build(&at("a"))?))
+            }
             Kind::SetAttention => {
                 let layer = SetAttention::builder(d, 4).dropout(0.1);
-                Layers::SetAttention([layer.build(&at("a"))?, layer.build(&at("b"))?])
+                Layers::SetAttention(Box::new([layer.build(&at("a"))?, layer.build(&at("b"))?]))
             }
         };
         Ok(Network {
@@ -139,12 +141,14 @@ impl Network {
         let x = self.embed.forward_bags(ids, words.segments(), None, ctx)?;
         let h = match &self.layers {
             Layers::None => x.clone(),
-            Layers::Hgnn([a, b]) => {
+            Layers::Hgnn(both) => {
+                let [a, b] = &**both;
                 let h = a.forward(&x, s, None, ctx)?.relu()?;
                 b.forward(&self.drop.forward(&h, ctx)?, s, None, ctx)?
             }
             Layers::DeepSets(a) => a.forward(&x, s, ctx)?.0,
-            Layers::SetAttention([a, b]) => {
+            Layers::SetAttention(both) => {
+                let [a, b] = &**both;
                 let e = a.forward(&x, s.nodes_of(), (s.nodes(), s.edges()), ctx)?.relu()?;
                 b.forward(&e, s.edges_of(), (s.edges(), s.nodes()), ctx)?.relu()?
             }
