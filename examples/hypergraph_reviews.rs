@@ -141,14 +141,14 @@ impl Network {
         let x = self.embed.forward_bags(ids, words.segments(), None, ctx)?;
         let h = match &self.layers {
             Layers::None => x.clone(),
-            Layers::Hgnn(layers) => {
-                let [a, b] = layers.as_ref();
+            Layers::Hgnn(both) => {
+                let [a, b] = &**both;
                 let h = a.forward(&x, s, None, ctx)?.relu()?;
                 b.forward(&self.drop.forward(&h, ctx)?, s, None, ctx)?
             }
             Layers::DeepSets(a) => a.forward(&x, s, ctx)?.0,
-            Layers::SetAttention(layers) => {
-                let [a, b] = layers.as_ref();
+            Layers::SetAttention(both) => {
+                let [a, b] = &**both;
                 let e = a.forward(&x, s.nodes_of(), (s.nodes(), s.edges()), ctx)?.relu()?;
                 b.forward(&e, s.edges_of(), (s.edges(), s.nodes()), ctx)?.relu()?
             }

@@ -4,8 +4,8 @@
 //! cargo run --release --example hytrel_pretrain
 //! ```
 //!
-//! Writes `plots/f1` and `plots/losses` (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes the table of
-//! `docs/results/hypergraph.md`.
+//! Writes `plots/f1` and `plots/losses` (`.svg` and `.png`) and `summary.json` to the run folder. The table of
+//! `docs/results/hypergraph.md` is of the default run with `--arms corruption,cells`.
 
 #[path = "common/args.rs"]
 mod args;
@@ -41,7 +41,7 @@ const OPTIONS: &[args::Opt] = &[
     ("arms", "all", "all", "objectives by name beside scratch, such as corruption,cells; all of them if not given"),
     ("rate", "0.002", "0.002", "learning rate"),
     ("epsilon", "8", "8", "privacy budget ε of the private pre-training, at δ = 1e-5"),
-    ("full", "", "", "the table of docs/results/hypergraph.md: three seeds, 3000 and 800 steps"),
+    ("full", "", "", "three seeds, 3000 and 800 steps"),
 ];
 const BATCH: usize = 32;
 const DELTA: f64 = 1e-5;
