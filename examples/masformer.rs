@@ -35,6 +35,7 @@ const OPTIONS: &[args::Opt] = &[
         "all",
         "one part: copy, placement (with the copies), language, conversion; all without the placement",
     ),
+    ("presets", "full,sparse,bottom(2)", "full,sparse,bottom(2)", "models of the copies: which layers are full"),
     ("resume", "", "", "go on with a run that was cut short: models of the copies that it has are not trained again"),
     ("full", "", "", "three seeds, more steps, and the placement as well: hours"),
 ];
@@ -174,21 +175,21 @@ type Rows = Vec<Value>;
 fn copy_part(
     texts: &Texts,
     (seeds, steps, lr): (u64, u64, f64),
-    placement: bool,
+    (presets, placement): (&[Preset], bool),
     folder: &mut RunFolder,
 ) -> Result<(Rows, Rows)> {
     let block = Span::Block(BLOCK);
-    let mut arms =
-        vec![Arm::new(Preset::Full, block), Arm::new(Preset::Sparse, block), Arm::new(Preset::Bottom(2), block)];
+    let usual = [Preset::Full, Preset::Sparse, Preset::Bottom(2)];
+    let mut arms: Vec<Arm> = presets.iter().map(|p| Arm::new(p.clone(), block)).collect();
     if placement {
         arms.extend(
             [Preset::Middle(2), Preset::Top(2), Preset::Spread(2), Preset::Bottom(1)].map(|p| Arm::new(p, block)),
         );
         arms.push(Arm::new(Preset::Bottom(2), block).blind());
         // As many pairs as bottom(2) with blocks has.
-        arms.push(Arm::new(Preset::Sparse, Span::Window(equal_window(&arms[2])?)));
+        arms.push(Arm::new(Preset::Sparse, Span::Window(equal_window(&Arm::new(Preset::Bottom(2), block))?)));
     }
-    let full = arms[0].cost(N, WIDTH)?;
+    let full = Arm::new(Preset::Full, block).cost(N, WIDTH)?;
     let (mut rows, mut all) = (Vec::new(), arms.iter().map(|_| Vec::new()).collect::<Vec<Vec<Copied>>>());
     // A seed at a time, so that what is there when a run is cut short is whole.
     for seed in 0..seeds {
@@ -224,40 +225,45 @@ fn copy_part(
     near.name += ", near";
     let near = copied(&near, texts, false, Training { steps, batch: BATCH, lr, seed: 0 }, 99, folder)?;
     println!("null control, both in one block, all blocks: copied {:.3}, absent {:.3}", near.present, near.absent);
-    // The same seed: identical initial values and batches, so that a model whose layers are all full is the full model.
+    // Paired by seed: identical initial values and batches.
     let values = |arm: usize, f: &dyn Fn(&Copied) -> f64| all[arm].iter().map(f).collect::<Vec<f64>>();
-    let paired = |arm: usize, f: &dyn Fn(&Copied, &Copied, &Copied) -> f64| {
-        (0..seeds as usize).map(|s| f(&all[arm][s], &all[0][s], &all[1][s])).collect::<Vec<f64>>()
-    };
-    let open =
-        |arm: usize| paired(arm, &|a, full, blocks| (a.present - full.present) / (blocks.present - full.present));
-    let saved = arms[2].cost(N, WIDTH)?.saved(&full).0;
-    let mut verdicts = vec![
-        verdict(
-            "full attention copies: at least 1 nat below the same text without the first passage",
-            &values(0, &|c| c.present - c.absent),
-            -1.0,
-        ),
-        verdict(
-            "all blocks lose at most 0.02 nat without the first passage",
-            &values(1, &|c| (c.absent - c.present).abs()),
-            0.02,
-        ),
-        verdict(
-            &format!("bottom(2), which saves {:.0} % of the scores, leaves at most 0.3 of the gap open", 100.0 * saved),
-            &open(2),
-            0.3,
-        ),
-        verdict(
-            "bottom(2) copies order: below the shuffled first passage",
-            &values(2, &|c| c.present - c.shuffled),
-            0.0,
-        ),
-        verdict("null control: all blocks copy within a block, at least 0.5 nat", &[near.present - near.absent], -0.5),
-    ];
-    for (i, arm) in arms.iter().enumerate().skip(3) {
-        let differences: Vec<f64> = (0..seeds as usize).map(|s| all[2][s].present - all[i][s].present).collect();
-        verdicts.push(verdict(&format!("copies: bottom(2) is below {}", arm.name), &differences, 0.0));
+    let mut verdicts = vec![verdict(
+        "null control: all blocks copy within a block, at least 0.5 nat",
+        &[near.present - near.absent],
+        -0.5,
+    )];
+    if presets == usual {
+        let open = |s: usize| {
+            let [full, blocks, bottom] = [0, 1, 2].map(|arm| all[arm][s].present);
+            (bottom - full) / (blocks - full)
+        };
+        let saved = 100.0 * arms[2].cost(N, WIDTH)?.saved(&full).0;
+        verdicts.extend([
+            verdict(
+                "full attention copies: at least 1 nat below the same text without the first passage",
+                &values(0, &|c| c.present - c.absent),
+                -1.0,
+            ),
+            verdict(
+                "all blocks lose at most 0.02 nat without the first passage",
+                &values(1, &|c| (c.absent - c.present).abs()),
+                0.02,
+            ),
+            verdict(
+                &format!("bottom(2), which saves {saved:.0} % of the scores, leaves at most 0.3 of the gap open"),
+                &(0..seeds as usize).map(open).collect::<Vec<f64>>(),
+                0.3,
+            ),
+            verdict(
+                "bottom(2) copies order: below the shuffled first passage",
+                &values(2, &|c| c.present - c.shuffled),
+                0.0,
+            ),
+        ]);
+        for (i, arm) in arms.iter().enumerate().skip(3) {
+            let differences: Vec<f64> = (0..seeds as usize).map(|s| all[2][s].present - all[i][s].present).collect();
+            verdicts.push(verdict(&format!("copies: bottom(2) is below {}", arm.name), &differences, 0.0));
+        }
     }
     let mut chart = LineChart::new("Loss of the second passage, from its fourth token").x_label("training tokens");
     for (arm, runs) in arms.iter().zip(&all) {
@@ -318,7 +324,10 @@ fn language_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &mu
             seconds / seeds as f64,
             cost_words(&arm.cost(N, WIDTH)?, &full)
         );
-        let row = json!({"part": "language", "arm": arm.name, "beyond": ends, "late": late, "seconds": seconds / seeds as f64, "positions": positions});
+        let row = json!({
+            "part": "language", "arm": arm.name, "beyond": ends, "late": late, "seconds": seconds / seeds as f64,
+            "positions": positions,
+        });
         folder.log(100 + out.len() as u64, &row)?;
         out.push(row);
         beyond.push(ends);
@@ -447,6 +456,12 @@ fn run() -> Result<()> {
         false => args.get(name, "a whole number of at least 1", |n: &u64| *n >= 1),
     };
     let (seeds, copy_steps, steps) = (count("seeds", 3), count("copy-steps", 1200), count("steps", 600));
+    let presets: Result<Vec<Preset>> = args.text("presets").split(',').map(|p| p.trim().parse()).collect();
+    let presets = presets.unwrap_or_else(|e| args::fail(e));
+    let asked = presets.iter().find_map(|p| spans(p, LAYERS, Span::Block(BLOCK)).err());
+    if let Some(e) = asked {
+        args::fail(e);
+    }
     let lr = args.get("rate", "a number above 0", |r: &f64| r.is_finite() && *r > 0.0);
     let parts = ["all", "copy", "placement", "language", "conversion"].map(|p| (p, p));
     let only = args.choice("only", &parts);
@@ -461,14 +476,15 @@ fn run() -> Result<()> {
     };
     println!("{seeds} seeds, {copy_steps} steps of copies and {steps} of language: {long} on two free cores");
     let texts = Texts::load(if args.has("quick") { 2 << 20 } else { 6 << 20 }, 2048)?;
-    let presets = [Preset::Full, Preset::Sparse, Preset::Bottom(2)];
+    let all = [Preset::Full, Preset::Sparse, Preset::Bottom(2)];
     let cost = |p: &Preset| Ok((p.to_string(), Arm::new(p.clone(), Span::Block(BLOCK)).cost(N, WIDTH)?));
-    let costs = presets.iter().map(cost).collect::<Result<BTreeMap<String, SpanCost>>>()?;
+    let costs = all.iter().map(cost).collect::<Result<BTreeMap<String, SpanCost>>>()?;
     let config = json!({
         "seeds": seeds, "copy_steps": copy_steps, "steps": steps, "rate": lr, "only": only, "positions": N, "block": BLOCK,
         "passage": PASSAGE, "layers": LAYERS, "width": WIDTH, "batch": BATCH, "documents": texts.train.len(), "short": texts.short,
         "costs": costs,
     });
+    let placement = only == "placement" || (full && only == "all");
     let existing = match (args.has("resume"), args.has("overwrite")) {
         (true, _) => Existing::Resume,
         (_, true) => Existing::Overwrite,
@@ -481,7 +497,7 @@ fn run() -> Result<()> {
         verdicts.extend(v);
     };
     if part("copy") || part("placement") {
-        add(copy_part(&texts, (seeds, copy_steps, lr), only == "placement" || (full && only == "all"), &mut folder)?);
+        add(copy_part(&texts, (seeds, copy_steps, lr), (&presets, placement), &mut folder)?);
     }
     if part("language") {
         add(language_part(&texts, (seeds, steps, lr), &mut folder)?);

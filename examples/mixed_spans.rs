@@ -5,7 +5,8 @@
 //! cargo run --release --example mixed_spans
 //! ```
 //!
-//! Writes `plots/distance`, `plots/offset` (`.svg` and `.png`), `summary.json`, and the last model as a folder `model` that `Gpt::load` reads.
+//! Writes `plots/distance`, `plots/offset` (`.svg` and `.png`), `summary.json`, and the last model as a folder `model` that `Gpt::load`
+//! reads.
 
 #[path = "common/args.rs"]
 mod args;

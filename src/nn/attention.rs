@@ -8,8 +8,8 @@ use crate::ops::linear::Layout;
 use crate::ops::rotary::{Pairing, RotaryTable};
 
 /// Multi-head self-attention: one fused projection to Q, K and V, attention within the layer's span, one projection
-/// back. Parameters `c_attn` `[d, d + 2·H_kv·d/H]` (`[d, 3d]` where there are as many heads of keys as of queries) and `c_proj` `[d, d]`, as
-/// in GPT-2.
+/// back. Parameters `c_attn` `[d, d + 2·H_kv·d/H]` (`[d, 3d]` where there are as many heads of keys as of queries) and `c_proj`
+/// `[d, d]`, as in GPT-2.
 pub struct MultiHeadAttention {
     qkv: Linear,
     out: Linear,

@@ -13,7 +13,7 @@ pub struct StaticMerge {
 
 /// Two experts with gates gᵢ, gⱼ and outputs fᵢ, fⱼ give gᵢ·fᵢ + gⱼ·fⱼ. One expert in their place, with the gate gᵢ + gⱼ, whose output
 /// is α·fᵢ + (1 − α)·fⱼ for one α, errs by (gᵢ + gⱼ)·(r − α)·(fᵢ − fⱼ) with r = gᵢ/(gᵢ + gⱼ). With w = (gᵢ + gⱼ)²·|fᵢ − fⱼ|², the best α
-/// is E[w·r]/E[w], and its error is E[w·(r − α)²]: 0 only where the router never changes its mind between the two.
+/// is `E[w·r]/E[w]`, and its error is `E[w·(r − α)²]`: 0 only where the router never changes its mind between the two.
 ///
 /// `gates` has both gates of each token, `apart` its |fᵢ − fⱼ|².
 pub fn best_static_merge(gates: &[(f64, f64)], apart: &[f64]) -> Result<StaticMerge> {
