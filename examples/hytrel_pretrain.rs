@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Writes `plots/f1` and `plots/losses` (`.svg` and `.png`) and `summary.json` to the run folder. The table of
-//! `docs/results/hypergraph.md` is of the default run with `--arms corruption,cells`.
+//! `docs/results/hypergraph.md` is of `--seeds 3 --arms corruption`.
 
 #[path = "common/args.rs"]
 mod args;
