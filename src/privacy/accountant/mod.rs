@@ -196,10 +196,6 @@ impl Accountant {
         // Bracketed and narrowed on a coarse grid, whose ε is the larger, then finished on the fine one.
         let coarse = (epsilon * 1e-3).clamp(1e-4, 1e-2);
         let (mut low, mut high) = (LEAST, 1.0);
-        // A budget that the least noise keeps is kept by it.
-        if cost(LEAST, coarse)? <= epsilon {
-            return Ok(LEAST);
-        }
         while cost(high, coarse)? > epsilon {
             low = high;
             high *= 2.0;
@@ -214,7 +210,7 @@ impl Accountant {
             let mid = 0.5 * (low + high);
             if cost(mid, coarse)? > epsilon { low = mid } else { high = mid }
         }
-        let fine = (epsilon * 1e-5).clamp(1e-4, 1e-2);
+        let fine = 1e-4;
         // `high` holds on the fine grid too; the fine answer may lie a little below the coarse bracket.
         let mut low = (low * 0.98).max(LEAST);
         while low > LEAST && cost(low, fine)? <= epsilon {
