@@ -140,7 +140,7 @@ impl Core {
             return Err(Error::invalid("with_zero", "ranks are given to a new step, once"));
         }
         if self.flat.device().is_cuda() {
-            return Err(Error::invalid("with_ranks", "ranks are on the CPU so far; move the model there"));
+            return Err(Error::invalid("with_zero", "ranks are on the CPU so far; move the model there"));
         }
         for stretch in self.flat.shared() {
             let first = ranks.broadcast("parameters", &self.flat.buffer().slice(0, stretch.clone())?, 0)?;

@@ -145,7 +145,7 @@ fn dot<T: Float>(a: &[T], b: &[T]) -> T {
 }
 
 struct Back {
-    /// The sources' rows, kept where the weights want a gradient.
+    /// The sources' rows, kept where the weights need a gradient.
     x: Option<Array>,
     w: Option<Array>,
     sets: Incidence,
