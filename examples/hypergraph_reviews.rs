@@ -220,11 +220,7 @@ fn linear(data: &Data, labelled: &[usize], rest: &[usize]) -> f64 {
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
-    let word = match () {
-        _ if mean - half > 0.0 => "holds",
-        _ if mean + half < 0.0 => "contradicted",
-        _ => "undecided",
-    };
+    let word = study::word(mean, half);
     println!("{claim}: {word} (difference {:.2} ± {:.2} points)", 100.0 * mean, 100.0 * half);
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }

@@ -220,12 +220,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let at = |x: &[f64], i: usize| x[i.min(x.len() - 1)];
     let differences: Vec<f64> = (0..pairs).map(|i| at(a, i) - at(b, i)).collect();
     let (mean, half) = interval(&differences);
-    let word = match () {
-        _ if mean - half > 0.0 => "holds",
-        _ if mean + half < 0.0 => "contradicted",
-        // One seed has no interval.
-        _ => "undecided",
-    };
+    let word = study::word(mean, half);
     let half = half.is_finite().then_some(half);
     let width = half.map_or("one seed".to_string(), |h| format!("± {:.2}", 100.0 * h));
     println!("{claim}: {word} (difference {:.2} points, {width})", 100.0 * mean);

@@ -237,11 +237,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
-    let word = match () {
-        _ if mean - half > 0.0 => "holds",
-        _ if mean + half < 0.0 => "contradicted",
-        _ => "undecided",
-    };
+    let word = study::word(mean, half);
     let n = differences.len() as f64;
     let sd = (differences.iter().map(|d| (d - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
     let errors = (n > 1.0 && sd > 0.0).then(|| mean / (sd / n.sqrt()));

@@ -231,12 +231,7 @@ fn with_interval(x: &[f64]) -> String {
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
-    let word = match () {
-        _ if mean + half < 0.0 => "holds",
-        _ if mean - half > 0.0 => "contradicted",
-        // One seed has no interval.
-        _ => "undecided",
-    };
+    let word = study::word(-mean, half);
     println!("{claim}: {word} (difference {})", with_interval(&differences));
     let half = half.is_finite().then_some(half);
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})

@@ -195,12 +195,7 @@ impl Bench<'_> {
 /// What paired differences say of the claim that they are below 0.
 fn verdict(claim: String, differences: &[f64]) -> Value {
     let (mean, half) = interval(differences);
-    let word = match () {
-        _ if mean + half < 0.0 => "holds",
-        _ if mean - half > 0.0 => "contradicted",
-        // One seed has no interval.
-        _ => "undecided",
-    };
+    let word = study::word(-mean, half);
     let spread = if half.is_finite() { format!("{mean:+.4} ± {half:.4}") } else { format!("{mean:+.4}, one seed") };
     println!("{claim}: {word} (difference {spread})");
     let below = differences.iter().filter(|d| **d < 0.0).count();

@@ -3,6 +3,9 @@
 // Each example uses some of it.
 #![allow(dead_code)]
 
+#[path = "study.rs"]
+mod study;
+
 use prismgrad::data::{Bpe, CrateSources, IGNORE, Tokenizer, shuffled};
 use prismgrad::models::{Gpt, GptConfig, Positions, Preset, SpanCost, span_cost, spans};
 use prismgrad::nn::Ctx;
@@ -14,6 +17,7 @@ use prismgrad::train::Progress;
 use prismgrad::{Array, Error, Result, no_grad};
 use serde_json::{Value, json};
 use std::time::Instant;
+pub use study::interval;
 
 pub const VOCAB: usize = 512;
 pub const LAYERS: usize = 6;
@@ -203,15 +207,6 @@ pub fn batch_of(rows: &Documents, batch: usize, seed: u64, i: u64) -> Batch {
     (order.iter().cycle().skip(at).take(batch).map(|&r| rows[r].clone()).collect(), None)
 }
 
-/// Mean, and half the width of the 95 % interval of the mean by Student's t; NaN of one value.
-pub fn interval(x: &[f64]) -> (f64, f64) {
-    let n = x.len() as f64;
-    let mean = x.iter().sum::<f64>() / n;
-    let sd = (x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0)).sqrt();
-    const T: [f64; 10] = [f64::NAN, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262];
-    (mean, T.get(x.len() - 1).copied().unwrap_or(1.96) * sd / n.sqrt())
-}
-
 /// A mean and its interval in words; one run has none.
 pub fn words(x: &[f64]) -> String {
     match interval(x) {
@@ -223,12 +218,7 @@ pub fn words(x: &[f64]) -> String {
 /// Whether values, one for each seed, lie below `limit`: their mean, its 95 % interval, and what it says.
 pub fn verdict(claim: &str, values: &[f64], limit: f64) -> Value {
     let (mean, half) = interval(values);
-    let word = match () {
-        _ if mean + half < limit => "holds",
-        _ if mean - half > limit => "contradicted",
-        // One seed has no interval.
-        _ => "undecided",
-    };
+    let word = study::word(limit - mean, half);
     println!("{claim}: {word} ({} against {limit})", words(values));
     let half = half.is_finite().then_some(half);
     json!({"claim": claim, "verdict": word, "value": mean, "half_interval": half, "limit": limit, "seeds": values.len()})

@@ -168,6 +168,15 @@ pub fn interval(x: &[f64]) -> (f64, f64) {
     (mean, T.get(x.len() - 1).copied().unwrap_or(1.96) * sd / n.sqrt())
 }
 
+/// What a difference with its interval says of the claim that it is above 0. One seed has no interval, and says nothing.
+pub fn word(mean: f64, half: f64) -> &'static str {
+    match () {
+        _ if mean - half > 0.0 => "holds",
+        _ if mean + half < 0.0 => "contradicted",
+        _ => "undecided",
+    }
+}
+
 /// A method's runs at its best learning rate: accuracies over seeds, the rate, and the runs themselves.
 pub struct Best {
     pub accuracies: Vec<f64>,
