@@ -3,8 +3,9 @@
 //
 //   cross_entropy_{f32,f64,bf16,f16} (const T* x, const u32* targets, acc_t<T>* loss, acc_t<T>* lse, i64 rows, i64 d,
 //                                     f64 smoothing, i64 ignore)               row rule, block 256
-//       Per row: lse = ln Σ exp x; loss = lse − (1 − s)·x[target] − s·mean(x). Rows with target = ignore (−1: none) give 0
-//       and 0; a target ≥ d gives NaN (ids_u32 in move.cu finds it).
+//       Per row: lse[2] = m = max x and z = ln Σ exp(x − m), apart because m + z is a coarse number where m is large;
+//       loss = z − (1 − s)·(x[target] − m) − s·mean(x − m). Rows with target = ignore (−1: none) give 0, 0 and 0; a
+//       target ≥ d gives NaN (ids_u32 in move.cu finds it).
 //   class_ids (const i64* targets, u32* out, i64 n, i64 ignore)                grid ceil(n / 1024), block 256
 //       A target = ignore becomes u32::MAX, and what is no u32 becomes u32::MAX − 1, which is no class either. 12 bytes a row.
 //   sample_loss_{f32,f64} (const A* loss, const u32* targets, const i64* offsets, const u32* order, A* out, A* weight,
@@ -29,7 +30,7 @@ DEV void cross_entropy_body(const T* x, const u32* targets, acc_t<T>* loss, acc_
     if (!t.in) return;
     i64 target = targets[t.row];
     if (target == ignore) { // the whole team
-        if (t.rank == 0) loss[t.row] = lse[t.row] = A(0);
+        if (t.rank == 0) loss[t.row] = lse[2 * t.row] = lse[2 * t.row + 1] = A(0);
         return;
     }
     x += t.row * d;
@@ -52,17 +53,18 @@ DEV void cross_entropy_body(const T* x, const u32* targets, acc_t<T>* loss, acc_
         for (int k = 0; k < 4; k++)
             if (k < count) {
                 s += exp_of(to_acc(v[k]) - m);
-                all += to_acc(v[k]);
+                all += to_acc(v[k]) - m;
             }
     }
     s = team_sum(t, s, red);
     A even = (A)smoothing;
     if (even != A(0)) all = team_sum(t, all, red);
     if (t.rank == 0) {
-        A z = m + log_of(s), l = target < d ? z - (A(1) - even) * to_acc(x[target]) : (A)NAN;
+        A z = log_of(s), l = target < d ? z - (A(1) - even) * (to_acc(x[target]) - m) : (A)NAN;
         if (even != A(0)) l -= even / (A)d * all;
         loss[t.row] = l;
-        lse[t.row] = z;
+        lse[2 * t.row] = m;
+        lse[2 * t.row + 1] = z;
     }
 }
 template <class T>
@@ -74,7 +76,7 @@ DEV void cross_entropy_grad_body(const T* x, const acc_t<T>* lse, const u32* tar
     if (!t.in) return;
     i64 target = targets[t.row];
     bool none = target == ignore;
-    A w = weight[t.row] * g[owner ? (i64)owner[t.row] : t.row / each], z = lse[t.row];
+    A w = weight[t.row] * g[owner ? (i64)owner[t.row] : t.row / each], m = lse[2 * t.row], z = lse[2 * t.row + 1];
     A even = (A)smoothing / (A)d, hit = A(1) - (A)smoothing;
     x += t.row * d;
     dx += t.row * d;
@@ -85,7 +87,7 @@ DEV void cross_entropy_grad_body(const T* x, const acc_t<T>* lse, const u32* tar
 #pragma unroll
         for (int k = 0; k < 4; k++)
             if (k < count) {
-                A p = exp_of(to_acc(v[k]) - z) - even;
+                A p = exp_of(to_acc(v[k]) - m - z) - even;
                 if (i + k == target) p -= hit;
                 v[k] = from_acc<T>(none ? A(0) : w * p);
             }
@@ -158,7 +160,7 @@ template <class T> DEV void bce_body(const T* x, const T* t, T* y, i64 n, const 
     for (int k = 0; k < 4; k++)
         if (k < count) {
             A v = to_acc(a[k]);
-            a[k] = from_acc<T>((v < A(0) ? A(0) : v) + log_of(A(1) + exp_of(-abs_of(v))) - v * to_acc(b[k]));
+            a[k] = from_acc<T>((v < A(0) ? A(0) : v) + log1p_of(exp_of(-abs_of(v))) - v * to_acc(b[k]));
         }
     store4(y, i, count, a);
 }

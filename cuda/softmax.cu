@@ -66,7 +66,7 @@ template <bool LOG, class T> DEV void softmax_body(const T* x, T* y, i64 rows, i
         push(o, a, count);
     }
     o = team_join(t, o, ms, ss);
-    A inv = A(1) / o.s, z = o.m + log_of(o.s);
+    A inv = A(1) / o.s, z = log_of(o.s);
     // Every thread overwrites only what it has itself read; the block has passed a barrier since.
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);
@@ -74,7 +74,7 @@ template <bool LOG, class T> DEV void softmax_body(const T* x, T* y, i64 rows, i
         load4(x, i, count, v);
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            if (k < count) v[k] = from_acc<T>(LOG ? to_acc(v[k]) - z : exp_of(to_acc(v[k]) - o.m) * inv);
+            if (k < count) v[k] = from_acc<T>(LOG ? to_acc(v[k]) - o.m - z : exp_of(to_acc(v[k]) - o.m) * inv);
         store4(y, i, count, v);
     }
 }

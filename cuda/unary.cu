@@ -60,8 +60,8 @@ struct silu_der {
         return t * (A(1) + s * (A(1) - t));
     }
 };
-UNARY(softplus, (x < A(0) ? A(0) : x) + log_of(A(1) + exp_of(-abs_of(x)))) DERIVATIVE(softplus, sigmoid_of(s))
-UNARY(powf, pow_of(x, p)) DERIVATIVE(powf, p * pow_of(s, p - A(1)))
+UNARY(softplus, (x < A(0) ? A(0) : x) + log1p_of(exp_of(-abs_of(x)))) DERIVATIVE(softplus, sigmoid_of(s))
+UNARY(powf, pow_of(x, p)) DERIVATIVE(powf, p == A(0) ? A(0) : p * pow_of(s, p - A(1)))
 UNARY(add_scalar, x + p)
 UNARY(mul_scalar, x * p)
 UNARY(clamp, x < p ? p : x > q ? q : x) DERIVATIVE(clamp, s < p || s > q ? A(0) : A(1))

@@ -4,7 +4,7 @@
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd][/N]` (8 heads of 64 over 2,048 positions, or N), `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `dp/MODEL/STYLE`. A training case is a whole step:
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd][/N]` (8 heads of 64 over 2,048 positions, or N), `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `merge/4` (four vectors and a base added in a pool), `dp/MODEL/STYLE`. A training case is a whole step:
 //! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
 //! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
 //! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
@@ -26,6 +26,7 @@ use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::privacy::ClipFn;
 use prismgrad::random::{NoiseKey, Rng, philox};
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
+use prismgrad::systems::editing::{Cost, Merge, Tags, VectorPool};
 use prismgrad::{Array, DType, Device, Param, Result, Tensor, profile};
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -76,6 +77,7 @@ const NAMES: &[(&str, Make)] = &[
     ("elt/layernorm", elt),
     ("elt/layernorm_bwd", elt),
     ("elt/sum", elt),
+    ("merge/4", merge),
     ("attn/causal", attn),
     ("attn/causal_fwd", attn),
     ("attn/window256", attn),
@@ -117,6 +119,11 @@ fn random(shape: &[usize], seed: u64) -> Result<Array> {
     Array::generate(shape, DType::F32, |i| 2.0 * philox::uniform(seed, 7, i as u64) - 1.0).to(device())
 }
 
+/// Random numbers in the dtype of activations.
+fn activations(shape: &[usize], seed: u64) -> Result<Array> {
+    Ok(random(shape, seed)?.cast(activation_dtype()))
+}
+
 fn ids(shape: &[usize], below: usize, seed: u64) -> Result<Array> {
     Array::generate(shape, DType::U32, |i| (philox::bits(seed, 9, i as u64) % below as u64) as f64).to(device())
 }
@@ -124,7 +131,7 @@ fn ids(shape: &[usize], below: usize, seed: u64) -> Result<Array> {
 fn gemm(name: &str) -> Result<(Step, Work, usize)> {
     let d: Vec<usize> = name[5..].split('x').filter_map(|x| x.parse().ok()).collect();
     let (m, k, n) = (d[0], d[1], d[2]);
-    let (a, b) = (Tensor::new(random(&[m, k], 1)?), Tensor::new(random(&[k, n], 2)?));
+    let (a, b) = (Tensor::new(activations(&[m, k], 1)?), Tensor::new(activations(&[k, n], 2)?));
     let step = move || a.matmul(&b).map(drop);
     Ok((Box::new(step), Work::Gflop(2.0 * (m * k * n) as f64 / 1e9), 0))
 }
@@ -138,9 +145,9 @@ fn linear(name: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let layer = Linear::new(&params, k, n)?;
     params.to(device())?;
-    let x = Tensor::leaf(random(&[8, m / 8, k], 1)?);
-    let (rows, seed) = (Tensor::new(x.array().reshape(&[m, k])?), random(&[8, m / 8, n], 2)?);
-    let (w, g) = (Tensor::new(layer.weight().value().copy()), Tensor::new(seed.reshape(&[m, n])?));
+    let x = Tensor::leaf(activations(&[8, m / 8, k], 1)?);
+    let (rows, seed) = (Tensor::new(x.array().reshape(&[m, k])?), activations(&[8, m / 8, n], 2)?);
+    let (w, g) = (Tensor::new(layer.weight().value().copy().cast(x.dtype())), Tensor::new(seed.reshape(&[m, n])?));
     let backward = part == "backward";
     let act = if part == "gelu" { Activation::Gelu } else { Activation::None };
     let step = move || {
@@ -178,9 +185,22 @@ fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
     Ok((model, ids(&[batch, t], vocab, 3)?, ids(&[batch, t], vocab, 4)?))
 }
 
-/// Of a case's activations; parameters are f32 everywhere.
+/// What `--dtype` says.
+static DTYPE: std::sync::OnceLock<DType> = std::sync::OnceLock::new();
+
+/// Of the activations; parameters are f32 everywhere.
+fn activation_dtype() -> DType {
+    DTYPE.get().copied().unwrap_or(DType::F32)
+}
+
+/// Of a case's activations.
 fn dtype(name: &str) -> DType {
-    if name.ends_with("124M") { DType::BF16 } else { DType::F32 }
+    if name.ends_with("124M") { DType::BF16 } else { activation_dtype() }
+}
+
+/// Training with a case's activations.
+fn ctx(name: &str) -> Ctx {
+    Ctx::train(0).with_dtype(dtype(name))
 }
 
 fn gpt(name: &str) -> Result<(Step, Work, usize)> {
@@ -194,7 +214,7 @@ fn gpt(name: &str) -> Result<(Step, Work, usize)> {
         _ => 157.0,
     };
     let tokens = x.numel() as f64;
-    let ctx = if dtype(name) == DType::BF16 { Ctx::train(0).with_dtype(DType::BF16) } else { Ctx::train(0) };
+    let ctx = ctx(name);
     let run = move || step.run([()], |_| model.losses(&x, &y, &ctx)).map(|_| ());
     Ok((Box::new(run), Work::Tokens(tokens, gflop), params))
 }
@@ -206,7 +226,8 @@ impl Mlp {
         Ok(Mlp([l("0", 784, 512)?, l("1", 512, 512)?, l("2", 512, 10)?]))
     }
     fn losses(&self, x: &Tensor, y: &Array) -> Result<Tensor> {
-        let c = Ctx::train(0);
+        let c = ctx("mlp");
+        let x = &x.cast(c.dtype.unwrap_or(DType::F32))?;
         let h = self.0[0].forward_act(x, Activation::Relu, &c)?;
         let h = self.0[1].forward_act(&h, Activation::Relu, &c)?;
         cross_entropy(&self.0[2].forward(&h, &c)?, y, &CrossEntropy::default())
@@ -225,15 +246,15 @@ fn mlp(_: &str) -> Result<(Step, Work, usize)> {
 
 fn elt(name: &str) -> Result<(Step, Work, usize)> {
     let (op, shape) = (name[4..].to_string(), [16384, 1024]);
-    let x = Tensor::new(random(&shape, 1)?);
-    let y = Tensor::new(random(&shape, 2)?);
+    let x = Tensor::new(activations(&shape, 1)?);
+    let y = Tensor::new(activations(&shape, 2)?);
     let (w, b) =
         (Param::new("w", Array::ones(&[1024], DType::F32)), Param::new("b", Array::zeros(&[1024], DType::F32)));
     w.to(device())?;
     b.to(device())?;
     w.set_trainable(false);
     b.set_trainable(false);
-    let bytes = 64.0 * 1048576.0 / 1e9;
+    let bytes = ((activation_dtype().size() * 16) << 20) as f64 / 1e9;
     let forward = move |op: &str, x: &Tensor| match op {
         "gelu" => x.gelu(),
         "softmax" => x.softmax(-1),
@@ -262,6 +283,25 @@ fn elt(name: &str) -> Result<(Step, Work, usize)> {
     Ok((step, Work::Gigabytes(passes * bytes), 0))
 }
 
+/// Four vectors added to a base in memory, as a candidate of a search over weights is formed: six arrays of 32 MiB go by.
+fn merge(_: &str) -> Result<(Step, Work, usize)> {
+    let params = Params::new(1, DType::F32);
+    let p = params.param("w", &[8192, 1024], prismgrad::nn::Init::Zeros)?;
+    let set = |seed: u64| Array::generate(p.shape(), DType::F32, |i| philox::uniform(seed, 7, i as u64));
+    // Between 1 and 2 differences are exact.
+    p.set(Tensor::new(set(0)).add_scalar(1.0)?.into_array())?;
+    let mut pool = VectorPool::new(&params, Tags::new())?;
+    for i in 1..5 {
+        p.set(Tensor::new(set(i)).add_scalar(1.0)?.into_array())?;
+        pool.add(&i.to_string(), &params, Tags::new(), Cost::default())?;
+    }
+    params.to(device())?;
+    pool.to(device())?;
+    let weights = Merge::Weights(vec![0.3, 0.2, 0.4, 0.1]);
+    let step = move || pool.apply(&weights, &params);
+    Ok((Box::new(step), Work::Gigabytes(6.0 * 32.0 * 1048576.0 / 1e9), 0))
+}
+
 fn attn(name: &str) -> Result<(Step, Work, usize)> {
     let (case, n) = match name[5..].split_once('/') {
         Some((case, n)) => (case, n.parse().unwrap_or(2048)),
@@ -277,8 +317,8 @@ fn attn(name: &str) -> Result<(Step, Work, usize)> {
     };
     let pairs = span.pairs(n) as usize;
     let shape = [1, n, h, d];
-    let t = (0..3).map(|i| Ok(Tensor::leaf(random(&shape, i)?))).collect::<Result<Vec<Tensor>>>()?;
-    let seed = random(&shape, 9)?;
+    let t = (0..3).map(|i| Ok(Tensor::leaf(activations(&shape, i)?))).collect::<Result<Vec<Tensor>>>()?;
+    let seed = activations(&shape, 9)?;
     let options = AttentionOptions { alibi: case == "alibi", ..AttentionOptions::new(span) };
     let fwd_only = name.ends_with("_fwd");
     let flops = (if fwd_only { 4.0 } else { 14.0 }) * (pairs * d * h) as f64;
@@ -303,8 +343,8 @@ fn experts(params: &Params, balance: Balance) -> Result<Moe> {
 fn moe(_: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let moe = experts(&params, Balance::Off)?;
-    let x = Tensor::leaf(random(&[8, 256, 256], 1)?);
-    let seed = random(&[8, 256, 256], 2)?;
+    let x = Tensor::leaf(activations(&[8, 256, 256], 1)?);
+    let seed = activations(&[8, 256, 256], 2)?;
     let load = moe.forward(&x, &Ctx::train(0))?.stats.read()?.load;
     let (all, count) = (params.all(), params.count());
     let step = move || {
@@ -315,7 +355,7 @@ fn moe(_: &str) -> Result<(Step, Work, usize)> {
     };
     // x, its hidden rows, and both matrices of each expert.
     let operands = load.iter().enumerate().map(|(e, &n)| {
-        let t = |shape: &[usize], k: u64| Ok(Tensor::new(random(shape, 10 * e as u64 + k)?));
+        let t = |shape: &[usize], k: u64| Ok(Tensor::new(activations(shape, 10 * e as u64 + k)?));
         Ok([t(&[n as usize, 256], 3)?, t(&[n as usize, 1024], 4)?, t(&[256, 1024], 5)?, t(&[1024, 256], 6)?])
     });
     let operands = operands.collect::<Result<Vec<[Tensor; 4]>>>()?;
@@ -343,8 +383,8 @@ fn hyper(_: &str) -> Result<(Step, Work, usize)> {
     let tables = vec![Hypergraph::table(11, 6)?; 256];
     let graph = Hypergraph::batch(&tables)?.with_own_edges()?;
     let (n, m) = (graph.nodes(), graph.edges());
-    let (x, e) = (Tensor::leaf(random(&[n, D], 1)?), Tensor::leaf(random(&[m, D], 2)?));
-    let seed = random(&[n + m, D], 3)?;
+    let (x, e) = (Tensor::leaf(activations(&[n, D], 1)?), Tensor::leaf(random(&[m, D], 2)?));
+    let seed = activations(&[n + m, D], 3)?;
     let (all, count) = (params.all(), params.count());
     let step = move || {
         let (x, e) = layer.forward(&x, &e, graph.structure(), &Ctx::train(0))?;
@@ -366,7 +406,7 @@ fn hyper_sum(name: &str) -> Result<(Step, Work, usize)> {
     let sets = Segments::uniform(n / 10, 10);
     let members = (0..sets.rows()).map(|_| rng.below(nodes as u64) as u32).collect();
     let sets = Incidence::new(&sets, members, nodes)?;
-    let (x, seed) = (Tensor::leaf(random(&[nodes, D], 1)?), random(&[sets.targets(), D], 2)?);
+    let (x, seed) = (Tensor::leaf(activations(&[nodes, D], 1)?), random(&[sets.targets(), D], 2)?);
     let gigabytes = 2.0 * ((n + nodes) * D * 4) as f64 / 1e9;
     let step =
         move || x.incidence_sum(&sets, None)?.backward_from(seed.clone(), false, &mut prismgrad::Gradients::default());
@@ -399,17 +439,17 @@ fn dp(name: &str) -> Result<(Step, Work, usize)> {
     if model == "moe" {
         let params = Params::new(1, DType::F32);
         let m = experts(&params, Balance::PerSample(0.01))?;
-        let x = Tensor::new(random(&[8, 256, 256], 1)?);
+        let x = Tensor::new(activations(&[8, 256, 256], 1)?);
         let losses = move || {
             let out = m.forward(&x, &Ctx::train(0))?;
-            out.output.square()?.mean(&[1, 2], false)?.add(&out.losses)
+            out.output.cast(DType::F32)?.square()?.mean(&[1, 2], false)?.add(&out.losses)
         };
         let step = make(&params.all(), 8, Box::new(losses))?;
         return Ok((step, Work::Tokens(2048.0, 0.0), params.count()));
     }
     let (m, x, y) = gpt_model(&model.replace("gpt", "gpt/"))?;
     let params = m.params().clone();
-    let step = make(&params.all(), 8, Box::new(move || m.losses(&x, &y, &Ctx::train(0))))?;
+    let step = make(&params.all(), 8, Box::new(move || m.losses(&x, &y, &ctx(""))))?;
     Ok((step, Work::Tokens(2048.0, 0.0), params.count()))
 }
 
@@ -545,7 +585,13 @@ fn run() -> std::result::Result<(), String> {
         .arg(flag("exact", "takes the words as whole names"))
         .arg(flag("profile", "prints the table of ops as well"))
         .arg(seconds.value_parser(value_parser!(f64)))
-        .arg(option("threads", "threads; all cores if 0").default_value("0").value_parser(value_parser!(usize)))
+        .arg(option("threads", "threads, up to 1024; all cores if 0").default_value("0").value_parser(|t: &str| {
+            match t.parse::<usize>() {
+                Ok(n) if n <= 1024 => Ok(n),
+                _ => Err("give 0 to 1024 threads"),
+            }
+        }))
+        .arg(option("dtype", "of activations, f32 or bf16").default_value("f32").value_parser(["f32", "bf16"]))
         .arg(option("ceilings", "GFLOP/s,GB/s of this machine; measured if not given"))
         .get_matches();
     if matches.get_flag("list") {
@@ -567,6 +613,8 @@ fn run() -> std::result::Result<(), String> {
             Some((product, copy))
         }
     };
+    let bf16 = matches.get_one::<String>("dtype").is_some_and(|d| d == "bf16");
+    DTYPE.get_or_init(|| if bf16 { DType::BF16 } else { DType::F32 });
     let there = Device::from_env().map_err(|e| e.to_string())?;
     DEVICE.get_or_init(|| there);
     let cases: Vec<_> = NAMES
@@ -594,7 +642,8 @@ fn run() -> std::result::Result<(), String> {
             if profiled {
                 c.arg("--profile");
             }
-            c.args(["--exact", "--ceilings", &format!("{},{}", ceilings.0, ceilings.1)]);
+            c.args(["--exact", "--dtype", &dtype("").to_string()]);
+            c.args(["--ceilings", &format!("{},{}", ceilings.0, ceilings.1)]);
             c.status().map_err(|e| format!("{n}: {e}"))?;
         }
         return Ok(());

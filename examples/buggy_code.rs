@@ -16,17 +16,20 @@ mod study;
 
 use prismgrad::data::data_file;
 use prismgrad::systems::codeeval::buggy::{Generated, Parts, generate, read_problems, read_released};
-use prismgrad::systems::codeeval::locate::{Doubt, choose_threshold, first_above, most_suspicious};
+use prismgrad::systems::codeeval::locate::{Doubt, Searched, choose_threshold, first_above, score};
 use prismgrad::systems::codeeval::mini::{Coder, Corpus, Interpreter, Training, renamed, same_meaning};
+use prismgrad::systems::codeeval::mitigate::{self, Prefix};
 use prismgrad::systems::codeeval::passk::{Count, bootstrap, macro_average};
-use prismgrad::systems::codeeval::{FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict};
+use prismgrad::systems::codeeval::{
+    CodeModel, Draw, FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict,
+};
 use prismgrad::train::plot::BarChart;
 use prismgrad::train::{Progress, RunFolder};
 use prismgrad::{Error, Result};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
-use study::interval;
+use study::{interval, verdict};
 
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "models of the mini language, each with its own initial values and order; 3 with --full"),
@@ -212,42 +215,34 @@ struct Study<'a> {
     problems: &'a [Problem],
     samples: usize,
     seed: u64,
-    threshold: f64,
 }
 
 impl Study<'_> {
-    /// Completes prefixes, lets `edit` change the programs, and judges them.
-    fn arm(&self, prefixes: &[(usize, String)], edit: Option<f64>, stream: u64) -> Result<Arm> {
+    /// How the completions of an arm are drawn: each has random numbers of its own.
+    fn draw(&self, stream: u64) -> Draw {
+        Draw { samples: self.samples, temperature: TEMPERATURE, seed: self.seed * 64 + stream }
+    }
+    /// Completes prefixes, and judges the programs.
+    fn complete(&self, prefixes: &[(usize, String)], stream: u64) -> Result<Arm> {
         let texts: Vec<String> = prefixes.iter().map(|p| p.1.clone()).collect();
-        let mut done = self.coder.complete(&texts, self.samples, TEMPERATURE, self.seed * 64 + stream)?;
-        if let Some(threshold) = edit {
-            for programs in &mut done {
-                self.rewrite(programs, threshold)?;
-            }
-        }
+        let numbers: Vec<usize> = prefixes.iter().map(|p| p.0).collect();
+        self.judged(&numbers, self.coder.complete(&texts, &self.draw(stream))?)
+    }
+    /// Programs of each prefix, whose problems' numbers are given.
+    fn judged(&self, numbers: &[usize], done: Vec<Vec<String>>) -> Result<Arm> {
         let judge = Interpreter::default();
-        let count = |((problem, _), programs): (&(usize, String), Vec<String>)| {
+        let count = |(problem, programs): (&usize, Vec<String>)| {
             let n = programs.len();
             let programs: Vec<Program> = programs.into_iter().map(|s| program(self.problems, *problem, s)).collect();
             let c = judge.judge(&programs)?.iter().filter(|v| **v == Verdict::Passed).count();
             Ok(Count { problem: self.problems[*problem].task_id.clone(), n, c })
         };
-        Ok(Arm { counts: prefixes.iter().zip(done).map(count).collect::<Result<_>>()? })
-    }
-    /// Replaces the first suspicious operator of each text.
-    fn rewrite(&self, texts: &mut [String], threshold: f64) -> Result<()> {
-        let doubts = self.coder.doubts(texts)?;
-        for (text, doubts) in texts.iter_mut().zip(doubts) {
-            if let Some(d) = first_above(&doubts, threshold) {
-                *text = self.coder.replaced(text, d)?;
-            }
-        }
-        Ok(())
+        Ok(Arm { counts: numbers.iter().zip(done).map(count).collect::<Result<_>>()? })
     }
 }
 
 /// Names of the arms, in the order in which they are drawn.
-const ARMS: [&str; 11] = [
+const ARMS: [&str; 12] = [
     "clean",
     "clean again",
     "buggy",
@@ -255,7 +250,8 @@ const ARMS: [&str; 11] = [
     "complete, rewrite",
     "rewrite, complete",
     "oracle location",
-    "clean, rewritten",
+    "clean: complete, rewrite",
+    "clean: rewrite, complete",
     "same meaning",
     "renamed",
     "flip unnoticed",
@@ -286,17 +282,13 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
     let of = |text: fn(&Row) -> &String| coder.doubts(&rows.iter().map(|r| text(r).clone()).collect::<Vec<_>>());
     let buggy: Vec<(Vec<Doubt>, usize)> = of(|r| &r.buggy)?.into_iter().zip(rows.iter().map(|r| r.bug_line)).collect();
     let threshold = choose_threshold(&buggy, &of(|r| &r.clean)?, &[0.3, 0.5, 0.7, 0.8, 0.9, 0.95]);
-    let study = Study { coder: &coder, problems: &corpus.test, samples, seed, threshold };
+    let study = Study { coder: &coder, problems: &corpus.test, samples, seed };
     let rows = few(&made.rows, each);
     let clean: Vec<(usize, String)> = rows.iter().map(|r| (r.problem, r.clean.clone())).collect();
     let buggy: Vec<(usize, String)> = rows.iter().map(|r| (r.problem, r.buggy.clone())).collect();
-    let heads: Vec<(usize, String)> =
-        rows.iter().map(|r| (r.problem, Parts::of(&corpus.test[r.problem]).head.trim_end().to_string())).collect();
-    let rewritten = |prefixes: &[(usize, String)]| -> Result<Vec<(usize, String)>> {
-        let mut texts: Vec<String> = prefixes.iter().map(|p| p.1.clone()).collect();
-        study.rewrite(&mut texts, study.threshold)?;
-        Ok(prefixes.iter().map(|p| p.0).zip(texts).collect())
-    };
+    let numbers: Vec<usize> = rows.iter().map(|r| r.problem).collect();
+    let [clean_prefixes, buggy_prefixes] =
+        [Prefix::clean, Prefix::buggy].map(|of| rows.iter().map(of).collect::<Vec<Prefix>>());
     // The oracle: the most likely operator at the true place.
     let doubts = coder.doubts(&buggy.iter().map(|b| b.1.clone()).collect::<Vec<_>>())?;
     let clean_doubts = coder.doubts(&clean.iter().map(|b| b.1.clone()).collect::<Vec<_>>())?;
@@ -325,18 +317,20 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
     let unnoticed_clean: Vec<(usize, String)> = unnoticed.iter().map(|r| (r.problem, r.clean.clone())).collect();
     let unnoticed: Vec<(usize, String)> = unnoticed.iter().map(|r| (r.problem, r.buggy.clone())).collect();
 
-    let clean_arm = study.arm(&clean, None, 0)?;
+    let clean_arm = study.complete(&clean, 0)?;
     let arms = [
-        study.arm(&clean, None, 1)?,
-        study.arm(&buggy, None, 2)?,
-        study.arm(&heads, None, 3)?,
-        study.arm(&buggy, Some(threshold), 2)?,
-        study.arm(&rewritten(&buggy)?, None, 4)?,
-        study.arm(&oracle, None, 5)?,
-        study.arm(&rewritten(&clean)?, None, 6)?,
-        study.arm(&turned, None, 7)?,
-        study.arm(&renamed, None, 8)?,
-        study.arm(&unnoticed, None, 9)?,
+        study.complete(&clean, 1)?,
+        study.complete(&buggy, 2)?,
+        study.judged(&numbers, mitigate::remove(&coder, &buggy_prefixes, &study.draw(3))?)?,
+        // The completions of the arm "buggy", so that rewriting is all that differs; the same of the arm "clean".
+        study.judged(&numbers, mitigate::complete_then_rewrite(&coder, &buggy_prefixes, threshold, &study.draw(2))?)?,
+        study.judged(&numbers, mitigate::rewrite_then_complete(&coder, &buggy_prefixes, threshold, &study.draw(4))?)?,
+        study.complete(&oracle, 5)?,
+        study.judged(&numbers, mitigate::complete_then_rewrite(&coder, &clean_prefixes, threshold, &study.draw(0))?)?,
+        study.judged(&numbers, mitigate::rewrite_then_complete(&coder, &clean_prefixes, threshold, &study.draw(6))?)?,
+        study.complete(&turned, 7)?,
+        study.complete(&renamed, 8)?,
+        study.complete(&unnoticed, 9)?,
     ];
     let subset = |which: &[usize]| Arm { counts: which.iter().map(|&i| clean_arm.counts[i].clone()).collect() };
     let mut pass = vec![clean_arm.pass_1()?];
@@ -345,43 +339,25 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
     }
     let drops = json!({
         "buggy": pass[0] - pass[2],
-        "same meaning": subset(&of_turned).pass_1()? - pass[8],
-        "renamed": subset(&of_renamed).pass_1()? - pass[9],
-        "flip unnoticed": study.arm(&unnoticed_clean, None, 10)?.pass_1()? - pass[10],
+        "same meaning": subset(&of_turned).pass_1()? - pass[9],
+        "renamed": subset(&of_renamed).pass_1()? - pass[10],
+        "flip unnoticed": study.complete(&unnoticed_clean, 10)?.pass_1()? - pass[11],
     });
     for (name, p) in ARMS.iter().zip(&pass) {
-        println!("  {name:<18} pass@1 {:.3}", p);
+        println!("  {name:<24} pass@1 {:.3}", p);
     }
     println!("  drops {drops}");
     // Location: the largest gap, and at random among the operators of the prefix.
-    let mut hits: BTreeMap<usize, (f64, f64, f64)> = BTreeMap::new();
-    let mut total = (0.0, 0.0);
-    for (row, all) in rows.iter().zip(&doubts) {
-        let hit = f64::from(u8::from(most_suspicious(all).is_some_and(|d| d.line == row.bug_line)));
-        let chance = all.iter().filter(|d| d.line == row.bug_line).count() as f64 / all.len().max(1) as f64;
-        let entry = hits.entry(row.problem).or_default();
-        *entry = (entry.0 + hit, entry.1 + chance, entry.2 + 1.0);
-        total = (total.0 + hit, total.1 + chance);
-    }
-    let n = rows.len() as f64;
-    let by_problem = hits.values().map(|h| h.0 / h.2).sum::<f64>() / hits.len() as f64;
-    let alarms = clean_doubts.iter().filter(|d| first_above(d, threshold).is_some()).count() as f64 / n;
-    let curve: Vec<Value> = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]
-        .iter()
-        .map(|&t| {
-            let said: Vec<bool> = (rows.iter().zip(&doubts))
-                .filter_map(|(r, d)| Some(first_above(d, t)?.line == r.bug_line))
-                .collect();
-            let right = said.iter().filter(|r| **r).count() as f64;
-            let alarms = clean_doubts.iter().filter(|d| first_above(d, t).is_some()).count() as f64 / n;
-            json!({"threshold": t, "precision": right / said.len().max(1) as f64, "recall": right / n, "false_alarms": alarms})
-        })
+    let searched: Vec<Searched> = (rows.iter().zip(doubts).zip(clean_doubts))
+        .map(|((r, buggy), clean)| Searched { problem: r.problem, line: r.bug_line, buggy, clean })
         .collect();
+    let location = score(&searched, &[0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99])?;
+    let alarms = searched.iter().filter(|s| first_above(&s.clean, threshold).is_some()).count() as f64;
+    let alarms = alarms / searched.len() as f64;
     println!(
-        "  location: {:.3} of rows ({by_problem:.3} by problem), at random {:.3}; threshold {threshold}, false alarms on clean \
+        "  location: {:.3} of rows ({:.3} by problem), at random {:.3} ({:.3}); threshold {threshold}, false alarms on clean \
          prefixes {alarms:.3}",
-        total.0 / n,
-        total.1 / n
+        location.found, location.by_problem, location.random, location.random_by_problem
     );
     Ok(json!({
         "seed": seed, "training": training, "parameters": coder.model.params().count(), "tokens": tokens, "seconds": seconds,
@@ -389,22 +365,8 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
         "pass_1": ARMS.iter().zip(&pass).map(|(n, p)| (n.to_string(), json!(p))).collect::<serde_json::Map<_, _>>(),
         "rows_of_controls": {"same meaning": turned.len(), "renamed": renamed.len(), "flip unnoticed": unnoticed.len()},
         "drops": drops,
-        "location": {"rows": total.0 / n, "macro": by_problem, "random": total.1 / n, "false_alarms": alarms, "curve": curve},
+        "location": location, "false_alarms": alarms,
     }))
-}
-
-/// Whether differences over seeds are above 0: a verdict by their 95 % t-interval.
-fn verdict(claim: &str, differences: &[f64]) -> Value {
-    let (mean, half) = interval(differences);
-    let word = match () {
-        _ if mean - half > 0.0 => "holds",
-        _ if mean + half < 0.0 => "contradicted",
-        // One seed has no interval.
-        _ => "undecided",
-    };
-    let shown = if half.is_finite() { format!("{mean:+.3} ± {half:.3}") } else { format!("{mean:+.3}, one seed") };
-    println!("{claim}: {word} ({shown})");
-    json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half.is_finite().then_some(half), "seeds": differences.len()})
 }
 
 fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: bool) -> Result<Value> {
@@ -449,7 +411,15 @@ fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: b
             "a gap to clean is left after rewriting, then completing",
             &minus(&pass("clean"), &pass("rewrite, complete")),
         ),
-        verdict("rewriting harms clean prefixes", &minus(&pass("clean"), &pass("clean, rewritten"))),
+        verdict("removing harms clean prefixes", &minus(&pass("clean"), &pass("no prefix"))),
+        verdict(
+            "completing, then rewriting, harms clean prefixes",
+            &minus(&pass("clean"), &pass("clean: complete, rewrite")),
+        ),
+        verdict(
+            "rewriting, then completing, harms clean prefixes",
+            &minus(&pass("clean"), &pass("clean: rewrite, complete")),
+        ),
     ];
     let again = bootstrap(&minus(&pass("clean"), &pass("clean again")), 200, 0)?;
     println!("null control, the clean prefixes once more: pass@1 differs by {:+.3}", again.mean);

@@ -1,12 +1,13 @@
 //! A distribution-edited model on real text: one base, a model tuned on each source, and their vectors added with searched weights,
-//! beside mixtures of the sources, soups, TIES, DARE and tuning one after the other.
+//! beside mixtures of the sources, soups, TIES, DARE and tuning one after the other. Then one source gets other data and alone is tuned
+//! again, and two sources are tuned privately.
 //!
 //! ```text
 //! cargo run --release --example dem
 //! ```
 //!
-//! Writes `plots/losses`, `plots/directions`, `plots/cosines` (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes
-//! the table of `docs/results/dem.md`.
+//! Writes `plots/losses`, `plots/cost`, `plots/weights`, `plots/directions`, `plots/cosines` (`.svg` and `.png`) and `summary.json` to
+//! the run folder. `--full` has a longer base, more mixtures and three seeds.
 
 #[path = "common/args.rs"]
 mod args;
@@ -20,9 +21,9 @@ use prismgrad::data::{Bpe, Corpus, CrateSources, Document, Windows, data_file, r
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::{Ctx, Params};
 use prismgrad::optim::{AdamW, Schedule};
-use prismgrad::random::Rng;
-use prismgrad::step::PlainStep;
-use prismgrad::systems::editing::{Cost, Merge, Search, Tags, VectorPool};
+use prismgrad::random::{NoiseKey, Rng};
+use prismgrad::step::{self, PlainStep, PrivacyConfig, PrivateStep};
+use prismgrad::systems::editing::{Cost, Ledger, Merge, Privacy, Search, Tags, VectorPool};
 use prismgrad::train::Progress;
 use prismgrad::train::plot::{BarChart, HeatMap, LineChart, Series};
 use prismgrad::{Array, DType, Error, Result, no_grad};
@@ -40,16 +41,27 @@ const OPTIONS: &[args::Opt] = &[
         "2",
         "mixtures of the sources that are tried, each with the tokens of all sources; 12 with --full",
     ),
-    ("full", "", "", "the table of docs/results/dem.md: three seeds, 12 mixtures, the null controls"),
+    (
+        "epsilon",
+        "8",
+        "8",
+        "privacy budget of the last source when it is tuned privately; the one before it gets half of that",
+    ),
+    ("full", "", "", "three seeds, 12 mixtures, a longer base and more tokens of each source: about an hour"),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 128;
 const BATCH: usize = 16;
+/// The source that gets other data.
+const RENEWED: usize = 0;
+const DELTA: f64 = 1e-5;
 
 /// A source's text in windows: to tune on, to choose by, and to be read once at the end.
 struct Source {
     name: &'static str,
     train: Windows,
+    /// Other documents, for when the source is replaced; of one source.
+    newer: Option<Windows>,
     validation: Windows,
     test: Windows,
 }
@@ -84,12 +96,19 @@ fn sources() -> Result<Vec<Source>> {
     all.documents.sort_by(|a, b| a.name.cmp(&b.name));
     let tokenizer = Bpe::train(all.split(0.1, 1).0.texts(), VOCAB)?;
     let windows = |c: &Corpus| c.tokenize(&tokenizer).windows(SEQ);
-    let source = |(name, documents)| {
+    let source = |(i, (name, documents))| {
         let (train, held) = Corpus { documents }.split(0.15, 1);
         let (validation, test) = held.split(0.5, 2);
-        Ok(Source { name, train: windows(&train)?, validation: windows(&validation)?, test: windows(&test)? })
+        let (train, newer) = match i == RENEWED {
+            true => {
+                let (older, newer) = train.split(0.5, 3);
+                (older, Some(windows(&newer)?))
+            }
+            false => (train, None),
+        };
+        Ok(Source { name, train: windows(&train)?, newer, validation: windows(&validation)?, test: windows(&test)? })
     };
-    texts.into_iter().map(source).collect()
+    texts.into_iter().enumerate().map(source).collect()
 }
 
 fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<prismgrad::Tensor> {
@@ -116,6 +135,13 @@ fn put(params: &Params, values: &[Array]) -> Result<()> {
     params.all().iter().zip(values).try_for_each(|(p, v)| p.set(v.copy()))
 }
 
+/// Which text is drawn, and in which order.
+#[derive(Clone, Copy, Default)]
+struct Draw {
+    order: u64,
+    newer: bool,
+}
+
 /// One seed's work: the model, its sources, and what is counted.
 struct Study<'a> {
     model: Gpt,
@@ -126,17 +152,25 @@ struct Study<'a> {
 }
 
 impl Study<'_> {
+    fn cost(&self, tokens: usize, seconds: f64) -> Cost {
+        Cost { tokens: tokens as u64, flops: self.flops(tokens), seconds, privacy: None }
+    }
     fn flops(&self, tokens: usize) -> f64 {
         6.0 * self.model.params().count() as f64 * tokens as f64
     }
     /// Trains the model as it is, each batch from one source drawn with these probabilities, and keeps the values with the best mean
     /// validation loss of the sources that it draws from. Returns that loss and the seconds.
     fn train(&self, shares: &[f64], tokens: usize, lr: f64, what: &str) -> Result<(f64, f64)> {
+        self.train_on(Draw::default(), shares, tokens, lr, what)
+    }
+    fn train_on(&self, draw: Draw, shares: &[f64], tokens: usize, lr: f64, what: &str) -> Result<(f64, f64)> {
+        let texts: Vec<&Windows> =
+            self.sources.iter().map(|s| s.newer.as_ref().filter(|_| draw.newer).unwrap_or(&s.train)).collect();
         let steps = (tokens / (BATCH * SEQ)).max(2) as u64;
         let schedule = Schedule::cosine(lr, (steps / 10).max(1), steps);
         let params = self.model.params();
         let mut step = PlainStep::new(&params.all(), AdamW::default(), schedule)?;
-        let mut rng = Rng::new(self.seed * 7919 + 17);
+        let mut rng = Rng::new(self.seed * 7919 + 17 + 1_000_003 * draw.order);
         let mut orders: Vec<(Vec<usize>, usize, u64)> = self.sources.iter().map(|_| (Vec::new(), 0, 0)).collect();
         let (mut best, mut kept, mut seconds) = (f64::INFINITY, Vec::new(), 0.0);
         let mut progress = Progress::new(what.to_string(), Some(steps), 0);
@@ -150,12 +184,12 @@ impl Study<'_> {
             let (order, at, epoch) = &mut orders[i];
             if *at + BATCH > order.len() {
                 *epoch += 1;
-                (*order, *at) = (shuffled(self.sources[i].train.len(), 1000 * self.seed + *epoch), 0);
+                (*order, *at) = (shuffled(texts[i].len(), 1000 * self.seed + *epoch + 500 * draw.order), 0);
             }
             let batch: Vec<usize> = order.iter().skip(*at).take(BATCH).copied().collect();
             *at += BATCH;
             let start = Instant::now();
-            let report = step.run_one(|| losses(&self.model, &self.sources[i].train, &batch, &Ctx::train(t)))?;
+            let report = step.run_one(|| losses(&self.model, texts[i], &batch, &Ctx::train(t)))?;
             seconds += start.elapsed().as_secs_f64();
             if (t + 1) % (steps / 5).max(1) == 0 || t + 1 == steps {
                 let mut loss = 0.0;
@@ -171,6 +205,32 @@ impl Study<'_> {
         progress.finish();
         put(params, &kept)?;
         Ok((best, seconds))
+    }
+    /// Trains the model as it is on one source privately; a record is a window. The last values are kept: to choose by the source's own
+    /// held-out windows would be another look at it.
+    fn train_private(&self, i: usize, tokens: usize, lr: f64, epsilon: f64) -> Result<Cost> {
+        let (source, batch) = (&self.sources[i], 2 * BATCH);
+        let steps = (tokens / (batch * SEQ)).max(2) as u64;
+        let config =
+            PrivacyConfig::target(epsilon, DELTA).records(source.train.len()).expected_batch(batch as f64).steps(steps);
+        // An experiment that can be repeated; a key for real records comes from NoiseKey::from_os.
+        let privacy = step::Privacy::new(config, NoiseKey::from_seed_for_tests(self.seed + 77 + i as u64))?;
+        let schedule = Schedule::cosine(lr, (steps / 10).max(1), steps);
+        let mut step = PrivateStep::new(&self.model.params().all(), privacy, AdamW::default(), schedule)?;
+        let mut progress = Progress::new(format!("{}, privately", source.name), Some(steps), 0);
+        let (start, mut spent) = (Instant::now(), 0.0);
+        for t in 0..steps {
+            let report = step.run(BATCH, |records| losses(&self.model, &source.train, records, &Ctx::train(t)))?;
+            spent = report.epsilon;
+            progress.set(t + 1, &[("ε", spent)]);
+        }
+        progress.finish();
+        Ok(Cost {
+            tokens: (steps as usize * batch * SEQ) as u64,
+            flops: self.flops(steps as usize * batch * SEQ),
+            seconds: start.elapsed().as_secs_f64(),
+            privacy: Some(Privacy { epsilon: spent, delta: DELTA }),
+        })
     }
     /// Mean validation loss over the sources.
     fn validate(&self) -> Result<f64> {
@@ -198,6 +258,12 @@ impl Study<'_> {
     }
 }
 
+/// The parameters, with these values.
+fn params_at<'a>(params: &'a Params, values: &[Array]) -> Result<&'a Params> {
+    put(params, values)?;
+    Ok(params)
+}
+
 /// Points of the simplex: even shares first, then exponentials divided by their sum.
 fn simplex(n: usize, count: usize, seed: u64) -> Vec<Vec<f64>> {
     let mut rng = Rng::new(seed);
@@ -223,7 +289,8 @@ struct Outcome {
     edits: usize,
     permuted: f64,
     tuned: f64,
-    ledger: String,
+    ledger: Ledger,
+    private: Ledger,
 }
 
 fn one_seed(
@@ -231,6 +298,7 @@ fn one_seed(
     (base_tokens, tokens, mixtures): (usize, usize, usize),
     seed: u64,
     validation: usize,
+    epsilon: f64,
 ) -> Result<Outcome> {
     let n = sources.len();
     let config = GptConfig::small(VOCAB, SEQ, 4, 96, 4);
@@ -247,20 +315,15 @@ fn one_seed(
     };
     rows.push(row("base", 0, &study)?);
     let lr = 1e-3;
+    let only = |i: usize| -> Vec<f64> { (0..n).map(|j| (i == j) as u8 as f64).collect() };
     let mut single: Option<(f64, Row)> = None;
     for (i, s) in sources.iter().enumerate() {
         put(params, &base)?;
-        let shares: Vec<f64> = (0..n).map(|j| (i == j) as u8 as f64).collect();
-        let (_, seconds) = study.train(&shares, tokens, lr, s.name)?;
-        pool.add(
-            s.name,
-            params,
-            Tags::new(),
-            Cost { tokens: tokens as u64, flops: study.flops(tokens), seconds, privacy: None },
-        )?;
+        let (_, seconds) = study.train(&only(i), tokens, lr, s.name)?;
+        pool.add(s.name, params, Tags::new(), study.cost(tokens, seconds))?;
         let loss = study.validate()?;
         if single.as_ref().is_none_or(|b| loss < b.0) {
-            single = Some((loss, row(&format!("tuned on {} alone", s.name), tokens, &study)?));
+            single = Some((loss, row("best single source", tokens, &study)?));
         }
     }
     let all = n * tokens;
@@ -290,8 +353,7 @@ fn one_seed(
     rows.push(row("DARE", all, &study)?);
     put(params, &base)?;
     for (i, s) in sources.iter().enumerate() {
-        let shares: Vec<f64> = (0..n).map(|j| (i == j) as u8 as f64).collect();
-        study.train(&shares, tokens, lr, &format!("then {}", s.name))?;
+        study.train(&only(i), tokens, lr, &format!("then {}", s.name))?;
     }
     rows.push(row("one after the other", all, &study)?);
     let mut best: Option<(f64, Row)> = None;
@@ -311,16 +373,48 @@ fn one_seed(
     if let Some((_, (_, _, mean, worst))) = best {
         rows.push((format!("best of {mixtures} mixtures"), mixtures * all, mean, worst));
     }
+    // One source has other data: its vector alone is made again, and beside that all of them are. One round of search for both.
+    let search = Search::Coordinate { grid: 11, rounds: 1 };
+    let (draw, mut renewed) = (Draw { order: 1, newer: true }, pool.clone());
+    let mut redone = VectorPool::new(params_at(params, &base)?, Tags::new())?;
+    for (i, s) in sources.iter().enumerate() {
+        put(params, &base)?;
+        let (_, seconds) = study.train_on(draw, &only(i), tokens, lr, &format!("{} again", s.name))?;
+        redone.add(s.name, params, Tags::new(), study.cost(tokens, seconds))?;
+        if i == RENEWED {
+            renewed.replace(s.name, params, Tags::new(), study.cost(tokens, seconds))?;
+        }
+    }
+    renewed.search(&search, params, None, |_| study.validate())?;
+    rows.push(row("one source replaced", tokens, &study)?);
+    redone.search(&search, params, None, |_| study.validate())?;
+    rows.push(row("all sources redone", all, &study)?);
+    // Sources with private records, which are disjoint. Weights are chosen on the held-out windows, which are taken to be public.
+    let mut private = VectorPool::new(params_at(params, &base)?, Tags::new())?;
+    for (i, s) in sources.iter().enumerate() {
+        let cost = match i + 2 >= n {
+            false => {
+                pool.apply(&Merge::Weights(only(i)), params)?;
+                study.cost(tokens, 0.0)
+            }
+            true => {
+                put(params, &base)?;
+                study.train_private(i, tokens, lr, if i + 1 == n { epsilon } else { epsilon / 2.0 })?
+            }
+        };
+        private.add(s.name, params, Tags::new(), cost)?;
+    }
+    private.search(&search, params, None, |_| study.validate())?;
+    rows.push(row("DEM, two sources private", all, &study)?);
     let mut directions = Vec::new();
     for i in 0..n {
         let at = |w: f64| -> Result<(f64, f64)> {
-            let weights = (0..n).map(|j| if i == j { w } else { 0.0 }).collect();
-            pool.apply(&Merge::Weights(weights), params)?;
+            pool.apply(&Merge::Weights(only(i).iter().map(|x| x * w).collect()), params)?;
             Ok((w, study.validate()?))
         };
         directions.push((0..=6).map(|k| at(k as f64 / 4.0)).collect::<Result<Vec<_>>>()?);
     }
-    let diagnosis = pool.diagnose();
+    let diagnosis = pool.diagnose()?;
     Ok(Outcome {
         rows,
         weights: found.weights,
@@ -330,7 +424,8 @@ fn one_seed(
         edits: params.count(),
         permuted,
         tuned,
-        ledger: pool.ledger().to_string(),
+        ledger: pool.ledger().clone(),
+        private: private.ledger().clone(),
     })
 }
 
@@ -362,6 +457,7 @@ fn run() -> Result<()> {
     };
     let (seeds, base_tokens) = (count("seeds", 3, 1), count("base-tokens", 1_500_000, 4096));
     let (tokens, mixtures) = (count("tokens", 150_000, 2048), count("mixtures", 12, 1));
+    let epsilon = args.get("epsilon", "a positive number, such as 8", |e: &f64| *e > 0.0 && e.is_finite());
     let start = Instant::now();
     let long = if full {
         "about an hour"
@@ -373,16 +469,17 @@ fn run() -> Result<()> {
     println!("{seeds} seeds, {mixtures} mixtures: {long} on two cores");
     let sources = sources()?;
     let names: Vec<&str> = sources.iter().map(|s| s.name).collect();
-    let config =
-        json!({"seeds": seeds, "base_tokens": base_tokens, "tokens": tokens, "mixtures": mixtures, "sources": names});
+    let config = json!({
+        "seeds": seeds, "base_tokens": base_tokens, "tokens": tokens, "mixtures": mixtures, "epsilon": epsilon, "sources": names,
+    });
     let mut folder = args.folder(&config)?;
     let validation = if args.has("quick") { 8 } else { 32 };
     let mut outcomes = Vec::new();
     for seed in 0..seeds as u64 {
         println!("seed {seed}");
-        let o = one_seed(&sources, (base_tokens, tokens, mixtures), seed, validation)?;
+        let o = one_seed(&sources, (base_tokens, tokens, mixtures), seed, validation, epsilon)?;
         println!("  weights {:?} for {names:?}", o.weights);
-        println!("{}", o.ledger);
+        println!("{}\nwith two sources private:\n{}", o.ledger, o.private);
         folder.log(
             seed,
             &json!({
@@ -401,6 +498,9 @@ fn run() -> Result<()> {
     let ratio = tokens_of(&best) as f64 / tokens_of("DEM").max(1) as f64;
     println!("training tokens of the {best} over those of DEM: {ratio:.1}");
     let permuted: Vec<f64> = outcomes.iter().map(|o| o.tuned - o.permuted).collect();
+    let ratio_of =
+        |a: &str, b: &str| -> Vec<f64> { mean_of(a).iter().zip(mean_of(b)).map(|(a, b)| a / b - 1.0).collect() };
+    let renewed = ratio_of("one source replaced", "all sources redone");
     let verdicts = vec![
         verdict(&format!("DEM is within 0.01 nat of the {best}"), &dem, &mean_of(&best), 0.01),
         verdict("DEM is below the even mixture of equal cost", &dem, &mean_of("even mixture"), 0.0),
@@ -408,8 +508,26 @@ fn run() -> Result<()> {
         verdict("DEM is below one λ for all", &dem, &mean_of("one λ for all"), 0.0),
         verdict("DEM is below TIES", &dem, &mean_of("TIES"), 0.0),
         verdict("DEM is below tuning one after the other", &dem, &mean_of("one after the other"), 0.0),
+        verdict("one source replaced is within 1 % of redoing all", &renewed, &vec![0.0; renewed.len()], 0.01),
+        verdict(
+            "DEM with two private sources is below the base",
+            &mean_of("DEM, two sources private"),
+            &mean_of("base"),
+            0.0,
+        ),
         verdict("null control: permuted vectors are worse", &permuted, &vec![0.0; permuted.len()], 0.0),
     ];
+    // Disjoint records: the whole protects each as its own source does.
+    let of_source =
+        |(name, c): &(String, Cost)| c.privacy.map(|p| json!({"source": name, "epsilon": p.epsilon, "delta": p.delta}));
+    let private = &outcomes[0].private;
+    let privacy = json!({
+        "record": format!("a window of {SEQ} tokens"), "whole": private.privacy(),
+        "sources": private.sources.iter().filter_map(of_source).collect::<Vec<_>>(),
+    });
+    if let Some(p) = private.privacy() {
+        println!("two private sources of disjoint records: ε {:.3} at δ {:e} for the whole", p.epsilon, p.delta);
+    }
     let lost: usize = outcomes.iter().flat_map(|o| &o.lost).sum();
     let edits: usize = outcomes.iter().map(|o| o.edits * sources.len()).sum();
     println!("edits that bf16 would lose: {lost} of {edits} ({:.1} %)", 100.0 * lost as f64 / edits.max(1) as f64);
@@ -422,6 +540,32 @@ fn run() -> Result<()> {
         };
     }
     chart.save(folder.plot("losses"))?;
+    let mut chart = LineChart::new("Quality against cost")
+        .x_label("training tokens after the base")
+        .y_label("mean test loss")
+        .log_x();
+    let best = format!("best of {mixtures} mixtures");
+    let kinds: [(&str, &[&str]); 5] = [
+        ("DEM", &["DEM"]),
+        ("other merges", &["soup", "one λ for all", "TIES", "DARE"]),
+        ("mixtures", &["even mixture", &best]),
+        ("one after the other", &["one after the other"]),
+        ("DEM, one source replaced", &["one source replaced"]),
+    ];
+    for (kind, methods) in kinds {
+        let points: Vec<(f64, f64)> = methods.iter().map(|m| (tokens_of(m) as f64, interval(&mean_of(m)).0)).collect();
+        chart = chart.series(Series::new(kind, points).markers());
+    }
+    chart.save(folder.plot("cost"))?;
+    let mut chart = BarChart::new("Weights that the search found").label("weight");
+    for (i, name) in names.iter().enumerate() {
+        let (mean, half) = interval(&outcomes.iter().map(|o| o.weights[i]).collect::<Vec<f64>>());
+        chart = match half.is_finite() {
+            true => chart.bar_with_interval(*name, mean, mean - half, mean + half),
+            false => chart.bar(*name, mean),
+        };
+    }
+    chart.save(folder.plot("weights"))?;
     let mut chart =
         LineChart::new("Mean validation loss along each vector").x_label("weight").y_label("nats per token");
     for (name, points) in names.iter().zip(&outcomes[0].directions) {
@@ -432,7 +576,8 @@ fn run() -> Result<()> {
         .save(folder.plot("cosines"))?;
     folder.finish(&json!({
         "rows": outcomes.iter().map(|o| &o.rows).collect::<Vec<_>>(), "weights": outcomes.iter().map(|o| &o.weights).collect::<Vec<_>>(),
-        "verdicts": verdicts, "token_ratio": ratio, "lost_in_bf16": lost, "edits": edits, "seconds": start.elapsed().as_secs_f64(),
+        "verdicts": verdicts, "token_ratio": ratio, "privacy": privacy, "ledgers": outcomes.iter().map(|o| &o.ledger).collect::<Vec<_>>(),
+        "lost_in_bf16": lost, "edits": edits, "seconds": start.elapsed().as_secs_f64(),
     }))?;
     println!("plots and summary in {} after {:.0} s", folder.path().display(), start.elapsed().as_secs_f64());
     Ok(())

@@ -33,6 +33,7 @@ const OPTIONS: &[args::Opt] = &[
         "layer-wise",
         "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K",
     ),
+    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
     ("epochs", "30", "2", "passes over the training images"),
     ("seed", "0", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
 ];
@@ -79,9 +80,9 @@ impl Step {
 }
 
 /// The logits of some images, and one loss per image.
-fn losses(model: &Model, images: &Images, indices: &[usize]) -> Result<(Tensor, Tensor)> {
+fn losses(model: &Model, images: &Images, indices: &[usize], dtype: DType) -> Result<(Tensor, Tensor)> {
     let (pixels, labels) = images.batch(indices)?;
-    let logits = model(&Tensor::from_slice(&pixels, &[indices.len(), images.size()])?)?;
+    let logits = model(&Tensor::from_slice(&pixels, &[indices.len(), images.size()])?.cast(dtype)?)?;
     let losses = cross_entropy(&logits, &Array::from_slice(&labels, &[labels.len()])?, &CrossEntropy::default())?;
     Ok((logits, losses))
 }
@@ -89,7 +90,7 @@ fn losses(model: &Model, images: &Images, indices: &[usize]) -> Result<(Tensor, 
 /// Accuracy and mean loss.
 fn evaluate(model: &Model, images: &Images) -> Result<(f64, f64)> {
     let all: Vec<usize> = (0..images.len()).collect();
-    let (logits, losses) = no_grad(|| losses(model, images, &all))?;
+    let (logits, losses) = no_grad(|| losses(model, images, &all, DType::F32))?;
     let read = logits.argmax(-1)?.array().to_f64();
     let right = read.iter().zip(&images.labels).filter(|&(&r, &l)| r == f64::from(l)).count();
     Ok((right as f64 / images.len() as f64, losses.mean(&[0], false)?.item()?))
@@ -99,6 +100,7 @@ fn run() -> Result<()> {
     let args = args::Args::parse("digits", "Learns handwritten digits, plainly or privately.", OPTIONS);
     let name = args.choice("model", &[("mlp", "mlp"), ("convnet", "convnet")]);
     let private = args.has("private");
+    let dtype = args.choice("dtype", &[("f32", DType::F32), ("bf16", DType::BF16)]);
     if let Some(option) = ["epsilon", "style"].into_iter().find(|o| args.has(o) && !private) {
         args::fail(format!("--{option} has no effect on plain training; add --private or leave it out"));
     }
@@ -133,7 +135,7 @@ fn run() -> Result<()> {
         Step::Plain(PlainStep::new(&params.all(), AdamW::default(), schedule)?)
     };
     let config = json!({
-        "model": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": args.has("seed").then_some(seed),
+        "model": name, "epochs": epochs, "batch": batch, "lr": lr, "seed": args.has("seed").then_some(seed), "dtype": dtype,
         "privacy": step.as_step().accounting().map(|p| p.config()),
     });
     let mut folder = args.folder(&config)?;
@@ -149,7 +151,7 @@ fn run() -> Result<()> {
     let start = Instant::now();
     let (mut accuracy, mut loss) = (0.0, 0.0);
     for epoch in 1..=epochs {
-        let losses = |part: &[usize]| Ok(losses(&model, &train, part)?.1);
+        let losses = |part: &[usize]| Ok(losses(&model, &train, part, dtype)?.1);
         let mut spent = None;
         match &mut step {
             // The step draws a Poisson batch, whose size varies; an empty one is a step of noise alone.

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! cargo run --release --example dp_zero -- --ranks 4
+//! mpirun -n 4 target/release/examples/dp_zero
 //! ```
 //!
-//! A GPT is trained on real text by ranks that are threads of this process, at each stage, privately and not, beside one rank alone.
-//! Prints what each rank keeps and sends beside the formulas. Writes `plots/memory` and `plots/loss` (`.svg` and `.png`) and
+//! A GPT is trained on real text by ranks, at each stage, privately and not, beside one rank alone. Ranks are threads of this process, or
+//! the processes that `mpirun` or Slurm has started. Prints what each rank keeps and sends beside the formulas. Writes `plots/memory` and `plots/loss` (`.svg` and `.png`) and
 //! `summary.json` to the run folder.
 
 #[path = "common/args.rs"]
@@ -15,7 +16,7 @@ mod documents;
 
 use documents::pieces;
 use prismgrad::data::{Bpe, Corpus, CrateSources, Windows, data_file, read_maybe_gzip, shuffled};
-use prismgrad::dist::{Communicator, Local};
+use prismgrad::dist::{Communicator, Local, Mpi, Shared};
 use prismgrad::models::{Gpt, GptConfig};
 use prismgrad::nn::Ctx;
 use prismgrad::optim::{AdamW, Schedule};
@@ -25,10 +26,10 @@ use prismgrad::train::Progress;
 use prismgrad::train::plot::{BarChart, LineChart, Series};
 use prismgrad::{Array, Error, Result, no_grad};
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const OPTIONS: &[args::Opt] = &[
-    ("ranks", "4", "2", "ranks, as threads of this process"),
+    ("ranks", "4", "2", "ranks, as threads of this process; under mpirun there are as many as it started"),
     ("steps", "40", "3", "steps of each run"),
     ("batch", "32", "8", "records of a step, of all ranks together; of the private batch the expected number"),
     ("epsilon", "8", "8", "privacy budget ε, at δ = 1e-5"),
@@ -37,8 +38,12 @@ const OPTIONS: &[args::Opt] = &[
 const VOCAB: usize = 512;
 const SEQ: usize = 64;
 const DELTA: f64 = 1e-5;
-const STAGES: [(Stage, &str); 3] =
-    [(Stage::Replicated, "stage 0"), (Stage::Optimizer, "stage 1"), (Stage::Gradients, "stage 2")];
+const STAGES: [(Stage, &str); 4] = [
+    (Stage::Replicated, "stage 0"),
+    (Stage::Optimizer, "stage 1"),
+    (Stage::Gradients, "stage 2"),
+    (Stage::Parameters, "stage 3"),
+];
 
 fn text() -> Result<(Windows, Windows)> {
     let documents = match data_file("tinyshakespeare.txt.gz") {
@@ -70,6 +75,8 @@ struct Setting<'a> {
     batch: usize,
     epsilon: f64,
     seed: u64,
+    /// Whether this process shows its progress.
+    speaks: bool,
 }
 
 /// What one rank has to say of its run.
@@ -83,14 +90,42 @@ struct Told {
     parameters: Vec<f64>,
 }
 
+/// Who the ranks are.
+enum World {
+    Threads(usize),
+    Processes(Shared),
+}
+
+impl World {
+    fn size(&self) -> usize {
+        match self {
+            World::Threads(n) => *n,
+            World::Processes(ranks) => ranks.size(),
+        }
+    }
+    /// Whether this process prints and writes.
+    fn speaks(&self) -> bool {
+        matches!(self, World::Threads(_)) || matches!(self, World::Processes(r) if r.rank() == 0)
+    }
+    /// A number of every rank, from those of this process.
+    fn of_all(&self, own: Vec<f64>) -> Result<Vec<f64>> {
+        match self {
+            World::Threads(_) => Ok(own),
+            World::Processes(ranks) => {
+                Ok(ranks.all_gather("figures", &Array::from_slice(&own, &[own.len()])?)?.to_f64())
+            }
+        }
+    }
+}
+
 impl Setting<'_> {
     /// A whole run as one of several ranks; the first one shows its progress.
-    fn run(&self, rank: Local, stage: Stage, private: bool, name: &str) -> Result<Told> {
+    fn run(&self, rank: Box<dyn Communicator>, stage: Stage, private: bool, name: &str) -> Result<Told> {
         let (me, size) = (rank.rank(), rank.size());
         let model = Gpt::new(GptConfig::small(VOCAB, SEQ, 2, 96, 4), self.seed)?;
         let params = model.params().all();
         let schedule = Schedule::cosine(2e-3, (self.steps / 10).max(1), self.steps);
-        let mut progress = (me == 0).then(|| Progress::new(name.to_string(), Some(self.steps), 0));
+        let mut progress = (me == 0 && self.speaks).then(|| Progress::new(name.to_string(), Some(self.steps), 0));
         let (mut curve, mut epsilon) = (Vec::new(), 0.0);
         // Each rank takes its part of a batch in microbatches of this many records.
         let physical = (self.batch / size).max(1);
@@ -119,15 +154,14 @@ impl Setting<'_> {
                 .expected_batch(self.batch as f64)
                 .steps(self.steps);
             let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(self.seed))?;
-            let inner =
-                PrivateStep::new(&params, privacy, AdamW::default(), schedule)?.with_zero(Box::new(rank), stage)?;
+            let inner = PrivateStep::new(&params, privacy, AdamW::default(), schedule)?.with_zero(rank, stage)?;
             go!(inner, |s: &mut PrivateStep, t| {
                 let report = s.run(physical, |records| losses(&model, self.train, records, &Ctx::train(t)))?;
                 epsilon = report.epsilon;
                 if report.samples > 0 { report.loss() } else { Ok(f64::NAN) }
             });
         } else {
-            let inner = PlainStep::new(&params, AdamW::default(), schedule)?.with_zero(Box::new(rank), stage)?;
+            let inner = PlainStep::new(&params, AdamW::default(), schedule)?.with_zero(rank, stage)?;
             let order = shuffled(self.train.len(), self.seed);
             go!(inner, |s: &mut PlainStep, t| {
                 let own = (0..self.batch).filter(|i| i % size == me);
@@ -138,6 +172,7 @@ impl Setting<'_> {
         if let Some(p) = progress {
             p.finish();
         }
+        step.gather_parameters()?;
         let held: Vec<usize> = shuffled(self.held.len(), 3).into_iter().take(64).collect();
         let held = no_grad(|| losses(&model, self.held, &held, &Ctx::eval()))?.array().to_f64();
         let steps = self.steps as f64;
@@ -151,14 +186,25 @@ impl Setting<'_> {
             parameters: params.iter().flat_map(|p| p.value().to_f64()).collect(),
         })
     }
-    fn all(&self, ranks: usize, stage: Stage, private: bool, name: &str) -> Result<Vec<Told>> {
-        Local::run(ranks, |rank| self.run(rank, stage, private, name)).into_iter().collect()
+    /// What the ranks of this process have to say: all of them, or the one that this process is.
+    fn all(&self, world: &World, stage: Stage, private: bool, name: &str) -> Result<Vec<Told>> {
+        match world {
+            World::Threads(n) => {
+                Local::run(*n, |rank| self.run(Box::new(rank), stage, private, name)).into_iter().collect()
+            }
+            World::Processes(ranks) => Ok(vec![self.run(ranks.split(0)?, stage, private, name)?]),
+        }
     }
 }
 
 fn run() -> Result<()> {
     let args = args::Args::parse("dp_zero", "Ranks that share the model's state, privately and not.", OPTIONS);
-    let ranks = args.get("ranks", "a whole number from 1 to 64", |n: &usize| (1..=64).contains(n));
+    let threads = args.get("ranks", "a whole number from 1 to 64", |n: &usize| (1..=64).contains(n));
+    let world = match Mpi::started() {
+        true => World::Processes(Shared::new(Mpi::world(Duration::from_secs(60))?)?),
+        false => World::Threads(threads),
+    };
+    let (ranks, speaks) = (world.size(), world.speaks());
     let setting = |train, held| Setting {
         train,
         held,
@@ -166,57 +212,75 @@ fn run() -> Result<()> {
         batch: args.get("batch", "a whole number from 1 to 4096", |n: &usize| (1..=4096).contains(n)),
         epsilon: args.get("epsilon", "a positive number, such as 8", |e: &f64| e.is_finite() && *e > 0.0),
         seed: args.get("seed", "a whole number", |_: &u64| true),
+        speaks,
     };
     let (train, held) = text()?;
     let setting = setting(&train, &held);
-    let mut folder = args.folder(&json!({
+    // The first rank alone prints and writes.
+    let options = json!({
         "ranks": ranks, "steps": setting.steps, "batch": setting.batch, "epsilon": setting.epsilon, "seed": setting.seed,
-    }))?;
-    println!("about {} on two cores", if args.has("quick") { "15 seconds" } else { "2 minutes" });
+    });
+    let mut folder = if speaks { Some(args.folder(&options)?) } else { None };
+    let kinds = if matches!(world, World::Threads(_)) { "threads" } else { "processes" };
+    if speaks {
+        println!(
+            "{ranks} ranks that are {kinds}; about {} on two cores",
+            if args.has("quick") { "20 seconds" } else { "3 minutes" }
+        );
+    }
     if setting.batch > train.len() {
         args::fail(format!("--batch cannot be {}; the text has {} records", setting.batch, train.len()));
     }
     let (mut rows, mut memory) = (Vec::<Value>::new(), BarChart::new("Model state of a rank").label("MB"));
     let mut chart = LineChart::new(format!("Private training at ε = {}", setting.epsilon)).x_label("step");
-    println!(
-        "{:<28} {:>10} {:>10} {:>12} {:>12} {:>8} {:>9}",
-        "", "kept, MB", "formula", "sent, MB", "formula", "s/step", "held out"
-    );
+    if speaks {
+        println!(
+            "{:<28} {:>10} {:>10} {:>12} {:>12} {:>8} {:>9}",
+            "", "kept, MB", "formula", "sent, MB", "formula", "s/step", "held out"
+        );
+    }
     let mut worst = 0f64;
     let (mut sent, mut same) = (Vec::new(), Vec::new());
     for private in [false, true] {
         let kind = if private { "private" } else { "plain" };
-        let alone = setting.all(1, Stage::Replicated, private, &format!("{kind}, one rank"))?.remove(0);
+        let name = format!("{kind}, one rank");
+        let alone = setting.all(&World::Threads(1), Stage::Replicated, private, &name)?.remove(0);
         let psi = alone.parameters.len() as f64;
         for (stage, name) in STAGES {
-            let told = setting.all(ranks, stage, private, &format!("{kind}, {ranks} ranks, {name}"))?;
+            let told = setting.all(&world, stage, private, &format!("{kind}, {ranks} ranks, {name}"))?;
             let n = ranks as f64;
             // f32 with AdamW: parameters, gradient, two buffers.
             let formula = match stage {
                 Stage::Replicated => 16.0 * psi,
                 Stage::Optimizer => 8.0 * psi + 8.0 * psi / n,
                 Stage::Gradients => 4.0 * psi + 12.0 * psi / n,
+                Stage::Parameters => 16.0 * psi / n,
             };
-            let traffic = 8.0 * psi * (n - 1.0) / n;
-            let kept = told.iter().map(|t| t.kept.iter().map(|k| k.1).sum::<usize>() as f64).fold(0.0, f64::max);
-            let mean_sent = told.iter().map(|t| t.sent).sum::<f64>() / n;
+            // Gradients and parameters, at stage 3 the parameters for the forward and for the backward pass.
+            let traffic = if stage == Stage::Parameters { 12.0 } else { 8.0 } * psi * (n - 1.0) / n;
+            let kept = told.iter().map(|t| t.kept.iter().map(|k| k.1).sum::<usize>() as f64).collect();
+            let kept = world.of_all(kept)?.into_iter().fold(0.0, f64::max);
+            let mean_sent = world.of_all(told.iter().map(|t| t.sent).collect())?.iter().sum::<f64>() / n;
             // How far the parameters are from one rank's, beside the largest.
             let most = alone.parameters.iter().fold(0f64, |m, x| m.max(x.abs()));
             let apart = told
                 .iter()
                 .flat_map(|t| t.parameters.iter().zip(&alone.parameters))
                 .fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+            let apart = world.of_all(vec![apart])?.into_iter().fold(0.0, f64::max);
             worst = worst.max(apart / most);
-            println!(
-                "{:<28} {:>10.2} {:>10.2} {:>12.2} {:>12.2} {:>8.3} {:>9.4}",
-                format!("{kind}, {ranks} ranks, {name}"),
-                kept / 1e6,
-                formula / 1e6,
-                mean_sent / 1e6,
-                traffic / 1e6,
-                told[0].seconds,
-                told[0].held,
-            );
+            if speaks {
+                println!(
+                    "{:<28} {:>10.2} {:>10.2} {:>12.2} {:>12.2} {:>8.3} {:>9.4}",
+                    format!("{kind}, {ranks} ranks, {name}"),
+                    kept / 1e6,
+                    formula / 1e6,
+                    mean_sent / 1e6,
+                    traffic / 1e6,
+                    told[0].seconds,
+                    told[0].held,
+                );
+            }
             if !private {
                 memory = memory.bar(name, kept / 1e6);
             } else {
@@ -226,11 +290,13 @@ fn run() -> Result<()> {
                 ));
             }
             let row = json!({
-                "kind": kind, "ranks": ranks, "stage": name, "parameters": psi, "kept_bytes": kept, "kept_formula": formula,
+                "kind": kind, "ranks": ranks, "ranks_are": kinds, "stage": name, "parameters": psi, "kept_bytes": kept, "kept_formula": formula,
                 "sent_bytes_a_step": mean_sent, "sent_formula": traffic, "seconds_a_step": told[0].seconds, "held_out": told[0].held,
                 "held_out_of_one_rank": alone.held, "parameters_apart": apart / most, "epsilon": told[0].epsilon,
             });
-            folder.log(rows.len() as u64, &row)?;
+            if let Some(folder) = &mut folder {
+                folder.log(rows.len() as u64, &row)?;
+            }
             rows.push(row);
             sent.push((private, stage, mean_sent));
             same.push((told[0].held - alone.held).abs());
@@ -245,6 +311,8 @@ fn run() -> Result<()> {
             );
         }
     }
+    // The other ranks have nothing to write.
+    let Some(mut folder) = folder else { return Ok(()) };
     memory.save(folder.plot("memory"))?;
     chart.y_label("training loss, nats a token").save(folder.plot("loss"))?;
     // One microbatch of a plain step; a private one may need more, and stage 2 sends gradients in each.

@@ -490,7 +490,7 @@ fn run() -> Result<()> {
         (_, true) => Existing::Overwrite,
         _ => Existing::Refuse,
     };
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &["seeds", "only", "steps"])?;
+    let mut folder = RunFolder::create(args.out(), &config, existing, &["seeds", "only", "steps"])?;
     let (mut rows, mut verdicts) = (Vec::new(), Vec::new());
     let mut add = |(r, v): (Rows, Rows)| {
         rows.extend(r);

@@ -13,9 +13,12 @@
 
 #[path = "common/args.rs"]
 mod args;
+#[path = "common/secrets.rs"]
+mod secrets;
 
 use args::{Args, Opt};
 use prismgrad::data::{Bpe, CrateSources, Folder, Tokenizer, Windows, shuffled};
+use prismgrad::device::cpu::simd::{Bf16Products, bf16_products};
 use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::optim::{AdamW, Schedule};
@@ -24,7 +27,7 @@ use prismgrad::random::NoiseKey;
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::train::plot::{LineChart, Series};
 use prismgrad::train::{Existing, Progress, RunFolder, interrupt, interrupted, state};
-use prismgrad::{Array, Device, Error, Result, profile};
+use prismgrad::{Array, DType, Device, Error, Result, profile};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -40,6 +43,7 @@ const OPTIONS: &[Opt] = &[
     ("vocab", "1024", "1024", "tokens of the vocabulary, 300 or more"),
     ("batch", "128", "128", "expected private batch, in records"),
     ("lr", "0.002", "0.002", "peak learning rate"),
+    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
     ("seed", "0", "0", "of initial values and public batches (the noise key is secret and fresh)"),
     ("profile", "", "", "print where the time of a few steps goes, and write traces to the run folder"),
     ("resume", "", "", "go on from the last checkpoint in --out"),
@@ -59,8 +63,11 @@ struct Config {
     vocab: usize,
     batch: f64,
     lr: f64,
+    dtype: DType,
     seed: u64,
     records: usize,
+    /// Found for the budget and the plan.
+    noise_multiplier: Option<f64>,
 }
 
 /// The three curves, in the order in which they are trained.
@@ -86,9 +93,9 @@ fn main() {
 fn run(args: &Args) -> Result<()> {
     let positive = |v: &f64| *v > 0.0 && v.is_finite();
     let minutes = args.get("minutes", "a positive number", positive);
-    let private_text = match args.text("private-text") {
-        "DIR" => env!("CARGO_MANIFEST_DIR").to_string(),
-        dir => dir.to_string(),
+    let private_text = match args.has("private-text") {
+        true => args.text("private-text").to_string(),
+        false => env!("CARGO_MANIFEST_DIR").to_string(),
     };
     let mut config = Config {
         private_text: private_text.clone(),
@@ -103,18 +110,24 @@ fn run(args: &Args) -> Result<()> {
         vocab: args.get("vocab", "300 to 50000", |v| (300..=50_000).contains(v)),
         batch: args.get("batch", "1 or more", |v: &f64| *v >= 1.0 && v.is_finite()),
         lr: args.get("lr", "a positive number below 1", |v| *v > 0.0 && *v < 1.0),
+        dtype: args.choice("dtype", &[("f32", DType::F32), ("bf16", DType::BF16)]),
         seed: args.get("seed", "a whole number", |_| true),
         records: 0,
+        noise_multiplier: None,
     };
     let device = Device::from_env()?;
     println!(
         "device: {device}; reading public text (sources of this build's dependencies) and private text ({private_text})"
     );
+    if config.dtype == DType::BF16 && device.is_cpu() && bf16_products() == Bf16Products::Emulated {
+        println!("this processor has no bf16 products: they are computed in f32, and no faster");
+    }
     let data = load(&config, &private_text)?;
     config.records = data.private.len();
     config.delta = match args.text("delta") {
         "auto" => 0.1 / config.records as f64,
-        _ => args.get("delta", "a number between 0 and 1", |v| *v > 0.0 && *v < 1.0),
+        // Below that the composed ε of both models cannot be told from infinity.
+        _ => args.get("delta", "a number from 1e-15 to below 1", |v| *v >= 1e-15 && *v < 1.0),
     };
     println!(
         "{} public and {} private records of {} tokens; {} held out",
@@ -129,18 +142,22 @@ fn run(args: &Args) -> Result<()> {
         (_, true) => Existing::Overwrite,
         _ => Existing::Refuse,
     };
-    // Everything about privacy is checked before the folder is touched.
-    privacy_config(&config)?.check()?;
-    let mut folder = RunFolder::create(args.text("out"), &config, existing, &[])?;
+    // Everything about privacy is checked before the folder is touched, and the noise is found once, for both private models.
+    let asked = privacy_config(&config)?;
+    asked.check()?;
+    let rate = asked.expected_batch / asked.records as f64;
+    config.noise_multiplier =
+        Some(Accountant::under(asked.neighbouring).calibrate(asked.epsilon, asked.delta, rate, asked.steps)?);
+    let mut folder = RunFolder::create(args.out(), &config, existing, &[])?;
     if folder.finished() && folder.resumed() {
         println!("{} is finished already", folder.path().display());
         return Ok(());
     }
     interrupt::install()?;
     if !folder.resumed() {
-        set_aside(folder.path())?;
+        secrets::set_aside(folder.path(), PHASES.len() - 1)?;
     }
-    let key = secret_key(folder.path())?;
+    let key = secrets::keys(folder.path())?;
     let checkpoints = folder.checkpoints()?.keep_last(4);
     let latest = checkpoints.latest()?;
     latest.warnings.iter().for_each(|w| eprintln!("{w}"));
@@ -211,6 +228,13 @@ fn load(config: &Config, private_text: &str) -> Result<Data> {
     let private = Folder::new(private_text).max_bytes(4 << 20).load()?;
     let tokenizer = Bpe::train(public.texts(), config.vocab)?;
     let (private, held_out) = private.split(0.15, 1);
+    if private.documents.is_empty() || held_out.documents.is_empty() {
+        let message = format!(
+            "{private_text} has {} documents: too few to hold some out; give --private-text more files",
+            private.documents.len() + held_out.documents.len()
+        );
+        return Err(Error::invalid("quickstart", message));
+    }
     let windows = |c: prismgrad::data::Corpus| c.tokenize(&tokenizer).chunks(config.seq);
     let (public, private, held_out) = (windows(public)?, windows(private)?, windows(held_out)?);
     for (name, w) in [("private", &private), ("held-out", &held_out)] {
@@ -229,7 +253,8 @@ fn model_config(c: &Config) -> GptConfig {
 fn privacy_config(c: &Config) -> Result<PrivacyConfig> {
     let batch = c.batch.min(c.records as f64);
     let target = PrivacyConfig::target(c.epsilon, c.delta).style(c.style.parse()?);
-    Ok(target.records(c.records).expected_batch(batch).steps(c.private_steps))
+    let target = target.records(c.records).expected_batch(batch).steps(c.private_steps);
+    Ok(PrivacyConfig { noise_multiplier: c.noise_multiplier, ..target })
 }
 
 fn public_step(c: &Config, model: &Gpt) -> Result<PlainStep> {
@@ -243,54 +268,6 @@ fn private_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2], fold
     let privacy = privacy.log_to(folder.join(format!("privacy-{phase}.jsonl")))?;
     let lr = if phase == 1 { 0.5 * c.lr } else { c.lr };
     PrivateStep::new(&model.params().all(), privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
-}
-
-/// Two secret keys kept beside the run until it is finished, so that a resumed run repeats its noise exactly.
-fn secret_key(folder: &Path) -> Result<[NoiseKey; 2]> {
-    let path = folder.join("noise.key");
-    if let Ok(bytes) = std::fs::read(&path)
-        && let Ok(bytes) = <[u8; 64]>::try_from(bytes)
-    {
-        let half = |i: usize| std::array::from_fn(|k| bytes[32 * i + k]);
-        return Ok([NoiseKey::from_bytes(half(0)), NoiseKey::from_bytes(half(1))]);
-    }
-    let keys = [NoiseKey::from_os()?, NoiseKey::from_os()?];
-    let bytes = [keys[0].to_bytes(), keys[1].to_bytes()].concat();
-    // Readable by its owner alone from the first moment on.
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let written = options.open(&path).and_then(|mut file| {
-        std::io::Write::write_all(&mut file, &bytes)?;
-        file.sync_all()
-    });
-    written.map_err(|e| Error::io("write the noise key", &path, e))?;
-    Ok(keys)
-}
-
-/// A new run in an old folder has keys and logs of its own. The old run's logs of private steps are kept under another name, because
-/// what they record has been released; its key is removed.
-fn set_aside(folder: &Path) -> Result<()> {
-    let key = folder.join("noise.key");
-    match std::fs::remove_file(&key) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &key, e)),
-        _ => {}
-    }
-    for phase in 1..PHASES.len() {
-        let log = folder.join(format!("privacy-{phase}.jsonl"));
-        if !log.exists() {
-            continue;
-        }
-        let free = (1..).map(|n| folder.join(format!("privacy-{phase}.earlier-{n}.jsonl"))).find(|p| !p.exists());
-        let kept = free.unwrap_or_else(|| log.with_extension("earlier"));
-        std::fs::rename(&log, &kept).map_err(|e| Error::io("set aside", &log, e))?;
-        println!(
-            "an earlier run's log of private steps is kept as {}: what it released counts towards the records' total ε",
-            kept.display()
-        );
-    }
-    Ok(())
 }
 
 fn copy(from: &Gpt, to: &Gpt) -> Result<()> {
@@ -362,7 +339,7 @@ impl Run<'_> {
             if self.profiled && t == 1 {
                 session = Some(profile::start(&step.flat().device())?);
             }
-            let taken = advance(step, t, &Ctx::train(t))?;
+            let taken = advance(step, t, &Ctx::train(t).with_dtype(self.config.dtype))?;
             let done = step.steps();
             if done == 4
                 && let Some(session) = session.take()

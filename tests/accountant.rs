@@ -94,6 +94,20 @@ fn mixed_runs_in_any_order() {
     assert!((a.epsilon(1e-5).unwrap() - b.epsilon(1e-5).unwrap()).abs() < 1e-9);
 }
 
+/// Steps with the same noise at two rates stay two kinds of step: they cost what they would if their noise differed by next to nothing.
+#[test]
+fn rates_are_kept_apart() {
+    for (sigma, q, other) in [(1.0, 0.01, 0.02), (0.8, 0.03, 0.005)] {
+        let same = run(&[(sigma, q, 400), (sigma, other, 300)]);
+        assert_eq!((same.history().len(), same.steps()), (2, 700));
+        let got = same.epsilon(1e-5).unwrap();
+        let want = run(&[(sigma, q, 400), (sigma * (1.0 + 1e-9), other, 300)]).epsilon(1e-5).unwrap();
+        assert!((got - want).abs() < 1e-6 * want, "σ {sigma}, q {q} and {other}: {got}, not {want}");
+        let turned = run(&[(sigma, other, 300), (sigma, q, 400)]).epsilon(1e-5).unwrap();
+        assert!((got - turned).abs() < 1e-9, "σ {sigma}, q {q} and {other}: {got} {turned}");
+    }
+}
+
 #[test]
 fn finer_grids_fall_towards_the_truth() {
     let mut last = f64::INFINITY;
@@ -128,6 +142,33 @@ fn calibrated_noise() {
         assert!((sigma - want).abs() < 1e-3 * want && sigma >= want - 2e-5, "ε {e} q {q}: σ {sigma} against {want}");
         assert!(run(&[(sigma, q, n)]).epsilon(delta).unwrap() <= e);
     }
+}
+
+/// Where a record moves more than δ past the end of the noise, at 9.49 standard deviations, no ε is enough: 100 steps at q = 0.05 and
+/// δ = 10⁻⁵ need σ = 0.2050, however large ε is. It takes seconds, not a minute.
+#[test]
+fn large_budgets() {
+    let start = std::time::Instant::now();
+    let certain = |sigma: f64| run(&[(sigma, 0.05, 100)]).epsilon(1e-5).unwrap();
+    assert!(
+        certain(0.2049).is_infinite() && certain(0.2052).is_finite(),
+        "{} and {}",
+        certain(0.2049),
+        certain(0.2052)
+    );
+    for epsilon in [1e3, 1e4, 1e6] {
+        let sigma = Accountant::new().calibrate(epsilon, 1e-5, 0.05, 100).unwrap();
+        assert!((sigma - 0.2050).abs() < 3e-4, "ε {epsilon}: σ {sigma}");
+        assert!(certain(sigma) <= epsilon);
+    }
+    // The value that a grid of 10⁻⁴ gives after 42 s.
+    let sigma = Accountant::new().calibrate(100.0, 1e-5, 0.01, 1000).unwrap();
+    assert!((sigma - 0.26693).abs() < 1e-4, "{sigma}");
+    // What is left of δ decides, and that is said.
+    let e = Accountant::new().calibrate(3.0, 1e-300, 0.01, 1000).unwrap_err().to_string();
+    assert!(e.contains("δ = 1e-300") && e.contains("larger δ"), "{e}");
+    println!("{:?}", start.elapsed());
+    assert!(start.elapsed().as_secs_f64() < 30.0, "{:?}", start.elapsed());
 }
 
 #[test]

@@ -11,11 +11,12 @@ use common::distance::distance;
 use common::gpt::gpt;
 use common::records::losses;
 use common::values::values;
-use prismgrad::dist::{Communicator, Local};
+use prismgrad::dist::{Communicator, Fault, Local, Shared, Simulated};
+use prismgrad::nn::{Init, Params};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle, Thresholds};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, TrainStep};
+use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, Stage, TrainStep};
 use prismgrad::{Array, DType, Device, Param};
 use std::time::{Duration, Instant};
 
@@ -218,4 +219,175 @@ fn ranks_with_other_keys_or_settings_are_refused() {
             assert!(e.contains(if rank == 1 { "rank 0 has another" } else { "rank 1 has another" }), "{rank}: {e}");
         }
     }
+}
+
+/// A group of some of the ranks computes among itself.
+#[test]
+fn ranks_split_into_groups() {
+    let results = Local::run(5, |r| {
+        let group = r.split(r.rank() % 2)?;
+        let sum = group.all_reduce("x", &ones(2, r.rank() as f64))?.to_f64()[0];
+        // The whole group goes on beside its parts.
+        Ok((group.rank(), group.size(), sum, r.all_reduce("x", &ones(1, 1.0))?.item()?))
+    });
+    let all: Vec<_> = results.into_iter().map(|r| r.unwrap()).collect();
+    assert_eq!(all, [(0, 3, 6.0, 5.0), (0, 2, 4.0, 5.0), (1, 3, 6.0, 5.0), (1, 2, 4.0, 5.0), (2, 3, 6.0, 5.0)]);
+}
+
+#[test]
+fn parts_of_any_length_are_gathered() {
+    let results = Local::run(3, |r| {
+        let parts = [2, 0, 3];
+        let own = ones(parts[r.rank()], r.rank() as f64);
+        let all = r.all_gather_parts("x", &own, &parts)?.to_f64();
+        assert!(r.all_gather_parts("x", &ones(7, 0.0), &parts).is_err());
+        Ok((all, r.traffic().bytes))
+    });
+    for (rank, r) in results.into_iter().enumerate() {
+        let (all, sent) = r.unwrap();
+        assert_eq!(all, [0.0, 0.0, 2.0, 2.0, 2.0]);
+        assert_eq!(sent, [2 * 2 * 8, 0, 2 * 3 * 8][rank]);
+    }
+}
+
+/// A collective that was begun goes on while the program computes, in the order in which it was begun.
+#[test]
+fn collectives_go_on_in_the_background() {
+    let latency = Duration::from_millis(150);
+    let results = Local::run(2, |r| {
+        let ranks = Shared::new(Simulated::new(r, latency, f64::INFINITY))?;
+        let (x, y) = (ones(1, 1.0), ones(1, 2.0));
+        let start = Instant::now();
+        let a = ranks.begin(move |r| r.all_reduce("a", &x));
+        let b = ranks.begin(move |r| r.all_reduce("b", &y));
+        let begun = start.elapsed();
+        std::thread::sleep(2 * latency);
+        let sums = (a.wait()?.item()?, b.wait()?.item()?);
+        Ok((sums, begun, start.elapsed(), ranks.traffic().calls))
+    });
+    for r in results {
+        let (sums, begun, all, calls) = r.unwrap();
+        assert_eq!((sums, calls), ((2.0, 4.0), 2));
+        assert!(begun < latency, "beginning waited for {begun:?}");
+        // Twice the latency beside a computation of twice the latency: one after the other they would take four.
+        assert!(all >= 2 * latency && all < 7 * latency / 2, "{all:?}");
+    }
+}
+
+#[test]
+fn a_planted_fault_ends_everybody_with_its_reason() {
+    let began = Instant::now();
+    let said = Local::run(3, |r| {
+        let me = r.rank();
+        let ranks = Simulated::new(r, Duration::ZERO, f64::INFINITY);
+        let ranks = if me == 1 { ranks.fault(2, Fault::Fail) } else { ranks };
+        for _ in 0..5 {
+            ranks.all_reduce("w", &ones(1, 1.0))?;
+        }
+        Ok(())
+    });
+    for (rank, result) in said.into_iter().enumerate() {
+        let e = result.unwrap_err().to_string();
+        assert!(e.contains("as planted") && (rank == 1 || e.contains("rank 1 is gone")), "{e}");
+    }
+    let mut ranks = Local::group(2, Duration::from_millis(200));
+    let (stalls, here) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    let stalls =
+        Simulated::new(stalls, Duration::ZERO, f64::INFINITY).fault(0, Fault::Stall(Duration::from_millis(400)));
+    let late = std::thread::spawn(move || stalls.barrier().unwrap_err().to_string());
+    assert!(here.barrier().unwrap_err().to_string().contains("[1]"));
+    assert!(late.join().unwrap().contains("rank 0 is gone"));
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+/// A rank whose step fails ends the others at once, with its reason and the step; at every stage.
+#[test]
+fn a_step_that_fails_on_one_rank_fails_on_all_at_once() {
+    for stage in [Stage::Replicated, Stage::Optimizer, Stage::Gradients, Stage::Parameters] {
+        let began = Instant::now();
+        let said = Local::run(3, |rank| {
+            let me = rank.rank();
+            let model = gpt(1, true, DType::F32, &Device::Cpu);
+            let step = PlainStep::new(&model.params().all(), Sgd::default(), Schedule::constant(1e-2))?;
+            let mut step = step.with_zero(Box::new(rank), stage)?;
+            for t in 0..3 {
+                step.run_one(|| {
+                    if t == 1 && me == 2 {
+                        return Err(prismgrad::Error::Invalid { op: "data", message: "record 7 is torn".into() });
+                    }
+                    losses(&model, &[t, me])
+                })?;
+            }
+            Ok(())
+        });
+        for (rank, result) in said.into_iter().enumerate() {
+            let e = result.unwrap_err().to_string();
+            assert!(e.contains("record 7 is torn"), "{stage:?}, rank {rank}: {e}");
+            assert!(rank == 2 || e.contains("rank 2 is gone") && e.contains("step 2"), "{stage:?}, rank {rank}: {e}");
+        }
+        assert!(began.elapsed() < Duration::from_secs(10), "{stage:?}: nobody waits for a deadline");
+    }
+}
+
+/// Ranks whose forward passes read parameters in different orders are told so.
+#[test]
+fn ranks_on_different_paths_are_told() {
+    let said = Local::run(2, |rank| {
+        let me = rank.rank();
+        let p = Params::new(0, DType::F32);
+        let (a, b) = (p.param("a.w", &[8], Init::Ones)?, p.param("b.w", &[8], Init::Ones)?);
+        let step = PlainStep::new(&p.all(), Sgd::default(), Schedule::constant(1e-2))?;
+        let mut step = step.with_zero(Box::new(rank), Stage::Parameters)?;
+        step.run_one(|| {
+            let (first, then) = if me == 0 { (&a, &b) } else { (&b, &a) };
+            first.dense().mul(&then.dense())?.expand(&[1, 8])?.sum(&[1], false)
+        })
+    });
+    for r in said {
+        let e = r.unwrap_err().to_string();
+        assert!(e.contains("different orders"), "{e}");
+    }
+}
+
+/// Over a slow link, what goes on in the background takes no time of its own: a step takes what the larger of computing and
+/// communicating takes, not their sum.
+#[test]
+fn a_step_overlaps_with_its_communication() {
+    let (blocks, width, compute, steps) = (6usize, 20_000, Duration::from_millis(60), 3);
+    // Each block's parameters come twice, and its gradient goes once; at this bandwidth each takes about a third of its computing.
+    let (bytes, n) = (4.0 * width as f64, 2.0);
+    let bandwidth = bytes * (n - 1.0) / n / compute.as_secs_f64() * 1.5;
+    let run = |bandwidth: f64| {
+        let results = Local::run(2, |rank| {
+            let p = Params::new(0, DType::F32);
+            let all = (0..blocks).map(|i| p.param(&format!("h.{i}.w"), &[width], Init::Ones));
+            let all = all.collect::<prismgrad::Result<Vec<_>>>()?;
+            let step = PlainStep::new(&p.all(), Sgd::default(), Schedule::constant(1e-6))?;
+            let ranks = Simulated::new(rank, Duration::ZERO, bandwidth);
+            let mut step = step.with_zero(Box::new(ranks), Stage::Parameters)?;
+            let mut took = Vec::new();
+            for _ in 0..steps + 1 {
+                let start = Instant::now();
+                step.run_one(|| {
+                    let mut sum = prismgrad::Tensor::zeros(&[1], DType::F32);
+                    for w in &all {
+                        sum = sum.add(&w.per_sample(1)?.sum(&[1], false)?)?;
+                        // A computation that takes no processor.
+                        std::thread::sleep(compute);
+                    }
+                    Ok(sum)
+                })?;
+                took.push(start.elapsed().as_secs_f64());
+            }
+            // The first step does not know the order yet.
+            Ok(took[1..].iter().copied().fold(f64::INFINITY, f64::min))
+        });
+        results.into_iter().map(|r| r.unwrap()).fold(0.0, f64::max)
+    };
+    let (alone, slow) = (run(f64::INFINITY), run(bandwidth));
+    // Gathers of all blocks but the first lie beside the computing; that one, and the gradients after it, do not.
+    let each = bytes * (n - 1.0) / n / bandwidth;
+    let hidden = (blocks - 1) as f64 * each;
+    let open = (blocks + 1) as f64 * each;
+    assert!(slow < alone + open + 0.5 * hidden, "{slow} s, {alone} s without a link, {open} s that cannot overlap");
 }

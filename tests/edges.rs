@@ -3,10 +3,13 @@
 mod common {
     pub mod scratch;
 }
+#[path = "../examples/common/secrets.rs"]
+mod secrets;
 
 use common::scratch::Scratch;
+use prismgrad::data::{Bpe, Tokenizer};
 use prismgrad::io::CheckpointFolder;
-use prismgrad::models::{Gpt, GptConfig, Sampling, generate};
+use prismgrad::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::{Ctx, KvCache, LoraConfig, Params};
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::step::{PlainStep, TrainStep};
@@ -55,6 +58,130 @@ fn settings_of_model_files_are_honoured_kept_or_refused() {
     loaded.save(&*dir).unwrap();
     assert_eq!(Gpt::load(&*dir).unwrap().config().other["eos_token_id"], 7);
     assert!(with(&dir, "scale_attn_weights", json!(true)).is_ok());
+}
+
+/// The same of Mixtral's.
+#[test]
+fn settings_of_mixtral_are_honoured_kept_or_refused() {
+    let dir = Scratch::new("edges-mixtral");
+    let config = MixtralConfig {
+        vocab_size: 12,
+        hidden_size: 8,
+        intermediate_size: 6,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        max_position_embeddings: 16,
+        num_local_experts: ExpertCounts::Same(3),
+        initializer_range: 0.3,
+        ..MixtralConfig::default()
+    };
+    Mixtral::new(config, 1).unwrap().save(&*dir).unwrap();
+    let path = dir.join("config.json");
+    let written = std::fs::read_to_string(&path).unwrap();
+    let with = |name: &str, value: Value| {
+        let mut config: Value = serde_json::from_str(&written).unwrap();
+        config[name] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let start = std::time::Instant::now();
+        let done = Mixtral::load(&*dir);
+        assert!(start.elapsed().as_secs_f64() < 5.0, "{name}");
+        done
+    };
+    for (name, value) in [
+        ("rope_scaling", json!({"type": "linear", "factor": 2.0})),
+        ("partial_rotary_factor", json!(0.5)),
+        ("attention_bias", json!(true)),
+        ("attention_dropout", json!(0.1)),
+        ("norm_topk_prob", json!(false)),
+        ("quantization_config", json!({"bits": 4})),
+        ("rope_type", json!({"rope_type": "yarn", "rope_theta": 1e4})),
+        ("factor", json!({"rope_type": "default", "factor": 4.0})),
+        ("sliding_window", json!(0)),
+        ("model_type", json!("llama")),
+        ("rms_norm_eps", json!(-1.0)),
+        ("router_jitter_noise", json!(2.0)),
+        ("rope_theta", json!(0.0)),
+        ("initializer_range", json!(-0.1)),
+        ("router_aux_loss_coef", json!(-0.1)),
+    ] {
+        let field = if ["rope_type", "factor"].contains(&name) { "rope_parameters" } else { name };
+        says(with(field, value), &[name]);
+    }
+    for (name, value) in [
+        ("vocab_size", json!(u64::MAX)),
+        ("hidden_size", json!(1u64 << 62)),
+        ("intermediate_size", json!(1u64 << 40)),
+        ("num_hidden_layers", json!(100_000_000)),
+        ("num_hidden_layers", json!(u64::MAX)),
+        ("num_local_experts", json!(1u64 << 40)),
+        ("max_position_embeddings", json!(1_000_000_000_000u64)),
+        ("head_dim", json!(1u64 << 40)),
+    ] {
+        assert!(with(name, value.clone()).is_err(), "{name} {value}");
+    }
+    // What changes nothing is taken, kept, and written again.
+    for (name, value) in
+        [("rope_scaling", Value::Null), ("attention_dropout", json!(0)), ("norm_topk_prob", json!(true))]
+    {
+        assert!(with(name, value).is_ok(), "{name}");
+    }
+    let loaded = with("eos_token_id", json!([2, 7])).unwrap();
+    loaded.save(&*dir).unwrap();
+    let again = Mixtral::load(&*dir).unwrap();
+    assert_eq!(again.config().other["eos_token_id"], json!([2, 7]));
+    // A setting that is honoured: another base turns differently.
+    let ids = Array::from_slice(&[1u32, 5, 7, 2], &[1, 4]).unwrap();
+    let logits = |m: &Mixtral| m.forward(&ids, &Ctx::eval()).unwrap().array().to_f64();
+    let old = with("rope_theta", json!(100.0)).unwrap();
+    let new = with("rope_parameters", json!({"rope_type": "default", "rope_theta": 100.0})).unwrap();
+    assert_eq!(logits(&old), logits(&new));
+    assert_ne!(logits(&old), logits(&again));
+}
+
+/// As the tokenizers library does: a space before every text that is not empty and does not begin with U+0020, whatever other blank it
+/// begins with.
+#[test]
+fn a_prefix_space_is_added_before_every_other_blank() -> Result<()> {
+    let dir = Scratch::new("edges-prefix");
+    let path = dir.join("tokenizer.json");
+    Bpe::train(["hello\thello\n hello"], 270)?.save(&path)?;
+    let text = std::fs::read_to_string(&path).unwrap();
+    let plain = Bpe::load(&path)?;
+    std::fs::write(&path, text.replace("\"add_prefix_space\": false", "\"add_prefix_space\": true")).unwrap();
+    let spaced = Bpe::load(&path)?;
+    for text in ["\n", "\thello", "\u{3000}日本", "\u{a0}x", "hello", "\r\n x"] {
+        assert_eq!(spaced.encode(text), plain.encode(&format!(" {text}")), "{text:?}");
+        assert_ne!(spaced.encode(text), plain.encode(text), "{text:?}");
+    }
+    for text in ["", " ", " hello", "  \n"] {
+        assert_eq!(spaced.encode(text), plain.encode(text), "{text:?}");
+    }
+    Ok(())
+}
+
+/// A new run in an old folder has fresh keys; what the old one released stays on record, under names that nothing overwrites.
+#[test]
+fn an_overwritten_private_run_has_new_keys_and_keeps_its_logs() -> Result<()> {
+    let dir = Scratch::new("edges-secrets");
+    let (first, log) = (secrets::keys(&dir)?, dir.join("privacy-1.jsonl"));
+    assert_eq!(
+        secrets::keys(&dir)?.map(|k| k.to_bytes()),
+        first.clone().map(|k| k.to_bytes()),
+        "a resumed run has its keys"
+    );
+    for round in 1..=2 {
+        std::fs::write(&log, format!("round {round}\n")).unwrap();
+        std::fs::write(dir.join("mine.txt"), "mine").unwrap();
+        secrets::set_aside(&dir, 2)?;
+        assert!(!log.exists() && !dir.join("noise.key").exists());
+        let kept = std::fs::read_to_string(dir.join(format!("privacy-1.earlier-{round}.jsonl"))).unwrap();
+        assert_eq!(kept, format!("round {round}\n"));
+        let fresh = secrets::keys(&dir)?;
+        assert!(fresh.iter().zip(&first).all(|(a, b)| a.to_bytes() != b.to_bytes()));
+    }
+    assert_eq!(std::fs::read_dir(&*dir).unwrap().count(), 4, "two logs, the key, and a file of others");
+    Ok(())
 }
 
 #[test]

@@ -74,6 +74,47 @@ fn one_source_alone_is_that_source_to_the_bit() {
     assert_eq!(p.value().to_vec::<f32>().unwrap(), source);
 }
 
+prismgrad::device_tests! {
+    /// On a device a pool forms what it forms on the CPU: single sources to the bit, with what rounding took from their differences.
+    fn a_pool_on_a_device_forms_the_same_models(device) {
+        for dtype in [DType::F32, DType::BF16] {
+            let (mut there, params, base, sources) = pool(3, dtype);
+            let here = there.clone();
+            there.to(device).unwrap();
+            for (i, source) in sources.iter().enumerate() {
+                let mut w = vec![0.0; 3];
+                w[i] = 1.0;
+                there.apply(&Merge::Weights(w), &params).unwrap();
+                assert_eq!(&bits(&params), source, "{dtype} source {i}");
+            }
+            let values = |pool: &VectorPool, merge: &Merge| -> Vec<f64> {
+                pool.apply(merge, &params).unwrap();
+                params.all().iter().flat_map(|p| p.value().to_f64()).collect()
+            };
+            for merge in [
+                Merge::Weights(vec![0.3, -0.9, 0.2]),
+                Merge::PerLayer(vec![("a".to_string(), vec![0.0, 0.4, 1.0])]),
+                Merge::Ties { density: 0.5, lambda: 1.0, normalise: true },
+                Merge::Dare { density: 0.5, lambda: 1.0, seed: 4 },
+            ] {
+                let (a, b) = (values(&here, &merge), values(&there, &merge));
+                let unit = if dtype == DType::F32 { 1e-7 } else { 1e-2 };
+                assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= unit * a.abs()), "{dtype} {merge:?}");
+            }
+            assert_eq!(here.diagnose().unwrap(), there.diagnose().unwrap());
+            // A source that is added there, one that is taken out, and the base.
+            set(&params, 20, 2.0);
+            let new = bits(&params);
+            there.remove("s1").unwrap();
+            there.add("new", &params, Tags::new(), Cost::default()).unwrap();
+            there.apply(&Merge::Weights(vec![0.0, 0.0, 1.0]), &params).unwrap();
+            assert_eq!(bits(&params), new);
+            there.apply(&Merge::Weights(vec![0.0; 3]), &params).unwrap();
+            assert_eq!(bits(&params).concat(), base);
+        }
+    }
+}
+
 #[test]
 fn a_removed_source_leaves_nothing_behind() {
     let (mut three, params, ..) = pool(3, DType::F32);
@@ -347,7 +388,7 @@ fn diagnosis_and_ledger() {
     .unwrap();
     put([1.0, 3.0], [1.0, 5.0]);
     pool.add("two", &params, Tags::new(), Cost { tokens: 7, ..Cost::default() }).unwrap();
-    let d = pool.diagnose();
+    let d = pool.diagnose().unwrap();
     assert_eq!(d.lost_in_bf16, [1, 0]);
     assert_eq!(d.sources, ["one", "two"]);
     assert!((d.cosines[0][0] - 1.0).abs() < 1e-12 && d.cosines[0][1].abs() < 1e-12);

@@ -103,6 +103,57 @@ fn operations_that_mix_records_are_refused() {
     }
 }
 
+/// Records are followed in every batch, not in the first alone: what mixes them later is refused as well.
+#[test]
+fn what_mixes_records_later_is_refused() {
+    let params = Params::new(1, DType::F32);
+    let (a, b) = (Linear::new(&params.at("a"), D, D).unwrap(), Linear::new(&params.at("b"), D, D).unwrap());
+    let mut step = step_of(&params, 1.0);
+    let go = |step: &mut PrivateStep, mixes: bool| {
+        step.run(64, |records| {
+            let h = a.forward(&features(records, D), &Ctx::eval())?;
+            let h = if mixes { h.sub(&h.mean(&[0], true)?)? } else { h };
+            b.forward(&h, &Ctx::eval())?.square()?.sum(&[1], false)
+        })
+    };
+    go(&mut step, false).unwrap();
+    let values = || params.all().iter().flat_map(|p| p.value().to_f64()).collect::<Vec<f64>>();
+    let before = values();
+    let e = go(&mut step, true).expect_err("a later batch that mixes records is accepted").to_string();
+    assert!(e.contains("the operation sum mixes records"), "{e}");
+    assert_eq!((step.steps(), step.privacy().steps(), values()), (1, 1, before));
+    assert!(step.last_gradient().to_f64().iter().all(|g| *g == 0.0));
+    go(&mut step, false).unwrap();
+}
+
+/// A value that all losses share must not come from a layer over the records, whose factor tells them apart: the layer is refused by
+/// its parameter, although no operation on the way asks for anything that contradicts itself.
+#[test]
+fn what_all_records_share_may_not_come_from_records() {
+    let params = Params::new(1, DType::F32);
+    let (a, b) = (Linear::new(&params.at("a"), D, D).unwrap(), Linear::new(&params.at("b"), D, D).unwrap());
+    let e = step_of(&params, 1.0).run(64, |records| {
+        let x = features(records, D);
+        let shared = a.forward(&x, &Ctx::eval())?.mean(&[0], true)?;
+        b.forward(&x, &Ctx::eval())?.mul(&shared)?.sum(&[1], false)
+    });
+    let e = e.expect_err("a mean over the records is accepted").to_string();
+    assert!(e.contains("a.weight, in the operation linear") && e.contains("rows of other records"), "{e}");
+}
+
+/// A value that some records share and others do not is mixed by what shares it, also where its other factor is data.
+#[test]
+fn what_some_records_share_is_mixed() {
+    let data = Tensor::new(Array::generate(&[2, 3, 4], DType::F64, |i| (i as f64 * 0.7).sin()));
+    for (shape, pair) in [(vec![2, 3, 4], false), (vec![2, 1, 4], true), (vec![1, 3, 4], true)] {
+        let x = Tensor::leaf(Array::generate(&shape, DType::F64, |i| (i as f64 * 0.3).cos()));
+        let losses = x.mul(&data).unwrap().reshape(&[6, 4]).unwrap().sum(&[1], false).unwrap();
+        let mut seen = Leaves::default();
+        losses.backward_from(Array::full(&[6], 1.0, DType::F64), true, &mut seen).unwrap();
+        assert_eq!(seen.mixes, pair, "{shape:?}");
+    }
+}
+
 /// A sequence whose first axis is time, with as many steps as there are records.
 #[test]
 fn time_before_records_is_refused() {
@@ -195,6 +246,8 @@ fn dropout_masks_follow_from_the_key() {
         for _ in 0..2 {
             step.run(64, |records| {
                 seen.push(ones().dropout(0.5, 0)?.array().to_f64());
+                // Another layer of the same step, whose seed is another one.
+                seen.push(ones().dropout(0.5, 1)?.array().to_f64());
                 layer.forward(&features(records, D), &Ctx::eval())?.square()?.sum(&[1], false)
             })
             .unwrap();
@@ -202,11 +255,12 @@ fn dropout_masks_follow_from_the_key() {
         seen
     };
     let one = masks(NoiseKey::from_bytes([1; 32]));
-    assert_eq!(one[..2], [vec![1.0; 512], vec![1.0; 512]], "no dropout while the losses are compared");
+    assert!(one[..4].iter().all(|m| *m == [1.0; 512]), "no dropout while the losses are compared");
+    assert_eq!(one.len(), 8);
     assert_eq!(one, masks(NoiseKey::from_bytes([1; 32])));
     let other = masks(NoiseKey::from_bytes([2; 32]));
     let outside = ones().dropout(0.5, 0).unwrap().array().to_f64();
-    let all = [&one[2], &one[3], &other[2], &outside];
+    let all = [&one[4], &one[5], &one[6], &one[7], &other[4], &outside];
     for (i, a) in all.iter().enumerate() {
         for b in &all[..i] {
             let same = a.iter().zip(*b).filter(|(a, b)| a == b).count();

@@ -45,7 +45,7 @@ fn train(c: &MoeConfig, step: Local, experts: Local, one_expert: bool) -> Result
         let w = params.get("router.weight").unwrap();
         w.set(Array::generate(w.shape(), DType::F32, |i| if i % D == 0 { 2.0 - (i / D) as f64 } else { 0.0 }))?;
     }
-    let experts = Shared::new(experts);
+    let experts = Shared::new(experts)?;
     moe.place(&experts)?;
     let x = input(rank * SAMPLES / n, (rank + 1) * SAMPLES / n);
     // Bytes of one pass.
@@ -123,7 +123,7 @@ fn ranks_have_the_numbers_of_one_and_the_bytes_of_the_formula() {
 #[test]
 fn one_communicator_serves_a_step_and_its_layers() {
     let sums = Local::run(2, |rank| {
-        let ranks = Shared::new(rank);
+        let ranks = Shared::new(rank)?;
         let params = Params::new(7, DType::F32);
         let mut moe = Moe::new(&params, D, &config(4))?;
         moe.place(&ranks)?;
@@ -140,7 +140,7 @@ fn one_communicator_serves_a_step_and_its_layers() {
 
 #[test]
 fn a_private_step_refuses_placed_experts() {
-    let ranks = Shared::new(Local::group(1, Duration::from_secs(5)).remove(0));
+    let ranks = Shared::new(Local::group(1, Duration::from_secs(5)).remove(0)).unwrap();
     let params = Params::new(7, DType::F32);
     let mut moe = Moe::new(&params.at("h.0.moe"), D, &config(4)).unwrap();
     moe.place(&ranks).unwrap();

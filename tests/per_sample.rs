@@ -142,3 +142,59 @@ fn a_hundred_thousand_ops_deep() {
     }
     drop(y);
 }
+
+/// Factors of bf16 operands: every query gives what it gives for the same numbers in f32, to the rounding of sums in f32; rows of a sample
+/// together and scattered, many and few.
+#[test]
+fn bf16_factors_are_those_of_their_numbers() {
+    use prismgrad::{Factor, Samples};
+    let make = |owners: Vec<u32>, count: usize, dtype: DType| {
+        let rows = owners.len();
+        let samples = Samples::owners(owners, count).unwrap();
+        let of = |cols: usize, k: f64| {
+            let x = Array::generate(&[rows, cols], DType::F32, |i| (k * i as f64 + 0.3).sin()).cast(DType::BF16);
+            x.cast(dtype)
+        };
+        let mut grad = ParamGrad::new(Param::new("w", Array::zeros(&[37, 70], DType::F32)), count);
+        grad.push(Factor::Outer { left: of(37, 1.7), right: of(70, 0.9), samples: samples.clone() }).unwrap();
+        let mut bias = ParamGrad::new(Param::new("b", Array::zeros(&[70], DType::F32)), count);
+        bias.push(Factor::RowSum { grad: of(70, 0.9), samples }).unwrap();
+        [grad, bias]
+    };
+    let scattered: Vec<u32> = (0..120).map(|i| i * 7 % 3).collect();
+    let sorted: Vec<u32> = (0..120u32)
+        .map(|i| {
+            if i < 17 {
+                0
+            } else if i < 60 {
+                1
+            } else {
+                2
+            }
+        })
+        .collect();
+    for owners in [scattered, sorted, vec![0, 1, 2, 0, 2]] {
+        let pairs = make(owners.clone(), 3, DType::BF16).into_iter().zip(make(owners.clone(), 3, DType::F32));
+        for (half, wide) in pairs {
+            let close = |what: &str, a: &[f64], b: &[f64]| {
+                let size = b.iter().map(|x| x.abs()).fold(0.0, f64::max);
+                assert!(a.iter().zip(b).all(|(x, y)| (x - y).abs() <= 2e-5 * size), "{what}: {a:?} {b:?}");
+            };
+            close("sum", &half.sum().unwrap().to_f64(), &wide.sum().unwrap().to_f64());
+            let weights = [0.25, 0.0, 3.0];
+            close(
+                "weighted",
+                &half.weighted_sum(&weights).unwrap().to_f64(),
+                &wide.weighted_sum(&weights).unwrap().to_f64(),
+            );
+            close("norms", &half.sample_sq_norms().unwrap(), &wide.sample_sq_norms().unwrap());
+            close("per sample", &half.per_sample().unwrap().to_f64(), &wide.per_sample().unwrap().to_f64());
+            close("gram", &half.gram(&half).unwrap().to_f64(), &wide.gram(&wide).unwrap().to_f64());
+            let clip = |sq: f64| 1.0 / sq.sqrt().max(1.0);
+            let ((a, na), (b, nb)) =
+                (half.clipped_sum(&[0.0; 3], &clip).unwrap(), wide.clipped_sum(&[0.0; 3], &clip).unwrap());
+            close("clipped", &a.to_f64(), &b.to_f64());
+            assert!(na.iter().zip(&nb).all(|(x, y)| (x - y).abs() <= 1e-3 * y), "{na:?} {nb:?}");
+        }
+    }
+}

@@ -10,15 +10,18 @@ use common::distance::distance;
 use common::records::losses;
 use common::values::values;
 use prismgrad::dist::{Communicator, Local};
+use prismgrad::io::CheckpointFolder;
 use prismgrad::models::{Gpt, GptConfig};
-use prismgrad::nn::{Balance, Ctx, Moe, MoeConfig, Params};
+use prismgrad::nn::{Balance, Ctx, Init, Moe, MoeConfig, Params};
+use prismgrad::ops::linear::{Activation, Layout, linear};
 use prismgrad::optim::{AdamW, Schedule, Sgd};
 use prismgrad::privacy::{ClipFn, ClipStyle, Thresholds};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep, Stage, TrainStep};
+use prismgrad::step::{Load, Machine, PlainStep, Privacy, PrivacyConfig, PrivateStep, Stage, TrainStep, zero_plan};
+use prismgrad::train::state;
 use prismgrad::{Array, DType, Param, Result, Tensor};
 
-const STAGES: [Stage; 3] = [Stage::Replicated, Stage::Optimizer, Stage::Gradients];
+const STAGES: [Stage; 4] = [Stage::Replicated, Stage::Optimizer, Stage::Gradients, Stage::Parameters];
 
 /// About 14,000 parameters, of which a rank's stretch can begin and end anywhere.
 fn model(dtype: DType) -> Gpt {
@@ -140,7 +143,8 @@ fn twenty_steps_in_f32_agree_to_two_parts_in_a_million() {
     for style in styles().into_iter().take(2) {
         let alone = train(1, Stage::Replicated, &style, DType::F32, 20).remove(0).0;
         let most = alone.iter().fold(0f64, |m, x| m.max(x.abs()));
-        for (n, stage) in [(2, Stage::Optimizer), (3, Stage::Gradients), (4, Stage::Gradients)] {
+        for (n, stage) in [(2, Stage::Optimizer), (3, Stage::Gradients), (4, Stage::Gradients), (4, Stage::Parameters)]
+        {
             let got = &train(n, stage, &style, DType::F32, 20)[0].0;
             let off = distance(got, &alone) / most;
             assert!(off <= 2e-6, "{n} ranks at {stage:?}: {off:e}");
@@ -149,9 +153,22 @@ fn twenty_steps_in_f32_agree_to_two_parts_in_a_million() {
     }
 }
 
-/// With one microbatch nothing is added up in another order: stages 1 and 2 have stage 0's bits.
+/// With one microbatch nothing is added up in another order: all stages have stage 0's bits.
 #[test]
 fn stages_have_the_same_bits_with_one_microbatch() {
+    for ctx in [Ctx::eval(), Ctx::eval().with_dtype(DType::BF16)] {
+        same_bits(&ctx);
+    }
+}
+
+/// In the precision of the context.
+fn losses_in(m: &Gpt, records: &[usize], ctx: &Ctx) -> Result<Tensor> {
+    let text =
+        |k: usize| Array::generate(&[records.len(), 6], DType::U32, |i| ((records[i / 6] * 5 + i * 7 + k) % 17) as f64);
+    m.losses(text(0), text(3), ctx)
+}
+
+fn same_bits(ctx: &Ctx) {
     let run = |stage: Stage| {
         let results = Local::run(3, |rank| {
             let (m, me) = (model(DType::F32), rank.rank());
@@ -159,7 +176,7 @@ fn stages_have_the_same_bits_with_one_microbatch() {
             let step = PlainStep::new(&p, AdamW::default(), Schedule::constant(1e-2))?;
             let mut step = step.with_zero(Box::new(rank), stage)?;
             for t in 0..5 {
-                step.run_one(|| losses(&m, &[3 * t + me, 40 + me]))?;
+                step.run_one(|| losses_in(&m, &[3 * t + me, 40 + me], ctx))?;
             }
             Ok(values(&p))
         });
@@ -168,6 +185,7 @@ fn stages_have_the_same_bits_with_one_microbatch() {
     let want = run(Stage::Replicated);
     assert_eq!(run(Stage::Optimizer), want);
     assert_eq!(run(Stage::Gradients), want);
+    assert_eq!(run(Stage::Parameters), want);
 }
 
 /// The noise of one step over `w`, whose sum has no record in it: of each rank its own stretch, put together.
@@ -254,12 +272,13 @@ fn a_rank_keeps_and_sends_what_the_formulas_say() {
                 Stage::Replicated => (of(4.0), of(2.0)),
                 Stage::Optimizer => (of(2.0 + 2.0 * share), of(2.0 * share)),
                 Stage::Gradients => (of(1.0 + 3.0 * share), of(2.0 * share)),
+                Stage::Parameters => (of(4.0 * share), of(2.0 * share)),
             };
             for (rank, r) in results.into_iter().enumerate() {
                 let (sent, got, held, gradient) = r.unwrap();
                 assert!((got / kept - 1.0).abs() < 0.03, "{stage:?}, rank {rank} of {n}: {got} beside {kept}");
                 assert!((held / optimizer - 1.0).abs() < 0.03);
-                if stage == Stage::Gradients {
+                if matches!(stage, Stage::Gradients | Stage::Parameters) {
                     assert!((4.0 * gradient / of(share) - 1.0).abs() < 0.03);
                 }
                 // Gradients and parameters: Ψ(N − 1)/N elements each; counts of records and pieces are a few hundred bytes.
@@ -280,7 +299,7 @@ fn private_training_sends_nothing_more() {
         let sent = |private: bool| {
             let results = Local::run(3, |rank| {
                 let m = Params::new(0, DType::F32);
-                let w = m.param("w", &[100_000], prismgrad::nn::Init::Zeros)?;
+                let w = m.param("w", &[100_000], Init::Zeros)?;
                 let loss = |k: usize| w.per_sample(k)?.sum(&[1], false);
                 let schedule = Schedule::constant(0.1);
                 let bytes = |s: &dyn TrainStep| s.ranks().unwrap().traffic().bytes;
@@ -326,22 +345,22 @@ fn ranks_with_fewer_microbatches_do_not_hold_the_others_up() {
         results.into_iter().map(|r| r.unwrap()).collect::<Vec<_>>()
     };
     let want = run(Stage::Replicated);
-    for stage in [Stage::Optimizer, Stage::Gradients] {
+    for stage in [Stage::Optimizer, Stage::Gradients, Stage::Parameters] {
         let got = run(stage);
         assert!(got.iter().all(|g| *g == got[0]));
         assert!(distance(&got[0], &want[0]) < 1e-10);
     }
 }
 
-/// A run of four ranks at stage 2 goes on at other numbers and stages.
+/// A run of four ranks at stage 3 goes on at other numbers and stages.
 #[test]
 fn a_checkpoint_goes_on_at_any_number_of_ranks_and_stage() {
     for style in [None, styles().remove(4)] {
-        let whole = train(4, Stage::Gradients, &style, DType::F64, 8);
+        let whole = train(4, Stage::Parameters, &style, DType::F64, 8);
         // Five steps, then what a checkpoint has.
         let results = Local::run(4, |rank| {
             let (m, me) = (model(DType::F64), rank.rank());
-            let mut step = Step::new(&m, &style, rank, Stage::Gradients)?;
+            let mut step = Step::new(&m, &style, rank, Stage::Parameters)?;
             for t in 0..5 {
                 step.take(&m, t, (me, 4))?;
             }
@@ -351,8 +370,8 @@ fn a_checkpoint_goes_on_at_any_number_of_ranks_and_stage() {
         });
         let (state, params) = results.into_iter().next().unwrap().unwrap();
         let state: Vec<(String, Array)> = state.into_iter().map(|(n, a)| (n.to_string(), a)).collect();
-        for (n, stage) in [(1, Stage::Replicated), (2, Stage::Optimizer), (3, Stage::Gradients), (4, Stage::Gradients)]
-        {
+        let others = (1..4).flat_map(|n| STAGES.map(|stage| (n, stage)));
+        for (n, stage) in others.chain([(4, Stage::Parameters)]) {
             let results = Local::run(n, |rank| {
                 let (m, me) = (model(DType::F64), rank.rank());
                 m.params().all().iter().zip(&params).try_for_each(|(p, v)| p.set(v.copy()))?;
@@ -380,7 +399,7 @@ fn tied_frozen_idle_and_empty_parameters_are_in_their_places() {
         let results = Local::run(n, |rank| {
             let me = rank.rank();
             let p = Params::new(1, DType::F64);
-            let init = prismgrad::nn::Init::Normal { std: 0.5 };
+            let init = Init::Normal { std: 0.5 };
             let a = p.param("a", &[50, 60], init)?;
             let empty = p.param("empty", &[0, 7], init)?;
             let idle = p.param("idle", &[2500], init)?;
@@ -406,7 +425,7 @@ fn tied_frozen_idle_and_empty_parameters_are_in_their_places() {
     };
     for n in [2, 4] {
         let want = run(n, Stage::Replicated);
-        for stage in [Stage::Optimizer, Stage::Gradients] {
+        for stage in [Stage::Optimizer, Stage::Gradients, Stage::Parameters] {
             assert_eq!(run(n, stage), want, "{n} ranks at {stage:?}");
         }
     }
@@ -419,7 +438,7 @@ fn what_cannot_be_shared_is_refused() {
         let params = Params::new(0, DType::F32);
         let config = MoeConfig { balance: Balance::PerSample(0.0), ..MoeConfig::new(2, 1, 8) };
         let mut moe = Moe::new(&params.at("moe"), 8, &config)?;
-        let ranks = prismgrad::dist::Shared::new(rank);
+        let ranks = prismgrad::dist::Shared::new(rank)?;
         moe.place(&ranks)?;
         let step = PlainStep::new(&params.all(), AdamW::default(), Schedule::constant(0.1))?;
         let said = step.with_zero(Box::new(ranks), Stage::Optimizer).map(drop).unwrap_err().to_string();
@@ -434,4 +453,146 @@ fn what_cannot_be_shared_is_refused() {
         step.with_zero(Box::new(rank), Stage::Optimizer)?.with_zero(Box::new(other), Stage::Gradients).map(drop)
     });
     assert!(said.into_iter().all(|s| s.unwrap_err().to_string().contains("once")));
+}
+
+/// Four ranks at stage 3 save one checkpoint, which three at stage 1 go on from as if they had never stopped.
+#[test]
+fn ranks_save_one_checkpoint_together() {
+    let path = std::env::temp_dir().join(format!("prismgrad-zero-{}", std::process::id()));
+    let folder = || CheckpointFolder::open(&path);
+    let whole = train(4, Stage::Parameters, &None, DType::F64, 6).remove(0).0;
+    for r in Local::run(4, |rank| {
+        let (m, me) = (model(DType::F64), rank.rank());
+        let step = PlainStep::new(&m.params().all(), AdamW::default(), Schedule::constant(1e-2))?;
+        let mut step = Step::Plain(step.with_zero(Box::new(rank), Stage::Parameters)?);
+        for t in 0..4 {
+            step.take(&m, t, (me, 4))?;
+        }
+        let Step::Plain(step) = step else { unreachable!() };
+        state::save(&folder()?, 4, None, m.params(), &step, &())
+    }) {
+        r.unwrap();
+    }
+    for r in Local::run(3, |rank| {
+        let (m, me) = (model(DType::F64), rank.rank());
+        let step = PlainStep::new(&m.params().all(), AdamW::default(), Schedule::constant(1e-2))?;
+        let mut step = step.with_zero(Box::new(rank), Stage::Optimizer)?;
+        state::load::<()>(&folder()?.latest()?.checkpoint.unwrap(), m.params(), &mut step)?;
+        let mut step = Step::Plain(step);
+        for t in 4..6 {
+            step.take(&m, t, (me, 3))?;
+        }
+        Ok(values(&m.params().all()))
+    }) {
+        assert!(distance(&r.unwrap(), &whole) < 1e-10);
+    }
+    std::fs::remove_dir_all(&path).unwrap();
+}
+
+/// What is read of the parameters at once is a module and the next one, not the model; the plan says how much.
+#[test]
+fn parameters_are_gathered_module_by_module() {
+    let results = Local::run(2, |rank| {
+        let p = Params::new(0, DType::F32);
+        let all: Result<Vec<Param>> = (0..8).map(|i| p.param(&format!("h.{i}.w"), &[64, 64], Init::Ones)).collect();
+        let (all, me) = (all?, rank.rank());
+        let step = PlainStep::new(&p.all(), Sgd::default(), Schedule::constant(1e-3))?;
+        let mut step = step.with_zero(Box::new(rank), Stage::Parameters)?;
+        assert_eq!(step.plan().gathered_bytes(), 2 * 4 * 64 * 64);
+        let held = || all.iter().filter(|p| p.is_here()).count();
+        let mut most = 0;
+        for _ in 0..2 {
+            step.run_one(|| {
+                let mut x = Tensor::new(Array::full(&[2, 64], 1.0 + me as f64, DType::F32));
+                for w in &all {
+                    x = linear(&x, w, Layout::OutIn, None, Activation::Tanh, None)?;
+                    most = most.max(held());
+                }
+                x.sum(&[1], false)
+            })?;
+            assert_eq!(held(), 0, "nothing is left after the step");
+        }
+        // Evaluation by one rank alone, after all have gathered.
+        step.gather_parameters()?;
+        assert_eq!(held(), 8);
+        if me == 0 {
+            values(&all);
+        }
+        Ok(most)
+    });
+    for r in results {
+        let most = r.unwrap();
+        assert!((1..=2).contains(&most), "{most} of 8 modules at once");
+    }
+}
+
+/// The plan that is made of names and shapes has the bytes of the steps that are taken, at every stage and number of ranks.
+#[test]
+fn a_plan_has_the_bytes_of_the_step() {
+    let machine = |ranks| Machine { ranks, flops: 1e9, bandwidth: 1e9, latency: 1e-6 };
+    for config in [
+        GptConfig::small(17, 6, 1, 32, 2),
+        GptConfig::small(100, 16, 3, 48, 4),
+        GptConfig::small(300, 8, 2, 64, 2),
+        GptConfig::small(50, 8, 5, 24, 2),
+    ] {
+        let described = Gpt::described(config.clone()).unwrap();
+        assert!(described.params().all().iter().all(|p| !p.is_here()));
+        for n in 1..4 {
+            for stage in STAGES {
+                let load = Load { microbatches: 1, forward_flops: 1e6, working_bytes: 0, gradients_overlap: true };
+                let plan = zero_plan(&described.params().all(), 2, stage, &machine(n), &load).unwrap();
+                let results = Local::run(n, |rank| {
+                    let (m, first) = (Gpt::new(config.clone(), 0)?, rank.rank() == 0);
+                    let step = PlainStep::new(&m.params().all(), AdamW::default(), Schedule::constant(1e-2))?;
+                    let mut step = step.with_zero(Box::new(rank), stage)?;
+                    let before = step.ranks().unwrap().traffic().bytes;
+                    let ids = |k| Array::generate(&[2, 6], DType::U32, |i| ((i + k) % 17) as f64);
+                    step.run_one(|| m.losses(ids(0), ids(1), &Ctx::eval()))?;
+                    let sent = step.ranks().unwrap().traffic().bytes - before;
+                    Ok((first, *step.plan().bytes(), step.plan().gathered_bytes(), sent as f64))
+                });
+                let all: Vec<_> = results.into_iter().map(|r| r.unwrap()).collect();
+                assert_eq!((plan.kept, plan.gathered), (all[0].1, all[0].2), "{n} ranks at {stage:?}");
+                // On average over the ranks, but for counts and for modules that are read once.
+                let sent = all.iter().map(|a| a.3).sum::<f64>() / n as f64;
+                let planned = plan.sent.iter().sum::<f64>();
+                // Stretches are of whole chunks of 2,048 elements, and are sent in equal pieces.
+                let filled = 4.0 * 2048.0 * (n as f64 - 1.0);
+                assert!(sent <= planned * 1.1 + filled + 2000.0, "{n} ranks at {stage:?}: {sent}, planned {planned}");
+                assert!(sent >= planned * 0.7, "{n} ranks at {stage:?}: {sent}, planned {planned}");
+            }
+        }
+    }
+    let all = Gpt::described(GptConfig::small(17, 6, 1, 32, 2)).unwrap().params().all();
+    let load = Load { microbatches: 1, forward_flops: 1e6, working_bytes: 0, gradients_overlap: true };
+    let said = zero_plan(&all, 2, Stage::Optimizer, &machine(0), &load).unwrap_err().to_string();
+    assert!(said.contains("at least one rank"), "{said}");
+    let said = PlainStep::new(&all, AdamW::default(), Schedule::constant(1e-2)).map(drop).unwrap_err().to_string();
+    assert!(said.contains("described"), "{said}");
+}
+
+/// Values that are set between steps, as by a checkpoint, are those of the next step at every stage.
+#[test]
+fn values_set_from_outside_are_taken_over() {
+    let run = |stage: Stage| {
+        let results = Local::run(2, |rank| {
+            let (m, me) = (model(DType::F64), rank.rank());
+            let p = m.params().all();
+            let step = PlainStep::new(&p, Sgd::default(), Schedule::constant(1e-2))?;
+            let mut step = step.with_zero(Box::new(rank), stage)?;
+            for t in 0..3 {
+                if t == 1 {
+                    p.iter().try_for_each(|p| p.set(Array::full(p.shape(), 0.02, DType::F64)))?;
+                }
+                step.run_one(|| losses(&m, &[3 * t + me, 40 + me]))?;
+            }
+            Ok(values(&p))
+        });
+        results.into_iter().map(|r| r.unwrap()).collect::<Vec<_>>()
+    };
+    let want = run(Stage::Replicated);
+    for stage in [Stage::Optimizer, Stage::Gradients, Stage::Parameters] {
+        assert_eq!(run(stage), want, "{stage:?}");
+    }
 }

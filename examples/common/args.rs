@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use prismgrad::Result;
 use prismgrad::train::{Existing, RunFolder};
 use std::fmt::Display;
+use std::path::PathBuf;
 use std::process::exit;
 use std::str::FromStr;
 
@@ -31,6 +32,7 @@ impl Args {
                     .long("out")
                     .value_name("DIR")
                     .default_value(format!("runs/{example}"))
+                    .value_parser(clap::value_parser!(PathBuf))
                     .help("run folder"),
             )
             .arg(flag("overwrite", "replace a run that is in the folder already"))
@@ -56,6 +58,10 @@ impl Args {
             None => self.matches.get_one::<String>(name).map_or("", String::as_str),
         }
     }
+    /// The run folder, which may have any name that the system takes.
+    pub fn out(&self) -> PathBuf {
+        self.matches.get_one::<PathBuf>("out").cloned().unwrap_or_default()
+    }
     /// The value of an option, read and checked; `accepted` says what is accepted.
     pub fn get<T: FromStr>(&self, name: &str, accepted: &str, accept: impl Fn(&T) -> bool) -> T {
         match self.text(name).parse() {
@@ -74,7 +80,7 @@ impl Args {
     /// The run folder of `--out`, with this configuration; one with a run in it is refused unless `--overwrite` is given.
     pub fn folder(&self, config: &impl serde::Serialize) -> Result<RunFolder> {
         let existing = if self.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
-        RunFolder::create(self.text("out"), config, existing, &[])
+        RunFolder::create(self.out(), config, existing, &[])
     }
 }
 

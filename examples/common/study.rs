@@ -16,6 +16,7 @@ use prismgrad::privacy::{Accountant, ClipStyle, Public, Weight};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep, TrainStep};
 use prismgrad::{Array, DType, Result, Tensor, no_grad};
+use serde_json::{Value, json};
 use std::time::Instant;
 
 pub const DELTA: f64 = 1e-4;
@@ -175,6 +176,16 @@ pub fn word(mean: f64, half: f64) -> &'static str {
         _ if mean + half < 0.0 => "contradicted",
         _ => "undecided",
     }
+}
+
+/// Whether differences, one for each seed, are above 0: says and returns the verdict by their 95 % t-interval.
+pub fn verdict(claim: &str, differences: &[f64]) -> Value {
+    let (mean, half) = interval(differences);
+    let word = word(mean, half);
+    let shown = if half.is_finite() { format!("{mean:+.3} ± {half:.3}") } else { format!("{mean:+.3}, one seed") };
+    println!("{claim}: {word} ({shown})");
+    let half = half.is_finite().then_some(half);
+    json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }
 
 /// A method's runs at its best learning rate: accuracies over seeds, the rate, and the runs themselves.

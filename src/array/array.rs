@@ -4,12 +4,13 @@ use super::{cuda as gpu_ops, elementwise};
 use crate::array::shape;
 use crate::array::shape::{Dims, Nest};
 use crate::array::storage::Storage;
-use crate::base::dtype::{DType, Element};
+use crate::base::dtype::{DType, Element, of_bf16, to_bf16};
 use crate::base::{Error, Result};
 use crate::device::Device;
 use crate::device::cpu::par;
 use crate::device::cpu::pool::Buffer;
 use crate::device::cpu::shared::Shared;
+use crate::device::cpu::simd::simd;
 use crate::device::cuda::{Block, Gpu};
 use crate::with_dtype;
 use std::fmt;
@@ -540,12 +541,16 @@ impl Array {
             return Array::made(gpu, &self.shape, dtype, || gpu_ops::cast(gpu, self, dtype));
         }
         let mut out = Array::uninit(&self.shape, dtype);
-        with_dtype!(self.dtype, |S| with_dtype!(dtype, |D| {
-            self.copy_to::<S, D>(out.fresh_mut::<D>(), |x| D::from_f64(x.to_f64()))
-        }));
+        match (self.dtype, dtype) {
+            (DType::F32, DType::BF16) => self.copy_to(out.fresh_mut(), to_bf16),
+            (DType::BF16, DType::F32) => self.copy_to(out.fresh_mut(), of_bf16),
+            _ => with_dtype!(self.dtype, |S| with_dtype!(dtype, |D| {
+                self.copy_to::<S, D>(out.fresh_mut::<D>(), |x| D::from_f64(x.to_f64()))
+            })),
+        }
         out
     }
-    fn copy_to<S: Element, D: Element>(&self, out: &mut [D], f: impl Fn(S) -> D + Sync) {
+    fn copy_to<S: Element, D: Element>(&self, out: &mut [D], f: impl Fn(S) -> D + Sync + Copy) {
         if out.is_empty() {
             return;
         }
@@ -563,7 +568,11 @@ impl Array {
                 // SAFETY: chunks are disjoint ranges of `out`.
                 let dst = unsafe { out.slice(at..at + len) };
                 if nest.step[0] == 1 {
-                    dst.iter_mut().zip(&src[o + col..o + col + len]).for_each(|(d, &s)| *d = f(s));
+                    let src = &src[o + col..o + col + len];
+                    simd(
+                        #[inline(always)]
+                        || dst.iter_mut().zip(src).for_each(|(d, &s)| *d = f(s)),
+                    );
                 } else {
                     let base = o + col * nest.step[0];
                     dst.iter_mut().enumerate().for_each(|(i, d)| *d = f(src[base + i * nest.step[0]]));

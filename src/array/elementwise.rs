@@ -1,9 +1,11 @@
 //! Element-by-element sums in place.
 
 use crate::base::Element;
+use crate::base::dtype::{of_bf16, to_bf16};
 use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
+use half::bf16;
 
 /// Element by element sum into `dst`.
 pub fn add_assign<T: Element>(dst: &mut [T], src: &[T]) {
@@ -26,6 +28,15 @@ pub fn add_assign<T: Element>(dst: &mut [T], src: &[T]) {
     }
     match T::DTYPE {
         crate::base::DType::F32 => go::<f32>(bytemuck::cast_slice_mut(dst), bytemuck::cast_slice(src), |a, b| a + b),
+        crate::base::DType::BF16 => {
+            let (dst, src) = (bytemuck::cast_slice_mut(dst), bytemuck::cast_slice(src));
+            go::<bf16>(
+                dst,
+                src,
+                #[inline(always)]
+                |a, b| to_bf16(of_bf16(a) + of_bf16(b)),
+            )
+        }
         _ => go(dst, src, |a, b| T::from_f64(a.to_f64() + b.to_f64())),
     }
 }

@@ -17,6 +17,7 @@ pub use factor::Factor;
 pub(crate) use owner::one;
 pub use owner::{Mixing, Owner, Whose};
 pub use param::Param;
+pub(crate) use param::{Source, WeakParam};
 pub use param_grad::ParamGrad;
 pub(crate) use rule::NO_PARAMS;
 pub use rule::{Cotangents, Differentiable, FactorRule, OpInfo, Rule};

@@ -5,7 +5,7 @@ use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, RwLock, Weak};
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
@@ -13,28 +13,55 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 #[derive(Clone)]
 pub struct Param(Arc<Inner>);
 
+/// Where the value of a parameter comes from that this rank does not keep.
+pub(crate) trait Source: Send + Sync {
+    /// The value, gathered; NaN where that failed, which the source says later.
+    fn fetch(&self, param: &Param) -> Array;
+}
+
+/// A parameter that is not kept alive.
+pub(crate) struct WeakParam(Weak<Inner>);
+
+impl WeakParam {
+    /// The parameter, if anybody still has it.
+    pub fn upgrade(&self) -> Option<Param> {
+        self.0.upgrade().map(Param)
+    }
+}
+
 struct Inner {
     id: u64,
     name: String,
     shape: Dims,
     dtype: DType,
     value: RwLock<Array>,
+    source: RwLock<Option<Arc<dyn Source>>>,
     trainable: AtomicBool,
     placed: AtomicBool,
+    merged: AtomicBool,
 }
 
 impl Param {
     /// A parameter holding `value`.
     pub fn new(name: impl Into<String>, value: Array) -> Param {
+        Param::with(name.into(), value.shape().into(), value.dtype(), value.contiguous())
+    }
+    fn with(name: String, shape: Dims, dtype: DType, value: Array) -> Param {
         Param(Arc::new(Inner {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            name: name.into(),
-            shape: value.shape().into(),
-            dtype: value.dtype(),
-            value: RwLock::new(value.contiguous()),
+            name,
+            shape,
+            dtype,
+            value: RwLock::new(value),
+            source: RwLock::new(None),
             trainable: AtomicBool::new(true),
             placed: AtomicBool::new(false),
+            merged: AtomicBool::new(false),
         }))
+    }
+    /// A parameter without a value, which takes no memory: it has a name and a shape, for plans. [`Param::set`] gives it a value.
+    pub fn described(name: impl Into<String>, shape: &[usize], dtype: DType) -> Param {
+        Param::with(name.into(), shape.into(), dtype, Array::zeros(&[0], dtype))
     }
     /// Unique in this process; also the tie-break of every fixed order.
     pub fn id(&self) -> u64 {
@@ -56,9 +83,31 @@ impl Param {
     pub fn numel(&self) -> usize {
         self.0.shape.iter().product()
     }
-    /// The value now, sharing storage; a later update does not change what this handle sees.
+    /// The value now, sharing storage; a later update does not change what this handle sees. Where ranks share the parameters
+    /// ([`Stage::Parameters`](crate::step::Stage)) it is gathered from them: then every rank reads it.
     pub fn value(&self) -> Array {
-        self.0.value.read().unwrap_or_else(|e| e.into_inner()).clone()
+        if let Some(value) = self.held() {
+            return value;
+        }
+        let source = self.0.source.read().unwrap_or_else(|e| e.into_inner()).clone();
+        source.map_or_else(|| Array::zeros(&[0], self.dtype()), |s| s.fetch(self))
+    }
+    /// Whether the value is in this rank's memory: it is not while ranks share the parameters and nobody has read it, and a parameter that
+    /// was only described has none.
+    pub fn is_here(&self) -> bool {
+        self.held().is_some()
+    }
+    /// The value, if it is here.
+    pub(crate) fn held(&self) -> Option<Array> {
+        let value = self.0.value.read().unwrap_or_else(|e| e.into_inner());
+        (value.shape() == self.shape()).then(|| value.clone())
+    }
+    /// From now on a value that is not here comes from `source`.
+    pub(crate) fn set_source(&self, source: Arc<dyn Source>) {
+        *self.0.source.write().unwrap_or_else(|e| e.into_inner()) = Some(source);
+    }
+    pub(crate) fn downgrade(&self) -> WeakParam {
+        WeakParam(Arc::downgrade(&self.0))
     }
     /// Replaces the value; shape and dtype must stay.
     pub fn set(&self, value: Array) -> Result<()> {
@@ -103,6 +152,14 @@ impl Param {
     /// Says so. To be done before the step is made.
     pub fn set_placed(&self, on: bool) {
         self.0.placed.store(on, Ordering::Relaxed);
+    }
+    /// Whether an adapter has been added to the value for the time being: what is saved then is not what the adapter belongs to.
+    pub fn merged(&self) -> bool {
+        self.0.merged.load(Ordering::Relaxed)
+    }
+    /// Says so.
+    pub(crate) fn set_merged(&self, on: bool) {
+        self.0.merged.store(on, Ordering::Relaxed);
     }
     /// Freezes or thaws.
     pub fn set_trainable(&self, on: bool) {

@@ -74,6 +74,21 @@ impl fmt::Display for DType {
     }
 }
 
+/// The bf16 nearest to `x`, ties to even; a NaN stays one. Branch-free, so that loops over it are vectorised.
+#[inline(always)]
+pub(crate) fn to_bf16(x: f32) -> bf16 {
+    let b = x.to_bits();
+    let near = b.wrapping_add(0x7fff + ((b >> 16) & 1)) >> 16;
+    let nan = (b >> 16) | 0x40;
+    bf16::from_bits(if b & 0x7fff_ffff > 0x7f80_0000 { nan } else { near } as u16)
+}
+
+/// The same number in f32.
+#[inline(always)]
+pub(crate) fn of_bf16(x: bf16) -> f32 {
+    f32::from_bits((x.to_bits() as u32) << 16)
+}
+
 /// A Rust type that can be an element.
 pub trait Element: bytemuck::Pod + Send + Sync + PartialOrd + fmt::Debug + Default + 'static {
     /// The matching run-time type.
@@ -82,6 +97,34 @@ pub trait Element: bytemuck::Pod + Send + Sync + PartialOrd + fmt::Debug + Defau
     fn from_f64(v: f64) -> Self;
     /// Value as f64 (exact but for i64 beyond 2^53).
     fn to_f64(self) -> f64;
+}
+
+/// An element that loops on the CPU read and write, with the float they compute in.
+pub trait Computed: Element {
+    /// f32 for bf16, else the element itself.
+    type Wide: Float;
+    /// The same number.
+    fn wide(self) -> Self::Wide;
+    /// The nearest element, ties to even.
+    fn rounded(x: Self::Wide) -> Self;
+}
+
+macro_rules! computed {
+    ($($t:ty, $wide:ty, $to:expr, $from:expr;)*) => {$(
+        impl Computed for $t {
+            type Wide = $wide;
+            #[inline(always)]
+            fn wide(self) -> $wide { $to(self) }
+            #[inline(always)]
+            fn rounded(x: $wide) -> $t { $from(x) }
+        }
+    )*};
+}
+
+computed! {
+    f32, f32, |x| x, |x| x;
+    f64, f64, |x| x, |x| x;
+    bf16, f32, of_bf16, to_bf16;
 }
 
 macro_rules! element {
@@ -236,7 +279,7 @@ macro_rules! float {
             }
             #[inline(always)]
             fn softplus(self) -> Self {
-                self.larger(0.0) + (1.0 + $math::exp(-<$t>::abs(self))).ln()
+                self.larger(0.0) + $math::exp(-<$t>::abs(self)).ln_1p()
             }
             #[inline(always)]
             fn mul_add(self, a: Self, b: Self) -> Self {
@@ -288,6 +331,21 @@ macro_rules! with_float {
                 $op,
                 format!("needs f32 or f64 here, got {other}; cast it first with .cast(DType::F32)"),
             )),
+        }
+    };
+}
+
+/// Runs the body with `$t` bound to f32, f64 or bf16: what loops on the CPU read and write, [`Computed`](crate::base::Computed).
+#[macro_export]
+#[doc(hidden)]
+macro_rules! with_computed {
+    ($op:expr, $dtype:expr, |$t:ident| $body:expr) => {
+        match $dtype {
+            $crate::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            dtype => $crate::with_float!($op, dtype, |$t| $body),
         }
     };
 }

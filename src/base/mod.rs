@@ -7,6 +7,6 @@ mod names;
 pub mod philox;
 pub mod vmath;
 
-pub use dtype::{DType, Element, Float};
+pub use dtype::{Computed, DType, Element, Float};
 pub use error::{Error, Result};
 pub(crate) use names::{hash, matches};

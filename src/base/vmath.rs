@@ -106,7 +106,8 @@ pub mod f32 {
     fn normal_tail(x: f32) -> (f32, f32) {
         let a = x.abs();
         let e = exp2_negative(-0.721_347_520 * a * a);
-        let u = if a > 7.0 { 1.0 } else { a.mul_add(2.0 / 7.0, -1.0) };
+        let u = a.mul_add(2.0 / 7.0, -1.0);
+        let u = if u < 1.0 { u } else { 1.0 };
         let w = [
             0.106_345_179,
             -0.093_570_759,
@@ -131,8 +132,8 @@ pub mod f32 {
     pub fn gelu_erf(x: f32) -> f32 {
         let positive = if x < 0.0 { 0.0 } else { x };
         // Beyond, the tail is 0, and infinity must not meet it.
-        let far = if x > 100.0 { 100.0 } else { x.abs() };
-        (-far).mul_add(normal_tail(x).1, positive)
+        let near = if x < 100.0 { x } else { 100.0 };
+        (-near.abs()).mul_add(normal_tail(near).1, positive)
     }
     /// Φ(x) + x·φ(x).
     #[inline(always)]

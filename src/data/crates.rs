@@ -7,7 +7,7 @@ use std::{env, fs};
 use serde::Deserialize;
 
 use super::stable_hash;
-use super::text::{Corpus, Document, FoundFile, list_files, read_text};
+use super::text::{Corpus, Document, FoundFile, LEFT_OUT, list_files, read_text};
 use crate::base::{Error, Result};
 
 /// Rust sources of the crates that the running project depends on.
@@ -71,7 +71,7 @@ impl CrateSources {
         packages.dedup_by(|a, b| a.name == b.name);
         let mut listed = Vec::new();
         for package in &packages {
-            let mut files = list_files(&package.folder, &["rs".to_string()])?;
+            let mut files = list_files(&package.folder, &["rs".to_string()], &LEFT_OUT.map(String::from))?;
             files.retain(|f| f.bytes > 0 && f.bytes <= self.max_file_bytes as u64);
             listed.push(files);
         }

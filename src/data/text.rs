@@ -68,6 +68,9 @@ impl Corpus {
     }
 }
 
+/// Folders of these names hold nothing that a person wrote here.
+pub(super) const LEFT_OUT: [&str; 2] = ["target", "node_modules"];
+
 /// Reads the text files of a folder and of the folders in it.
 ///
 /// Hidden files, `target`, `node_modules`, links, binary files and files above the size limit are left out.
@@ -75,6 +78,7 @@ impl Corpus {
 pub struct Folder {
     root: PathBuf,
     extensions: Vec<String>,
+    without: Vec<String>,
     max_file_bytes: usize,
     max_bytes: usize,
 }
@@ -83,13 +87,20 @@ impl Folder {
     /// Any text file of at most 1 MiB below `root`.
     pub fn new(root: impl AsRef<Path>) -> Self {
         let root = root.as_ref().to_path_buf();
-        Folder { root, extensions: Vec::new(), max_file_bytes: 1 << 20, max_bytes: usize::MAX }
+        let without = LEFT_OUT.map(String::from).to_vec();
+        Folder { root, extensions: Vec::new(), without, max_file_bytes: 1 << 20, max_bytes: usize::MAX }
     }
 
     /// Only files with one of these extensions, given without the dot; case does not matter.
     pub fn extensions<S: AsRef<str>>(mut self, extensions: impl IntoIterator<Item = S>) -> Self {
         self.extensions =
             extensions.into_iter().map(|e| e.as_ref().trim_start_matches('.').to_ascii_lowercase()).collect();
+        self
+    }
+
+    /// Leaves out folders of these names as well, wherever they are.
+    pub fn without<S: Into<String>>(mut self, folders: impl IntoIterator<Item = S>) -> Self {
+        self.without.extend(folders.into_iter().map(Into::into));
         self
     }
 
@@ -110,7 +121,7 @@ impl Folder {
     /// # Errors
     /// [`Error::Io`] for a folder that cannot be read, [`Error::Format`] if no file is left, telling why.
     pub fn load(&self) -> Result<Corpus> {
-        let files = list_files(&self.root, &self.extensions)?;
+        let files = list_files(&self.root, &self.extensions, &self.without)?;
         let (mut large, mut binary, mut total) = (0, 0, 0usize);
         let mut documents = Vec::new();
         for file in &files {
@@ -149,8 +160,8 @@ pub(super) struct FoundFile {
     pub(super) bytes: u64,
 }
 
-/// Files below a folder with one of the extensions (or any, if there are none), sorted by name.
-pub(super) fn list_files(root: &Path, extensions: &[String]) -> Result<Vec<FoundFile>> {
+/// Files below a folder with one of the extensions (or any, if there are none), but not in folders named in `without`, sorted by name.
+pub(super) fn list_files(root: &Path, extensions: &[String], without: &[String]) -> Result<Vec<FoundFile>> {
     let mut files = Vec::new();
     let mut folders = vec![(root.to_path_buf(), String::new())];
     while let Some((folder, prefix)) = folders.pop() {
@@ -164,7 +175,7 @@ pub(super) fn list_files(root: &Path, extensions: &[String]) -> Result<Vec<Found
             let kind = entry.file_type().map_err(|e| Error::io("examine", entry.path(), e))?;
             let relative = format!("{prefix}{name}");
             if kind.is_dir() {
-                if name != "target" && name != "node_modules" {
+                if !without.contains(&name) {
                     folders.push((entry.path(), relative + "/"));
                 }
             } else if kind.is_file() {
@@ -222,6 +233,7 @@ mod tests {
         let all = Folder::new(scratch.path()).load().unwrap();
         assert_eq!(names(&all), ["large.rs", "sub/a.rs", "sub/notes.md", "z.RS"]);
         assert_eq!(names(&Folder::new(scratch.path()).max_bytes(210).load().unwrap()), ["large.rs", "sub/a.rs"]);
+        assert_eq!(names(&Folder::new(scratch.path()).without(["sub"]).load().unwrap()), ["large.rs", "z.RS"]);
         let error = Folder::new(scratch.path()).extensions(["py"]).load().unwrap_err().to_string();
         assert!(error.contains("0 files with a wanted extension (.py)"), "{error}");
         let error = Folder::new(scratch.join("absent")).load().unwrap_err().to_string();

@@ -1,9 +1,8 @@
 //! Ranks as threads of one process.
 
-use super::{Communicator, Traffic};
+use super::{Communicator, Counter, Traffic, equal_parts, expect_part, expect_rows, join, sum};
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -13,6 +12,8 @@ struct Post {
     /// Kind and name, shape and dtype: the same on every rank.
     call: String,
     data: Array,
+    /// The group that is made of some ranks, if this one is their first.
+    part: Option<Arc<Group>>,
 }
 
 #[derive(Default)]
@@ -30,6 +31,10 @@ struct Group {
 }
 
 impl Group {
+    fn new(size: usize, patience: Duration) -> Arc<Group> {
+        let board = Board { posts: vec![None; size], taken: 0, gone: vec![None; size] };
+        Arc::new(Group { board: Mutex::new(board), changed: Condvar::new(), patience })
+    }
     fn lock(&self) -> MutexGuard<'_, Board> {
         self.board.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -50,17 +55,15 @@ pub struct Local {
     rank: usize,
     size: usize,
     group: Arc<Group>,
-    calls: AtomicU64,
-    bytes: AtomicU64,
+    counter: Counter,
 }
 
 impl Local {
     /// A group of ranks, to be handed to as many threads. A rank that waits for the others longer than `patience` stops with an
     /// error that names them.
     pub fn group(size: usize, patience: Duration) -> Vec<Local> {
-        let board = Board { posts: vec![None; size], taken: 0, gone: vec![None; size] };
-        let group = Arc::new(Group { board: Mutex::new(board), changed: Condvar::new(), patience });
-        let new = |rank| Local { rank, size, group: group.clone(), calls: 0.into(), bytes: 0.into() };
+        let group = Group::new(size, patience);
+        let new = |rank| Local { rank, size, group: group.clone(), counter: Counter::default() };
         (0..size).map(new).collect()
     }
     /// Runs `body` as every rank, each on a thread of its own, and returns their results in order. A rank that fails or panics
@@ -109,16 +112,14 @@ impl Local {
         let call = format!("{kind} of {what} {:?} {}", data.shape(), data.dtype());
         let all = self.post(call, data)?;
         let bytes = (data.numel() * data.dtype().size()) as f64;
-        self.count(bytes * share * (self.size as f64 - 1.0));
+        self.counter.count(bytes * share * (self.size as f64 - 1.0));
         Ok(all)
-    }
-    /// A collective has been made, in which this rank sent so many bytes.
-    fn count(&self, bytes: f64) {
-        self.calls.fetch_add(1, Relaxed);
-        self.bytes.fetch_add(bytes.round() as u64, Relaxed);
     }
     /// Everybody's array, if all ranks made the same call.
     fn post(&self, call: String, data: &Array) -> Result<Vec<Array>> {
+        Ok(self.post_with(call, data, None)?.into_iter().map(|p| p.data).collect())
+    }
+    fn post_with(&self, call: String, data: &Array, part: Option<Arc<Group>>) -> Result<Vec<Post>> {
         if data.device().is_cuda() {
             return Err(self.error(&call, "local ranks exchange arrays of the CPU".into()));
         }
@@ -137,7 +138,7 @@ impl Local {
             Ok(board) => board,
             Err(e) => return Err(fail(e)),
         };
-        board.posts[self.rank] = Some(Post { call: call.clone(), data: data.contiguous() });
+        board.posts[self.rank] = Some(Post { call: call.clone(), data: data.contiguous(), part });
         group.changed.notify_all();
         board = match self.wait(board, (&call, until), |b| b.posts.iter().all(Option::is_some)) {
             Ok(board) => board,
@@ -156,34 +157,11 @@ impl Local {
                 self.error(&call, format!("rank {r} is at {}: the ranks have taken different paths", other.call)),
             ));
         }
-        Ok(posts.into_iter().map(|p| p.data).collect())
+        Ok(posts)
     }
     /// Bytes in units of (N − 1) times the buffer.
     fn one_nth(&self) -> f64 {
         1.0 / self.size as f64
-    }
-    fn parts(&self, call: &str, x: &Array) -> Result<usize> {
-        match x.shape() {
-            [n] if n.is_multiple_of(self.size) => Ok(n / self.size),
-            other => Err(self.error(call, format!("{other:?} does not divide into {} parts", self.size))),
-        }
-    }
-    fn sum(&self, all: &[Array]) -> Result<Array> {
-        let mut out = all[0].copy();
-        for x in &all[1..] {
-            out.add_in_place(x)?;
-        }
-        Ok(out)
-    }
-    fn join(&self, parts: &[Array]) -> Result<Array> {
-        let n = parts.iter().map(Array::numel).sum();
-        let mut out = Array::zeros(&[n], parts[0].dtype());
-        let mut at = 0;
-        for p in parts {
-            out.write(at, p)?;
-            at += p.numel();
-        }
-        Ok(out)
     }
 }
 
@@ -203,17 +181,25 @@ impl Communicator for Local {
         self.size
     }
     fn all_reduce(&self, what: &str, x: &Array) -> Result<Array> {
-        self.sum(&self.exchange("all_reduce", what, x, 2.0 * self.one_nth())?)
+        sum(self.exchange("all_reduce", what, x, 2.0 * self.one_nth())?.into_iter().map(Ok))
     }
     fn reduce_scatter(&self, what: &str, x: &Array) -> Result<Array> {
-        let n = self.parts("reduce_scatter", x)?;
+        let n = equal_parts("reduce_scatter", x, self.size)?;
         let own = self.rank * n..(self.rank + 1) * n;
         let all = self.exchange("reduce_scatter", what, x, self.one_nth())?;
-        self.sum(&all.iter().map(|a| a.slice(0, own.clone())).collect::<Result<Vec<_>>>()?)
+        sum(all.iter().map(|a| a.slice(0, own.clone())))
     }
     fn all_gather(&self, what: &str, part: &Array) -> Result<Array> {
-        self.parts_of_rank_one("all_gather", part)?;
-        self.join(&self.exchange("all_gather", what, part, 1.0)?)
+        let [_] = part.shape() else {
+            return Err(Error::shape("all_gather", format!("{:?} of {what}: a part is [n]", part.shape())));
+        };
+        join(&self.exchange("all_gather", what, part, 1.0)?, part.dtype())
+    }
+    fn all_gather_parts(&self, what: &str, own: &Array, parts: &[usize]) -> Result<Array> {
+        expect_part(own, parts, (self.rank, self.size))?;
+        let all = self.post(format!("all_gather of {what} in parts {parts:?} {}", own.dtype()), own)?;
+        self.counter.count((own.numel() * own.dtype().size() * (self.size - 1)) as f64);
+        join(&all, own.dtype())
     }
     fn broadcast(&self, what: &str, x: &Array, root: usize) -> Result<Array> {
         if root >= self.size {
@@ -223,17 +209,14 @@ impl Communicator for Local {
         Ok(all.swap_remove(root))
     }
     fn all_to_all(&self, what: &str, x: &Array) -> Result<Array> {
-        let n = self.parts("all_to_all", x)?;
+        let n = equal_parts("all_to_all", x, self.size)?;
         let own = self.rank * n..(self.rank + 1) * n;
         let all = self.exchange("all_to_all", what, x, self.one_nth())?;
-        self.join(&all.iter().map(|a| a.slice(0, own.clone())).collect::<Result<Vec<_>>>()?)
+        join(&all.iter().map(|a| a.slice(0, own.clone())).collect::<Result<Vec<_>>>()?, x.dtype())
     }
     fn all_to_all_rows(&self, what: &str, x: &Array, rows: &[usize]) -> Result<(Array, Vec<usize>)> {
         let op = "all_to_all_rows";
-        if rows.len() != self.size || x.rank() == 0 || x.shape()[0] != rows.iter().sum::<usize>() {
-            let why = format!("{rows:?} rows for {} ranks of {:?}", self.size, x.shape());
-            return Err(self.error(op, why));
-        }
+        expect_rows(x, rows, self.size)?;
         // Counts first, then rows: their number differs from rank to rank, the rest of their shape does not.
         let counts: Vec<i64> = rows.iter().map(|&r| r as i64).collect();
         let counts = self.post(format!("counts of {what}"), &Array::from_slice(&counts, &[self.size])?)?;
@@ -247,30 +230,44 @@ impl Communicator for Local {
         let received: Vec<usize> = counts.iter().map(|c| c[self.rank] as usize).collect();
         let mut shape = x.shape().to_vec();
         shape[0] = received.iter().sum();
-        let mut out = Array::zeros(&[shape.iter().product()], x.dtype());
-        let mut at = 0;
-        for part in mine {
-            out.write(at, &part.reshape(&[part.numel()])?)?;
-            at += part.numel();
-        }
         let row = x.shape()[1..].iter().product::<usize>() * x.dtype().size();
         let away = x.shape()[0] - rows[self.rank];
-        self.count((away * row + 8 * (self.size - 1)) as f64);
-        Ok((out.reshape(&shape)?, received))
+        self.counter.count((away * row + 8 * (self.size - 1)) as f64);
+        Ok((join(&mine, x.dtype())?.reshape(&shape)?, received))
     }
     fn barrier(&self) -> Result<()> {
         self.exchange("barrier", "all", &Array::zeros(&[0], DType::U8), 0.0).map(|_| ())
     }
-    fn traffic(&self) -> Traffic {
-        Traffic { calls: self.calls.load(Relaxed), bytes: self.bytes.load(Relaxed) }
-    }
-}
-
-impl Local {
-    fn parts_of_rank_one(&self, call: &str, x: &Array) -> Result<()> {
-        match x.shape() {
-            [_] => Ok(()),
-            other => Err(self.error(call, format!("{other:?}; a part is [n]"))),
+    fn split(&self, colour: usize) -> Result<Box<dyn Communicator>> {
+        // Everybody brings a group that would be large enough; that of the first rank of a colour is the one.
+        let own = Group::new(self.size, self.group.patience);
+        let posts = self.post_with("split".into(), &Array::from_slice(&[colour as i64], &[1])?, Some(own))?;
+        self.counter.count(8.0 * (self.size as f64 - 1.0));
+        let mut ranks = Vec::new();
+        for (r, post) in posts.iter().enumerate() {
+            if post.data.as_slice::<i64>()?[0] == colour as i64 {
+                ranks.push(r);
+            }
         }
+        let (size, first) = (ranks.len(), ranks.first().copied().unwrap_or(self.rank));
+        let Some(group) = posts[first].part.clone() else {
+            return Err(self.error("split", format!("rank {first} brought no group")));
+        };
+        {
+            let mut board = group.lock();
+            board.posts.truncate(size);
+            board.gone.truncate(size);
+        }
+        let rank = ranks.iter().position(|r| *r == self.rank).unwrap_or(0);
+        Ok(Box::new(Local { rank, size, group, counter: Counter::default() }))
+    }
+    fn abort(&self, why: &str) {
+        let mut board = self.group.lock();
+        // What it has posted stays: others may not have taken the round before yet.
+        board.gone[self.rank].get_or_insert_with(|| why.into());
+        self.group.changed.notify_all();
+    }
+    fn traffic(&self) -> Traffic {
+        self.counter.traffic()
     }
 }

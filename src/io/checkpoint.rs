@@ -85,7 +85,7 @@ impl CheckpointFolder {
         &self.root
     }
 
-    /// Writes a checkpoint and removes those that the rule no longer keeps.
+    /// Writes a checkpoint and removes those that the rule no longer keeps. This one always stays, even if others have higher numbers.
     ///
     /// `score` is what "best" means: lower is better, such as a validation loss. Files are added by `write`. If
     /// anything fails, the temporary folder is removed and every earlier checkpoint is as it was. A checkpoint of the
@@ -105,7 +105,8 @@ impl CheckpointFolder {
             let _ = fs::remove_dir_all(&folder);
         }
         let path = written?;
-        self.prune()?;
+        // The checkpoint is there: what cannot be removed now is tried again after the next one.
+        let _ = self.prune(step);
         Ok(path)
     }
 
@@ -216,12 +217,13 @@ impl CheckpointFolder {
         Ok(self.steps()?.iter().filter_map(whole).collect())
     }
 
-    fn prune(&self) -> Result<()> {
+    /// Removes what the rule no longer keeps, but never the one that has just been `written`, whatever its number.
+    fn prune(&self, written: u64) -> Result<()> {
         let whole = self.whole_at_a_glance()?;
         let best = whole.iter().filter_map(|&(step, score)| Some((score?, step))).min_by(|a, b| a.0.total_cmp(&b.0));
         let old = &whole[..whole.len().saturating_sub(self.keep_last)];
         for &(step, _) in old {
-            if self.keep_best && best.is_some_and(|(_, b)| b == step) {
+            if step == written || (self.keep_best && best.is_some_and(|(_, b)| b == step)) {
                 continue;
             }
             // Renamed first: a removal that is cut short must not look like a damaged checkpoint.

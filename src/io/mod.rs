@@ -53,6 +53,53 @@ pub fn write_atomic_with(
     result
 }
 
+/// Makes a folder that is there whole or not at all: `fill` writes into a temporary folder beside it, which is then renamed.
+///
+/// A folder of that name is an error, unless `replace` is set: then it is exchanged for the new one. On any error the temporary folder
+/// is removed and what was there before is untouched. A killed process leaves a folder `.NAME.tmp-…`, which may be deleted.
+///
+/// # Errors
+/// If the name is taken, what `fill` returns, or if the disk refuses.
+pub fn write_folder(path: impl AsRef<Path>, replace: bool, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let path = path.as_ref();
+    let Some(name) = path.file_name() else {
+        return Err(Error::invalid("write_folder", format!("{} does not name a folder", path.display())));
+    };
+    if path.exists() && !(replace && path.is_dir()) {
+        let message = format!("{} is there already: choose another name, or have it replaced", path.display());
+        return Err(Error::invalid("write_folder", message));
+    }
+    create_folder(parent(path))?;
+    let beside = |suffix: String| {
+        let mut beside = OsString::from(".");
+        beside.push(name);
+        beside.push(suffix);
+        path.with_file_name(beside)
+    };
+    let temporary = beside(unique_suffix());
+    let in_place = || {
+        let old = path.exists().then(|| beside(unique_suffix()));
+        if let Some(old) = &old {
+            fs::rename(path, old).map_err(|e| Error::io("move aside", path, e))?;
+        }
+        if let Err(error) = fs::rename(&temporary, path) {
+            if let Some(old) = &old {
+                let _ = fs::rename(old, path);
+            }
+            return Err(Error::io("put in place", path, error));
+        }
+        sync_folder(parent(path))?;
+        old.map_or(Ok(()), |old| fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e)))
+    };
+    let made = fs::create_dir(&temporary).map_err(|e| Error::io("create folder", &temporary, e));
+    let result = made.and_then(|()| fill(&temporary)).and_then(|()| sync_folder(&temporary)).and_then(|()| in_place());
+    if result.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    result
+}
+
 /// Serialises `value` as indented JSON and writes it with [`write_atomic`].
 pub fn write_json(path: impl AsRef<Path>, value: &impl serde::Serialize) -> Result<()> {
     let path = path.as_ref();
@@ -91,8 +138,11 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates a folder with its parents.
+/// Creates a folder with its parents. An empty path is refused: it would stand for the folder that the program happens to run in.
 pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::invalid("create folder", "an empty path; name a folder ('.' for the current one)"));
+    }
     fs::create_dir_all(path).map_err(|e| Error::io("create folder", path, e))
 }
 
@@ -155,6 +205,25 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         write_atomic(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_folder_is_there_whole_or_not_at_all() {
+        let scratch = Scratch::new("folder");
+        let path = scratch.join("model");
+        let fill = |text: &'static [u8]| move |dir: &Path| write_atomic(dir.join("a"), text);
+        write_folder(&path, false, fill(b"old")).unwrap();
+        assert!(write_folder(&path, false, fill(b"new")).unwrap_err().to_string().contains("already"));
+        let half = write_folder(&path, true, |dir| {
+            write_atomic(dir.join("a"), b"half")?;
+            Err(Error::invalid("test", "stopped"))
+        });
+        assert!(half.unwrap_err().to_string().contains("stopped"));
+        assert_eq!(fs::read(path.join("a")).unwrap(), b"old");
+        write_folder(&path, true, fill(b"new")).unwrap();
+        assert_eq!(fs::read(path.join("a")).unwrap(), b"new");
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
+        assert!(write_folder(path.join("a"), true, fill(b"x")).is_err(), "a file is not replaced");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! while it is open gives an error, where a memory map would kill the process.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
@@ -174,6 +175,24 @@ impl SafeTensors {
         self.read_at(info, buffer)
     }
 
+    /// Reads a part of one tensor, from byte `start` of it on, until the buffer is full.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or it ends before the part does.
+    pub fn read_part(&self, name: &str, start: usize, buffer: &mut [u8]) -> Result<()> {
+        let info = self.info(name)?;
+        match start.checked_add(buffer.len()) {
+            Some(end) if end <= info.bytes => {
+                self.read_at(&TensorInfo { start: info.start + start as u64, ..info.clone() }, buffer)
+            }
+            _ => {
+                let message =
+                    format!("{} bytes from {start} on, of tensor '{name}' with {} bytes", buffer.len(), info.bytes);
+                Err(Error::invalid("SafeTensors::read_part", message))
+            }
+        }
+    }
+
     /// Reads every tensor, in file order.
     pub fn read_all(&self) -> Result<Vec<Entry<'static>>> {
         self.tensors
@@ -205,6 +224,112 @@ pub fn write(path: impl AsRef<Path>, entries: &[Entry<'_>], metadata: &BTreeMap<
     super::write_atomic_with(path, |file| plan.write(file))
 }
 
+/// Writes tensors whose bytes are made piece by piece, so that none has to be in memory as a whole; atomically, as [`write()`].
+///
+/// `tensors` are name, element type and shape of each. `fill` is called once for each, with its name and a function that takes the
+/// next piece of its bytes (little-endian, row-major).
+///
+/// # Errors
+/// As [`write()`], what `fill` returns, and if it gives another number of bytes than the shape has.
+pub fn write_pieces(
+    path: impl AsRef<Path>,
+    tensors: &[(String, ElementType, Vec<usize>)],
+    metadata: &BTreeMap<String, String>,
+    mut fill: impl FnMut(&str, &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let bytes = |(name, dtype, shape): &(String, ElementType, Vec<usize>)| {
+        let bits = shape.iter().try_fold(dtype.bitsize(), |n, &d| n.checked_mul(d));
+        bits.map(|bits| bits / 8).ok_or_else(|| {
+            Error::invalid("write safetensors", format!("tensor '{name}': shape {shape:?} is too large"))
+        })
+    };
+    let mut order = tensors
+        .iter()
+        .map(|t| Ok(Planned { name: &t.0, dtype: t.1, shape: &t.2, bytes: bytes(t)? }))
+        .collect::<Result<Vec<_>>>()?;
+    order.sort_by(|a, b| in_file(a, b));
+    let header = header(&order, metadata)?;
+    let mut failed = None;
+    let written = super::write_atomic_with(path, |out| {
+        write_header(&header, out)?;
+        for t in &order {
+            let mut given = 0;
+            let mut sink = |piece: &[u8]| {
+                given += piece.len();
+                out.write_all(piece).map_err(|e| Error::io("write", path, e))
+            };
+            let result = fill(t.name, &mut sink).and_then(|()| match given == t.bytes {
+                true => Ok(()),
+                false => {
+                    let message = format!("tensor '{}' has {} bytes, and {given} were given", t.name, t.bytes);
+                    Err(Error::invalid("write safetensors", message))
+                }
+            });
+            if let Err(e) = result {
+                failed = Some(e);
+                return Err(io::Error::other("stopped"));
+            }
+        }
+        Ok(())
+    });
+    match failed {
+        Some(e) => Err(e),
+        None => written,
+    }
+}
+
+/// A tensor of a header that is to be written.
+struct Planned<'a> {
+    name: &'a str,
+    dtype: ElementType,
+    shape: &'a [usize],
+    bytes: usize,
+}
+
+/// The order of tensors in a file. Widest elements first keeps every tensor aligned; names make the file independent of the caller's
+/// order.
+fn in_file(a: &Planned, b: &Planned) -> Ordering {
+    b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(b.name))
+}
+
+/// The header of tensors that are in the order of their bytes.
+fn header(order: &[Planned], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let refused = |message: String| Error::invalid("write safetensors", message);
+    let mut names = HashSet::new();
+    let mut start = 0;
+    let mut described = Vec::with_capacity(order.len());
+    for &Planned { name, dtype, shape, bytes } in order {
+        if name == METADATA {
+            return Err(refused(format!("the name '{METADATA}' is reserved by the format")));
+        }
+        if !names.insert(name) {
+            return Err(refused(format!("two tensors are named '{name}'")));
+        }
+        let data_offsets = (start, start + bytes);
+        start = data_offsets.1;
+        described.push((name.to_string(), Described { dtype, shape: shape.to_vec(), data_offsets }));
+    }
+    let checked = check(&described).map_err(refused)?;
+    drop(described);
+    // By way of a value, so that names are in order whatever the crate's own order is.
+    let mut header = serde_json::to_value(checked).map_err(|e| refused(e.to_string()))?;
+    if !metadata.is_empty() {
+        header[METADATA] = serde_json::json!(metadata);
+    }
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    if header.len() as u64 > MAX_HEADER {
+        return Err(refused(format!("a header of {} bytes, which no reader accepts", header.len())));
+    }
+    Ok(header)
+}
+
+fn write_header(header: &[u8], out: &mut impl Write) -> io::Result<()> {
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header)
+}
+
 /// The header and the order of the tensors, checked before a byte is written.
 pub(crate) struct Plan<'a> {
     header: Vec<u8>,
@@ -213,44 +338,16 @@ pub(crate) struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     pub(crate) fn new(entries: &'a [Entry<'a>], metadata: &BTreeMap<String, String>) -> Result<Self> {
-        let refused = |message: String| Error::invalid("write safetensors", message);
+        let described =
+            |e: &'a Entry<'a>| Planned { name: &e.name, dtype: e.dtype, shape: &e.shape, bytes: e.bytes.len() };
         let mut order: Vec<&Entry<'_>> = entries.iter().collect();
-        // Widest elements first keeps every tensor aligned; names make the file independent of the caller's order.
-        order.sort_by(|a, b| b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(&b.name)));
-        let mut names = HashSet::new();
-        let mut start = 0;
-        let mut described = Vec::with_capacity(order.len());
-        for entry in &order {
-            let name = entry.name.as_ref();
-            if name == METADATA {
-                return Err(refused(format!("the name '{METADATA}' is reserved by the format")));
-            }
-            if !names.insert(name) {
-                return Err(refused(format!("two tensors are named '{name}'")));
-            }
-            let data_offsets = (start, start + entry.bytes.len());
-            start = data_offsets.1;
-            described
-                .push((name.to_string(), Described { dtype: entry.dtype, shape: entry.shape.clone(), data_offsets }));
-        }
-        let checked = check(&described).map_err(refused)?;
-        drop(described);
-        // By way of a value, so that names are in order whatever the crate's own order is.
-        let mut header = serde_json::to_value(checked).map_err(|e| refused(e.to_string()))?;
-        if !metadata.is_empty() {
-            header[METADATA] = serde_json::json!(metadata);
-        }
-        let mut header = header.to_string().into_bytes();
-        header.resize(header.len().next_multiple_of(8), b' ');
-        if header.len() as u64 > MAX_HEADER {
-            return Err(refused(format!("a header of {} bytes, which no reader accepts", header.len())));
-        }
+        order.sort_by(|a, b| in_file(&described(a), &described(b)));
+        let header = header(&order.iter().map(|e| described(e)).collect::<Vec<_>>(), metadata)?;
         Ok(Plan { header, order })
     }
 
     pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        out.write_all(&(self.header.len() as u64).to_le_bytes())?;
-        out.write_all(&self.header)?;
+        write_header(&self.header, out)?;
         self.order.iter().try_for_each(|entry| out.write_all(&entry.bytes))
     }
 }
@@ -411,6 +508,33 @@ mod tests {
         write(&again, &reversed, &metadata).unwrap();
         assert_eq!(fs::read(&path).unwrap(), fs::read(&again).unwrap(), "the order of entries must not matter");
         assert_eq!(file.read_all().unwrap().len(), 4);
+    }
+
+    #[test]
+    fn pieces_make_the_same_file_and_parts_are_read() {
+        let folder = Scratch::new("st-pieces");
+        let (whole, pieces) = (folder.join("whole.safetensors"), folder.join("pieces.safetensors"));
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        write(&whole, &sample(), &metadata).unwrap();
+        let described: Vec<_> = sample().iter().map(|e| (e.name.to_string(), e.dtype, e.shape.clone())).collect();
+        let made = |sink: &mut dyn FnMut(&[u8]) -> Result<()>, name: &str, most: usize| {
+            let entry = sample().into_iter().find(|e| e.name == name).unwrap();
+            entry.bytes.chunks(3).take(most).try_for_each(sink)
+        };
+        write_pieces(&pieces, &described, &metadata, |name, sink| made(sink, name, usize::MAX)).unwrap();
+        assert_eq!(fs::read(&whole).unwrap(), fs::read(&pieces).unwrap());
+        // One piece too few, and an error on the way: the old file stays.
+        let short = write_pieces(&pieces, &described, &metadata, |name, sink| made(sink, name, 1)).unwrap_err();
+        assert!(short.to_string().contains("3 were given"), "{short}");
+        let own = write_pieces(&pieces, &described, &metadata, |_, _| Err(Error::invalid("test", "no more")));
+        assert!(own.unwrap_err().to_string().contains("no more"));
+        assert_eq!(fs::read(&whole).unwrap(), fs::read(&pieces).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        let file = SafeTensors::open(&pieces).unwrap();
+        let mut part = [0; 5];
+        file.read_part("a.weight", 11, &mut part).unwrap();
+        assert_eq!(part, [11, 12, 13, 14, 15]);
+        assert!(file.read_part("a.weight", 12, &mut part).unwrap_err().to_string().contains("16 bytes"));
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub(crate) enum Half {
     /// The kernels read and write 16 bits and compute in f32. The loops on the CPU take f32: operands are widened before
     /// them and results rounded after them.
     Native,
+    /// The loops on the CPU read and write bf16, too; f16 is widened there.
+    Bf16,
     /// Operands are widened to f32 and results rounded back on both devices.
     Widen,
     /// Elements are moved or compared, not computed with: neither widened nor rounded on either device.
@@ -33,9 +35,11 @@ pub(crate) fn dispatch<const N: usize, R: Results>(
     let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
     let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
     let widen = |a: Array| if a.dtype().is_half() { a.cast(DType::F32) } else { a };
+    let widen_f16 = |a: Array| if a.dtype() == DType::F16 { a.cast(DType::F32) } else { a };
     let inputs = match (&gpu, half) {
         (None, Half::Native | Half::Widen) | (Some(_), Half::Widen) => inputs.map(widen),
-        (_, Half::Native | Half::Move) => inputs,
+        (None, Half::Bf16) => inputs.map(widen_f16),
+        (_, Half::Native | Half::Bf16 | Half::Move) => inputs,
     };
     let results = match &gpu {
         None => cpu(inputs)?,
@@ -52,6 +56,28 @@ pub(crate) fn dispatch<const N: usize, R: Results>(
                 None => cuda(gpu, there)?,
             }
         }
+    };
+    Ok(match dtype {
+        Some(dtype) if dtype.is_half() && half != Half::Move => results.rounded(dtype),
+        _ => results,
+    })
+}
+
+/// [`dispatch`] for as many inputs as there are.
+pub(crate) fn dispatch_all<R: Results>(
+    inputs: Vec<Array>,
+    half: Half,
+    cpu: impl FnOnce(Vec<Array>) -> Result<R>,
+    cuda: impl FnOnce(&Arc<Gpu>, Vec<Array>) -> Result<R>,
+) -> Result<R> {
+    let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
+    let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
+    let wide = half == Half::Widen || (half == Half::Native && gpu.is_none());
+    let widened = |a: Array| if wide && a.dtype().is_half() { a.cast(DType::F32) } else { a };
+    let inputs: Vec<Array> = inputs.into_iter().map(widened).collect();
+    let results = match &gpu {
+        None => cpu(inputs)?,
+        Some(gpu) => cuda(gpu, inputs.iter().map(|a| on(gpu, a)).collect::<Result<_>>()?)?,
     };
     Ok(match dtype {
         Some(dtype) if dtype.is_half() && half != Half::Move => results.rounded(dtype),

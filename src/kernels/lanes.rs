@@ -1,14 +1,21 @@
 //! Row kernels of the norms, softmax and cross-entropy: one pass over memory forward, one backward.
 
 use crate::base::Float;
+use crate::base::dtype::{of_bf16, to_bf16};
 use crate::device::cpu::par::{GRAIN, par_chunks};
+use crate::device::cpu::pool::Buffer;
+use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
+use half::bf16;
+use std::ops::Range;
 
 /// Partial sums, one vector of them.
 const LANES: usize = 16;
+/// Elements after which the partial sums start anew: no element of a long row goes through as many additions as the row has vectors.
+const STRETCH: usize = 64 * LANES;
 
-/// Σ f(x₀[i], x₁[i], …) over slices of one length, for the `M` results of f: lanes, then the lanes in order, then what
-/// is left over. Whole vectors are taken as arrays, because an index that might be out of bounds stops the compiler
+/// Σ f(x₀[i], x₁[i], …) over slices of one length, for the `M` results of f: lanes of stretches, the stretches in order, then the lanes in
+/// order, then what is left over. Whole vectors are taken as arrays, because an index that might be out of bounds stops the compiler
 /// from vectorising.
 #[inline(always)]
 pub(crate) fn lanes_of<T: Float, const N: usize, const M: usize>(x: [&[T]; N], f: impl Fn([T; N]) -> [T; M]) -> [T; M] {
@@ -16,18 +23,26 @@ pub(crate) fn lanes_of<T: Float, const N: usize, const M: usize>(x: [&[T]; N], f
     let zeros = [T::ZERO; LANES];
     let mut acc = [zeros; M];
     let full = n / LANES * LANES;
-    for i in (0..full).step_by(LANES) {
-        let v: [&[T; LANES]; N] = std::array::from_fn(
-            #[inline(always)]
-            |k| x[k][i..].first_chunk().unwrap_or(&zeros),
-        );
-        for l in 0..LANES {
-            let y = f(std::array::from_fn(
+    for start in (0..full).step_by(STRETCH) {
+        let mut part = [zeros; M];
+        for i in (start..full.min(start + STRETCH)).step_by(LANES) {
+            let v: [&[T; LANES]; N] = std::array::from_fn(
                 #[inline(always)]
-                |k| v[k][l],
-            ));
-            for m in 0..M {
-                acc[m][l] += y[m];
+                |k| x[k][i..].first_chunk().unwrap_or(&zeros),
+            );
+            for l in 0..LANES {
+                let y = f(std::array::from_fn(
+                    #[inline(always)]
+                    |k| v[k][l],
+                ));
+                for m in 0..M {
+                    part[m][l] += y[m];
+                }
+            }
+        }
+        for m in 0..M {
+            for l in 0..LANES {
+                acc[m][l] += part[m][l];
             }
         }
     }
@@ -84,5 +99,38 @@ pub(crate) fn rows(n: usize, d: usize, f: impl Fn(usize) + Sync) {
                 }
             },
         )
+    });
+}
+
+/// Rows of bf16 read and written by a loop over f32 rows, a block at a time, so that the f32 rows stay in the cache: `f(rows, ins, out)`
+/// receives these rows of each input in f32 and f32 rows to fill, which are rounded into the output, if there is one. Rows have `d` elements.
+pub(crate) fn bf16_blocks<const N: usize>(
+    d: usize,
+    inputs: [&[bf16]; N],
+    output: Option<&mut [bf16]>,
+    f: impl Fn(Range<usize>, [&[f32]; N], Option<&mut [f32]>) + Sync,
+) {
+    let n = inputs[0].len().checked_div(d).unwrap_or(0);
+    let output = output.map(Shared::new);
+    par_chunks(n, (GRAIN / 4 / d.max(1)).max(1), |r| {
+        let (len, at) = (r.len() * d, r.start * d..r.end * d);
+        let mut buffer = Buffer::uninit((N + 1) * len * 4);
+        let (ins, out) = buffer.as_mut_slice::<f32>()[..(N + 1) * len].split_at_mut(N * len);
+        for (wide, x) in ins.chunks_exact_mut(len).zip(inputs) {
+            simd(
+                #[inline(always)]
+                || wide.iter_mut().zip(&x[at.clone()]).for_each(|(w, &x)| *w = of_bf16(x)),
+            );
+        }
+        let ins: [&[f32]; N] = std::array::from_fn(|k| &ins[k * len..(k + 1) * len]);
+        f(r, ins, output.is_some().then_some(&mut *out));
+        if let Some(output) = &output {
+            // SAFETY: pieces are disjoint ranges of rows.
+            let o = unsafe { output.slice(at) };
+            simd(
+                #[inline(always)]
+                || o.iter_mut().zip(out.iter()).for_each(|(o, w)| *o = to_bf16(*w)),
+            );
+        }
     });
 }

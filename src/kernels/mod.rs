@@ -10,4 +10,4 @@ pub mod rows;
 pub mod sums;
 
 pub use activation::Activation;
-pub(crate) use dispatch::{Exact, Half, dispatch};
+pub(crate) use dispatch::{Exact, Half, dispatch, dispatch_all};

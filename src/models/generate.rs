@@ -2,8 +2,9 @@
 
 use crate::Tensor;
 use crate::array::Array;
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::nn::{Ctx, KvCache};
+use crate::ops::attention::Span;
 use crate::random::Rng;
 
 /// A model that continues a sequence of tokens, with a cache for each layer.
@@ -18,8 +19,15 @@ pub trait LanguageModel {
     fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor>;
 }
 
-/// Refuses caches that are not those of `past` positions, one for each layer.
-pub(crate) fn check_caches(caches: Option<&[KvCache]>, layers: usize, past: usize) -> Result<()> {
+/// Refuses caches that are not those of `past` positions, one for each layer, of the shape `[B, heads, width]`, dtype and span that layer
+/// will add: before any of them is changed.
+pub(crate) fn check_caches(
+    caches: Option<&[KvCache]>,
+    layers: usize,
+    past: usize,
+    (shape, dtype): ([usize; 3], DType),
+    span: impl Fn(usize) -> Span,
+) -> Result<()> {
     let Some(caches) = caches else { return Ok(()) };
     if caches.len() != layers {
         return Err(Error::invalid("forward_cached", format!("{} caches for {layers} layers", caches.len())));
@@ -28,7 +36,7 @@ pub(crate) fn check_caches(caches: Option<&[KvCache]>, layers: usize, past: usiz
         let message = format!("{past} positions are said to be past, a cache has seen {seen}; go on where it ends");
         return Err(Error::invalid("forward_cached", message));
     }
-    Ok(())
+    caches.iter().enumerate().try_for_each(|(i, c)| c.check(&shape, dtype, span(i)))
 }
 
 /// How the next token is drawn.
@@ -86,7 +94,7 @@ impl Sampling {
                 return order[i] as u32;
             }
         }
-        order[n.max(1) - 1] as u32
+        order.get(n.max(1) - 1).copied().unwrap_or(0) as u32
     }
 }
 

@@ -6,7 +6,7 @@ use super::LanguageModel;
 use super::generate::check_caches;
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
-use crate::io::SafeTensors;
+use crate::io::{SafeTensors, TensorInfo};
 use crate::kernels::Activation;
 use crate::nn::{Ctx, Dropout, Init, KvCache, LayerNorm, Linear, LoraConfig, Params, Strict, TransformerBlock, take};
 use crate::nn::{Moe, MoeConfig, MoeOut};
@@ -185,12 +185,15 @@ impl GptConfig {
             }
         })
     }
-    /// Number of parameters at least (those of biases and norms are left out); `None` where it is no number of 64 bits.
+    /// Numbers that the model needs at least (biases and norms are left out); `None` where that is no number of 64 bits.
     fn parameters(&self) -> Option<usize> {
         let d = self.n_embd;
         let inner = self.n_inner.map_or_else(|| d.checked_mul(4), Some)?;
         let tokens = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
         let positions = if self.learned_positions { self.n_positions.checked_mul(d)? } else { 0 };
+        // Sines and cosines of rotations are kept as f32 and as f64.
+        let turned = self.layer_positions.as_ref().is_some_and(|p| p.contains(&Positions::Rotary));
+        let turns = if turned { self.n_positions.checked_mul(self.head())?.checked_mul(3)? } else { 0 };
         let mlp = d.checked_mul(inner)?.checked_mul(2)?;
         let attention = d.checked_mul(d)?.checked_mul(2)?;
         let layers = match &self.moe {
@@ -201,7 +204,7 @@ impl GptConfig {
             let one = c.map_or(Some(mlp), |c| d.checked_mul(c.hidden)?.checked_mul(2)?.checked_mul(c.experts));
             sum.checked_add(one?)
         })?;
-        tokens.checked_add(positions)?.checked_add(layers)?.checked_add(experts)
+        tokens.checked_add(positions)?.checked_add(turns)?.checked_add(layers)?.checked_add(experts)
     }
     /// Refuses sizes that make no model, and options that are not there.
     pub fn validate(&self) -> Result<()> {
@@ -347,6 +350,11 @@ impl Gpt {
     pub fn with_dtype(config: GptConfig, seed: u64, dtype: DType) -> Result<Gpt> {
         Gpt::over(config, Params::new(seed, dtype))
     }
+    /// A model whose parameters have names and shapes, and no values: it takes no memory, and is there to be planned for
+    /// ([`zero_plan`](crate::step::zero_plan)).
+    pub fn described(config: GptConfig) -> Result<Gpt> {
+        Gpt::over(config, Params::described(DType::F32))
+    }
     /// A model whose parameters are made in a store.
     fn over(config: GptConfig, params: Params) -> Result<Gpt> {
         config.validate()?;
@@ -474,7 +482,6 @@ impl Gpt {
                 ),
             ));
         }
-        check_caches(caches.as_deref(), self.config.n_layer, past)?;
         let s = ctx.samples.as_ref();
         let mut x = embedding(&self.wte, ids, None, s)?;
         if let Some(wpe) = &self.wpe {
@@ -483,6 +490,8 @@ impl Gpt {
             x = x.add(&embedding(wpe, positions, None, s)?)?;
         }
         let mut x = self.drop.forward(&ctx.activations(&x)?, ctx)?;
+        let c = &self.config;
+        check_caches(caches.as_deref(), c.n_layer, past, ([b, c.kv_heads(), c.head()], x.dtype()), |i| c.span(i))?;
         let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let (y, routed) = block.forward_moe(&x, caches.as_mut().map(|c| &mut c[i]), ctx)?;
@@ -544,13 +553,31 @@ impl Gpt {
         }
         Ok(adapted)
     }
-    /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole.
+    /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole. A failure leaves all of them
+    /// as they were. Checkpoints are refused until [`Gpt::unmerge_lora`].
     pub fn merge_lora(&mut self) -> Result<()> {
-        self.blocks.iter_mut().flat_map(|b| b.linears_mut()).try_for_each(Linear::merge)
+        self.each_adapter(true)
     }
-    /// Takes them out again, bit for bit.
+    /// Takes them out again, bit for bit. A failure leaves all of them as they were.
     pub fn unmerge_lora(&mut self) -> Result<()> {
-        self.blocks.iter_mut().flat_map(|b| b.linears_mut()).try_for_each(Linear::unmerge)
+        self.each_adapter(false)
+    }
+    fn each_adapter(&mut self, merge: bool) -> Result<()> {
+        let mut changed = Vec::new();
+        for l in self.blocks.iter_mut().flat_map(|b| b.linears_mut()) {
+            if l.merged() == merge {
+                continue;
+            }
+            match if merge { l.merge() } else { l.unmerge() } {
+                Ok(()) => changed.push(l),
+                Err(e) => {
+                    // What was done a moment ago can be undone.
+                    let undo = |l: &mut &mut Linear| if merge { l.unmerge() } else { l.merge() };
+                    return changed.iter_mut().try_for_each(undo).and(Err(e));
+                }
+            }
+        }
+        Ok(())
     }
     /// Writes the adapters alone as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
     pub fn save_lora(&self, dir: impl AsRef<Path>) -> Result<()> {
@@ -558,7 +585,7 @@ impl Gpt {
         let Some(c) = &self.lora else {
             return Err(Error::invalid(op, "the model has no adapters; add_lora makes them"));
         };
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        crate::io::create_folder(dir)?;
         crate::io::write_json(dir.join("adapter_config.json"), c)?;
         let all = self.params.all().into_iter().filter(|p| is_lora(p.name()));
         let named: Vec<(String, Array)> =
@@ -571,6 +598,15 @@ impl Gpt {
         let dir = dir.as_ref();
         let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
         let file = SafeTensors::open(dir.join("adapter_model.safetensors"))?;
+        // Nothing is allocated for a rank that the file does not have.
+        let of = |t: &&TensorInfo| t.name.ends_with("lora_A.weight") && t.shape.first() != Some(&c.r);
+        if let Some(t) = file.tensors().iter().find(of) {
+            let message = format!("{} is {:?}, adapter_config.json says rank {}", t.name, t.shape, c.r);
+            return Err(Error::format(file.path(), message));
+        }
+        if !file.tensors().iter().any(|t| t.name.ends_with("lora_A.weight")) {
+            return Err(Error::format(file.path(), "has no adapter: no tensor is called ….lora_A.weight"));
+        }
         let name = |n: &str| vec![format!("base_model.model.transformer.{n}")];
         self.adapt(&c, false, |adapters| take(adapters, &file, &name, Strict::AllowUnexpected).map(drop)).map(drop)
     }
@@ -578,7 +614,7 @@ impl Gpt {
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        crate::io::create_folder(dir)?;
         let json = serde_json::to_vec_pretty(&self.config)
             .map_err(|e| Error::invalid("Gpt::save", format!("config does not serialise: {e}")))?;
         crate::io::write_atomic(dir.join("config.json"), &json)?;

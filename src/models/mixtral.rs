@@ -14,6 +14,7 @@ use crate::ops::loss::{CrossEntropy, cross_entropy};
 use crate::ops::rotary::{Pairing, RotaryTable};
 use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -64,6 +65,10 @@ pub struct MixtralConfig {
     pub tie_word_embeddings: bool,
     /// Standard deviation of initial weights.
     pub initializer_range: f64,
+    /// What else a file says, such as `eos_token_id`: kept, and written again. Options that would change the numbers are refused by
+    /// [`MixtralConfig::validate`].
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
 }
 
 /// How many experts the layers have.
@@ -117,11 +122,14 @@ pub struct RopeParameters {
     pub rope_theta: f64,
     /// `default`; scaled variants are refused.
     pub rope_type: String,
+    /// What else there is; refused where it would change the numbers.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, Value>,
 }
 
 impl Default for RopeParameters {
     fn default() -> Self {
-        RopeParameters { rope_theta: 1e6, rope_type: "default".into() }
+        RopeParameters { rope_theta: 1e6, rope_type: "default".into(), other: BTreeMap::new() }
     }
 }
 
@@ -150,6 +158,7 @@ impl Default for MixtralConfig {
             router_jitter_noise: 0.0,
             tie_word_embeddings: false,
             initializer_range: 0.02,
+            other: BTreeMap::new(),
         }
     }
 }
@@ -191,15 +200,99 @@ impl MixtralConfig {
                 self.model_type, self.hidden_act
             ));
         }
-        if let Some(r) = self.rope_parameters.as_ref().filter(|r| r.rope_type != "default") {
-            return bad(format!("rope_type {:?}; only the default one is there", r.rope_type));
+        // Options of this family that change the numbers, and the value with which they do not.
+        for (name, usual) in [
+            ("rope_scaling", Value::Null),
+            ("partial_rotary_factor", json!(1.0)),
+            ("attention_bias", json!(false)),
+            ("mlp_bias", json!(false)),
+            ("attention_dropout", json!(0.0)),
+            ("norm_topk_prob", json!(true)),
+            ("add_cross_attention", json!(false)),
+            ("is_encoder_decoder", json!(false)),
+            ("quantization_config", Value::Null),
+        ] {
+            // 0 and 0.0 are one number.
+            let same = |v: &Value| v.is_null() || *v == usual || (v.is_number() && v.as_f64() == usual.as_f64());
+            if let Some(v) = self.other.get(name).filter(|v| !same(v)) {
+                return bad(format!("{name} is {v}, which is not there; it must be {usual}, or left out"));
+            }
+        }
+        if let Some(r) = &self.rope_parameters {
+            if r.rope_type != "default" {
+                return bad(format!("rope_type {:?}; only the default one is there", r.rope_type));
+            }
+            let unknown =
+                |(name, v): &(&String, &Value)| !(v.is_null() || *name == "partial_rotary_factor" && **v == 1.0);
+            if let Some((name, v)) = r.other.iter().find(unknown) {
+                return bad(format!("{name} of rope_parameters is {v}, which the default rotation does not have"));
+            }
+        }
+        if self.sliding_window == Some(0) {
+            return bad(
+                "sliding_window is 0; a query sees itself at least, so use 1 or more, or null for no window".into()
+            );
+        }
+        let theta = self.rope_parameters.as_ref().map_or(self.rope_theta, |r| r.rope_theta);
+        if !(theta.is_finite() && theta > 0.0) {
+            return bad(format!("rope_theta {theta}; it must be positive"));
+        }
+        if !self.head().is_multiple_of(2) {
+            return bad(format!("heads of {} elements cannot be turned in pairs; use an even head_dim", self.head()));
+        }
+        for (name, x) in [
+            ("rms_norm_eps", self.rms_norm_eps),
+            ("initializer_range", self.initializer_range),
+            ("router_aux_loss_coef", self.router_aux_loss_coef),
+        ] {
+            if !(x.is_finite() && x >= 0.0) {
+                return bad(format!("{name} {x}; it must be 0 or more"));
+            }
+        }
+        if !(0.0..1.0).contains(&self.router_jitter_noise) {
+            return bad(format!("router_jitter_noise {}; it must lie in [0, 1)", self.router_jitter_noise));
+        }
+        if self.numbers().is_none_or(|n| n > isize::MAX as usize / 8) {
+            return bad(format!(
+                "vocab_size {}, max_position_embeddings {}, hidden_size {}, intermediate_size {} and num_hidden_layers {} make a model \
+                 that no memory holds",
+                self.vocab_size,
+                self.max_position_embeddings,
+                self.hidden_size,
+                self.intermediate_size,
+                self.num_hidden_layers
+            ));
         }
         if let ExpertCounts::PerLayer(all) = &self.num_local_experts
             && all.len() != self.num_hidden_layers
         {
             return bad(format!("{} numbers of experts for {} layers", all.len(), self.num_hidden_layers));
         }
-        (0..self.num_hidden_layers).try_for_each(|i| self.moe(i).validate())
+        // Where the layers are equal, one stands for all.
+        let layers = match self.num_local_experts {
+            ExpertCounts::Same(_) => 1,
+            ExpertCounts::PerLayer(_) => self.num_hidden_layers,
+        };
+        (0..layers).try_for_each(|i| self.moe(i).validate())
+    }
+    /// Numbers that the model needs at least, in matrices and in the table of rotations; `None` where that is no number of 64 bits.
+    fn numbers(&self) -> Option<usize> {
+        let (d, head) = (self.hidden_size, self.head());
+        let tokens = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
+        // Sines and cosines are kept as f32 and as f64.
+        let turns = self.max_position_embeddings.checked_mul(head)?.checked_mul(3)?;
+        let heads = self.num_attention_heads.checked_add(self.num_key_value_heads)?.checked_mul(2)?;
+        let attention = d.checked_mul(head)?.checked_mul(heads)?;
+        let expert = d.checked_mul(self.intermediate_size)?.checked_mul(3)?;
+        let layers = match &self.num_local_experts {
+            ExpertCounts::Same(n) => {
+                attention.checked_add(expert.checked_mul(*n)?)?.checked_mul(self.num_hidden_layers)?
+            }
+            ExpertCounts::PerLayer(all) => all
+                .iter()
+                .try_fold(0usize, |sum, n| sum.checked_add(attention)?.checked_add(expert.checked_mul(*n)?))?,
+        };
+        tokens.checked_add(turns)?.checked_add(layers)
     }
     /// The mixture of experts of a layer.
     pub fn moe(&self, layer: usize) -> MoeConfig {
@@ -255,14 +348,17 @@ impl Mixtral {
         Mixtral::with_dtype(config, seed, DType::F32)
     }
     /// A model with fresh parameters of a dtype.
-    pub fn with_dtype(mut config: MixtralConfig, seed: u64, dtype: DType) -> Result<Mixtral> {
+    pub fn with_dtype(config: MixtralConfig, seed: u64, dtype: DType) -> Result<Mixtral> {
+        Mixtral::over(config, Params::new(seed, dtype))
+    }
+    /// A model whose parameters are made in a store.
+    fn over(mut config: MixtralConfig, params: Params) -> Result<Mixtral> {
         config.validate()?;
         if let Some(r) = config.rope_parameters.take() {
             config.rope_theta = r.rope_theta;
         }
         let c = &config;
         let (d, head, init) = (c.hidden_size, c.head(), Init::Normal { std: c.initializer_range });
-        let params = Params::new(seed, dtype);
         let norm = RmsNorm::builder(d).eps(c.rms_norm_eps);
         let embed = Embedding::builder(c.vocab_size, d).init(init).build(&params.at("embed_tokens"))?;
         let mut blocks = Vec::new();
@@ -331,14 +427,15 @@ impl Mixtral {
         let [b, t] = ids.shape()[..] else {
             return Err(Error::shape("Mixtral", format!("token ids {:?}; they must be [B, T]", ids.shape())));
         };
-        if past + t > c.max_position_embeddings {
-            let message =
-                format!("{} positions, the model has {}; shorten the input", past + t, c.max_position_embeddings);
+        if past.saturating_add(t) > c.max_position_embeddings {
+            let (want, have) = (past.saturating_add(t), c.max_position_embeddings);
+            let message = format!("{want} positions, the model has {have}; shorten the input");
             return Err(Error::shape("Mixtral", message));
         }
-        super::generate::check_caches(caches.as_deref(), c.num_hidden_layers, past)?;
         let span = c.sliding_window.map_or(Span::Causal, Span::Window);
         let mut x = ctx.activations(&self.embed.forward(Tensor::new(ids.clone()), ctx)?)?;
+        let like = ([b, c.num_key_value_heads, c.head()], x.dtype());
+        super::generate::check_caches(caches.as_deref(), c.num_hidden_layers, past, like, |_| span)?;
         let mut layers = Vec::new();
         for (i, block) in self.blocks.iter().enumerate() {
             let h = block.input_norm.forward(&x, ctx)?;
@@ -373,7 +470,7 @@ impl Mixtral {
     /// Writes `config.json` and `model.safetensors` into `dir`, each atomically, a tensor for each matrix of each expert.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create folder", dir, e))?;
+        io::create_folder(dir)?;
         io::write_json(dir.join("config.json"), &self.config)?;
         let mut named = Vec::new();
         for p in self.params.all() {
@@ -389,8 +486,20 @@ impl Mixtral {
     pub fn load(dir: impl AsRef<Path>) -> Result<Mixtral> {
         let dir = dir.as_ref();
         let config: MixtralConfig = io::read_json(dir.join("config.json"))?;
-        let model = Mixtral::new(config, 0)?;
-        model.take(&Files::open(dir)?)?;
+        config.validate()?;
+        let files = Files::open(dir)?;
+        // Nothing is allocated that the files are far from filling.
+        let held: u128 = files.at.values().map(|(_, s)| s.iter().map(|&d| d as u128).product::<u128>()).sum();
+        const SLACK: u128 = 16 << 20;
+        if let Some(n) = config.numbers().filter(|&n| n as u128 > 4 * held + SLACK) {
+            return Err(files
+                .misfit(&[format!("config.json describes a model of at least {n} numbers, the files have {held}")]));
+        }
+        // No initial values are drawn: each is in the files.
+        let params = Params::new(0, DType::F32);
+        let mut model = Mixtral::over(config, params.drawing(false))?;
+        model.params = params;
+        model.take(&files)?;
         Ok(model)
     }
     /// Fills every parameter from the files.
@@ -535,6 +644,9 @@ impl Files {
             true => io::read_json::<Index>(&index)?.weight_map.into_values().collect(),
             false => BTreeSet::from(["model.safetensors".to_string()]),
         };
+        if let Some(n) = names.iter().find(|n| Path::new(n).file_name() != Some(n.as_ref())) {
+            return Err(Error::format(&index, format!("{n:?} is no file of this folder")));
+        }
         let files = names.iter().map(|n| SafeTensors::open(dir.join(n))).collect::<Result<Vec<_>>>()?;
         let mut at = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {

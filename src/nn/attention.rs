@@ -60,36 +60,44 @@ impl MultiHeadAttentionBuilder {
     /// The layer. Fails if the width does not divide into the heads, or these into groups of `kv_heads`, if the span has a width of 0, if
     /// the rotary table is for other heads, if the dropout lies outside [0, 1), or if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<MultiHeadAttention> {
-        let MultiHeadAttentionBuilder { d, heads, span, alibi, dropout, .. } = self;
-        let kv_heads = self.kv_heads.unwrap_or(heads);
-        if heads == 0 || !d.is_multiple_of(heads) {
-            return Err(Error::invalid("MultiHeadAttention", format!("width {d} does not divide into {heads} heads")));
-        }
-        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            let message = format!("{heads} heads of queries cannot share {kv_heads} heads of keys equally");
-            return Err(Error::invalid("MultiHeadAttention", message));
-        }
-        let head = d / heads;
-        if let Some(table) = self.rotary.as_ref().filter(|t| t.dim() != head) {
-            let message = format!("a rotary table for heads of {}, but these have {head} elements", table.dim());
-            return Err(Error::invalid("MultiHeadAttention", message));
-        }
-        span.validate()?;
-        if !(0.0..1.0).contains(&dropout) {
-            let message = format!("dropout {dropout}; it must lie in [0, 1)");
-            return Err(Error::invalid("MultiHeadAttention", message));
-        }
-        let linear = |p, init| Linear::builder(d, p).bias(self.bias).layout(Layout::InOut).init(init);
-        Ok(MultiHeadAttention {
-            qkv: linear(d + 2 * kv_heads * head, self.init).build(&params.at("c_attn"))?,
-            out: linear(d, self.init_out).build(&params.at("c_proj"))?,
-            heads,
-            kv_heads,
-            span,
-            rotary: self.rotary,
-            alibi,
-            dropout,
-            id: params.id("attn_dropout"),
+        params.whole(|params| {
+            let MultiHeadAttentionBuilder { d, heads, span, alibi, dropout, .. } = self;
+            let kv_heads = self.kv_heads.unwrap_or(heads);
+            if heads == 0 || !d.is_multiple_of(heads) {
+                return Err(Error::invalid(
+                    "MultiHeadAttention",
+                    format!("width {d} does not divide into {heads} heads"),
+                ));
+            }
+            if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+                let message = format!("{heads} heads of queries cannot share {kv_heads} heads of keys equally");
+                return Err(Error::invalid("MultiHeadAttention", message));
+            }
+            let head = d / heads;
+            if let Some(table) = self.rotary.as_ref().filter(|t| t.dim() != head) {
+                let message = format!("a rotary table for heads of {}, but these have {head} elements", table.dim());
+                return Err(Error::invalid("MultiHeadAttention", message));
+            }
+            span.validate()?;
+            if !(0.0..1.0).contains(&dropout) {
+                let message = format!("dropout {dropout}; it must lie in [0, 1)");
+                return Err(Error::invalid("MultiHeadAttention", message));
+            }
+            let Some(width) = d.checked_mul(3) else {
+                return Err(Error::invalid("MultiHeadAttention", format!("width {d}: no memory holds its weights")));
+            };
+            let linear = |p, init| Linear::builder(d, p).bias(self.bias).layout(Layout::InOut).init(init);
+            Ok(MultiHeadAttention {
+                qkv: linear(width - 2 * (heads - kv_heads) * head, self.init).build(&params.at("c_attn"))?,
+                out: linear(d, self.init_out).build(&params.at("c_proj"))?,
+                heads,
+                kv_heads,
+                span,
+                rotary: self.rotary,
+                alibi,
+                dropout,
+                id: params.id("attn_dropout"),
+            })
         })
     }
 }

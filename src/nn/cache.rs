@@ -2,7 +2,7 @@
 
 use crate::Tensor;
 use crate::array::Array;
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::ops::attention::{AttentionOptions, Span};
 use std::ops::Range;
 
@@ -60,10 +60,10 @@ fn runs(span: Span, positions: Range<usize>) -> Vec<(usize, usize, usize)> {
 }
 
 impl KvCache {
-    /// An empty cache that takes memory for so many positions at once, or for what the span can see if that is less. Without it, memory
-    /// grows by half whenever it is full.
+    /// An empty cache that takes memory for so many positions at once (a million at most), or for what the span can see if that is less.
+    /// Without it, and beyond, memory grows by half whenever it is full.
     pub fn reserving(positions: usize) -> KvCache {
-        KvCache { reserve: positions, ..KvCache::default() }
+        KvCache { reserve: positions.min(1 << 20), ..KvCache::default() }
     }
     /// Positions held.
     pub fn len(&self) -> usize {
@@ -89,21 +89,14 @@ impl KvCache {
         let each = |[k, _]: &[Array; 2]| 2 * k.shape()[1..].iter().product::<usize>() * k.dtype().size();
         self.kv.as_ref().map_or(0, each)
     }
-    /// Takes the keys and values `[B, T, H_kv, D]` of new positions, and returns what their queries attend over; `options.span` becomes
-    /// the one that holds there.
-    pub(crate) fn extend(&mut self, k: Tensor, v: Tensor, options: &mut AttentionOptions) -> Result<(Tensor, Tensor)> {
-        let span = options.span;
-        span.validate()?;
-        let (b, t) = (k.shape()[0], k.shape()[1]);
+    /// Refuses keys `[B, H_kv, D]` of another batch, layer or dtype than those held, and another span.
+    pub(crate) fn check(&self, keys: &[usize; 3], dtype: DType, span: Span) -> Result<()> {
         if let Some([held, _]) = &self.kv
-            && (held.shape()[1..] != [b, k.shape()[2], k.shape()[3]] || held.dtype() != k.dtype())
+            && (held.shape()[1..] != *keys || held.dtype() != dtype)
         {
+            let (s, d) = (&held.shape()[1..], held.dtype());
             let message = format!(
-                "keys {:?} {} for a cache of {:?} {}; a cache belongs to one layer and one batch",
-                k.shape(),
-                k.dtype(),
-                held.shape(),
-                held.dtype()
+                "keys [B, heads, width] of {keys:?} {dtype} for a cache of {s:?} {d}; a cache belongs to one layer and one batch"
             );
             return Err(Error::shape("KvCache", message));
         }
@@ -111,6 +104,15 @@ impl KvCache {
             let message = format!("a span of {span:?} over a cache for {:?}; begin with an empty cache", self.span);
             return Err(Error::invalid("KvCache", message));
         }
+        Ok(())
+    }
+    /// Takes the keys and values `[B, T, H_kv, D]` of new positions, and returns what their queries attend over; `options.span` becomes
+    /// the one that holds there.
+    pub(crate) fn extend(&mut self, k: Tensor, v: Tensor, options: &mut AttentionOptions) -> Result<(Tensor, Tensor)> {
+        let span = options.span;
+        span.validate()?;
+        let (b, t) = (k.shape()[0], k.shape()[1]);
+        self.check(&[b, k.shape()[2], k.shape()[3]], k.dtype(), span)?;
         let before = self.seen;
         if before == 0 {
             self.store(span, [k.array(), v.array()], 0)?;
@@ -193,8 +195,9 @@ impl KvCache {
             old.map_or(Ok(()), |old| new.write(0, old))?;
             Ok(new)
         };
-        let old = self.kv.take();
-        self.kv = Some([bigger(old.as_ref().map(|[k, _]| k))?, bigger(old.as_ref().map(|[_, v]| v))?]);
+        let old = self.kv.as_ref();
+        let [k, v] = [bigger(old.map(|[k, _]| k))?, bigger(old.map(|[_, v]| v))?];
+        self.kv = Some([k, v]);
         Ok(())
     }
 }

@@ -55,16 +55,18 @@ macro_rules! layer {
             /// The layer, with the parameters `weight` and `bias`. Fails if these names are taken in `params`, or if the groups do
             /// not divide both numbers of channels.
             pub fn build(self, params: &Params) -> Result<$name> {
-                let ((cin, cout), conv) = (self.channels, self.conv);
-                if conv.groups == 0 || !cin.is_multiple_of(conv.groups) || !cout.is_multiple_of(conv.groups) {
-                    let message = format!("{} groups do not divide {cin} and {cout} channels", conv.groups);
-                    return Err(Error::invalid(stringify!($name), message));
-                }
-                let shape: Vec<usize> = [cout, cin / conv.groups].into_iter().chain(self.kernel).collect();
-                Ok($name {
-                    weight: params.param("weight", &shape, self.init)?,
-                    bias: if self.bias { Some(params.param("bias", &[cout], Init::Zeros)?) } else { None },
-                    conv,
+                params.whole(|params| {
+                    let ((cin, cout), conv) = (self.channels, self.conv);
+                    if conv.groups == 0 || !cin.is_multiple_of(conv.groups) || !cout.is_multiple_of(conv.groups) {
+                        let message = format!("{} groups do not divide {cin} and {cout} channels", conv.groups);
+                        return Err(Error::invalid(stringify!($name), message));
+                    }
+                    let shape: Vec<usize> = [cout, cin / conv.groups].into_iter().chain(self.kernel).collect();
+                    Ok($name {
+                        weight: params.param("weight", &shape, self.init)?,
+                        bias: if self.bias { Some(params.param("bias", &[cout], Init::Zeros)?) } else { None },
+                        conv,
+                    })
                 })
             }
         }

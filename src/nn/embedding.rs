@@ -59,15 +59,17 @@ impl EmbeddingBuilder {
     }
     /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`, or if the padding id is no row.
     pub fn build(self, params: &Params) -> Result<Embedding> {
-        let (rows, d) = self.sizes;
-        self.padding.map_or(Ok(()), |p| expect_row(p, rows))?;
-        let weight = params.param("weight", &[rows, d], self.init)?;
-        if let Some(p) = self.padding {
-            let mut value = weight.value();
-            value.write(p as usize * d, &Array::zeros(&[d], weight.dtype()))?;
-            weight.set(value)?;
-        }
-        Ok(Embedding { weight, padding: self.padding })
+        params.whole(|params| {
+            let (rows, d) = self.sizes;
+            self.padding.map_or(Ok(()), |p| expect_row(p, rows))?;
+            let weight = params.param("weight", &[rows, d], self.init)?;
+            if let Some(p) = self.padding {
+                let mut value = weight.value();
+                value.write(p as usize * d, &Array::zeros(&[d], weight.dtype()))?;
+                weight.set(value)?;
+            }
+            Ok(Embedding { weight, padding: self.padding })
+        })
     }
 }
 
@@ -127,8 +129,10 @@ impl EmbeddingBagBuilder {
     }
     /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`.
     pub fn build(self, params: &Params) -> Result<EmbeddingBag> {
-        let (rows, d) = self.sizes;
-        EmbeddingBag::tied(params.param("weight", &[rows, d], self.init)?, self.mode)
+        params.whole(|params| {
+            let (rows, d) = self.sizes;
+            EmbeddingBag::tied(params.param("weight", &[rows, d], self.init)?, self.mode)
+        })
     }
 }
 

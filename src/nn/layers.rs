@@ -49,13 +49,15 @@ impl LinearBuilder {
     /// The layer, with the parameters `weight` (`[p, d]`, or `[d, p]` for [`Layout::InOut`]) and `bias` `[p]`. Fails if these
     /// names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<Linear> {
-        let (d, p) = self.sizes;
-        let shape = if self.layout == Layout::OutIn { [p, d] } else { [d, p] };
-        Ok(Linear {
-            weight: params.param_with_fan_in("weight", &shape, self.init, d)?,
-            bias: if self.bias { Some(params.param("bias", &[p], Init::Zeros)?) } else { None },
-            layout: self.layout,
-            lora: None,
+        params.whole(|params| {
+            let (d, p) = self.sizes;
+            let shape = if self.layout == Layout::OutIn { [p, d] } else { [d, p] };
+            Ok(Linear {
+                weight: params.param_with_fan_in("weight", &shape, self.init, d)?,
+                bias: if self.bias { Some(params.param("bias", &[p], Init::Zeros)?) } else { None },
+                layout: self.layout,
+                lora: None,
+            })
         })
     }
 }
@@ -107,6 +109,10 @@ impl Linear {
     pub fn merge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.merge(&self.weight, self.layout))
     }
+    /// Whether it has an adapter that has been added to the weight.
+    pub fn merged(&self) -> bool {
+        self.lora.as_ref().is_some_and(Lora::merged)
+    }
     /// Takes it out again, bit for bit.
     pub fn unmerge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.unmerge(&self.weight))
@@ -118,6 +124,14 @@ impl Linear {
     /// The bias, if there is one.
     pub fn bias(&self) -> Option<&Param> {
         self.bias.as_ref()
+    }
+}
+
+/// Refuses an ε with which a norm is no number.
+fn expect_eps(layer: &'static str, eps: f64) -> Result<()> {
+    match eps.is_finite() && eps >= 0.0 {
+        true => Ok(()),
+        false => Err(Error::invalid(layer, format!("ε = {eps}; it must be 0 or more, and finite, such as 1e-5"))),
     }
 }
 
@@ -145,9 +159,12 @@ impl LayerNormBuilder {
     }
     /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<LayerNorm> {
-        let weight = params.param("weight", &[self.d], Init::Ones)?;
-        let bias = if self.bias { Some(params.param("bias", &[self.d], Init::Zeros)?) } else { None };
-        Ok(LayerNorm { weight, bias, eps: self.eps })
+        params.whole(|params| {
+            expect_eps("LayerNorm", self.eps)?;
+            let weight = params.param("weight", &[self.d], Init::Ones)?;
+            let bias = if self.bias { Some(params.param("bias", &[self.d], Init::Zeros)?) } else { None };
+            Ok(LayerNorm { weight, bias, eps: self.eps })
+        })
     }
 }
 
@@ -186,7 +203,10 @@ impl RmsNormBuilder {
     }
     /// The layer, with the parameter `weight` (ones). Fails if this name is taken in `params`.
     pub fn build(self, params: &Params) -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: params.param("weight", &[self.d], Init::Ones)?, eps: self.eps })
+        params.whole(|params| {
+            expect_eps("RmsNorm", self.eps)?;
+            Ok(RmsNorm { weight: params.param("weight", &[self.d], Init::Ones)?, eps: self.eps })
+        })
     }
 }
 
@@ -231,15 +251,18 @@ impl GroupNormBuilder {
     /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`, or if the
     /// groups do not divide the channels.
     pub fn build(self, params: &Params) -> Result<GroupNorm> {
-        let GroupNormBuilder { groups, channels, eps } = self;
-        if groups == 0 || !channels.is_multiple_of(groups) {
-            let message =
-                format!("{channels} channels do not divide into {groups} groups; the order is (groups, channels)");
-            return Err(Error::invalid("GroupNorm", message));
-        }
-        let (weight, bias) =
-            (params.param("weight", &[channels], Init::Ones)?, params.param("bias", &[channels], Init::Zeros)?);
-        Ok(GroupNorm { weight, bias, groups, eps })
+        params.whole(|params| {
+            let GroupNormBuilder { groups, channels, eps } = self;
+            expect_eps("GroupNorm", eps)?;
+            if groups == 0 || !channels.is_multiple_of(groups) {
+                let message =
+                    format!("{channels} channels do not divide into {groups} groups; the order is (groups, channels)");
+                return Err(Error::invalid("GroupNorm", message));
+            }
+            let (weight, bias) =
+                (params.param("weight", &[channels], Init::Ones)?, params.param("bias", &[channels], Init::Zeros)?);
+            Ok(GroupNorm { weight, bias, groups, eps })
+        })
     }
 }
 

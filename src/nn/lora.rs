@@ -96,7 +96,7 @@ impl LoraConfig {
             let what = format!("{} of rank {} and α {}", self.peft_type, self.r, self.lora_alpha);
             return Err(Error::invalid(
                 "LoRA",
-                format!("{what}; a LORA adapter has a rank of 1 or more and a finite α"),
+                format!("{what}; a LORA adapter must have a rank of 1 or more and a finite α"),
             ));
         }
         Ok(())
@@ -143,11 +143,21 @@ impl Lora {
         let before = weight.value().copy();
         weight.set(Tensor::new(before.clone()).add(&delta)?.array().contiguous())?;
         self.before = Some(before);
+        weight.set_merged(true);
         Ok(())
     }
     /// Puts the weight back, bit for bit.
     pub fn unmerge(&mut self, weight: &Param) -> Result<()> {
-        self.before.take().map_or(Ok(()), |w| weight.set(w))
+        if let Some(before) = &self.before {
+            weight.set(before.to(&weight.device())?)?;
+            self.before = None;
+            weight.set_merged(false);
+        }
+        Ok(())
+    }
+    /// Whether it has been added to the weight.
+    pub fn merged(&self) -> bool {
+        self.before.is_some()
     }
 }
 

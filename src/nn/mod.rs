@@ -46,8 +46,8 @@ pub use module::{Module, Sequential};
 pub use moe::{
     Balance, ExpertKind, Moe, MoeBuilder, MoeConfig, MoeOut, RouterStats, RouterSummary, Seen, expert_traffic,
 };
-pub(crate) use params::take;
 pub use params::{Init, Params, Strict, Taken};
+pub(crate) use params::{refuse_merged, take};
 pub use transformer::{Mlp, MlpBuilder, SwiGlu, SwiGluBuilder, TransformerBlock, TransformerBlockBuilder};
 
 use crate::base::{Result, philox};

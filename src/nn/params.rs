@@ -53,6 +53,20 @@ pub struct Taken {
     pub unexpected: Vec<String>,
 }
 
+/// Refuses parameters that an adapter has been added to: with the adapter beside them in the file, it would count twice.
+pub(crate) fn refuse_merged(op: &'static str, params: &[Param]) -> Result<()> {
+    match params.iter().find(|p| p.merged()) {
+        None => Ok(()),
+        Some(p) => Err(Error::invalid(
+            op,
+            format!(
+                "an adapter is merged into {}; take it out first (unmerge), or write the merged model (Gpt::save)",
+                p.name()
+            ),
+        )),
+    }
+}
+
 /// Reads a safetensors file into parameters; `names` gives the names that a parameter may have in the file. All or nothing: see
 /// [`Params::load`].
 pub(crate) fn take(
@@ -61,6 +75,7 @@ pub(crate) fn take(
     names: &dyn Fn(&str) -> Vec<String>,
     strict: Strict,
 ) -> Result<Taken> {
+    refuse_merged("Params::load", params)?;
     let mut taken = Taken { path: file.path().to_path_buf(), ..Taken::default() };
     let mut unused: BTreeSet<String> = file.tensors().iter().map(|t| t.name.to_string()).collect();
     let (mut wrong, mut found) = (Vec::new(), Vec::new());
@@ -116,19 +131,37 @@ pub struct Params {
     prefix: String,
     seed: u64,
     dtype: DType,
-    /// Initial values are drawn; else they are zeros.
-    draws: bool,
+    /// What new parameters hold.
+    values: Values,
+}
+
+/// What new parameters hold.
+#[derive(Clone, Copy, PartialEq)]
+enum Values {
+    Drawn,
+    Zeros,
+    /// Nothing: they are described.
+    None,
 }
 
 impl Params {
     /// An empty store. Initial values depend on `seed` and the parameter's full name only.
     pub fn new(seed: u64, dtype: DType) -> Params {
-        Params { store: Arc::default(), prefix: String::new(), seed, dtype, draws: true }
+        Params { store: Arc::default(), prefix: String::new(), seed, dtype, values: Values::Drawn }
+    }
+    /// A store whose parameters have names and shapes, and take no memory, for plans of models that fit nowhere.
+    pub fn described(dtype: DType) -> Params {
+        Params { values: Values::None, ..Params::new(0, dtype) }
     }
     /// The same store and scope, where the initial values of new parameters are drawn, or are zeros because values are read over
     /// them before anything uses them: drawing those of a large model takes longer than reading its file.
     pub(crate) fn drawing(&self, draws: bool) -> Params {
-        Params { draws, ..self.clone() }
+        Params { values: if draws { Values::Drawn } else { Values::Zeros }, ..self.clone() }
+    }
+    /// Runs `make`; if it fails, the store has the parameters that it had before.
+    pub(crate) fn whole<T>(&self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
+        let n = self.lock().len();
+        make(self).inspect_err(|_| self.truncate(n))
     }
     /// Removes the parameters that were created after the first `n` of the store.
     pub(crate) fn truncate(&self, n: usize) {
@@ -153,7 +186,7 @@ impl Params {
     /// [`Init::KaimingUniform`] takes the product of all dimensions but the first for the fan-in, which is right for weights
     /// that lie `[out, in, …]`. For weights that lie otherwise use [`Params::param_with_fan_in`].
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
-        self.param_with_fan_in(name, shape, init, shape.iter().skip(1).product())
+        self.param_with_fan_in(name, shape, init, shape.iter().skip(1).fold(1, |n: usize, &d| n.saturating_mul(d)))
     }
     /// [`Params::param`] with the fan-in given, for weights that do not lie `[out, in, …]`: `d` for a weight `[d, p]`, and for
     /// stacked weights `[experts, p, d]` as well. Only [`Init::KaimingUniform`] depends on it.
@@ -166,6 +199,26 @@ impl Params {
     /// ```
     pub fn param_with_fan_in(&self, name: &str, shape: &[usize], init: Init, fan_in: usize) -> Result<Param> {
         let name = self.full(name);
+        if shape
+            .iter()
+            .try_fold(self.dtype.size(), |n, &d| n.checked_mul(d.max(1)))
+            .is_none_or(|n| n > isize::MAX as usize / 2)
+        {
+            return Err(Error::shape(
+                "Params::param",
+                format!("{name} of {shape:?} {}: no memory holds that", self.dtype),
+            ));
+        }
+        let scale = match init {
+            Init::Normal { std } => ("standard deviation", std),
+            Init::Uniform { bound } => ("bound", bound),
+            Init::Zeros | Init::Ones | Init::KaimingUniform => ("", 0.0),
+        };
+        if !(scale.1.is_finite() && scale.1 >= 0.0) {
+            let message =
+                format!("initial values of {name} with a {} of {}; it must be 0 or more, and finite", scale.0, scale.1);
+            return Err(Error::invalid("Params::param", message));
+        }
         let mut store = self.lock();
         if store.iter().any(|p| p.name() == name) {
             return Err(Error::invalid("Params::param", format!("{name} exists already; use another scope")));
@@ -175,7 +228,12 @@ impl Params {
             Array::generate(shape, self.dtype, move |i| bound * (2.0 * philox::uniform(seed, stream, i as u64) - 1.0))
         };
         let value = match init {
-            _ if !self.draws => Array::zeros(shape, self.dtype),
+            _ if self.values == Values::None => {
+                let param = Param::described(name, shape, self.dtype);
+                store.push(param.clone());
+                return Ok(param);
+            }
+            _ if self.values == Values::Zeros => Array::zeros(shape, self.dtype),
             Init::Zeros => Array::zeros(shape, self.dtype),
             Init::Ones => Array::ones(shape, self.dtype),
             Init::Normal { std } => {
@@ -262,8 +320,9 @@ impl Params {
         if let Some(d) = dtype.filter(|d| !d.is_float()) {
             return Err(Error::dtype("Params::save_as", format!("{d} holds no parameters; choose a float dtype")));
         }
-        let named: Vec<(String, Array)> = self
-            .all()
+        let all = self.all();
+        refuse_merged("Params::save", &all)?;
+        let named: Vec<(String, Array)> = all
             .iter()
             .map(|p| (self.relative(p.name()).to_string(), dtype.map_or(p.value(), |d| p.value().cast(d))))
             .collect();

@@ -36,11 +36,16 @@ impl MlpBuilder {
     }
     /// The layers. Fails if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<Mlp> {
-        let (d, hidden) = self.sizes;
-        Ok(Mlp {
-            fc: Linear::builder(d, hidden).layout(Layout::InOut).init(self.init).build(&params.at("c_fc"))?,
-            proj: Linear::builder(hidden, d).layout(Layout::InOut).init(self.init_out).build(&params.at("c_proj"))?,
-            act: self.act,
+        params.whole(|params| {
+            let (d, hidden) = self.sizes;
+            Ok(Mlp {
+                fc: Linear::builder(d, hidden).layout(Layout::InOut).init(self.init).build(&params.at("c_fc"))?,
+                proj: Linear::builder(hidden, d)
+                    .layout(Layout::InOut)
+                    .init(self.init_out)
+                    .build(&params.at("c_proj"))?,
+                act: self.act,
+            })
         })
     }
 }
@@ -85,12 +90,14 @@ impl SwiGluBuilder {
     }
     /// The layers. Fails if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<SwiGlu> {
-        let (d, hidden) = self.sizes;
-        let linear = |i, o, init| Linear::builder(i, o).bias(false).init(init);
-        Ok(SwiGlu {
-            gate: linear(d, hidden, self.init).build(&params.at("gate_proj"))?,
-            up: linear(d, hidden, self.init).build(&params.at("up_proj"))?,
-            down: linear(hidden, d, self.init_out).build(&params.at("down_proj"))?,
+        params.whole(|params| {
+            let (d, hidden) = self.sizes;
+            let linear = |i, o, init| Linear::builder(i, o).bias(false).init(init);
+            Ok(SwiGlu {
+                gate: linear(d, hidden, self.init).build(&params.at("gate_proj"))?,
+                up: linear(d, hidden, self.init).build(&params.at("up_proj"))?,
+                down: linear(hidden, d, self.init_out).build(&params.at("down_proj"))?,
+            })
         })
     }
 }
@@ -160,28 +167,30 @@ impl TransformerBlockBuilder {
     /// The block, with parameters under `params`. Fails if the width does not divide into the heads, if a dropout lies outside
     /// [0, 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<TransformerBlock> {
-        let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
-        let norm = LayerNorm::builder(d).eps(self.eps);
-        let attn = MultiHeadAttention::builder(d, heads).span(self.span).kv_heads(self.kv_heads);
-        let attn = attn.rotary(self.rotary).alibi(self.alibi).dropout(self.attn_dropout);
-        let feed = match &self.moe {
-            None => {
-                let mlp = Mlp::builder(d, hidden).act(self.act).init(init).init_out(init_out);
-                Feed::Dense(Box::new(mlp.build(&params.at("mlp"))?))
-            }
-            Some(c) => {
-                let moe = Moe::builder(d, c).init(init).init_out(init_out).build(&params.at("moe"))?;
-                Feed::Moe(Box::new(moe))
-            }
-        };
-        Ok(TransformerBlock {
-            name: params.prefix().to_string(),
-            ln_1: norm.build(&params.at("ln_1"))?,
-            attn: attn.init(init).init_out(init_out).build(&params.at("attn"))?,
-            ln_2: norm.build(&params.at("ln_2"))?,
-            feed,
-            drop_1: Dropout::new(&params.at("drop_1"), self.dropout)?,
-            drop_2: Dropout::new(&params.at("drop_2"), self.dropout)?,
+        params.whole(|params| {
+            let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
+            let norm = LayerNorm::builder(d).eps(self.eps);
+            let attn = MultiHeadAttention::builder(d, heads).span(self.span).kv_heads(self.kv_heads);
+            let attn = attn.rotary(self.rotary).alibi(self.alibi).dropout(self.attn_dropout);
+            let feed = match &self.moe {
+                None => {
+                    let mlp = Mlp::builder(d, hidden).act(self.act).init(init).init_out(init_out);
+                    Feed::Dense(Box::new(mlp.build(&params.at("mlp"))?))
+                }
+                Some(c) => {
+                    let moe = Moe::builder(d, c).init(init).init_out(init_out).build(&params.at("moe"))?;
+                    Feed::Moe(Box::new(moe))
+                }
+            };
+            Ok(TransformerBlock {
+                name: params.prefix().to_string(),
+                ln_1: norm.build(&params.at("ln_1"))?,
+                attn: attn.init(init).init_out(init_out).build(&params.at("attn"))?,
+                ln_2: norm.build(&params.at("ln_2"))?,
+                feed,
+                drop_1: Dropout::new(&params.at("drop_1"), self.dropout)?,
+                drop_2: Dropout::new(&params.at("drop_2"), self.dropout)?,
+            })
         })
     }
 }
@@ -216,7 +225,7 @@ impl TransformerBlock {
         TransformerBlockBuilder {
             d,
             heads,
-            hidden: 4 * d,
+            hidden: d.saturating_mul(4),
             moe: None,
             act: Activation::Gelu,
             span: Span::Full,

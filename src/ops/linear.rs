@@ -6,9 +6,10 @@ use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Cotangents, Factor, Gen, Owner, Rule, Whose, one, samples_or_leading};
-use crate::base::{Error, Float, Result};
+use crate::base::{DType, Element, Error, Result};
 use crate::device::spans;
 pub use crate::kernels::Activation;
+use crate::kernels::gemm::half::{self, Operand, Out, product as bf16_product};
 use crate::kernels::gemm::{Epilogue, Mat, cuda as gpu_gemm, gemm, matmul};
 use crate::kernels::{Half, dispatch};
 use crate::ops::unary;
@@ -110,9 +111,15 @@ impl Rule for Back {
             let (layout, shape) = (self.layout, self.x.shape());
             let dx = dispatch(
                 [dz.clone(), self.w.value()],
-                Half::Native,
+                Half::Bf16,
                 |[dz, w]| {
                     let mut dx = Array::uninit(shape, dz.dtype());
+                    if dz.dtype() == DType::BF16 {
+                        let w = f32_or_bf16(w);
+                        let (g, w) = (Operand::Half(Mat::new(dz.as_slice()?, n, p)), rounded_weight(&w, layout, d, p)?);
+                        bf16_product(g, w.t(), Default::default(), Out::Half(dx.fresh_mut()));
+                        return Ok(dx);
+                    }
                     let w = w.cast(dz.dtype());
                     with_float!("linear", dz.dtype(), |T| {
                         let (g, wm) = (Mat::new(dz.as_slice::<T>()?, n, p), weight::<T>(&w, layout, d, p)?);
@@ -128,8 +135,9 @@ impl Rule for Back {
             )?;
             back.input(0, dx);
         }
-        // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
-        let dz = dz.cast(dz.dtype().compute());
+        // Sums and norms are f32 or f64. On the CPU they are taken of bf16 operands; elsewhere the operands are widened.
+        let half = dz.gpu().is_none() && (dz.dtype(), self.x.dtype()) == (DType::BF16, DType::BF16);
+        let dz = if half { dz } else { dz.cast(dz.dtype().compute()) };
         if self.w.trainable() {
             let x = self.x.reshape(&[n, d])?.cast(dz.dtype());
             let (left, right) = if self.layout == Layout::OutIn { (dz.clone(), x) } else { (x, dz.clone()) };
@@ -143,7 +151,7 @@ impl Rule for Back {
 }
 
 /// The weight as a `d × p` matrix.
-fn weight<T: Float>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Mat<'_, T>> {
+fn weight<T: Element>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Mat<'_, T>> {
     let data = w.as_slice::<T>()?;
     Ok(match layout {
         Layout::InOut => Mat::new(data, d, p),
@@ -151,10 +159,24 @@ fn weight<T: Float>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Mat
     })
 }
 
+/// A weight as products of bf16 numbers take it.
+pub(crate) fn f32_or_bf16(w: Array) -> Array {
+    if w.dtype() == DType::BF16 { w } else { w.cast(DType::F32) }
+}
+
+/// The matrix of an f32 or bf16 weight, as an operand of a product of bf16 numbers.
+fn rounded_weight(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Operand<'_>> {
+    Ok(match w.dtype() {
+        DType::BF16 => Operand::Half(weight(w, layout, d, p)?),
+        _ => Operand::Full(weight(w, layout, d, p)?),
+    })
+}
+
 /// y = act(x·Wᵀ + b) over the last dimension of `x [B, …, d]`, giving `[B, …, p]`.
 ///
-/// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. bf16 and f16 inputs are
-/// computed in f32 and the result rounded back, on a GPU by the tensor cores.
+/// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. With bf16 inputs the weight is rounded to bf16, too,
+/// products are summed in f32 (on a GPU by the tensor cores, on the CPU by [`half`]) and the result is rounded;
+/// f16 on the CPU is computed in f32.
 pub fn linear(
     x: &Tensor,
     w: &Param,
@@ -196,9 +218,21 @@ pub fn linear(
     let bias_value = bias.map(Param::value);
     let (y, z) = dispatch(
         [xa.clone(), w.value()],
-        Half::Native,
+        Half::Bf16,
         |[x, w]| {
             let dtype = x.dtype();
+            if dtype == DType::BF16 {
+                let w = f32_or_bf16(w);
+                let b = bias_value.as_ref().map(|b| b.cast(DType::F32));
+                let mut y = Array::uninit(&shape, dtype);
+                let mut z = keep.then(|| Array::uninit(&[n, p], dtype));
+                let pre = z.as_mut().map(|z| Out::Half(z.fresh_mut()));
+                let bias = b.as_ref().map(|b| b.as_slice()).transpose()?;
+                let (x, w) = (Operand::Half(Mat::new(x.as_slice()?, n, d)), rounded_weight(&w, layout, d, p)?);
+                let e = half::Epilogue { bias, act, pre, ..Default::default() };
+                bf16_product(x, w, e, Out::Half(y.fresh_mut()));
+                return Ok((y, z));
+            }
             let (w, b) = (w.cast(dtype), bias_value.as_ref().map(|b| b.cast(dtype)));
             let mut y = Array::uninit(&shape, dtype);
             let mut z = keep.then(|| Array::uninit(&[n, p], dtype));

@@ -4,11 +4,13 @@ use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast, numel};
 use crate::autograd::{Case, Cotangents, Gen, Owner, Rule, Whose};
-use crate::base::{Error, Float, Result};
+use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::spans;
+use crate::kernels::gemm::half::{self, Operand, Out};
 use crate::kernels::gemm::{Mat, cuda as gpu_gemm, matmul as product};
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
+use ::half::bf16;
 use smallvec::SmallVec;
 
 static MATMUL: OpInfo = OpInfo {
@@ -95,30 +97,58 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
     let r = lead.len();
     dispatch(
         [a, b],
-        Half::Native,
+        Half::Bf16,
         |[a, b]| {
+            let both = (a.dtype(), b.dtype()) == (DType::BF16, DType::BF16);
+            let wide = |x: Array| if both { x } else { x.cast(x.dtype().compute()) };
+            let (a, b) = (wide(a), wide(b));
             let mut out = Array::uninit(&shape, a.dtype());
-            with_float!("matmul", a.dtype(), |T| {
-                let (x, y) = (a.raw::<T>()?, b.raw::<T>()?);
-                let c = out.fresh_mut::<T>();
-                if m * n == 0 {
-                    return Ok(out);
+            if m * n == 0 {
+                return Ok(out);
+            }
+            // Where the operands of the i-th product begin.
+            let start = |i: usize| {
+                let (mut at, mut oa, mut ob) = (i, 0, 0);
+                for d in (0..r).rev() {
+                    let j = at % lead[d];
+                    at /= lead[d];
+                    oa += j * a.strides()[d];
+                    ob += j * b.strides()[d];
                 }
+                (oa, ob)
+            };
+            fn mats<'a, T: Element>(
+                (a, b): (&'a Array, &'a Array),
+                (m, k, n): (usize, usize, usize),
+                (oa, ob): (usize, usize),
+            ) -> Result<(Mat<'a, T>, Mat<'a, T>)> {
+                let r = a.rank() - 2;
+                let of = |x: &'a Array, from: usize, (rows, cols): (usize, usize)| {
+                    let (rs, cs) = (x.strides()[r], x.strides()[r + 1]);
+                    Ok::<_, Error>(Mat { data: &x.raw::<T>()?[from..], rows, cols, rs, cs })
+                };
+                Ok((of(a, oa, (m, k))?, of(b, ob, (k, n))?))
+            }
+            if both {
+                let each = out.fresh_mut::<bf16>().chunks_exact_mut(m * n);
+                for (i, c) in each.enumerate().filter(|_| k > 0) {
+                    let (x, y) = mats((&a, &b), (m, k, n), start(i))?;
+                    half::product(Operand::Half(x), Operand::Half(y), Default::default(), Out::Half(c));
+                }
+                if k == 0 {
+                    out.fresh_mut::<bf16>().fill(bf16::ZERO);
+                }
+                return Ok(out);
+            }
+            with_float!("matmul", a.dtype(), |T| {
+                let c = out.fresh_mut::<T>();
                 if k == 0 {
                     c.fill(<T as Float>::ZERO);
                     return Ok(out);
                 }
                 for (i, c) in c.chunks_exact_mut(m * n).enumerate() {
-                    let (mut at, mut oa, mut ob) = (i, 0, 0);
-                    for d in (0..r).rev() {
-                        let j = at % lead[d];
-                        at /= lead[d];
-                        oa += j * a.strides()[d];
-                        ob += j * b.strides()[d];
-                    }
-                    let ma = Mat { data: &x[oa..], rows: m, cols: k, rs: a.strides()[r], cs: a.strides()[r + 1] };
-                    let mb = Mat { data: &y[ob..], rows: k, cols: n, rs: b.strides()[r], cs: b.strides()[r + 1] };
-                    product(ma, mb, false, c);
+                    let (x, y) = mats((&a, &b), (m, k, n), start(i))?;
+                    product::<T>(x, y, false, c);
                 }
                 Ok(out)
             })

@@ -6,6 +6,7 @@
 pub(crate) use crate::autograd::NO_PARAMS;
 pub use crate::autograd::{Differentiable, FactorRule, OpInfo};
 
+pub mod add_scaled;
 pub mod attention;
 pub mod binary;
 pub mod combine;
@@ -33,6 +34,7 @@ pub mod view;
 
 /// Every operation of the crate.
 pub static REGISTRY: &[&[&OpInfo]] = &[
+    add_scaled::OPS,
     attention::OPS,
     binary::OPS,
     combine::OPS,

@@ -51,10 +51,15 @@ impl Optimizer for AdamW {
         let [scale, root] = self.corrections(step, lr);
         Some(vec![scale, root, 1.0 - lr * self.weight_decay])
     }
+    fn validate(&self) -> Result<()> {
+        let decay = self.weight_decay;
+        check("AdamW", "beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "lie in [0, 1)")?;
+        check("AdamW", "beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "lie in [0, 1)")?;
+        check("AdamW", "eps", self.eps, self.eps > 0.0 && self.eps.is_finite(), "be positive and finite")?;
+        check("AdamW", "weight_decay", decay, decay >= 0.0 && decay.is_finite(), "be 0 or more, and finite")
+    }
     fn update(&self, u: Update) -> Result<()> {
-        check("AdamW", "beta1", self.beta1, (0.0..1.0).contains(&self.beta1))?;
-        check("AdamW", "beta2", self.beta2, (0.0..1.0).contains(&self.beta2))?;
-        check("AdamW", "eps", self.eps, self.eps > 0.0)?;
+        self.validate()?;
         let gpu = u.expect("AdamW", self.slots())?;
         let [scale, root] = self.corrections(u.step, u.lr);
         let keep = 1.0 - u.lr * self.weight_decay;

@@ -128,6 +128,10 @@ impl<'a> Update<'a> {
 pub trait Optimizer: Send {
     /// Name and hyper-parameters, for run folders.
     fn describe(&self) -> String;
+    /// Refuses hyper-parameters that make no sense, by name and with their range. A step asks when it is made: before anything is counted.
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
     /// Names of the state buffers of the parameters' size.
     fn slots(&self) -> &'static [&'static str];
     /// One step.
@@ -154,6 +158,7 @@ fn pieces(n: usize, segments: &[Segment]) -> Vec<(Range<usize>, bool)> {
     out
 }
 
-pub(crate) fn check(op: &'static str, name: &str, v: f64, ok: bool) -> Result<()> {
-    if ok { Ok(()) } else { Err(Error::invalid(op, format!("{name} = {v} is out of range"))) }
+/// Refuses a hyper-parameter unless it is `ok`; `range` says when it is.
+pub(crate) fn check(op: &'static str, name: &str, v: f64, ok: bool, range: &str) -> Result<()> {
+    if ok { Ok(()) } else { Err(Error::invalid(op, format!("{name} = {v} is out of range; it must {range}"))) }
 }

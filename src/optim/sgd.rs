@@ -26,8 +26,13 @@ impl Optimizer for Sgd {
     fn step_scalars(&self, _step: u64, lr: f64) -> Option<Vec<f64>> {
         Some(vec![lr, 1.0 - lr * self.weight_decay])
     }
+    fn validate(&self) -> Result<()> {
+        let decay = self.weight_decay;
+        check("SGD", "momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "lie in [0, 1)")?;
+        check("SGD", "weight_decay", decay, decay >= 0.0 && decay.is_finite(), "be 0 or more, and finite")
+    }
     fn update(&self, u: Update) -> Result<()> {
-        check("SGD", "momentum", self.momentum, (0.0..1.0).contains(&self.momentum))?;
+        self.validate()?;
         let keep = 1.0 - u.lr * self.weight_decay;
         if let Some(gpu) = &u.expect("SGD", self.slots())? {
             let buffers = [Some(&*u.params), Some(u.grads), u.state.first()];

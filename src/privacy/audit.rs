@@ -34,7 +34,9 @@ pub fn one_run(scores: &[f64], included: &[bool], guesses: usize, delta: f64, co
         return Err(Error::privacy(format!("an audit with {what}: one coin for each score, and 1 to {m} guesses")));
     }
     if !((0.0..1.0).contains(&delta) && confidence > 0.0 && confidence < 1.0) {
-        return Err(Error::privacy(format!("an audit with δ = {delta} at confidence {confidence}")));
+        return Err(Error::privacy(format!(
+            "an audit with δ = {delta} at confidence {confidence}: δ must lie in [0, 1), the confidence between 0 and 1"
+        )));
     }
     if let Some(i) = scores.iter().position(|s| s.is_nan()) {
         return Err(Error::privacy(format!("the score of canary {i} is not a number")));

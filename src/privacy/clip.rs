@@ -229,10 +229,11 @@ mod tests {
             [ClipFn::Abadi, ClipFn::Reparameterised, ClipFn::AutoV, ClipFn::AutoS { gamma: 0.01 }, ClipFn::Global]
         {
             for r in [0.1, 1.0, 7.0] {
-                for n in [0.0, 1e-9, 0.05, 0.1, 1.0, 1.1, 50.0, 1e12, f64::NAN, f64::INFINITY] {
+                for n in [0.0, 1e-160, 1e-45, 1e-30, 1e-9, 0.05, 0.1, 1.0, 1.1, 50.0, 1e12, f64::NAN, f64::INFINITY] {
                     let f = clip.factor(n * n, r);
                     let clipped = if f == 0.0 { 0.0 } else { f * n };
                     assert!(clipped <= clip.sensitivity(r) * (1.0 + 1e-12), "{clip:?} {r} {n}");
+                    assert!((f as f32).is_finite(), "{clip:?} {r} {n}: {f} as f32 is not finite");
                 }
             }
         }

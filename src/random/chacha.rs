@@ -396,6 +396,19 @@ mod tests {
         assert!(rare_radius(0, 0) > 9.49);
     }
 
+    /// Draws in whole groups past 6.7637 standard deviations, where the noise would end if a radius took one word alone. Their places were
+    /// found by a search for radii whose first word is 0, and their values computed apart in double precision.
+    #[test]
+    fn draws_past_the_end_of_one_word() {
+        const GROUP: usize = LANES * 16;
+        for (group, word, lane, want) in [(118_547_156, 7, 1, -6.795958), (196_011_209, 0, 5, 6.908007)] {
+            let mut v = vec![0f64; GROUP];
+            add_gaussian(&NoiseKey::from_bytes([7; 32]), 0, group * GROUP as u64, 1.0, &mut v);
+            let z = v[word * LANES + lane];
+            assert!((z - want).abs() < 1e-5 && z.abs() > 6.77, "group {group}: {z}, not {want}");
+        }
+    }
+
     /// 10⁸ draws against the normal law: Kolmogorov and Smirnov at 65,536 points, six moments, the mass of the tail. The radius of
     /// one draw in 2¹⁶, beyond 4.71, takes a second word.
     #[test]

@@ -38,6 +38,13 @@ impl Target<'_> {
             Target::Buckets(buckets) => buckets.add(grad.param(), |grads, range| add(grads, range, grad, w)),
         }
     }
+    /// Takes part in a microbatch of other ranks, of which this one has none.
+    pub fn idle(&mut self) -> Result<()> {
+        match self {
+            Target::Whole(_) => Ok(()),
+            Target::Buckets(buckets) => buckets.idle(),
+        }
+    }
     /// The backward pass of a microbatch is over: nothing more comes.
     pub fn finish(&mut self) -> Result<()> {
         match self {

@@ -7,6 +7,7 @@ use super::flat::Flat;
 use super::plan::{Event, Measurement, Plan, Prediction, Trace};
 use super::reduce::{Counts, reduce};
 use super::shard::{Buckets, Shard, Stage};
+use super::units;
 use super::update::{update, update_shard, zero};
 use crate::array::Array;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
@@ -14,7 +15,7 @@ use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::{Tag, TagScope};
 use crate::device::spans::{self, Kind};
-use crate::dist::Communicator;
+use crate::dist::{Communicator, Shared};
 use crate::optim::{Optimizer, Schedule};
 use std::time::Instant;
 
@@ -72,6 +73,8 @@ pub(super) struct Context<'a> {
 pub(super) trait Collect: GradHook {
     /// A microbatch of `samples` samples is about to be differentiated.
     fn begin(&mut self, samples: usize, public: Option<PublicPart>);
+    /// Other ranks have a microbatch, and this one has none.
+    fn idle(&mut self) -> Result<()>;
     /// The backward pass of the microbatch is over.
     fn finish(&mut self) -> Result<()>;
     /// Clipped pairs on the CPU, and per clipping group the private samples with a norm of at most the threshold.
@@ -103,7 +106,7 @@ pub(super) struct Core {
     pub optimizer: Box<dyn Optimizer>,
     pub schedule: Schedule,
     pub steps: u64,
-    pub ranks: Option<Box<dyn Communicator>>,
+    pub ranks: Option<Shared>,
     /// What this rank keeps of its own where the ranks share the model's state; then `grads` is of no use after the ranks have summed
     /// it, and has no elements at stage 2.
     pub shard: Option<Shard>,
@@ -121,6 +124,7 @@ impl Core {
         plan: impl FnOnce(&Flat, usize) -> Result<Plan>,
     ) -> Result<Core> {
         schedule.validate()?;
+        optimizer.validate()?;
         let flat = Flat::new(params)?;
         let device = flat.device();
         let zeros = |tag| {
@@ -142,21 +146,27 @@ impl Core {
         if self.flat.device().is_cuda() {
             return Err(Error::invalid("with_zero", "ranks are on the CPU so far; move the model there"));
         }
+        let ranks = Shared::new(ranks)?;
         for stretch in self.flat.shared() {
             let first = ranks.broadcast("parameters", &self.flat.buffer().slice(0, stretch.clone())?, 0)?;
             self.flat.update(|params, _| params.write(stretch.start, &first))?;
         }
         if stage != Stage::Replicated {
-            let shard = Shard::new(&self.flat, &*ranks, stage)?;
+            let shard = Shard::new(&self.flat, &ranks, stage)?;
             let own = shard.own();
             let _tag = TagScope::new(Tag::Optimizer);
             self.state = self.state.iter().map(|s| Ok(s.slice(0, own.clone())?.copy())).collect::<Result<_>>()?;
-            if stage == Stage::Gradients {
-                self.grads = Array::zeros(&[0], self.flat.dtype());
+            let (each, whole) = (self.flat.dtype().size(), self.flat.numel());
+            let (mut params, mut grads) = (whole, whole);
+            if stage != Stage::Optimizer {
+                (self.grads, grads) = (Array::zeros(&[0], self.flat.dtype()), own.len());
             }
-            let each = self.flat.dtype().size();
-            let kept = if stage == Stage::Gradients { own.len() } else { self.flat.numel() };
-            self.plan.keeps(kept * each, self.state.len() * own.len() * each);
+            if stage == Stage::Parameters {
+                let units = units::share(&mut self.flat, ranks.clone(), &shard.stretches)?;
+                self.plan.gathered = 2 * units.largest() * each;
+                params = own.len();
+            }
+            self.plan.keeps([params * each, grads * each, self.state.len() * own.len() * each]);
             self.shard = Some(shard);
         }
         self.ranks = Some(ranks);
@@ -170,6 +180,22 @@ impl Core {
     pub fn erase(&mut self) -> Result<()> {
         zero(&mut self.grads)?;
         self.shard.as_mut().map_or(Ok(()), |s| zero(&mut s.grads))
+    }
+    /// What a failed step leaves: no sum without its noise, and no rank that waits for this one.
+    pub fn failed(&mut self, e: Error) -> Error {
+        let e = match e {
+            Error::Invalid { op: op @ "collective", message } => {
+                Error::Invalid { op, message: format!("step {}: {message}", self.steps + 1) }
+            }
+            e => e,
+        };
+        if let Some(ranks) = &self.ranks {
+            ranks.abort(&e.to_string());
+        }
+        match self.erase() {
+            Ok(()) => e,
+            Err(worse) => worse,
+        }
     }
     /// Starts a step's measurement.
     pub fn begin(&mut self) {
@@ -191,10 +217,13 @@ impl Core {
         }
         let (step, counters, phases) = (self.steps + 1, self.counters.as_ref(), &mut self.phases);
         let (mut loss, mut samples, mut private) = (0.0, 0, 0);
-        let ranks = self.ranks.as_deref();
+        let (ranks, units) = (self.ranks.as_ref(), self.flat.units().cloned());
+        if let Some(units) = &units {
+            units.settle()?;
+        }
         let (mut microbatches, mut meets) = (microbatches.into_iter(), None);
         let grads = match (&mut self.shard, ranks) {
-            (Some(shard), Some(ranks)) if shard.stage == Stage::Gradients => {
+            (Some(shard), Some(ranks)) if shard.stage != Stage::Optimizer => {
                 meets = Some(ranks);
                 Target::Buckets(Buckets::new(shard, ranks, &self.flat))
             }
@@ -208,15 +237,21 @@ impl Core {
                 let some = Array::full(&[1], next.is_some() as u8 as f64, DType::F64);
                 if ranks.all_reduce("microbatches", &some)?.item()? > 0.0 && next.is_none() {
                     collect.begin(0, None);
-                    collect.finish()?;
+                    collect.idle()?;
                     continue;
                 }
             }
             let Some(batch) = next else { break };
+            if let Some(units) = &units {
+                units.start()?;
+            }
             let (phase, start) = (spans::span(Kind::Phase, "forward pass"), Instant::now());
             let Microbatch { losses, public } = forward(batch)?;
             drop(phase);
             phases.forward += start.elapsed().as_secs_f64();
+            if let Some(units) = &units {
+                units.check()?;
+            }
             if losses.rank() != 1 {
                 return Err(Error::shape(
                     "run",
@@ -225,7 +260,7 @@ impl Core {
             }
             if losses.numel() == 0 {
                 collect.begin(0, None);
-                collect.finish()?;
+                collect.idle()?;
                 continue;
             }
             match counters {
@@ -256,7 +291,7 @@ impl Core {
         drop(collect);
         let own = Counts { samples, private, loss, tally, below };
         let start = Instant::now();
-        let counts = match (&mut self.shard, self.ranks.as_deref()) {
+        let counts = match (&mut self.shard, self.ranks.as_ref()) {
             (Some(shard), Some(ranks)) => {
                 if shard.stage == Stage::Optimizer {
                     shard.reduce_whole(ranks, self.plan.buckets(), &self.grads)?;
@@ -265,7 +300,7 @@ impl Core {
                 }
                 reduce(Some(ranks), &[], &mut self.grads, own)?
             }
-            (_, ranks) => reduce(ranks, self.plan.buckets(), &mut self.grads, own)?,
+            (_, ranks) => reduce(ranks.map(|r| r as _), self.plan.buckets(), &mut self.grads, own)?,
         };
         self.phases.reduce += start.elapsed().as_secs_f64();
         Ok(counts)
@@ -274,7 +309,7 @@ impl Core {
     pub fn update(&mut self, scale: f64, scalars: Option<&StepScalars>) -> Result<()> {
         let start = Instant::now();
         let at = (self.steps + 1, self.schedule.at(self.steps));
-        match (&mut self.shard, self.ranks.as_deref()) {
+        match (&mut self.shard, self.ranks.as_ref()) {
             (Some(shard), Some(ranks)) => {
                 let (state, optimizer) = (&mut self.state, &*self.optimizer);
                 update_shard(ranks, (&mut self.flat, optimizer), shard, state, (scale, at))?
@@ -372,7 +407,7 @@ impl Core {
     }
     /// The optimizer's buffers, whole, on every rank.
     pub fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
-        let (Some(shard), Some(ranks)) = (&self.shard, self.ranks.as_deref()) else { return Ok(self.state()) };
+        let (Some(shard), Some(ranks)) = (&self.shard, self.ranks.as_ref()) else { return Ok(self.state()) };
         let whole = |(name, own): (&'static str, Array)| {
             let mut all = Array::zeros(&[self.flat.numel()], own.dtype());
             shard.gather(ranks, name, &own, |at, part| all.write(at, part))?;

@@ -1,5 +1,6 @@
 //! All trainable parameters in one buffer.
 
+use super::units::Units;
 use crate::array::Array;
 use crate::autograd::Param;
 use crate::base::{DType, Error, Result};
@@ -8,6 +9,7 @@ use crate::device::cuda::{Tag, TagScope};
 use crate::optim::{FlatLayout, Segment};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; a handle on an
 /// older value keeps that value (the buffer is then copied once).
@@ -16,6 +18,8 @@ pub struct Flat {
     layout: FlatLayout,
     at: HashMap<u64, usize>,
     buffer: Array,
+    /// Where the parameters are if ranks share them; then the buffer has no elements.
+    units: Option<Arc<Units>>,
 }
 
 impl Flat {
@@ -44,6 +48,12 @@ impl Flat {
                 ),
             ));
         }
+        if let Some(p) = params.iter().find(|p| p.value().shape() != p.shape()) {
+            return Err(Error::invalid(
+                "step",
+                format!("{} has a shape and no value: it was described for a plan", p.name()),
+            ));
+        }
         let (mut segments, mut at, mut n) = (Vec::new(), HashMap::new(), 0);
         for (i, p) in params.iter().enumerate() {
             if at.insert(p.id(), i).is_some() {
@@ -57,7 +67,7 @@ impl Flat {
         for (p, s) in params.iter().zip(&segments) {
             buffer.write(s.range.start, &p.value())?;
         }
-        let flat = Flat { params, layout: FlatLayout::new(segments, n), at, buffer };
+        let flat = Flat { params, layout: FlatLayout::new(segments, n), at, buffer, units: None };
         flat.attach()?;
         Ok(flat)
     }
@@ -68,7 +78,11 @@ impl Flat {
         Ok(())
     }
     /// Changes the buffer in place. Parameters set from outside since the last update are taken over first.
+    /// Where ranks share the parameters, `f` gets the own stretch of them.
     pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array, &FlatLayout) -> Result<()>) -> Result<()> {
+        if let Some(units) = &self.units {
+            return units.update(|own| f(own, &self.layout));
+        }
         for (p, s) in self.params.iter().zip(self.layout.segments()) {
             let value = p.value();
             if !value.same_storage(&self.buffer.slice(0, s.range.clone())?) {
@@ -79,6 +93,19 @@ impl Flat {
         let done = self.buffer.own().and_then(|()| f(&mut self.buffer, &self.layout));
         self.attach()?;
         done
+    }
+    /// From now on the parameters come from `units`.
+    pub(super) fn leave_to(&mut self, units: Arc<Units>) {
+        for p in &self.params {
+            p.set_source(units.clone());
+            p.release();
+        }
+        self.buffer = Array::zeros(&[0], self.buffer.dtype());
+        self.units = Some(units);
+    }
+    /// Where the parameters are if ranks share them.
+    pub(super) fn units(&self) -> Option<&Arc<Units>> {
+        self.units.as_ref()
     }
     /// All parameters, flat.
     pub(crate) fn buffer(&self) -> &Array {
@@ -118,7 +145,7 @@ impl Flat {
     }
     /// Number of trainable elements.
     pub fn numel(&self) -> usize {
-        self.buffer.numel()
+        self.layout.segments().last().map_or(0, |s| s.range.end)
     }
     /// Where the parameters are.
     pub fn device(&self) -> Device {

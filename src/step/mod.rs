@@ -22,8 +22,10 @@ mod privacy;
 mod private;
 mod reduce;
 mod shard;
+mod units;
 mod update;
 mod weigh;
+mod zero_plan;
 
 pub use self::core::Phases;
 pub use capture::{CapturedPrivateStep, CapturedStep};
@@ -33,6 +35,7 @@ pub use plan::{Measurement, Plan, PlannedParam, Prediction, Retain};
 pub use privacy::{Privacy, PrivacyConfig};
 pub use private::{PrivateReport, PrivateStep};
 pub use shard::Stage;
+pub use zero_plan::{Load, Machine, ZeroPlan, zero_plan};
 
 use self::core::{Collect, Context, Weighting};
 use crate::array::Array;
@@ -68,6 +71,9 @@ pub trait TrainStep {
     /// [`TrainStep::state`] with the optimizer's buffers whole where the ranks share them; every rank must call it. A checkpoint of it
     /// can be gone on from at any number of ranks and any [`Stage`].
     fn whole_state(&self) -> Result<Vec<(&'static str, Array)>>;
+    /// Gathers all parameters where ranks share them ([`Stage::Parameters`]): they stay whole on every rank until the next step. Every
+    /// rank must call it, before one of them saves or evaluates the model alone. Elsewhere they are whole already.
+    fn gather_parameters(&self) -> Result<()>;
     /// Goes on from a checkpoint taken after `steps` steps, with what [`TrainStep::state`] or [`TrainStep::whole_state`] gave then.
     fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()>;
 }

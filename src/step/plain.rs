@@ -79,7 +79,8 @@ impl PlainStep {
         self.with_zero(ranks, Stage::Replicated)
     }
     /// [`PlainStep::with_ranks`], and the ranks share the model's state (Rajbhandari et al. 2020): with [`Stage::Optimizer`] each rank
-    /// keeps its stretch of the optimizer's buffers, with [`Stage::Gradients`] of the gradient as well.
+    /// keeps its stretch of the optimizer's buffers, with [`Stage::Gradients`] of the gradient as well, and with
+    /// [`Stage::Parameters`] of the parameters.
     pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PlainStep> {
         self.core.with_zero(ranks, stage)?;
         Ok(self)
@@ -93,11 +94,11 @@ impl PlainStep {
     ) -> Result<Report> {
         self.core.begin();
         let losses = |b| Ok(Microbatch { losses: forward(b)?, public: None });
-        let counts = self.core.accumulate(&Plain, microbatches, losses, None)?;
+        let counts = self.core.accumulate(&Plain, microbatches, losses, None).map_err(|e| self.core.failed(e))?;
         if counts.samples == 0 {
             return Err(Error::invalid("run", "no samples: a plain step needs at least one"));
         }
-        self.core.update(1.0 / counts.samples as f64, None)?;
+        self.core.update(1.0 / counts.samples as f64, None).map_err(|e| self.core.failed(e))?;
         self.report(counts.samples, Found::Here(counts.loss, counts.tally))
     }
     /// [`PlainStep::run`] with one microbatch.
@@ -158,11 +159,14 @@ impl TrainStep for PlainStep {
     fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
         self.core.whole_state()
     }
+    fn gather_parameters(&self) -> Result<()> {
+        self.core.flat.units().map_or(Ok(()), |units| units.gather())
+    }
     fn reset_first_moment(&mut self) -> Result<()> {
         self.core.reset_first_moment()
     }
     fn ranks(&self) -> Option<&dyn Communicator> {
-        self.core.ranks.as_deref()
+        self.core.ranks.as_ref().map(|r| r as _)
     }
     fn state(&self) -> Vec<(&'static str, Array)> {
         self.core.state()

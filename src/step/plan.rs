@@ -127,12 +127,13 @@ pub struct Plan {
     groups: Vec<(f64, usize)>,
     buckets: Vec<Range<usize>>,
     bytes: [(&'static str, usize); 3],
+    pub(super) gathered: usize,
     pub(super) predicted: Option<Prediction>,
     pub(super) measured: Option<Measurement>,
 }
 
 /// Elements of the flat gradient that are summed over the ranks at once.
-const BUCKET: usize = 4 << 20;
+pub(super) const BUCKET: usize = 4 << 20;
 
 impl Plan {
     /// The plan of a plain step, or of a private one with these clipping groups; `slots` buffers belong to the optimizer.
@@ -162,17 +163,23 @@ impl Plan {
             groups,
             buckets: flat.shared().into_iter().flat_map(buckets).collect(),
             bytes: [("parameters", each), ("gradients", each), ("optimizer", slots * each)],
+            gathered: 0,
             predicted: None,
             measured: None,
         }
     }
-    /// The bytes of gradients and of the optimizer's buffers that this rank keeps of its own.
-    pub(super) fn keeps(&mut self, gradients: usize, optimizer: usize) {
-        (self.bytes[1].1, self.bytes[2].1) = (gradients, optimizer);
+    /// The bytes of parameters, gradients and the optimizer's buffers that this rank keeps of its own.
+    pub(super) fn keeps(&mut self, bytes: [usize; 3]) {
+        self.bytes.iter_mut().zip(bytes).for_each(|(b, own)| b.1 = own);
     }
     /// The bytes that stay from step to step on this rank: parameters, gradients, and the optimizer's buffers.
     pub fn bytes(&self) -> &[(&'static str, usize); 3] {
         &self.bytes
+    }
+    /// Where ranks share the parameters ([`Stage::Parameters`](super::Stage)), the most bytes of them that are gathered at once: those of
+    /// the module in use, and as many again for the one on its way. They come on top of [`Plan::bytes`].
+    pub fn gathered_bytes(&self) -> usize {
+        self.gathered
     }
     /// The parameters, in the order of the flat gradient.
     pub fn params(&self) -> &[PlannedParam] {
@@ -235,6 +242,10 @@ impl Plan {
         writeln!(f, "\n{:32}  {:>12}  {:>12}", "memory", "predicted", "measured")?;
         for (what, bytes) in self.bytes {
             writeln!(f, "{what:32}  {:>12}  {:>12}", megabytes(bytes), megabytes(bytes))?;
+        }
+        if self.gathered > 0 {
+            let bytes = megabytes(self.gathered);
+            writeln!(f, "{:32}  {bytes:>12}  {:>12}", "gathered parameters, at most", "-")?;
         }
         let of = |x: Option<usize>| x.map_or("-".into(), megabytes);
         let (predicted, measured) =

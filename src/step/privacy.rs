@@ -107,12 +107,12 @@ impl PrivacyConfig {
     pub fn check(&self) -> Result<()> {
         let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
         need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
-        need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {}; it must lie between 0 and 1", self.delta))?;
+        need(self.delta > 0.0 && self.delta < 1.0, format!("δ = {:e}; it must lie between 0 and 1", self.delta))?;
         need(self.records > 0, "no records to protect: give their number with records(n)".into())?;
         need(
             self.delta < 1.0 / self.records as f64,
             format!(
-                "δ = {} with {} records: choose it below 1/records, such as {:.1e}",
+                "δ = {:e} with {} records: choose it below 1/records, such as {:.1e}",
                 self.delta,
                 self.records,
                 0.1 / self.records as f64
@@ -121,7 +121,7 @@ impl PrivacyConfig {
         need(
             self.expected_batch > 0.0 && self.expected_batch <= self.records as f64,
             format!(
-                "an expected batch of {} from {} records; set it with expected_batch(b)",
+                "an expected batch of {} from {} records; it must be above 0 and at most all of them: set it with expected_batch(b)",
                 self.expected_batch, self.records
             ),
         )?;

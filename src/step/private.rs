@@ -112,8 +112,8 @@ impl PrivateStep {
     pub fn with_ranks(self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
         self.with_zero(ranks, Stage::Replicated)
     }
-    /// [`PrivateStep::with_ranks`], and the ranks share the model's state (Bu et al. 2023, DP-ZeRO): with [`Stage::Optimizer`] or
-    /// [`Stage::Gradients`] each rank keeps its stretch of the optimizer's buffers, and of the gradient. The norms of a record are its
+    /// [`PrivateStep::with_ranks`], and the ranks share the model's state (Bu et al. 2023, DP-ZeRO): from
+    /// [`Stage::Optimizer`] on each rank keeps its stretch of the optimizer's buffers, of the gradient, and of the parameters. The norms of a record are its
     /// own rank's; noise is drawn once, by the owner of each stretch, the same bits at every stage and number of ranks. Private training
     /// sends what plain training sends, and the digest of the sum besides, 1/512 of it.
     pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PrivateStep> {
@@ -226,11 +226,7 @@ impl PrivateStep {
                 let here = Found::Here(counts.loss, counts.tally);
                 self.report(counts.samples, epsilon, here, 0)
             }
-            Err(e) => {
-                // A sum without its noise must not be seen.
-                self.core.erase()?;
-                Err(e)
-            }
+            Err(e) => Err(self.core.failed(e)),
         }
     }
     /// Runs forward and backward on the first records, a quarter of a microbatch, and enters into the plan what a microbatch of `physical_batch` records
@@ -371,7 +367,7 @@ impl PrivateStep {
             epsilon
         } else {
             let size = (self.core.flat.numel(), self.core.flat.dtype().size());
-            let (shard, ranks) = (&self.core.shard, self.core.ranks.as_deref());
+            let (shard, ranks) = (&self.core.shard, &self.core.ranks);
             let grads = &self.core.grads;
             let (key, name) = self.privacy.release_key(steps, size, &counts.below, |key| match (shard, ranks) {
                 (Some(shard), Some(ranks)) => shard.first_level(ranks, key),
@@ -546,11 +542,14 @@ impl TrainStep for PrivateStep {
     fn last_gradient(&self) -> &Array {
         self.core.last_gradient()
     }
+    fn gather_parameters(&self) -> Result<()> {
+        self.core.flat.units().map_or(Ok(()), |units| units.gather())
+    }
     fn reset_first_moment(&mut self) -> Result<()> {
         self.core.reset_first_moment()
     }
     fn ranks(&self) -> Option<&dyn Communicator> {
-        self.core.ranks.as_deref()
+        self.core.ranks.as_ref().map(|r| r as _)
     }
     fn accounting(&self) -> Option<&Privacy> {
         Some(&self.privacy)
@@ -574,11 +573,20 @@ impl TrainStep for PrivateStep {
                 let message = "the checkpoint has other adaptive thresholds or none; was it another run?";
                 return Err(Error::invalid("restore", message));
             }
+            if let Some(t) = thresholds.iter().find(|t| !(t.is_finite() && **t > 0.0)) {
+                let message =
+                    format!("the checkpoint has an adaptive threshold of {t}; all must be positive and finite");
+                return Err(Error::invalid("restore", message));
+            }
+        }
+        // Every step was private unless the checkpoint says otherwise.
+        let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
+        if let Some(spent) = spent.filter(|s| !(*s >= 0.0 && *s <= 9e15)) {
+            let message = format!("the checkpoint counts {spent} private steps; that is no number of steps");
+            return Err(Error::invalid("restore", message));
         }
         self.core.restore(steps, state)?;
         self.privacy.set_thresholds(&thresholds);
-        // Every step was private unless the checkpoint says otherwise.
-        let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
         self.privacy.restore(spent.map_or(steps, |s| s as u64))
     }
 }

@@ -9,16 +9,19 @@
 //! Ψ·(N − 1)/N elements of gradients, and as many of parameters; with k microbatches stage 2 sends gradients k times.
 
 use super::flat::Flat;
+use super::units::{Next, Units};
 use crate::array::Array;
 use crate::autograd::Param;
 use crate::base::{DType, Error, Result};
 use crate::device::cuda::{Tag, TagScope};
 use crate::device::spans::{self, Kind};
-use crate::dist::Communicator;
+use crate::dist::{Communicator, Pending, Shared};
 use crate::optim::{FlatLayout, Segment};
 use crate::random::digest;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What the ranks share of the model's state (Rajbhandari et al. 2020, section 5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,12 +34,40 @@ pub enum Stage {
     Optimizer,
     /// Stage 2: and its part of the gradient.
     Gradients,
+    /// Stage 3: and its part of the parameters, which are gathered module by module when they are read.
+    Parameters,
 }
 
 /// Elements that a rank's stretch is a multiple of: a chunk of the digest, whose first level is then made by the owners.
 const GRAIN: usize = digest::CHUNK;
-/// Elements of the buckets of stage 2, unless a parameter has more, and of what is sent of the parameters at once.
-const BUCKET: usize = 4 << 20;
+/// Elements of what is sent of the parameters at once.
+const PIECE: usize = 4 << 20;
+/// Elements of the buckets of stages 2 and 3, unless a parameter has more: few enough that most of them are on their way while backward
+/// goes on.
+const BUCKET: usize = 1 << 20;
+
+/// The stretch of each of `size` ranks, of `n` elements.
+pub(super) fn stretches(n: usize, size: usize) -> Vec<Range<usize>> {
+    let each = n.div_ceil(size).next_multiple_of(GRAIN);
+    (0..size).map(|r| n.min(r * each)..n.min((r + 1) * each)).collect()
+}
+
+/// The parameters of each bucket by number, from the lengths of the parameters: the last ones first, as backward delivers them.
+pub(super) fn buckets(lengths: &[usize]) -> Vec<Range<usize>> {
+    let mut buckets: Vec<Range<usize>> = Vec::new();
+    let mut held = 0;
+    for (i, n) in lengths.iter().enumerate().rev() {
+        match buckets.last_mut() {
+            Some(b) if held + n <= BUCKET => b.start = i,
+            _ => {
+                buckets.push(i..i + 1);
+                held = 0;
+            }
+        }
+        held += n;
+    }
+    buckets
+}
 
 /// The stretches of the ranks, and what this rank keeps of its own.
 pub(super) struct Shard {
@@ -48,8 +79,7 @@ pub(super) struct Shard {
     pub grads: Array,
     /// The parameters in the own stretch.
     pub layout: FlatLayout,
-    /// The parameters of each bucket by number, in the order in which buckets are sent: the last ones first, as backward delivers
-    /// them.
+    /// The parameters of each bucket by number, in the order in which buckets are sent.
     buckets: Vec<Range<usize>>,
 }
 
@@ -65,25 +95,14 @@ impl Shard {
             ));
         }
         let (n, size, rank) = (flat.numel(), ranks.size(), ranks.rank());
-        let each = n.div_ceil(size).next_multiple_of(GRAIN);
-        let stretches: Vec<Range<usize>> = (0..size).map(|r| n.min(r * each)..n.min((r + 1) * each)).collect();
+        let stretches = stretches(n, size);
         let own = &stretches[rank];
         let segments = flat.segments().iter().filter_map(|s| {
             let (from, to) = (s.range.start.max(own.start), s.range.end.min(own.end));
             (from < to).then(|| Segment { range: from - own.start..to - own.start, decay: s.decay })
         });
-        let mut buckets: Vec<Range<usize>> = Vec::new();
-        let mut held = 0;
-        for (i, s) in flat.segments().iter().enumerate().rev() {
-            match buckets.last_mut() {
-                Some(b) if held + s.range.len() <= BUCKET => b.start = i,
-                _ => {
-                    buckets.push(i..i + 1);
-                    held = 0;
-                }
-            }
-            held += s.range.len();
-        }
+        let lengths: Vec<usize> = flat.segments().iter().map(|s| s.range.len()).collect();
+        let buckets = buckets(&lengths);
         let _tag = TagScope::new(Tag::Gradient);
         let grads = Array::zeros(&[own.len()], flat.dtype());
         let layout = FlatLayout::new(segments.collect(), own.len());
@@ -93,13 +112,22 @@ impl Shard {
     pub fn own(&self) -> Range<usize> {
         self.stretches[self.rank].clone()
     }
-    /// Adds the own part of a stretch of the gradient, summed over the ranks.
-    fn reduce(&mut self, ranks: &dyn Communicator, at: usize, part: &Array) -> Result<()> {
-        let _phase = spans::span(Kind::Phase, "reduce");
+    /// Begins to sum a stretch of the gradient over the ranks; of a bucket, if so, on which they agree first.
+    fn begin(&self, ranks: &Shared, at: usize, part: Array, agree: Option<Next>) -> Pending {
         let end = at + part.numel();
         let pieces: Vec<usize> =
             self.stretches.iter().map(|s| s.end.min(end).saturating_sub(s.start.max(at))).collect();
-        let sum = ranks.reduce_scatter_parts("gradients", part, &pieces)?;
+        ranks.begin(move |ranks| {
+            if let Some(next) = agree {
+                next.agree(ranks)?;
+            }
+            ranks.reduce_scatter_parts("gradients", &part, &pieces)
+        })
+    }
+    /// Adds the own part of the sum, once it is here.
+    fn reduced(&mut self, at: usize, sum: Pending) -> Result<()> {
+        let _phase = spans::span(Kind::Phase, "reduce");
+        let sum = sum.wait()?;
         if sum.numel() > 0 {
             let to = at.max(self.own().start) - self.own().start;
             let mut all = self.grads.slice(0, to..to + sum.numel())?.copy();
@@ -109,8 +137,12 @@ impl Shard {
         Ok(())
     }
     /// The own stretch of the sum of all ranks' gradients, bucket by bucket (stage 1).
-    pub fn reduce_whole(&mut self, ranks: &dyn Communicator, buckets: &[Range<usize>], grads: &Array) -> Result<()> {
-        buckets.iter().try_for_each(|b| self.reduce(ranks, b.start, &grads.slice(0, b.clone())?.contiguous()))
+    pub fn reduce_whole(&mut self, ranks: &Shared, buckets: &[Range<usize>], grads: &Array) -> Result<()> {
+        buckets.iter().try_for_each(|b| {
+            let part = grads.slice(0, b.clone())?.contiguous();
+            let sum = self.begin(ranks, b.start, part, None);
+            self.reduced(b.start, sum)
+        })
     }
     /// The digest's first level of the whole sum, from those of the owners.
     pub fn first_level(&self, ranks: &dyn Communicator, key: &[u32]) -> Result<Vec<u32>> {
@@ -139,7 +171,7 @@ impl Shard {
         mut put: impl FnMut(usize, &Array) -> Result<()>,
     ) -> Result<()> {
         let most = self.stretches.iter().map(Range::len).max().unwrap_or(0);
-        let piece = (BUCKET / ranks.size()).max(1);
+        let piece = (PIECE / ranks.size()).max(1);
         for from in (0..most).step_by(piece) {
             let to = most.min(from + piece);
             let mut part = Array::zeros(&[to - from], own.dtype());
@@ -160,11 +192,18 @@ impl Shard {
     }
 }
 
-/// The gradients of one step while they are added up in buckets (stage 2).
+/// Buckets that may be on their way at once, besides the one that is filled.
+const AHEAD: usize = 2;
+
+/// The gradients of one step while they are added up in buckets (stages 2 and 3).
 pub(super) struct Buckets<'a> {
     shard: &'a mut Shard,
-    ranks: &'a dyn Communicator,
+    ranks: &'a Shared,
     flat: &'a Flat,
+    /// At stage 3, where the parameters are.
+    units: Option<Arc<Units>>,
+    /// Buckets that are being summed, and their places.
+    sums: VecDeque<(usize, Pending)>,
     /// What is there of each bucket.
     open: Vec<Option<Array>>,
     /// Of each bucket, parameters that are not there yet.
@@ -174,9 +213,10 @@ pub(super) struct Buckets<'a> {
 }
 
 impl<'a> Buckets<'a> {
-    pub fn new(shard: &'a mut Shard, ranks: &'a dyn Communicator, flat: &'a Flat) -> Buckets<'a> {
+    pub fn new(shard: &'a mut Shard, ranks: &'a Shared, flat: &'a Flat) -> Buckets<'a> {
         let left: Vec<usize> = shard.buckets.iter().map(Range::len).collect();
-        Buckets { open: left.iter().map(|_| None).collect(), left, next: 0, shard, ranks, flat }
+        let (open, units) = (left.iter().map(|_| None).collect(), flat.units().cloned());
+        Buckets { open, left, next: 0, shard, ranks, flat, units, sums: VecDeque::new() }
     }
     pub fn dtype(&self) -> DType {
         self.shard.grads.dtype()
@@ -214,15 +254,38 @@ impl<'a> Buckets<'a> {
         while self.next < self.left.len() {
             self.send()?;
         }
+        self.drain(0)?;
         // For the next microbatch.
         self.next = 0;
         self.left = self.shard.buckets.iter().map(Range::len).collect();
+        self.units.as_ref().map_or(Ok(()), |units| units.end())
+    }
+    /// Takes part with zeros in a microbatch of other ranks.
+    pub fn idle(&mut self) -> Result<()> {
+        let Some(units) = self.units.clone() else { return self.finish() };
+        units.serve(|bucket| {
+            let range = self.range(bucket);
+            // The others have agreed on the bucket with this rank.
+            let sum = self.shard.begin(self.ranks, range.start, Array::zeros(&[range.len()], self.dtype()), None);
+            self.shard.reduced(range.start, sum)
+        })
+    }
+    /// Waits until no more than so many buckets are on their way.
+    fn drain(&mut self, most: usize) -> Result<()> {
+        while self.sums.len() > most {
+            if let Some((at, sum)) = self.sums.pop_front() {
+                self.shard.reduced(at, sum)?;
+            }
+        }
         Ok(())
     }
     fn send(&mut self) -> Result<()> {
         let range = self.range(self.next);
         let part = self.open[self.next].take().unwrap_or_else(|| Array::zeros(&[range.len()], self.dtype()));
+        let agree = self.units.is_some().then_some(Next::Reduce(self.next));
         self.next += 1;
-        self.shard.reduce(self.ranks, range.start, &part)
+        let sum = self.shard.begin(self.ranks, range.start, part, agree);
+        self.sums.push_back((range.start, sum));
+        self.drain(AHEAD)
     }
 }

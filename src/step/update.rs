@@ -3,7 +3,7 @@
 use super::capture::StepScalars;
 use super::counters::Counters;
 use super::flat::Flat;
-use super::shard::Shard;
+use super::shard::{Shard, Stage};
 use crate::array::Array;
 use crate::base::{Float, Result};
 use crate::device::spans::{self, Kind};
@@ -48,6 +48,12 @@ pub(super) fn update_shard(
         buffer.own()?;
     }
     let shard = &*shard;
+    if shard.stage == Stage::Parameters {
+        return flat.update(|own, _| match own.numel() {
+            0 => Ok(()),
+            _ => optimizer.update(Update::new(at, own, &shard.grads, state, &shard.layout)),
+        });
+    }
     flat.update(|params, _| {
         let mut own = params.slice(0, shard.own())?.copy();
         if own.numel() > 0 {

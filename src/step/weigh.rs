@@ -49,6 +49,9 @@ impl GradHook for Context<'_> {
 
 impl Collect for Context<'_> {
     fn begin(&mut self, _samples: usize, _public: Option<PublicPart>) {}
+    fn idle(&mut self) -> Result<()> {
+        self.grads.idle()
+    }
     fn finish(&mut self) -> Result<()> {
         self.grads.finish()
     }
@@ -111,6 +114,9 @@ impl Collect for Clipper<'_> {
             g.delivered = 0;
             g.sq = if gpu { SqNorms::Gpu(None) } else { SqNorms::Cpu(vec![0.0; samples]) };
         }
+    }
+    fn idle(&mut self) -> Result<()> {
+        self.step.grads.idle()
     }
     /// Groups with members that were never reached close with what they have.
     fn finish(&mut self) -> Result<()> {

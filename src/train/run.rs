@@ -28,7 +28,7 @@ pub enum Existing {
     Refuse,
     /// Go on from its last checkpoint; start anew if there is none.
     Resume,
-    /// Remove its configuration, metrics, checkpoints, plots and summary, and start anew.
+    /// Remove its configuration, metrics, checkpoints, plots and summary, and start anew. Other files stay.
     Overwrite,
 }
 
@@ -60,8 +60,14 @@ impl RunFolder {
         const OP: &str = "run folder";
         let path = path.as_ref().to_path_buf();
         create_folder(&path)?;
-        let lock = lock(&path)?;
         let config_path = path.join("config.json");
+        // Every run has a lock. A folder with a configuration of another kind, such as a model's, is not ours to write in.
+        if config_path.exists() && !path.join("run.lock").exists() {
+            let message =
+                format!("{} has a config.json that no run has written; choose another folder", path.display());
+            return Err(Error::invalid(OP, message));
+        }
+        let lock = lock(&path)?;
         // Through text, as the stored one has come: a number must not differ for how it was read.
         let config: Value = serde_json::to_string(config)
             .and_then(|text| serde_json::from_str(&text))
@@ -208,14 +214,27 @@ fn lock(folder: &Path) -> Result<File> {
 /// Removes what a run consists of, and nothing else that the user may keep in the folder.
 fn remove_run(folder: &Path) -> Result<()> {
     // The configuration goes last: until then the folder still counts as a run.
-    for name in ["checkpoints", "plots"] {
-        let path = folder.join(name);
-        match fs::remove_dir_all(&path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &path, e)),
-            _ => {}
+    let is_checkpoint = |p: &Path| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
+    let is_plot = |p: &Path| p.extension().is_some_and(|e| e == "svg" || e == "png");
+    remove_of(&folder.join("checkpoints"), &is_checkpoint)?;
+    remove_of(&folder.join("plots"), &is_plot)?;
+    ["summary.json", "metrics.jsonl", "config.json"].iter().try_for_each(|name| remove_file(&folder.join(name)))
+}
+
+/// Removes the entries of a folder that are `ours`.
+fn remove_of(folder: &Path, ours: &dyn Fn(&Path) -> bool) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        entries => entries.map_err(|e| Error::io("list", folder, e))?,
+    };
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
+        if ours(&path) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|e| Error::io("remove", &path, e))?;
         }
     }
-    ["summary.json", "metrics.jsonl", "config.json"].iter().try_for_each(|name| remove_file(&folder.join(name)))
+    Ok(())
 }
 
 fn remove_file(path: &Path) -> Result<()> {

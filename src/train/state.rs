@@ -4,9 +4,9 @@
 //! step taken again is the same release, and ε counted by step number is never below the truth.
 
 use crate::array::Array;
-use crate::base::{Error, Result};
+use crate::base::{DType, Error, Result};
 use crate::io::{Checkpoint, CheckpointFolder, Entry, arrays_of, entry};
-use crate::nn::{Params, Strict};
+use crate::nn::{Params, Strict, refuse_merged};
 use crate::step::{PrivacyConfig, TrainStep};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,11 @@ fn layout(step: &impl TrainStep) -> Vec<(String, usize)> {
     step.flat().params().iter().map(|p| (p.name().to_string(), p.numel())).collect()
 }
 
-/// Writes a checkpoint, atomically. `number` orders checkpoints of a run; `score` says what "best" means (lower is better).
+/// Writes a checkpoint, atomically. Refused while adapters are merged into their weights: they would count twice when it is loaded.
+///
+/// `number` orders checkpoints of a run; `score` says what "best" means (lower is better). Where several ranks take the steps together,
+/// every rank calls it: what they share is gathered, rank 0 writes, and the others return when it has. The run can be gone on from at any
+/// number of ranks and any [`Stage`](crate::step::Stage).
 pub fn save(
     folder: &CheckpointFolder,
     number: u64,
@@ -39,15 +43,27 @@ pub fn save(
     let privacy = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
     let state = State { steps: step.steps(), privacy, layout: layout(step), extra };
     let all = params.all();
-    let buffers = step.state();
-    folder.save(number, score, |w| {
+    refuse_merged("state::save", &all)?;
+    step.gather_parameters()?;
+    let buffers = step.whole_state()?;
+    let ranks = step.ranks().filter(|r| r.size() > 1);
+    if let Some(ranks) = ranks.filter(|r| r.rank() > 0) {
+        return match ranks.broadcast("checkpoint", &Array::zeros(&[1], DType::U8), 0)?.item()? {
+            0.0 => Err(Error::invalid("save", format!("rank 0 could not write checkpoint {number}; it says why"))),
+            _ => Ok(()),
+        };
+    }
+    let written = folder.save(number, score, |w| {
         let model: Vec<Entry> = all.iter().map(|p| entry(p.name(), &p.value())).collect();
         w.tensors("model.safetensors", &model, &BTreeMap::new())?;
         let optimizer: Vec<Entry> = buffers.iter().map(|(n, a)| entry(n, a)).collect();
         w.tensors("optimizer.safetensors", &optimizer, &BTreeMap::new())?;
         w.json("state.json", &state)
-    })?;
-    Ok(())
+    });
+    if let Some(ranks) = ranks {
+        ranks.broadcast("checkpoint", &Array::full(&[1], written.is_ok() as u8 as f64, DType::U8), 0)?;
+    }
+    written.map(drop)
 }
 
 /// Only the extra part of a checkpoint.
@@ -56,7 +72,7 @@ pub fn extra<X: DeserializeOwned>(checkpoint: &Checkpoint) -> Result<X> {
 }
 
 /// Puts parameters and step back where the checkpoint left them; returns the extra part. A private run must come back
-/// under the same target and noise.
+/// under the same target and noise. A failure leaves parameters and step as they were.
 pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step: &mut impl TrainStep) -> Result<X> {
     let state: State<X> = checkpoint.json("state.json")?;
     let now = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
@@ -82,9 +98,13 @@ pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step:
             ),
         ));
     }
-    load_params(checkpoint, params)?;
     let buffers: Vec<(String, Array)> = arrays_of(&checkpoint.tensors("optimizer.safetensors")?)?;
-    step.restore(state.steps, &buffers)?;
+    let before: Vec<_> = params.all().into_iter().map(|p| (p.value(), p)).collect();
+    load_params(checkpoint, params)?;
+    if let Err(e) = step.restore(state.steps, &buffers) {
+        before.into_iter().try_for_each(|(value, p)| p.set(value))?;
+        return Err(e);
+    }
     Ok(state.extra)
 }
 

@@ -12,7 +12,7 @@ use std::ops::Range;
 pub(crate) enum Change<'a> {
     /// What is not contiguous is copied.
     Contiguous,
-    /// Everything comes to lie on this device.
+    /// Everything comes to lie on this device; a GPU's sums take what is bf16 as f32.
     To(&'a Device),
     /// New row j is old row `order[j]`; all rows are taken.
     Order(&'a [u32]),
@@ -25,6 +25,7 @@ impl Change<'_> {
     pub(crate) fn array(&self, a: &Array) -> Result<Array> {
         match self {
             Change::Contiguous => Ok(a.contiguous()),
+            Change::To(device) if device.gpu().is_some() => a.to(device).map(|a| a.cast(a.dtype().compute())),
             Change::To(device) => a.to(device),
             Change::Order(order) => take(a, order),
             Change::Only(range) => a.slice(0, range.clone()),

@@ -2,19 +2,43 @@
 
 use crate::array::Array;
 use crate::autograd::Samples;
-use crate::base::Result;
+use crate::base::dtype::of_bf16;
+use crate::base::{DType, Result};
 use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::gemm::norms::{self, Bounded, toward_zero};
-use crate::kernels::gemm::{Mat, matmul};
+use crate::kernels::gemm::{Mat, half, matmul};
 use crate::kernels::rows as table;
+use ::half::bf16;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Rows `r` of a row-major matrix of `width` columns.
 pub fn rows<'a, T>(x: &'a [T], width: usize, r: &Range<usize>) -> &'a [T] {
     &x[r.start * width..r.end * width]
+}
+
+/// A bf16 number in f32, zero if it is denormal.
+#[inline(always)]
+fn widened(x: bf16) -> f32 {
+    let x = of_bf16(x);
+    if x.to_bits() & 0x7f80_0000 == 0 { 0.0 } else { x }
+}
+
+/// Rows `r` of a matrix in T; a bf16 matrix is widened, its denormal numbers to zeros. Products of bf16 operands take them for zeros, too:
+/// the norm of a sample has to be that of what is added up, whichever of the two ways each of them goes.
+pub fn wide_rows<'a, T: Kernels>(a: &'a Array, r: &Range<usize>) -> Result<Cow<'a, [T]>> {
+    let width = a.shape().last().copied().unwrap_or(1);
+    if a.dtype() != DType::BF16 {
+        return Ok(Cow::Borrowed(rows(a.as_slice()?, width, r)));
+    }
+    let rows = rows(a.as_slice::<bf16>()?, width, r);
+    Ok(Cow::Owned(simd(
+        #[inline(always)]
+        || rows.iter().map(|&x| T::from_f64(widened(x).into())).collect(),
+    )))
 }
 
 /// Weights of samples spread over their rows, if there are any, rounded towards zero.
@@ -52,9 +76,52 @@ pub fn collect<R: Default + Send>(n: usize, f: impl Fn(usize) -> Result<R> + Syn
     out.into_iter().collect()
 }
 
-/// out += Σₙ wₙ·leftₙ ⊗ rightₙ: 2·n·r·c FLOPs.
-pub fn outer_add<T: Kernels>(left: &[T], right: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
-    norms::outer_add(left, right, n, w, out)
+/// out += Σₙ w[sample of n]·leftₙ ⊗ rightₙ: 2·n·r·c FLOPs.
+pub fn outer_add<T: Kernels>(
+    (left, right): (&Array, &Array),
+    samples: &Samples,
+    weights: Option<&[f64]>,
+    out: &mut [T],
+) -> Result<()> {
+    let all = 0..samples.rows();
+    if left.dtype() == DType::BF16 {
+        let parts = weights.map(|w| {
+            let mut parts: Vec<(Range<usize>, f32)> = Vec::new();
+            for n in all.clone() {
+                let i = samples.owner(n);
+                match parts.last_mut() {
+                    Some((r, _)) if samples.owner(r.start) == i => r.end = n + 1,
+                    _ => parts.push((n..n + 1, toward_zero(w[i]))),
+                }
+            }
+            parts
+        });
+        // A weight is never rounded into an operand: it multiplies the f32 sum of a sample's rows, where there are enough of them.
+        if parts.as_ref().is_none_or(|p| halves(all.len(), p.len())) {
+            let (l, r) = (matrix(left)?.t(), matrix(right)?);
+            let e = half::Epilogue { weights: parts.as_deref(), ..summed() };
+            half::product(l, r, e, half::Out::Full(bytemuck::cast_slice_mut(out)));
+            return Ok(());
+        }
+    }
+    let w = row_weights(weights, samples);
+    norms::outer_add(&wide_rows::<T>(left, &all)?, &wide_rows::<T>(right, &all)?, all.len(), w.as_deref(), out);
+    Ok(())
+}
+
+/// Whether sums of `rows` rows in `parts` parts are taken as products of bf16 operands: a part takes the time of 32 rows at least.
+pub fn halves(rows: usize, parts: usize) -> bool {
+    rows >= 16 * parts
+}
+
+/// How sums of gradients are taken of bf16 operands.
+fn summed<'a>() -> half::Epilogue<'a> {
+    half::Epilogue { accumulate: true, denormals_are_zeros: true, ..Default::default() }
+}
+
+/// A bf16 matrix as an operand.
+pub fn matrix(a: &Array) -> Result<half::Operand<'_>> {
+    Ok(half::Operand::Half(Mat::new(a.as_slice()?, a.shape()[0], a.shape()[1])))
 }
 
 /// Fused norm and clipped sum, where it pays: samples of more than a few sorted rows.
@@ -71,6 +138,17 @@ pub fn outer_clipped_add<T: Kernels>(
     }
     let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
     let dims = (left.shape()[1], right.shape()[1]);
+    if left.dtype() == DType::BF16 {
+        // Norms of the very sums that are weighted: the same products of the same rows in the same order.
+        let (l, r) = (matrix(left)?, matrix(right)?);
+        let sq = half::sq_norms(l, r, &ranges);
+        let totals: Vec<f64> = base.iter().zip(sq).map(|(b, sq)| b + norms::upwards(T::UNIT) * sq).collect();
+        let weights: Vec<f64> = totals.iter().map(|&t| clip(t)).collect();
+        let parts: Vec<_> = ranges.into_iter().zip(weights.iter().map(|&w| toward_zero::<f32>(w))).collect();
+        let e = half::Epilogue { weights: Some(&parts), ..summed() };
+        half::product(l.t(), r, e, half::Out::Full(bytemuck::cast_slice_mut(out)));
+        return Ok(Some(totals));
+    }
     Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
 }
 
@@ -78,6 +156,15 @@ pub fn outer_clipped_add<T: Kernels>(
 pub fn outer_per_sample<T: Kernels>(left: &Array, right: &Array, samples: &Samples, out: &mut [T]) -> Result<Vec<f64>> {
     let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
     let dims = (left.shape()[1], right.shape()[1]);
+    if left.dtype() == DType::BF16 {
+        let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+        let numel = dims.0 * dims.1;
+        for (i, range) in ranges.iter().enumerate() {
+            let e = half::Epilogue { accumulate: false, weights: Some(&[(range.clone(), 1.0)]), ..summed() };
+            half::product(matrix(left)?.t(), matrix(right)?, e, half::Out::Full(&mut out[i * numel..(i + 1) * numel]));
+        }
+        return collect(ranges.len(), |i| Ok(norms::sum_sq(&out[i * numel..(i + 1) * numel])));
+    }
     Ok(norms::per_sample(left.as_slice()?, right.as_slice()?, dims, &ranges, out))
 }
 
@@ -96,33 +183,96 @@ pub fn row_reach<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize) -> f64 {
     }
 }
 
-/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`.
+/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`: four rows at a time are added in a tree, and trees in f64.
 #[inline(always)]
 fn accumulate<T: Kernels>(
-    acc: &mut [T],
+    acc: &mut [f64],
     (grad, scale): (&[T], Option<&[T]>),
     (p, col): (usize, usize),
     range: Range<usize>,
     w: Option<&[T]>,
 ) {
-    for t in range {
-        let w = w.map_or(T::ONE, |w| w[t]);
-        if w == T::ZERO {
+    let n = acc.len();
+    let mut t = range.start;
+    while t < range.end {
+        let four = t + 4 <= range.end && w.is_none_or(|w| !w[t..t + 4].contains(&T::ZERO));
+        if !four {
+            let w = w.map_or(T::ONE, |w| w[t]);
+            if w != T::ZERO {
+                let g = part(grad, (p, col), t, n);
+                match scale {
+                    None => acc.iter_mut().zip(g).for_each(|(a, &g)| *a += (w * g).to_f64()),
+                    Some(s) => {
+                        let terms = g.iter().zip(part(s, (p, col), t, n));
+                        acc.iter_mut().zip(terms).for_each(|(a, (&g, &s))| *a += (w * (g * s)).to_f64())
+                    }
+                }
+            }
+            t += 1;
             continue;
         }
-        let part = t * p + col..t * p + col + acc.len();
-        let g = &grad[part.clone()];
+        let w = w.map_or([T::ONE; 4], |w| [w[t], w[t + 1], w[t + 2], w[t + 3]]);
+        let (g0, g1) = (part(grad, (p, col), t, n), part(grad, (p, col), t + 1, n));
+        let (g2, g3) = (part(grad, (p, col), t + 2, n), part(grad, (p, col), t + 3, n));
         match scale {
-            None => acc.iter_mut().zip(g).for_each(|(a, &g)| *a += w * g),
-            Some(s) => acc.iter_mut().zip(g).zip(&s[part]).for_each(|((a, &g), &s)| *a += w * (g * s)),
+            None => {
+                for i in 0..n {
+                    acc[i] += ((w[0] * g0[i] + w[1] * g1[i]) + (w[2] * g2[i] + w[3] * g3[i])).to_f64();
+                }
+            }
+            Some(s) => {
+                let (s0, s1) = (part(s, (p, col), t, n), part(s, (p, col), t + 1, n));
+                let (s2, s3) = (part(s, (p, col), t + 2, n), part(s, (p, col), t + 3, n));
+                for i in 0..n {
+                    let (a, b) = (w[0] * (g0[i] * s0[i]), w[1] * (g1[i] * s1[i]));
+                    let (c, d) = (w[2] * (g2[i] * s2[i]), w[3] * (g3[i] * s3[i]));
+                    acc[i] += ((a + b) + (c + d)).to_f64();
+                }
+            }
         }
+        t += 4;
     }
+}
+
+/// `n` columns from `col` of row `t` of a matrix of `p` columns.
+#[inline(always)]
+fn part<T>(x: &[T], (p, col): (usize, usize), t: usize, n: usize) -> &[T] {
+    &x[t * p + col..t * p + col + n]
+}
+
+/// [`row_sum_add`] of a matrix in T or in bf16, which is widened a block of rows at a time.
+pub fn rows_add<T: Kernels>(grad: &Array, w: Option<&[T]>, out: &mut [T]) -> Result<()> {
+    let (n, p) = (grad.shape()[0], out.len());
+    if grad.dtype() != DType::BF16 {
+        row_sum_add(grad.as_slice()?, None, n, w, out);
+        return Ok(());
+    }
+    // Blocks whose rows stay in the cache; their sums are added in order.
+    let each = (GRAIN / p.max(1)).max(n.div_ceil(64)).max(8);
+    let blocks = n.div_ceil(each);
+    let mut part = vec![0f64; blocks * p];
+    let shared = Shared::new(&mut part);
+    collect(blocks, |b| {
+        let r = b * each..((b + 1) * each).min(n);
+        let rows = wide_rows::<T>(grad, &r)?;
+        // SAFETY: each block has its own partial sum.
+        let acc = unsafe { shared.slice(b * p..(b + 1) * p) };
+        simd(
+            #[inline(always)]
+            || accumulate(acc, (&rows, None), (p, 0), 0..r.len(), w.map(|w| &w[r.clone()])),
+        );
+        Ok(())
+    })?;
+    let (first, rest) = part.split_at_mut(p.min(blocks * p));
+    rest.chunks_exact(p.max(1)).for_each(|x| first.iter_mut().zip(x).for_each(|(a, &x)| *a += x));
+    out.iter_mut().zip(first).for_each(|(o, &mut a)| *o = T::from_f64(o.to_f64() + a));
+    Ok(())
 }
 
 /// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold. Reads the operands once.
 ///
-/// Very wide rows are cut into columns, others into at most 64 blocks of rows whose sums are added in order: the result
-/// depends on the shape only.
+/// The sum is f64 and rounded once. Very wide rows are cut into columns, others into at most 64 blocks of rows whose sums are added in
+/// order: the result depends on the shape only.
 pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Option<&[T]>, out: &mut [T]) {
     let p = out.len();
     if n == 0 || p == 0 {
@@ -133,16 +283,18 @@ pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Opt
         par_chunks(p, GRAIN, |cols| {
             // SAFETY: columns are disjoint.
             let o = unsafe { dst.slice(cols.clone()) };
+            let mut acc = vec![0f64; o.len()];
             simd(
                 #[inline(always)]
-                || accumulate(o, (grad, scale), (p, cols.start), 0..n, w),
+                || accumulate(&mut acc, (grad, scale), (p, cols.start), 0..n, w),
             );
+            o.iter_mut().zip(acc).for_each(|(o, a)| *o = T::from_f64(o.to_f64() + a));
         });
         return;
     }
     let each = (2 * GRAIN / p).max(n.div_ceil(64)).max(8);
     let blocks = n.div_ceil(each);
-    let mut part = vec![T::ZERO; blocks * p];
+    let mut part = vec![0f64; blocks * p];
     let shared = Shared::new(&mut part);
     par_chunks(blocks, 1, |range| {
         for b in range {
@@ -154,9 +306,9 @@ pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Opt
             );
         }
     });
-    for b in 0..blocks {
-        out.iter_mut().zip(&part[b * p..(b + 1) * p]).for_each(|(o, &x)| *o += x);
-    }
+    let (first, rest) = part.split_at_mut(p);
+    rest.chunks_exact(p).for_each(|x| first.iter_mut().zip(x).for_each(|(a, &x)| *a += x));
+    out.iter_mut().zip(first).for_each(|(o, &mut a)| *o = T::from_f64(o.to_f64() + a));
 }
 
 /// `out[idₙ] += wₙ·gradₙ`, rows of one id in order. Rows of zero weight are skipped.

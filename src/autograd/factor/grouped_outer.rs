@@ -113,7 +113,7 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         let (rd, cd, group) = (width(self.left), width(self.right), self.group.ids());
         for run in cpu::runs(group, 0..group.len()) {
             let block = group[run.start] as usize * rd * cd;
-            cpu::outer_add(
+            norms::outer_add(
                 cpu::rows(left, rd, &run),
                 cpu::rows(right, cd, &run),
                 run.len(),

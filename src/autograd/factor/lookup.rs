@@ -87,8 +87,8 @@ impl<'a> Kind<'a> for Lookup<'a> {
                 Ok(Some(cpu::lookup_outer_inner::<T>(
                     ids,
                     grad,
-                    cpu::rows(left.as_slice()?, width(left), &b),
-                    cpu::rows(right.as_slice()?, width(right), &b),
+                    &cpu::wide_rows(left, &b)?,
+                    &cpu::wide_rows(right, &b)?,
                     (width(left), width(right)),
                 )))
             }

@@ -38,7 +38,8 @@ use cuda::{Parts, Side};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The operands of one use's gradient of one parameter. Arrays are contiguous, f32 or f64.
+/// The operands of one use's gradient of one parameter. Arrays are contiguous, f32 or f64; those of an outer product and of a
+/// row sum on the CPU may be bf16, whose sums are f32.
 #[derive(Clone, Debug)]
 pub enum Factor {
     /// Σₙ leftₙ ⊗ rightₙ for a parameter of r·c elements, row-major: `left [N, r]`, `right [N, c]`.
@@ -314,9 +315,9 @@ impl Factor {
         let bytes = |a: &Array| a.numel() * a.dtype().size();
         bytes(first) + second.map_or(0, bytes)
     }
-    /// The dtype of its values, and so of the gradient.
+    /// The dtype of the gradient: that of its values, or f32 where they are bf16.
     pub(crate) fn dtype(&self) -> DType {
-        with_kind!(self, |k| k.values().0.dtype())
+        with_kind!(self, |k| k.values().0.dtype()).compute()
     }
     /// FLOPs of a sum, where they are worth counting.
     pub(crate) fn flops(&self) -> f64 {
@@ -345,7 +346,7 @@ impl Factor {
     fn changed(&self, change: &Change) -> Result<Factor> {
         with_kind!(self, |k| k.changed(change))
     }
-    /// The same operands on a device.
+    /// The same operands on a device; on a GPU in the dtype of the gradient.
     pub(crate) fn to(self, device: &Device) -> Result<Factor> {
         self.changed(&Change::To(device))
     }

@@ -5,11 +5,11 @@ use super::cuda::{self, Parts, Side};
 use super::{Factor, Kind, Norm, cpu, is_rows, width};
 use crate::array::Array;
 use crate::autograd::Samples;
-use crate::base::Result;
+use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, layouts};
-use crate::kernels::gemm::KC;
 use crate::kernels::gemm::kernel::Kernels;
 use crate::kernels::gemm::norms::{self, Bounded};
+use crate::kernels::gemm::{KC, half};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -49,17 +49,22 @@ impl<'a> Kind<'a> for Outer<'a> {
     }
 
     fn add<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
-        let w = cpu::row_weights(weights, self.samples);
-        cpu::outer_add::<T>(self.left.as_slice()?, self.right.as_slice()?, self.samples.rows(), w.as_deref(), out);
-        Ok(())
+        cpu::outer_add::<T>((self.left, self.right), self.samples, weights, out)
     }
     fn norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<Norm> {
         let r = self.samples.range(i);
-        let left = cpu::rows(self.left.as_slice::<T>()?, width(self.left), &r);
-        let right = cpu::rows(self.right.as_slice::<T>()?, width(self.right), &r);
-        let sq = norms::sq_norm(left, right, r.len());
+        let (left, right) = (&*cpu::wide_rows::<T>(self.left, &r)?, &*cpu::wide_rows::<T>(self.right, &r)?);
+        let sq = if self.left.dtype() == DType::BF16 && cpu::halves(r.len(), 1) {
+            let sq = half::sq_norms(cpu::matrix(self.left)?, cpu::matrix(self.right)?, std::slice::from_ref(&r));
+            Bounded { value: sq[0], error: 0.0 }
+        } else {
+            norms::sq_norm(left, right, r.len())
+        };
         // A single term is its own sum.
         let reach = if r.len() == 1 { sq.value.sqrt() } else { norms::reach(left, right, r.len()) };
+        // Products of bf16 operands leave out what is below 2⁻¹²⁶ at each step. The bound takes at least 2⁻²² of the reach.
+        let lost = (r.len() as f64) * ((width(self.left) * width(self.right)) as f64).sqrt() * 2f64.powi(22 - 126);
+        let reach = if self.left.dtype() == DType::BF16 { reach + lost } else { reach };
         Ok(Norm { sq, reach, rows: r.len() })
     }
     fn widths(&self) -> usize {
@@ -77,10 +82,10 @@ impl<'a> Kind<'a> for Outer<'a> {
         }
         let (a, b) = (self.samples.range(i), samples.range(j));
         Ok(Some(norms::inner::<T>(
-            cpu::rows(self.left.as_slice()?, width(self.left), &a),
-            cpu::rows(self.right.as_slice()?, width(self.right), &a),
-            cpu::rows(left.as_slice()?, width(left), &b),
-            cpu::rows(right.as_slice()?, width(right), &b),
+            &cpu::wide_rows(self.left, &a)?,
+            &cpu::wide_rows(self.right, &a)?,
+            &cpu::wide_rows(left, &b)?,
+            &cpu::wide_rows(right, &b)?,
             (a.len(), b.len()),
         )))
     }

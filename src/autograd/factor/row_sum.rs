@@ -37,12 +37,11 @@ impl<'a> Kind<'a> for RowSum<'a> {
 
     fn add<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
         let w = cpu::row_weights(weights, self.samples);
-        cpu::row_sum_add::<T>(self.grad.as_slice()?, None, self.samples.rows(), w.as_deref(), out);
-        Ok(())
+        cpu::rows_add::<T>(self.grad, w.as_deref(), out)
     }
     fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
         let r = self.samples.range(i);
-        let reach = cpu::row_reach(cpu::rows(self.grad.as_slice::<T>()?, width(self.grad), &r), None, r.len());
+        let reach = cpu::row_reach(&cpu::wide_rows::<T>(self.grad, &r)?, None, r.len());
         Ok(Norm { sq: super::formed(numel, |x: &mut [T]| self.sample_add(i, x))?, reach, rows: r.len() })
     }
     fn forms_as_it_sums(&self) -> bool {

@@ -194,6 +194,14 @@ pub(super) fn parse(text: &[u8]) -> Result<Bpe, String> {
     if largest > MAX_ID {
         return Err(format!("has the token id {largest}; ids up to {MAX_ID} are read"));
     }
+    // Memory is for every id: a file of some thousand bytes cannot ask for that of a million.
+    let most = 2 * (vocab.len() + input.added_tokens.len()) + 1024;
+    if largest as usize > most {
+        return Err(format!(
+            "has the token id {largest} and {} tokens; ids up to {most} are read for so many",
+            vocab.len() + input.added_tokens.len()
+        ));
+    }
     let mut tokens = vec![None; largest as usize + 1];
     for (name, &id) in vocab {
         let bytes: Option<Vec<u8>> =

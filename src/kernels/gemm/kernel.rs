@@ -6,6 +6,10 @@ use crate::device::cpu::simd::{Level, level, simd};
 /// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile, or += where `add`.
 pub type Into<T> = unsafe fn(kc: usize, a: *const T, b: *const T, c: *mut T, ldc: usize, add: bool);
 
+/// c[i·ldc + j] = Σₖ a[i·lda + k]·b[k·NR + j]: [`Into`] for MR rows of a left operand that lie in memory as they are, `lda` apart. The same
+/// products in the same order, so the same bits.
+pub type FromRows<T> = unsafe fn(kc: usize, a: (*const T, usize), b: *const T, c: *mut T, ldc: usize, add: bool);
+
 /// A micro-kernel and its tile.
 #[derive(Clone, Copy)]
 pub struct Kernel<T> {
@@ -15,6 +19,8 @@ pub struct Kernel<T> {
     pub nr: usize,
     /// The kernel.
     pub into: Into<T>,
+    /// The kernel that needs no packed left operand, where there is one.
+    pub from_rows: Option<FromRows<T>>,
 }
 
 impl<T> Kernel<T> {
@@ -48,9 +54,9 @@ impl Kernels for f32 {
     fn kernel() -> Kernel<f32> {
         match level() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32 },
-            Level::Baseline => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8> },
-            _ => Kernel { mr: 4, nr: 24, into: fused::<f32, 4, 24> },
+            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32, from_rows: Some(avx512_f32_rows) },
+            Level::Baseline => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8>, from_rows: None },
+            _ => Kernel { mr: 4, nr: 24, into: fused::<f32, 4, 24>, from_rows: None },
         }
     }
 }
@@ -60,9 +66,9 @@ impl Kernels for f64 {
     const LEAST: f64 = f64::from_bits(1);
     fn kernel() -> Kernel<f64> {
         match level() {
-            Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16> },
-            Level::Avx2 => Kernel { mr: 4, nr: 12, into: fused::<f64, 4, 12> },
-            Level::Baseline => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4> },
+            Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16>, from_rows: None },
+            Level::Avx2 => Kernel { mr: 4, nr: 12, into: fused::<f64, 4, 12>, from_rows: None },
+            Level::Baseline => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4>, from_rows: None },
         }
     }
 }
@@ -123,30 +129,56 @@ unsafe fn body<T: Float, const MR: usize, const NR: usize>(
     }
 }
 
-/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts. The tile's lines are asked for
-/// first, so that they have come when the sums are ready.
+/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, add: bool) {
+    // SAFETY: panels hold kc·12 and kc·32 elements, the tile 12 rows of 32.
+    unsafe { avx512_f32_body([a, a.add(3), a.add(6), a.add(9)], (1, 12), kc, b, c, ldc, add) }
+}
+
+/// The same from rows as they lie in memory: a line of each row serves 16 steps of K.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512_f32_rows(kc: usize, (a, lda): (*const f32, usize), b: *const f32, c: *mut f32, ldc: usize, add: bool) {
+    // SAFETY: 12 rows of kc elements, lda apart; else as above.
+    unsafe { avx512_f32_body([a, a.add(3 * lda), a.add(6 * lda), a.add(9 * lda)], (lda, 1), kc, b, c, ldc, add) }
+}
+
+/// Rows i of the left operand start at `a[i / 3] + (i % 3)·row`, which four registers and one distance address; its columns are `step`
+/// apart. The tile's lines are asked for first, so that they have come when the sums are ready.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn avx512_f32_body(
+    mut a: [*const f32; 4],
+    (row, step): (usize, usize),
+    kc: usize,
+    mut b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+) {
     use std::arch::x86_64::*;
     const MR: usize = 12;
     let mut acc = [[_mm512_setzero_ps(); 2]; MR];
-    let (mut a, mut b) = (a, b);
     for i in 0..MR {
         // A prefetch may name any address.
         _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
         _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 31).cast());
     }
     for _ in 0..kc {
-        // SAFETY: panels hold kc·12 and kc·32 elements.
+        // SAFETY: the callers' promise.
         unsafe {
             let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
             for (i, acc) in acc.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*a.add(i));
+                let x = _mm512_set1_ps(*a[i / 3].add(i % 3 * row));
                 acc[0] = _mm512_fmadd_ps(x, b0, acc[0]);
                 acc[1] = _mm512_fmadd_ps(x, b1, acc[1]);
             }
-            a = a.add(MR);
+            for a in &mut a {
+                *a = a.wrapping_add(step);
+            }
             b = b.add(32);
         }
     }

@@ -139,3 +139,32 @@ fn turn4(rows: [&[f32]; 4], out: &mut [f32], w: usize) {
         }
     }
 }
+
+/// to[j·w + i] = from[i·v + j] for i and j below 16.
+#[inline(always)]
+pub fn turn(from: &[u32], v: usize, to: &mut [u32], w: usize) {
+    let (from, to) = (&from[..15 * v + 16], &mut to[..15 * w + 16]);
+    #[cfg(target_arch = "x86_64")]
+    for i in (0..16).step_by(4) {
+        for j in (0..16).step_by(4) {
+            use std::arch::x86_64::*;
+            // SAFETY: both slices hold 16 rows of 16, as they were cut; SSE is part of x86-64.
+            unsafe {
+                let row = |r: usize| _mm_loadu_ps(from.as_ptr().add((i + r) * v + j).cast());
+                let (mut a, mut b, mut c, mut d) = (row(0), row(1), row(2), row(3));
+                _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+                let to = to.as_mut_ptr().add(j * w + i).cast::<f32>();
+                _mm_storeu_ps(to, a);
+                _mm_storeu_ps(to.add(w), b);
+                _mm_storeu_ps(to.add(2 * w), c);
+                _mm_storeu_ps(to.add(3 * w), d);
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..16 {
+        for j in 0..16 {
+            to[j * w + i] = from[i * v + j];
+        }
+    }
+}

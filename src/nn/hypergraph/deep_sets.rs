@@ -39,13 +39,15 @@ impl DeepSetsBuilder {
     /// The layer, with parameters under `before_edges`, `edges`, `before_nodes` and `nodes`. Fails if the dropout lies outside [0, 1), or
     /// if the names are taken.
     pub fn build(self, params: &Params) -> Result<DeepSets> {
-        let (d, hidden) = self.sizes;
-        let mlp = |name: &str| Mlp::builder(d, hidden).act(Activation::Relu).build(&params.at(name));
-        let drop = |name: &str| Dropout::new(&params.at(name), self.dropout);
-        Ok(DeepSets {
-            layers: [mlp("before_edges")?, mlp("edges")?, mlp("before_nodes")?, mlp("nodes")?],
-            how: self.how,
-            drop: [drop("drop_edges")?, drop("drop_nodes")?],
+        params.whole(|params| {
+            let (d, hidden) = self.sizes;
+            let mlp = |name: &str| Mlp::builder(d, hidden).act(Activation::Relu).build(&params.at(name));
+            let drop = |name: &str| Dropout::new(&params.at(name), self.dropout);
+            Ok(DeepSets {
+                layers: [mlp("before_edges")?, mlp("edges")?, mlp("before_nodes")?, mlp("nodes")?],
+                how: self.how,
+                drop: [drop("drop_edges")?, drop("drop_nodes")?],
+            })
         })
     }
 }

@@ -40,15 +40,17 @@ impl HyperTransBuilder {
     /// The layer, with parameters under `to_edges`, `fuse` and `to_nodes`. Fails if the heads do not divide the width, if the dropout lies
     /// outside [0, 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<HyperTrans> {
-        let HyperTransBuilder { d, heads, dropout } = self;
-        let attention = SetAttention::builder(d, heads).dropout(dropout);
-        Ok(HyperTrans {
-            name: params.prefix().to_string(),
-            to_edges: attention.build(&params.at("to_edges"))?,
-            fuse: Linear::new(&params.at("fuse"), 2 * d, d)?,
-            to_nodes: attention.build(&params.at("to_nodes"))?,
-            drop_edges: Dropout::new(&params.at("drop_edges"), dropout)?,
-            drop_nodes: Dropout::new(&params.at("drop_nodes"), dropout)?,
+        params.whole(|params| {
+            let HyperTransBuilder { d, heads, dropout } = self;
+            let attention = SetAttention::builder(d, heads).dropout(dropout);
+            Ok(HyperTrans {
+                name: params.prefix().to_string(),
+                to_edges: attention.build(&params.at("to_edges"))?,
+                fuse: Linear::new(&params.at("fuse"), 2 * d, d)?,
+                to_nodes: attention.build(&params.at("to_nodes"))?,
+                drop_edges: Dropout::new(&params.at("drop_edges"), dropout)?,
+                drop_nodes: Dropout::new(&params.at("drop_nodes"), dropout)?,
+            })
         })
     }
 }

@@ -57,29 +57,34 @@ impl SetAttentionBuilder {
     /// The layer, with the parameters `key`, `value`, `seed`, `ln_0`, `fc`, `proj`, `ln_f` and `ln_1`. Fails if the heads do not divide
     /// the width, if the dropout lies outside [0, 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<SetAttention> {
-        let SetAttentionBuilder { d, heads, dropout } = self;
-        if heads == 0 || !d.is_multiple_of(heads) {
-            return Err(Error::invalid("SetAttention", format!("a width of {d} does not divide into {heads} heads")));
-        }
-        // Glorot and Bengio (2010), as for the seed, whose fans are d and d / heads.
-        let glorot = |fans: usize| Init::Uniform { bound: (6.0 / fans.max(1) as f64).sqrt() };
-        let drop = |name: &str| Dropout::new(&params.at(name), dropout);
-        let fine = LayerNorm::builder(d).eps(1e-12);
-        Ok(SetAttention {
-            d,
-            heads,
-            key: Linear::builder(d, d).init(glorot(2 * d)).build(&params.at("key"))?,
-            value: Linear::builder(d, d).init(glorot(2 * d)).build(&params.at("value"))?,
-            seed: params.param("seed", &[d], glorot(d + d / heads))?,
-            ln_0: LayerNorm::new(&params.at("ln_0"), d)?,
-            fc: Linear::new(&params.at("fc"), d, 4 * d)?,
-            proj: Linear::new(&params.at("proj"), 4 * d, d)?,
-            ln_f: fine.build(&params.at("ln_f"))?,
-            ln_1: LayerNorm::new(&params.at("ln_1"), d)?,
-            drop_attn: drop("drop_attn")?,
-            drop_fc: drop("drop_fc")?,
-            drop_proj: drop("drop_proj")?,
-            p: dropout,
+        params.whole(|params| {
+            let SetAttentionBuilder { d, heads, dropout } = self;
+            if heads == 0 || !d.is_multiple_of(heads) {
+                return Err(Error::invalid(
+                    "SetAttention",
+                    format!("a width of {d} does not divide into {heads} heads"),
+                ));
+            }
+            // Glorot and Bengio (2010), as for the seed, whose fans are d and d / heads.
+            let glorot = |fans: usize| Init::Uniform { bound: (6.0 / fans.max(1) as f64).sqrt() };
+            let drop = |name: &str| Dropout::new(&params.at(name), dropout);
+            let fine = LayerNorm::builder(d).eps(1e-12);
+            Ok(SetAttention {
+                d,
+                heads,
+                key: Linear::builder(d, d).init(glorot(d.saturating_mul(2))).build(&params.at("key"))?,
+                value: Linear::builder(d, d).init(glorot(d.saturating_mul(2))).build(&params.at("value"))?,
+                seed: params.param("seed", &[d], glorot(d.saturating_add(d / heads)))?,
+                ln_0: LayerNorm::new(&params.at("ln_0"), d)?,
+                fc: Linear::new(&params.at("fc"), d, 4 * d)?,
+                proj: Linear::new(&params.at("proj"), 4 * d, d)?,
+                ln_f: fine.build(&params.at("ln_f"))?,
+                ln_1: LayerNorm::new(&params.at("ln_1"), d)?,
+                drop_attn: drop("drop_attn")?,
+                drop_fc: drop("drop_fc")?,
+                drop_proj: drop("drop_proj")?,
+                p: dropout,
+            })
         })
     }
 }

@@ -200,34 +200,36 @@ impl MoeBuilder {
     }
     /// The layer, with parameters under `params`. Fails if the options make no layer or the names are taken.
     pub fn build(self, params: &Params) -> Result<Moe> {
-        let MoeBuilder { d, config: c, init, init_out } = self;
-        c.validate()?;
-        if d == 0 {
-            return Err(Error::invalid("Moe", "a layer of width 0"));
-        }
-        let router = Linear::builder(d, c.experts).bias(false).init(init).build(&params.at("router"))?;
-        let experts = Experts::new(&params.at("experts"), d, &c, (init, init_out))?;
-        let (wide, at) = (c.shared * c.hidden, params.at("shared"));
-        let shared = match c.expert {
-            _ if c.shared == 0 => None,
-            ExpertKind::Mlp(act) => {
-                Some(Shared::Mlp(Mlp::builder(d, wide).act(act).init(init).init_out(init_out).build(&at)?))
+        params.whole(|params| {
+            let MoeBuilder { d, config: c, init, init_out } = self;
+            c.validate()?;
+            if d == 0 {
+                return Err(Error::invalid("Moe", "a layer of width 0"));
             }
-            ExpertKind::SwiGlu => {
-                Some(Shared::SwiGlu(SwiGlu::builder(d, wide).init(init).init_out(init_out).build(&at)?))
-            }
-        };
-        let bias = match c.balance {
-            Balance::Bias { .. } => {
-                let bias = params.param("balance_bias", &[c.experts], Init::Zeros)?;
-                bias.set_trainable(false);
-                Some(bias)
-            }
-            _ => None,
-        };
-        let name = params.prefix().to_string();
-        let (id, params) = (params.id("jitter"), params.clone());
-        Ok(Moe { name, config: c, d, router, experts, shared, bias, id, params, placement: None })
+            let router = Linear::builder(d, c.experts).bias(false).init(init).build(&params.at("router"))?;
+            let experts = Experts::new(&params.at("experts"), d, &c, (init, init_out))?;
+            let (wide, at) = (c.shared.saturating_mul(c.hidden), params.at("shared"));
+            let shared = match c.expert {
+                _ if c.shared == 0 => None,
+                ExpertKind::Mlp(act) => {
+                    Some(Shared::Mlp(Mlp::builder(d, wide).act(act).init(init).init_out(init_out).build(&at)?))
+                }
+                ExpertKind::SwiGlu => {
+                    Some(Shared::SwiGlu(SwiGlu::builder(d, wide).init(init).init_out(init_out).build(&at)?))
+                }
+            };
+            let bias = match c.balance {
+                Balance::Bias { .. } => {
+                    let bias = params.param("balance_bias", &[c.experts], Init::Zeros)?;
+                    bias.set_trainable(false);
+                    Some(bias)
+                }
+                _ => None,
+            };
+            let name = params.prefix().to_string();
+            let (id, params) = (params.id("jitter"), params.clone());
+            Ok(Moe { name, config: c, d, router, experts, shared, bias, id, params, placement: None })
+        })
     }
 }
 

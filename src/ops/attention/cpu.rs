@@ -6,16 +6,20 @@
 //! probabilities of some keys, row after row, are what the micro-kernel takes as its packed right operand: P goes into P·V without
 //! being rearranged. Spans are loop bounds: tiles that no query of a panel sees are not computed. FLOPs 4·pairs·D forward,
 //! 10·pairs·D backward. Forward is parallel over (document, head, query block), backward over (document, key head).
+//!
+//! Operands in bf16 are multiplied as such and summed in f32 ([`panels`](crate::kernels::gemm::panels)); scores, probabilities and their sums are
+//! f32, and probabilities and dS are rounded to bf16 where they are multiplied.
 
 use crate::array::Array;
 use crate::base::philox::dropout_uniform;
+use crate::base::{Computed, DType, Element, Float};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::pool::Buffer;
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use crate::kernels::gemm::Mat;
-use crate::kernels::gemm::kernel::{Kernel, Kernels, MAX_TILE};
-use crate::kernels::gemm::pack::{pack_a, pack_b};
+use crate::kernels::gemm::pack::turn;
+use crate::kernels::gemm::panels::{Packed, Panels};
 use crate::ops::attention::{Documents, Span, alibi_slope};
 use std::ops::Range;
 
@@ -121,10 +125,15 @@ pub struct View<'a, T> {
 }
 
 /// The strided view of an array.
-pub fn view<T: Kernels>(a: &Array) -> crate::Result<View<'_, T>> {
+pub fn view<T: Element>(a: &Array) -> crate::Result<View<'_, T>> {
     let s = a.strides();
     Ok(View { data: a.raw::<T>()?, strides: [s[0], s[1], s[2]], dim: a.shape()[3] })
 }
+
+/// Elements of packed panels and results.
+type Word<E> = <<E as Packed>::Panels as Panels>::Word;
+/// Elements of results: f32 for operands in bf16.
+pub type Sum<E> = <E as Computed>::Wide;
 
 impl<'a, T> View<'a, T> {
     fn row(&self, b: usize, t: usize, h: usize) -> &'a [T] {
@@ -170,23 +179,11 @@ const PANELS: usize = 4;
 /// A scratch buffer of elements.
 struct Scratch(Buffer);
 impl Scratch {
-    fn new<T: Kernels>(n: usize) -> Scratch {
+    fn new<T: Element>(n: usize) -> Scratch {
         Scratch(Buffer::uninit(n.max(1) * T::DTYPE.size()))
     }
-    fn get<T: Kernels>(&mut self) -> &mut [T] {
+    fn get<T: Element>(&mut self) -> &mut [T] {
         self.0.as_mut_slice()
-    }
-}
-
-/// One (sequence, key head)'s operand packed by `mr`: rows as panel rows (`k` = D), or D as panel rows (`k` = rows).
-fn pack_rows<T: Kernels>(m: &Mat<T>, kern: &Kernel<T>, out: &mut [T]) {
-    for (i, p) in out.chunks_exact_mut((kern.mr * m.cols).max(1)).enumerate().take(m.rows.div_ceil(kern.mr)) {
-        pack_a(m, i * kern.mr, kern.mr, 0, m.cols, None, p);
-    }
-}
-fn pack_dims<T: Kernels>(m: &Mat<T>, kern: &Kernel<T>, out: &mut [T]) {
-    for (i, p) in out.chunks_exact_mut((kern.mr * m.rows).max(1)).enumerate().take(m.cols.div_ceil(kern.mr)) {
-        pack_a(&m.t(), i * kern.mr, kern.mr, 0, m.rows, None, p);
     }
 }
 
@@ -214,7 +211,7 @@ struct Distances<T> {
     lanes: [T; 64],
 }
 
-impl<T: Kernels> Distances<T> {
+impl<T: Float> Distances<T> {
     fn new(p: &Problem, h: usize) -> Option<Distances<T>> {
         let lanes = std::array::from_fn(|c| T::from_f64(c as f64));
         let slope = T::from_f64(alibi_slope(h, p.heads));
@@ -222,8 +219,8 @@ impl<T: Kernels> Distances<T> {
     }
     /// Query `i` of the part is the first of the panel, key `j` the first of the tile.
     #[inline(always)]
-    fn take_from(&self, tile: &mut [T], kern: &Kernel<T>, i: f64, j: usize) {
-        for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
+    fn take_from(&self, tile: &mut [T], nr: usize, i: f64, j: usize) {
+        for (r, row) in tile.chunks_exact_mut(nr).enumerate() {
             let further = if j + r < self.sinks { self.skipped } else { 0 };
             let from = T::from_f64(i - (j + r) as f64 + further as f64);
             for (s, &lane) in row.iter_mut().zip(&self.lanes) {
@@ -234,61 +231,65 @@ impl<T: Kernels> Distances<T> {
     }
 }
 
-/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key. Queries see the keys of
-/// their range, and the first `sinks` ones before it.
-#[inline(always)]
-fn mask_tile<T: Kernels>(
-    tile: &mut [T],
-    kern: &Kernel<T>,
-    scale: T,
-    j0: usize,
-    (seen, sinks): (&[Range<usize>], usize),
-    whole: bool,
-) {
-    for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
-        if whole {
-            row.iter_mut().for_each(|s| *s *= scale);
-        } else {
-            let j = j0 + r;
-            let sink = j < sinks;
-            for (s, seen) in row.iter_mut().zip(seen) {
-                *s = if (sink || j >= seen.start) && j < seen.end { *s * scale } else { T::NEG_INFINITY };
+/// The keys that each query of a panel sees, `from..to`: side by side, so that a row of a tile is masked by whole vectors.
+#[derive(Clone)]
+struct Seen {
+    from: [u32; 64],
+    to: [u32; 64],
+    /// The first keys that all see besides, so many.
+    sinks: usize,
+}
+
+impl Seen {
+    fn new(sinks: usize) -> Seen {
+        Seen { from: [0; 64], to: [0; 64], sinks }
+    }
+    /// Row by row, `yes` of an element whose query sees its key, `no` of the others; the first key is `j0`.
+    #[inline(always)]
+    fn select<T: Float>(&self, tile: &mut [T], nr: usize, j0: usize, yes: impl Fn(T) -> T, no: T) {
+        for (r, row) in tile.chunks_exact_mut(nr).enumerate() {
+            let j = (j0 + r) as u32;
+            if j0 + r < self.sinks {
+                for (s, &to) in row.iter_mut().zip(&self.to) {
+                    *s = if j < to { yes(*s) } else { no };
+                }
+            } else {
+                for (s, (&from, &to)) in row.iter_mut().zip(self.from.iter().zip(&self.to)) {
+                    *s = if (j >= from) & (j < to) { yes(*s) } else { no };
+                }
             }
         }
     }
 }
 
-/// Zeros where a query does not see a key, whatever stands there: a NaN of a key stays with the queries that see it.
+/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key.
 #[inline(always)]
-fn clear_unseen<T: Kernels>(tile: &mut [T], kern: &Kernel<T>, j0: usize, (seen, sinks): (&[Range<usize>], usize)) {
-    for (r, row) in tile.chunks_exact_mut(kern.nr).enumerate().take(kern.mr) {
-        let j = j0 + r;
-        let sink = j < sinks;
-        for (s, seen) in row.iter_mut().zip(seen) {
-            *s = if (sink || j >= seen.start) && j < seen.end { *s } else { T::ZERO };
-        }
+fn mask_tile<T: Float>(tile: &mut [T], nr: usize, scale: T, j0: usize, seen: &Seen, whole: bool) {
+    if whole {
+        tile.iter_mut().for_each(|s| *s *= scale);
+    } else {
+        seen.select(tile, nr, j0, |s| s * scale, T::NEG_INFINITY);
     }
 }
 
+/// Zeros where a query does not see a key, whatever stands there: a NaN of a key stays with the queries that see it.
+#[inline(always)]
+fn clear_unseen<T: Float>(tile: &mut [T], nr: usize, j0: usize, seen: &Seen) {
+    seen.select(tile, nr, j0, |s| s, T::ZERO);
+}
+
 /// What every query of a panel sees, and what all of them see.
-fn panel_ranges(
-    p: &Problem,
-    part: &Part,
-    i0: usize,
-    nr: usize,
-    seen: &mut Vec<Range<usize>>,
-) -> (Range<usize>, Range<usize>) {
-    seen.clear();
+fn panel_ranges(p: &Problem, part: &Part, i0: usize, nr: usize, seen: &mut Seen) -> (Range<usize>, Range<usize>) {
     let live = nr.min(part.queries - i0);
-    seen.extend((0..nr).map(|c| if c < live { p.visible(part, i0 + c) } else { 0..0 }));
+    (seen.from, seen.to) = ([0; 64], [0; 64]);
+    let (mut start, mut end) = (0, usize::MAX);
+    for c in 0..live {
+        let range = p.visible(part, i0 + c);
+        (seen.from[c], seen.to[c]) = (range.start as u32, range.end as u32);
+        (start, end) = (start.max(range.start), end.min(range.end));
+    }
     let any = p.visible_to(part, i0, i0 + live);
-    let all = if live < nr {
-        0..0
-    } else {
-        let start = seen.iter().map(|r| r.start).max().unwrap_or(0);
-        let end = seen.iter().map(|r| r.end).min().unwrap_or(0);
-        start..end
-    };
+    let all = if live < nr { 0..0 } else { start..end };
     (any, all)
 }
 
@@ -306,12 +307,12 @@ fn panel_ranges(
 /// 4. adds Pᵀ·V, tile by tile of D, to the output.
 ///
 /// At the end the output is divided by z. This is the online softmax of FlashAttention (Dao et al. 2022, algorithm 1).
-pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), (out, lse): (&mut [T], &mut [T])) {
-    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
-    let (mr, nr) = (kern.mr, kern.nr);
+pub fn forward<E: Packed>(p: &Problem, (q, k, v): (View<E>, View<E>, View<E>), (out, lse): (&mut [E], &mut [Sum<E>])) {
+    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), E::panels());
+    let (mr, nr, dw) = (kern.mr(), kern.nr(), kern.words(p.dim));
     let dp = d.div_ceil(mr);
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    let scale = T::from_f64(p.scale);
+    let scale = Sum::<E>::from_f64(p.scale);
     // A task packs its keys once and then takes a stretch of query panels; long sequences are cut for balance.
     let parts = p.parts();
     let mut all = vec![];
@@ -324,13 +325,15 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
     }
     let longest = parts.iter().map(|part| part.keys).max().unwrap_or(0);
     par_chunks(all.len(), 1, |tasks| {
-        let mut kbuf = Scratch::new::<T>(longest.div_ceil(mr) * mr * d);
-        let mut vbuf = Scratch::new::<T>(dp * mr * longest);
-        let mut qbuf = Scratch::new::<T>(nr * d);
+        let mut kbuf = Scratch::new::<Word<E>>(longest.div_ceil(mr) * mr * dw);
+        let mut vbuf = Scratch::new::<Word<E>>(dp * mr * kern.words(longest));
+        let mut qbuf = Scratch::new::<Word<E>>(nr * dw);
         let keys_max = KEYS.div_ceil(mr) * mr;
-        let mut sbuf = Scratch::new::<T>(keys_max * nr);
-        let mut obuf = Scratch::new::<T>(dp * mr * nr);
-        let mut seen = Vec::with_capacity(nr);
+        let mut sbuf = Scratch::new::<Sum<E>>(keys_max * nr);
+        let mut pbuf = Scratch::new::<Word<E>>(keys_max * nr);
+        let mut obuf = Scratch::new::<Sum<E>>(dp * mr * nr);
+        let (mut tile, mut stage) = (Scratch::new::<Sum<E>>(mr * nr), Scratch::new::<Sum<E>>(nr * d));
+        let (tile, stage) = (tile.get::<Sum<E>>(), stage.get::<Sum<E>>());
         for (part, h, panels) in &all[tasks] {
             let (b, h) = (part.sequence, *h);
             let (km, vm) = (k.mat(part, h / group, part.keys), v.mat(part, h / group, part.keys));
@@ -339,21 +342,22 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
             let range = p.visible_to(part, panels.start * nr, (panels.end * nr).min(part.queries));
             let (sinks, behind) = (p.sinks(part.keys), p.keys.saturating_sub(p.queries) as f64);
             let distances = Distances::new(p, h);
+            let mut seen = Seen::new(sinks);
             let base = if sinks > 0 { 0 } else { range.start / mr * mr };
             let r = base..range.end.min(part.keys).max(base);
             let (ks, vs) = (km.rows_of(&r), vm.rows_of(&r));
-            pack_rows(&ks, &kern, kbuf.get());
-            pack_dims(&vs, &kern, vbuf.get());
-            let (kpk, vpk) = (&*kbuf.get::<T>(), &*vbuf.get::<T>());
+            let special = kern.left(&ks, 0..d, kbuf.get()) | kern.left(&vs.t(), 0..vs.rows, vbuf.get());
+            let (kpk, vpk) = (&*kbuf.get::<Word<E>>(), &*vbuf.get::<Word<E>>());
             for panel in panels.clone() {
                 let i0 = panel * nr;
                 let (any, all) = panel_ranges(p, part, i0, nr, &mut seen);
-                let qpk = qbuf.get::<T>();
-                pack_b(&qm.t(), i0, nr, 0, d, qpk);
-                let acc = obuf.get::<T>();
-                acc.fill(T::ZERO);
-                let mut m = [T::NEG_INFINITY; 64];
-                let mut z = [T::ZERO; 64];
+                let qpk = qbuf.get::<Word<E>>();
+                let special = special | kern.right(&qm.t(), panel..panel + 1, 0..d, qpk);
+                let kern = if special { kern.careful() } else { kern };
+                let acc = obuf.get::<Sum<E>>();
+                acc.fill(Sum::<E>::ZERO);
+                let mut m = [Sum::<E>::NEG_INFINITY; 64];
+                let mut z = [Sum::<E>::ZERO; 64];
                 let mut begun = false;
                 let stretches = Problem::stretches(&any, sinks, mr);
                 let passes = stretches.iter().flat_map(|r| {
@@ -361,19 +365,20 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                     (r.start..r.end).step_by(keys_max).map(move |j0| (j0, (j0 + keys_max).min(end)))
                 });
                 for (j0, j1) in passes {
-                    let s = &mut sbuf.get::<T>()[..(j1 - j0) * nr];
+                    let s = &mut sbuf.get::<Sum<E>>()[..(j1 - j0) * nr];
                     let mut top = m;
                     for (t, tile) in s.chunks_exact_mut(mr * nr).enumerate() {
                         let j = j0 + t * mr;
-                        // SAFETY: panels hold d·mr and d·nr elements, the tile mr·nr.
-                        unsafe { kern.run(d, kpk.as_ptr().add((j - base) * d), qpk.as_ptr(), tile.as_mut_ptr()) };
+                        let keys = kpk[(j - base) * dw..].as_ptr();
+                        // SAFETY: panels hold the words of D, the tile mr·nr.
+                        unsafe { kern.multiply(dw, keys, qpk.as_ptr(), tile.as_mut_ptr(), false) };
                         simd(
                             #[inline(always)]
                             || {
                                 let whole = j >= all.start && j + mr <= all.end;
-                                mask_tile(tile, &kern, scale, j, (&seen, sinks), whole);
+                                mask_tile(tile, nr, scale, j, &seen, whole);
                                 if let Some(distances) = &distances {
-                                    distances.take_from(tile, &kern, i0 as f64 + behind, j);
+                                    distances.take_from(tile, nr, i0 as f64 + behind, j);
                                 }
                                 for row in tile.chunks_exact(nr) {
                                     for (m, &s) in top.iter_mut().zip(row) {
@@ -383,12 +388,13 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                             },
                         );
                     }
-                    let mut alpha = [T::ZERO; 64];
-                    let mut shift = [T::ZERO; 64];
+                    let mut alpha = [Sum::<E>::ZERO; 64];
+                    let mut shift = [Sum::<E>::ZERO; 64];
                     for c in 0..nr {
                         // A query that has seen nothing yet keeps a shift of 0, so that −∞ − −∞ never occurs.
-                        shift[c] = if top[c] == T::NEG_INFINITY { T::ZERO } else { top[c] };
-                        alpha[c] = if m[c] == T::NEG_INFINITY { T::ZERO } else { (m[c] - shift[c]).exp() };
+                        shift[c] = if top[c] == Sum::<E>::NEG_INFINITY { Sum::<E>::ZERO } else { top[c] };
+                        alpha[c] =
+                            if m[c] == Sum::<E>::NEG_INFINITY { Sum::<E>::ZERO } else { (m[c] - shift[c]).exp() };
                         z[c] *= alpha[c];
                     }
                     simd(
@@ -412,31 +418,36 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
                     if p.dropout.is_some() {
                         drop_probabilities(p, s, (b, h), (part.start + i0, nr), part.start + j0);
                     }
-                    // Rows of the last panel past the keys hold exp(−∞) = 0 but have no packed V: leave them out.
-                    let live = j1.min(base + vs.rows) - j0;
+                    let probabilities = simd(
+                        #[inline(always)]
+                        || kern.rows_as_right(s, pbuf.get()),
+                    );
+                    // Rows of the last panel past the keys hold exp(−∞) = 0 and are padding of V: only those of whole words are read.
+                    let live = kern.words(j1.min(base + vs.rows) - j0);
                     for (t, o) in acc.chunks_exact_mut(mr * nr).enumerate() {
-                        let mut tile = [T::ZERO; MAX_TILE];
-                        // SAFETY: the V panel holds rows·mr elements and is read from key j0 on, s holds live·nr.
-                        unsafe {
-                            let a = vpk.as_ptr().add(t * mr * vs.rows + (j0 - base) * mr);
-                            kern.run(live, a, s.as_ptr(), tile.as_mut_ptr())
-                        };
+                        let values = vpk[t * mr * kern.words(vs.rows) + kern.words(j0 - base) * mr..].as_ptr();
+                        // SAFETY: the V panel is read from key j0 on, the probabilities hold `live`·nr words.
+                        unsafe { kern.multiply(live, values, probabilities.as_ptr(), tile.as_mut_ptr(), false) };
                         simd(
                             #[inline(always)]
-                            || o.iter_mut().zip(&tile).for_each(|(o, &t)| *o += t),
+                            || o.iter_mut().zip(&*tile).for_each(|(o, &t)| *o += t),
                         );
                     }
                 }
+                columns(acc, (nr, d), stage);
                 for c in 0..nr.min(part.queries - i0) {
                     let i = part.start + i0 + c;
                     let at = ((b * p.queries + i) * p.heads + h) * d;
                     let row = (b * p.heads + h) * p.queries + i;
                     // SAFETY: each (b, h, i) belongs to one task.
                     let (o, l) = unsafe { (out.slice(at..at + d), lse.slice(row..row + 1)) };
-                    let empty = m[c] == T::NEG_INFINITY;
-                    let inv = if empty { T::ZERO } else { T::ONE / z[c] };
-                    o.iter_mut().enumerate().for_each(|(x, o)| *o = acc[x * nr + c] * inv);
-                    l[0] = if empty { T::ZERO } else { m[c] + z[c].ln() };
+                    let empty = m[c] == Sum::<E>::NEG_INFINITY;
+                    let inv = if empty { Sum::<E>::ZERO } else { Sum::<E>::ONE / z[c] };
+                    simd(
+                        #[inline(always)]
+                        || o.iter_mut().zip(&stage[c * d..]).for_each(|(o, &x)| *o = E::rounded(x * inv)),
+                    );
+                    l[0] = if empty { Sum::<E>::ZERO } else { m[c] + z[c].ln() };
                 }
             }
         }
@@ -444,13 +455,7 @@ pub fn forward<T: Kernels>(p: &Problem, (q, k, v): (View<T>, View<T>, View<T>), 
 }
 
 /// Multiplies probabilities by their dropout factors.
-fn drop_probabilities<T: Kernels>(
-    p: &Problem,
-    s: &mut [T],
-    (b, h): (usize, usize),
-    (i0, nr): (usize, usize),
-    j0: usize,
-) {
+fn drop_probabilities<T: Float>(p: &Problem, s: &mut [T], (b, h): (usize, usize), (i0, nr): (usize, usize), j0: usize) {
     for (r, row) in s.chunks_exact_mut(nr).enumerate() {
         for (c, s) in row.iter_mut().enumerate() {
             *s *= T::from_f64(p.keep(b, h, i0 + c, j0 + r));
@@ -471,87 +476,93 @@ fn drop_probabilities<T: Kernels>(
 /// 3. dS of all panels is kept for the pass; at its end dQ of each panel grows by one call over up to [`KEYS`] keys for each tile of D.
 ///
 /// All tiles of one pass are in the first two cache levels: 4·240·32 values of dS are 120 KiB in f32.
-pub fn backward<T: Kernels>(
+pub fn backward<E: Packed>(
     p: &Problem,
-    (q, k, v): (View<T>, View<T>, View<T>),
-    (out, lse, grad): (View<T>, &[T], View<T>),
-    grads: [Target<T>; 3],
+    (q, k, v): (View<E>, View<E>, View<E>),
+    (out, lse, grad): (View<E>, &[Sum<E>], View<E>),
+    grads: [Target<E>; 3],
 ) {
-    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), T::kernel());
-    let (mr, nr) = (kern.mr, kern.nr);
+    let (d, group, kern) = (p.dim, p.heads / p.kv_heads.max(1), E::panels());
+    let (mr, nr, dw) = (kern.mr(), kern.nr(), kern.words(p.dim));
     let (dp, dn) = (d.div_ceil(mr), d.div_ceil(nr));
     let parts = p.parts();
     let longest = parts.iter().map(|part| part.keys).max().unwrap_or(0);
     let kp = longest.div_ceil(mr);
     let wide = PANELS * nr;
-    let scale = T::from_f64(p.scale);
+    let (scale, zero) = (Sum::<E>::from_f64(p.scale), Sum::<E>::ZERO);
     let [dq, dk, dv] = grads;
     let tile_len = mr * nr;
+    let wide_words = kern.words(wide);
     par_chunks(parts.len() * p.kv_heads, 1, |tasks| {
-        let mut buf =
-            [kp * mr * d, kp * mr * d, dp * mr * longest, PANELS * nr * d, PANELS * nr * d].map(Scratch::new::<T>);
-        let mut rows = [dn * nr * wide, dn * nr * wide].map(Scratch::new::<T>);
-        let mut sums = [kp * mr * dn * nr, kp * mr * dn * nr].map(Scratch::new::<T>);
+        let mut buf = [kp * mr * dw, kp * mr * dw, dp * mr * kern.words(longest), PANELS * nr * dw, PANELS * nr * dw]
+            .map(Scratch::new::<Word<E>>);
+        let mut rows = [dn * nr * wide_words, dn * nr * wide_words].map(Scratch::new::<Word<E>>);
+        let mut sums = [kp * mr * dn * nr, kp * mr * dn * nr].map(Scratch::new::<Sum<E>>);
         let keys_max = KEYS.div_ceil(mr) * mr;
-        let mut dsbuf = Scratch::new::<T>(PANELS * keys_max * nr);
-        let mut qsum = Scratch::new::<T>(PANELS * dp * tile_len);
-        let mut turned = [wide * mr, wide * mr].map(Scratch::new::<T>);
-        let mut seen: Vec<Vec<Range<usize>>> = vec![Vec::new(); PANELS];
+        let mut dsbuf = Scratch::new::<Sum<E>>(PANELS * keys_max * nr);
+        let mut packed = Scratch::new::<Word<E>>(keys_max * nr);
+        let mut qsum = Scratch::new::<Sum<E>>(PANELS * dp * tile_len);
+        let mut turned = [wide_words * mr, wide_words * mr].map(Scratch::new::<Word<E>>);
+        let mut tiles = [tile_len, tile_len, tile_len].map(Scratch::new::<Sum<E>>);
+        let mut stage = Scratch::new::<Sum<E>>(nr * d);
+        let stage = stage.get::<Sum<E>>();
+        let [prob, kept, room] = &mut tiles;
+        let (prob, kept, room) = (prob.get::<Sum<E>>(), kept.get::<Sum<E>>(), room.get::<Sum<E>>());
         for task in tasks {
             let (part, kv) = (&parts[task / p.kv_heads], task % p.kv_heads);
             let (b, start) = (part.sequence, part.start);
             let (km, vm) = (k.mat(part, kv, part.keys), v.mat(part, kv, part.keys));
             let [kpk, vpk, kdim, qpk, gpk] = &mut buf;
-            pack_rows(&km, &kern, kpk.get());
-            pack_rows(&vm, &kern, vpk.get());
-            pack_dims(&km, &kern, kdim.get());
-            let (kpk, vpk, kdim) = (&*kpk.get::<T>(), &*vpk.get::<T>(), &*kdim.get::<T>());
-            let (qpk, gpk) = (qpk.get::<T>(), gpk.get::<T>());
+            let mut special = kern.left(&km, 0..d, kpk.get()) | kern.left(&vm, 0..d, vpk.get());
+            special |= kern.left(&km.t(), 0..part.keys, kdim.get());
+            let (kpk, vpk, kdim) = (&*kpk.get::<Word<E>>(), &*vpk.get::<Word<E>>(), &*kdim.get::<Word<E>>());
+            let (qpk, gpk) = (qpk.get::<Word<E>>(), gpk.get::<Word<E>>());
             let [ksum, vsum] = &mut sums;
-            let (ksum, vsum) = (ksum.get::<T>(), vsum.get::<T>());
-            ksum.fill(T::ZERO);
-            vsum.fill(T::ZERO);
+            let (ksum, vsum) = (ksum.get::<Sum<E>>(), vsum.get::<Sum<E>>());
+            ksum.fill(zero);
+            vsum.fill(zero);
             let (sinks, behind) = (p.sinks(part.keys), p.keys.saturating_sub(p.queries) as f64);
+            let mut seen = vec![Seen::new(sinks); PANELS];
             for h in kv * group..(kv + 1) * group {
                 let distances = Distances::new(p, h);
                 let (qm, gm) = (q.mat(part, h, part.queries), grad.mat(part, h, part.queries));
                 let mut i0 = 0;
                 while i0 < part.queries {
                     let live = wide.min(part.queries - i0);
-                    let panels = live.div_ceil(nr);
+                    let (panels, live_words) = (live.div_ceil(nr), kern.words(live));
                     let [qrow, grow] = &mut rows;
-                    let (qrow, grow) = (qrow.get::<T>(), grow.get::<T>());
-                    for x in 0..dn {
-                        // Queries along k, D along the panel; padding queries are never read (k = live).
-                        pack_b(&qm, x * nr, nr, i0, live, &mut qrow[x * nr * live..]);
-                        pack_b(&gm, x * nr, nr, i0, live, &mut grow[x * nr * live..]);
-                    }
-                    let mut stats = [[T::ZERO; 64]; 2 * PANELS];
+                    let (qrow, grow) = (qrow.get::<Word<E>>(), grow.get::<Word<E>>());
+                    // Queries along K, D along the panel: a padding query is never read, or is zeros.
+                    let mut special = special
+                        | kern.right(&qm, 0..dn, i0..i0 + live, qrow)
+                        | kern.right(&gm, 0..dn, i0..i0 + live, grow);
+                    let mut stats = [[zero; 64]; 2 * PANELS];
                     let mut reach = Vec::with_capacity(PANELS);
                     for c in 0..panels {
-                        pack_b(&qm.t(), i0 + c * nr, nr, 0, d, &mut qpk[c * nr * d..]);
-                        pack_b(&gm.t(), i0 + c * nr, nr, 0, d, &mut gpk[c * nr * d..]);
+                        let panel = i0 / nr + c..i0 / nr + c + 1;
+                        special |= kern.right(&qm.t(), panel.clone(), 0..d, &mut qpk[c * nr * dw..]);
+                        special |= kern.right(&gm.t(), panel, 0..d, &mut gpk[c * nr * dw..]);
                         reach.push(panel_ranges(p, part, i0 + c * nr, nr, &mut seen[c]));
                         for x in 0..nr.min(part.queries - i0 - c * nr) {
                             let i = start + i0 + c * nr + x;
                             stats[2 * c][x] = lse[(b * p.heads + h) * p.queries + i];
-                            let (g, o) = (grad.row(b, i, h), out.row(b, i, h));
-                            stats[2 * c + 1][x] = g.iter().zip(o).fold(T::ZERO, |s, (&g, &o)| s + g * o);
+                            stats[2 * c + 1][x] = dot::<E>(grad.row(b, i, h), out.row(b, i, h));
                         }
                     }
+                    let kern = if special { kern.careful() } else { kern };
                     let any = p.visible_to(part, i0, i0 + live);
-                    let qsum = &mut qsum.get::<T>()[..panels * dp * tile_len];
-                    qsum.fill(T::ZERO);
+                    let qsum = &mut qsum.get::<Sum<E>>()[..panels * dp * tile_len];
+                    qsum.fill(zero);
                     let stretches = Problem::stretches(&any, sinks, mr);
                     let passes = stretches.iter().flat_map(|r| {
                         let end = r.end.div_ceil(mr) * mr;
                         (r.start..r.end).step_by(keys_max).map(move |j0| (j0, (j0 + keys_max).min(end)))
                     });
                     for (j0, j1) in passes {
-                        let ds_all = dsbuf.get::<T>();
+                        let ds_all = dsbuf.get::<Sum<E>>();
                         for j in (j0..j1).step_by(mr) {
                             let [pt, dst] = &mut turned;
-                            let (pt, dst) = (pt.get::<T>(), dst.get::<T>());
+                            let (pt, dst) = (pt.get::<Word<E>>(), dst.get::<Word<E>>());
                             let mut hit = false;
                             for c in 0..panels {
                                 let (reach_any, all) = &reach[c];
@@ -559,34 +570,29 @@ pub fn backward<T: Kernels>(
                                 let ds = &mut ds_all[at..at + tile_len];
                                 let cols = nr.min(live - c * nr);
                                 if (j >= sinks && j + mr <= reach_any.start) || j >= reach_any.end {
-                                    ds.fill(T::ZERO);
-                                    pt[c * nr * mr..][..cols * mr].fill(T::ZERO);
-                                    dst[c * nr * mr..][..cols * mr].fill(T::ZERO);
+                                    ds.fill(zero);
+                                    kern.tile_as_left(ds, c, cols, pt);
+                                    kern.tile_as_left(ds, c, cols, dst);
                                     continue;
                                 }
                                 hit = true;
-                                let mut prob = [T::ZERO; MAX_TILE];
-                                // SAFETY: panels hold d·mr and d·nr elements, tiles mr·nr.
+                                let (keys, values) = (kpk[j * dw..].as_ptr(), vpk[j * dw..].as_ptr());
+                                let (queries, grads) = (qpk[c * nr * dw..].as_ptr(), gpk[c * nr * dw..].as_ptr());
+                                // SAFETY: panels hold the words of D, tiles mr·nr.
                                 unsafe {
-                                    kern.run(
-                                        d,
-                                        kpk.as_ptr().add(j * d),
-                                        qpk.as_ptr().add(c * nr * d),
-                                        prob.as_mut_ptr(),
-                                    );
-                                    kern.run(d, vpk.as_ptr().add(j * d), gpk.as_ptr().add(c * nr * d), ds.as_mut_ptr());
+                                    kern.multiply(dw, keys, queries, prob.as_mut_ptr(), false);
+                                    kern.multiply(dw, values, grads, ds.as_mut_ptr(), false);
                                 }
-                                let prob = &mut prob[..tile_len];
                                 let (lse, delta) = (&stats[2 * c], &stats[2 * c + 1]);
                                 let whole = j >= all.start && j + mr <= all.end;
                                 let seen = &seen[c];
                                 simd(
                                     #[inline(always)]
                                     || {
-                                        mask_tile(prob, &kern, scale, j, (seen, sinks), whole);
+                                        mask_tile(prob, nr, scale, j, seen, whole);
                                         if let Some(distances) = &distances {
                                             let i = (i0 + c * nr) as f64 + behind;
-                                            distances.take_from(prob, &kern, i, j);
+                                            distances.take_from(prob, nr, i, j);
                                         }
                                         for row in prob.chunks_exact_mut(nr) {
                                             for (s, &l) in row.iter_mut().zip(lse) {
@@ -594,17 +600,16 @@ pub fn backward<T: Kernels>(
                                             }
                                         }
                                         if !whole {
-                                            clear_unseen(prob, &kern, j, (seen, sinks));
+                                            clear_unseen(prob, nr, j, seen);
                                         }
                                     },
                                 );
-                                let mut kept = [T::ZERO; MAX_TILE];
-                                let kept: &[T] = if p.dropout.is_some() {
-                                    kept[..tile_len].copy_from_slice(prob);
+                                let kept: &[Sum<E>] = if p.dropout.is_some() {
+                                    kept.copy_from_slice(prob);
                                     let (i, j) = (start + i0 + c * nr, start + j);
-                                    drop_probabilities(p, &mut kept[..tile_len], (b, h), (i, nr), j);
+                                    drop_probabilities(p, kept, (b, h), (i, nr), j);
                                     drop_probabilities(p, ds, (b, h), (i, nr), j);
-                                    &kept[..tile_len]
+                                    kept
                                 } else {
                                     prob
                                 };
@@ -617,36 +622,44 @@ pub fn backward<T: Kernels>(
                                             }
                                         }
                                         if !whole {
-                                            clear_unseen(ds, &kern, j, (seen, sinks));
+                                            clear_unseen(ds, nr, j, seen);
                                         }
-                                        turn(kept, &mut pt[c * nr * mr..], mr, nr, cols);
-                                        turn(ds, &mut dst[c * nr * mr..], mr, nr, cols);
+                                        kern.tile_as_left(kept, c, cols, pt);
+                                        kern.tile_as_left(ds, c, cols, dst);
                                     },
                                 );
                             }
                             if hit {
                                 for x in 0..dn {
                                     let at = (j / mr * dn + x) * tile_len;
-                                    add_product(&kern, live, pt, &grow[x * nr * live..], &mut vsum[at..at + tile_len]);
-                                    add_product(&kern, live, dst, &qrow[x * nr * live..], &mut ksum[at..at + tile_len]);
+                                    let from = x * nr * live_words;
+                                    let sums = (&mut vsum[at..at + tile_len], &mut *room);
+                                    add_product(kern, live_words, pt, &grow[from..], sums);
+                                    let sums = (&mut ksum[at..at + tile_len], &mut *room);
+                                    add_product(kern, live_words, dst, &qrow[from..], sums);
                                 }
                             }
                         }
-                        let keys = j1.min(part.keys) - j0;
+                        let keys = kern.words(j1.min(part.keys) - j0);
                         for c in 0..panels {
-                            let ds = &ds_all[c * keys_max * nr..];
+                            let ds = simd(
+                                #[inline(always)]
+                                || kern.rows_as_right(&ds_all[c * keys_max * nr..][..(j1 - j0) * nr], packed.get()),
+                            );
                             for x in 0..dp {
                                 let at = (c * dp + x) * tile_len;
-                                let a = &kdim[x * mr * part.keys + j0 * mr..];
-                                add_product(&kern, keys, a, ds, &mut qsum[at..at + tile_len]);
+                                let a = &kdim[x * mr * kern.words(part.keys) + kern.words(j0) * mr..];
+                                add_product(kern, keys, a, ds, (&mut qsum[at..at + tile_len], room));
                             }
                         }
                     }
                     for i in 0..live {
+                        if i % nr == 0 {
+                            columns(&qsum[i / nr * dp * tile_len..], (nr, d), stage);
+                        }
                         // SAFETY: each (b, h, i) belongs to one task.
                         let o = unsafe { dq.row(b * p.queries + start + i0 + i, h, d) };
-                        let panel = &qsum[i / nr * dp * tile_len..];
-                        o.iter_mut().enumerate().for_each(|(x, o)| *o = panel[x * nr + i % nr]);
+                        round_row::<E>(&stage[i % nr * d..], o);
                     }
                     i0 += live;
                 }
@@ -658,39 +671,72 @@ pub fn backward<T: Kernels>(
                 for x in 0..dn {
                     let from = (j / mr * dn + x) * tile_len + j % mr * nr;
                     let n = nr.min(d - x * nr);
-                    ok[x * nr..x * nr + n].copy_from_slice(&ksum[from..from + n]);
-                    ov[x * nr..x * nr + n].copy_from_slice(&vsum[from..from + n]);
+                    for (o, sums) in [(&mut *ok, &*ksum), (&mut *ov, &*vsum)] {
+                        round_row::<E>(&sums[from..], &mut o[x * nr..x * nr + n]);
+                    }
                 }
             }
         }
     });
 }
 
-/// out[c·mr + r] = tile[r·nr + c] for the first `cols` columns.
-#[inline(always)]
-fn turn<T: Kernels>(tile: &[T], out: &mut [T], mr: usize, nr: usize, cols: usize) {
-    for r in (0..mr).step_by(4) {
-        let row = |i: usize| &tile[(r + i) * nr..(r + i + 1) * nr];
-        let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
-        for c in 0..cols {
-            let o = &mut out[c * mr + r..c * mr + r + 4];
-            o[0] = r0[c];
-            o[1] = r1[c];
-            o[2] = r2[c];
-            o[3] = r3[c];
+/// to[c·d + x] = from[x·nr + c]: the columns of sums of D, as rows.
+fn columns<T: Element>(from: &[T], (nr, d): (usize, usize), to: &mut [T]) {
+    let mut done = 0;
+    if T::DTYPE == DType::F32 && nr.is_multiple_of(16) {
+        done = d / 16 * 16;
+        let (from, to): (&[u32], &mut [u32]) = (bytemuck::cast_slice(from), bytemuck::cast_slice_mut(to));
+        for (x, c) in (0..done).step_by(16).flat_map(|x| (0..nr).step_by(16).map(move |c| (x, c))) {
+            turn(&from[x * nr + c..], nr, &mut to[c * d + x..], d);
         }
+    }
+    for x in done..d {
+        from[x * nr..(x + 1) * nr].iter().enumerate().for_each(|(c, &v)| to[c * d + x] = v);
     }
 }
 
-/// sum += a·b over k packed steps.
-#[inline(always)]
-fn add_product<T: Kernels>(kern: &Kernel<T>, k: usize, a: &[T], b: &[T], sum: &mut [T]) {
-    debug_assert!(a.len() >= k * kern.mr && b.len() >= k * kern.nr);
-    let mut tile = [T::ZERO; MAX_TILE];
-    // SAFETY: the panels hold k·mr and k·nr elements.
-    unsafe { kern.run(k, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) };
+/// A row of sums as elements.
+fn round_row<E: Packed>(sums: &[Sum<E>], row: &mut [E]) {
     simd(
         #[inline(always)]
-        || sum.iter_mut().zip(&tile).for_each(|(s, &t)| *s += t),
+        || row.iter_mut().zip(sums).for_each(|(o, &s)| *o = E::rounded(s)),
+    );
+}
+
+/// Σ aᵢ·bᵢ, in eight sums at a time.
+#[inline(always)]
+fn dot<E: Packed>(a: &[E], b: &[E]) -> Sum<E> {
+    let (a, a_rest) = a.as_chunks::<8>();
+    let (b, b_rest) = b.as_chunks::<8>();
+    let mut sums = [Sum::<E>::ZERO; 8];
+    simd(
+        #[inline(always)]
+        || {
+            for (a, b) in a.iter().zip(b) {
+                for (s, (&a, &b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+                    *s += a.wide() * b.wide();
+                }
+            }
+        },
+    );
+    let rest = a_rest.iter().zip(b_rest).fold(Sum::<E>::ZERO, |s, (&a, &b)| s + a.wide() * b.wide());
+    sums.iter().fold(rest, |s, &x| s + x)
+}
+
+/// sum += a·b over so many packed words, by way of a tile.
+#[inline(always)]
+fn add_product<P: Panels>(
+    kern: P,
+    words: usize,
+    a: &[P::Word],
+    b: &[P::Word],
+    (sum, tile): (&mut [P::Sum], &mut [P::Sum]),
+) {
+    debug_assert!(a.len() >= words * kern.mr() && b.len() >= words * kern.nr());
+    // SAFETY: the panels hold words·mr and words·nr, both tiles mr·nr.
+    unsafe { kern.multiply(words, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr(), false) };
+    simd(
+        #[inline(always)]
+        || sum.iter_mut().zip(tile).for_each(|(s, &mut t)| *s += t),
     );
 }

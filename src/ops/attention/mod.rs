@@ -16,10 +16,10 @@ use crate::base::{DType, Error, Result};
 use crate::device::cpu::shared::Shared;
 use crate::device::cuda::Gpu;
 use crate::device::spans;
-use crate::kernels::gemm::kernel::Kernels;
+use crate::kernels::gemm::panels::Packed;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::random::masks;
-use crate::{Tensor, with_float};
+use crate::{Tensor, with_computed};
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -222,7 +222,7 @@ impl Back {
         problem(&self.q, &self.k, &self.options).has_padding()
     }
     /// Where the gradient of Q, K or V goes that has an array of its own.
-    fn target<T: Kernels>(a: &mut Array) -> cpu::Target<'_, T> {
+    fn target<T: Packed>(a: &mut Array) -> cpu::Target<'_, T> {
         let step = a.shape()[2] * a.shape()[3];
         cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
     }
@@ -236,13 +236,15 @@ impl Back {
         cost(&p, 10.0, 2 * q.dtype().size());
         cuda::backward(gpu, &p, [q, k, v], (out, lse, grad), targets)
     }
-    fn on_cpu<T: Kernels>(&self, [q, k, v, out, lse, grad]: &[Array; 6], targets: [cpu::Target<T>; 3]) -> Result<()> {
+    fn on_cpu<T: Packed>(&self, [q, k, v, out, lse, grad]: &[Array; 6], targets: [cpu::Target<T>; 3]) -> Result<()> {
         let p = problem(q, k, &self.options);
         cost(&p, 10.0, 2 * T::DTYPE.size());
+        // All in the dtype of the queries: a gradient from outside may have another.
+        let (out, grad) = (out.cast(T::DTYPE), grad.cast(T::DTYPE));
         cpu::backward::<T>(
             &p,
             (cpu::view::<T>(q)?, cpu::view(k)?, cpu::view(v)?),
-            (cpu::view(out)?, lse.as_slice::<T>()?, cpu::view(grad)?),
+            (cpu::view(&out)?, lse.as_slice::<cpu::Sum<T>>()?, cpu::view(&grad)?),
             targets,
         );
         Ok(())
@@ -263,11 +265,11 @@ impl Rule for Back {
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let gradients = dispatch(
             self.operands(grad),
-            Half::Native,
+            Half::Bf16,
             |operands| {
                 let [mut dq, mut dk, mut dv] =
                     [0, 1, 2].map(|i| fresh(operands[i].shape(), operands[i].dtype(), self.has_padding()));
-                with_float!("attention", operands[0].dtype(), |T| {
+                with_computed!("attention", operands[0].dtype(), |T| {
                     let targets = [Back::target(&mut dq), Back::target(&mut dk), Back::target(&mut dv)];
                     self.on_cpu::<T>(&operands, targets)
                 })?;
@@ -311,10 +313,10 @@ impl Rule for FusedBack {
         let (h, d) = (self.shape[3], self.shape[4]);
         let dx = dispatch(
             self.inner.operands(grad),
-            Half::Native,
+            Half::Bf16,
             |operands| {
                 let mut dx = fresh(&self.shape, operands[0].dtype(), self.inner.has_padding());
-                with_float!("attention", dx.dtype(), |T| {
+                with_computed!("attention", dx.dtype(), |T| {
                     let data = Shared::new(dx.fresh_mut::<T>());
                     let targets = [0, 1, 2].map(|i| cpu::Target { data, step: 3 * h * d, offset: i * h * d });
                     self.inner.on_cpu::<T>(&operands, targets)
@@ -465,6 +467,9 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
         return bad("a causal span needs at least as many keys as queries".into());
     }
     options.span.validate()?;
+    if let Some(scale) = options.scale.filter(|s| !s.is_finite()) {
+        return Err(Error::invalid("attention", format!("a scale of {scale}; it must be finite, such as 1/√D")));
+    }
     if let Some(documents) = &options.documents {
         if s != t {
             return bad("documents need as many keys as queries".into());
@@ -495,11 +500,11 @@ fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Re
     // The log-sum-exp of the scores stays in f32.
     let (out, Exact(lse)) = dispatch(
         [qa.clone(), ka.clone(), va.clone()],
-        Half::Native,
+        Half::Bf16,
         |[q, k, v]| {
             let mut out = fresh(q.shape(), q.dtype(), p.has_padding());
-            let mut lse = fresh(&[p.batch, p.heads, p.queries], q.dtype(), p.has_padding());
-            with_float!("attention", q.dtype(), |T| {
+            let mut lse = fresh(&[p.batch, p.heads, p.queries], q.dtype().compute(), p.has_padding());
+            with_computed!("attention", q.dtype(), |T| {
                 let operands = (cpu::view::<T>(&q)?, cpu::view(&k)?, cpu::view(&v)?);
                 cpu::forward::<T>(&p, operands, (out.fresh_mut(), lse.fresh_mut()));
                 Ok((out, Exact(lse)))

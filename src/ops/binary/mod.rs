@@ -8,6 +8,7 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::array::shape::{Dims, broadcast};
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose};
+use crate::base::dtype::{of_bf16, to_bf16};
 use crate::base::{DType, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
@@ -15,6 +16,7 @@ use crate::kernels::{Half, dispatch};
 use crate::ops::reduce::sum_to;
 use crate::ops::unary;
 use crate::{Tensor, with_dtype, with_float};
+use half::bf16;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 
@@ -134,8 +136,17 @@ fn binary<B: Binary + ?Sized>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     expect_same(B::NAME, a, b)?;
     let y = dispatch(
         [a.array().clone(), b.array().clone()],
-        Half::Native,
+        Half::Bf16,
         |[a, b]| {
+            if a.dtype() == DType::BF16 {
+                return ew::zip::<bf16, bf16, bf16>(
+                    B::NAME,
+                    &a,
+                    &b,
+                    #[inline(always)]
+                    |x, y| to_bf16(B::f(of_bf16(x), of_bf16(y))),
+                );
+            }
             with_float!(B::NAME, a.dtype(), |T| {
                 ew::zip::<T, T, T>(
                     B::NAME,

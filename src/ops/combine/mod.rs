@@ -2,7 +2,7 @@
 //!
 //! Every token gathers its own k rows in the order of its choices, so that there are no atomics and the bits depend on nothing
 //! else in the batch. Bytes: the rows are read once and the tokens written once; backward the rows and the tokens' gradients
-//! are read once for each of the two gradients.
+//! are read once for both gradients (on a GPU once for each).
 
 pub(crate) mod cuda;
 
@@ -10,6 +10,7 @@ use crate::array::Array;
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose};
 use crate::base::{Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_units};
+use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use crate::device::spans;
 use crate::kernels::{Exact, Half, dispatch};
@@ -70,68 +71,56 @@ pub(crate) fn gather_sum(y: &Array, w: Option<&Array>, routing: &Routing) -> Res
     )
 }
 
-/// The gradient of the rows: `w[pair]`·`g[token]` for each.
-fn spread(g: &Array, w: &Array, routing: &Routing) -> Result<Array> {
-    let (k, d, n) = (routing.top_k(), g.shape()[1], routing.groups().rows());
-    dispatch(
-        [g.clone(), routing.pairs_of_rows().clone()],
+/// The gradient of the rows, `w[pair]`·`g[token]` for each, and of the weights, ⟨`g[t]`, `y[place[t, s]]`⟩ for each. On the CPU they are
+/// one pass over the rows.
+fn gradients(g: &Array, y: &Array, w: &Array, routing: &Routing) -> Result<(Array, Array)> {
+    let (t, k, d, n) = (routing.tokens(), routing.top_k(), g.shape()[1], routing.groups().rows());
+    let (dy, Exact(dw)) = dispatch(
+        [g.clone(), y.clone(), routing.pairs_of_rows().clone()],
         Half::Native,
-        |[g, pairs]| {
-            let mut dy = Array::uninit(&[n, d], g.dtype());
+        |[g, y, pairs]| {
+            let (mut dy, mut dw) = (Array::uninit(&[n, d], g.dtype()), Array::uninit(&[t, k], g.dtype()));
             with_float!("combine", g.dtype(), |T| {
-                let (g, pairs, w) = (g.as_slice::<T>()?, pairs.as_slice::<u32>()?, w.as_slice::<T>()?);
+                let (g, y, pairs) = (g.as_slice::<T>()?, y.as_slice::<T>()?, pairs.as_slice::<u32>()?);
+                let (w, dw) = (w.as_slice::<T>()?, Shared::new(dw.fresh_mut::<T>()));
                 par_units(dy.fresh_mut::<T>(), d.max(1), (GRAIN / d.max(1)).max(1), |rows, dy| {
-                    for (row, dy) in rows.zip(dy.chunks_exact_mut(d)) {
-                        let pair = pairs[row] as usize;
-                        let g = &g[pair / k * d..][..d];
-                        dy.iter_mut().zip(g).for_each(|(dy, &g)| *dy = w[pair] * g);
-                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (row, dy) in rows.zip(dy.chunks_exact_mut(d)) {
+                                let pair = pairs[row] as usize;
+                                let (g, y) = (&g[pair / k * d..][..d], &y[row * d..][..d]);
+                                dy.iter_mut().zip(g).for_each(|(dy, &g)| *dy = w[pair] * g);
+                                // SAFETY: each pair is one row.
+                                let dw = unsafe { dw.slice(pair..pair + 1) };
+                                dw[0] = dot(g, y);
+                            }
+                        },
+                    )
                 });
-                Ok(dy)
-            })
+                Ok(())
+            })?;
+            Ok((dy, Exact(dw)))
         },
-        |gpu, [g, pairs]| cuda::spread(gpu, &g, w, &pairs, (n, k)),
-    )
-}
-
-/// The gradient of the weights: ⟨`g[t]`, `y[place[t, s]]`⟩ for each.
-fn inner(g: &Array, y: &Array, routing: &Routing) -> Result<Array> {
-    let (t, k, d) = (routing.tokens(), routing.top_k(), g.shape()[1]);
-    let Exact(dw) = dispatch(
-        [g.clone(), y.clone(), routing.places().clone()],
-        Half::Native,
-        |[g, y, place]| {
-            let mut dw = Array::uninit(&[t, k], g.dtype());
-            with_float!("combine", g.dtype(), |T| {
-                let (g, y, place) = (g.as_slice::<T>()?, y.as_slice::<T>()?, place.as_slice::<u32>()?);
-                par_units(dw.fresh_mut::<T>(), 1, (GRAIN / d.max(1)).max(1), |pairs, dw| {
-                    for (pair, dw) in pairs.zip(dw) {
-                        let (g, y) = (&g[pair / k * d..][..d], &y[place[pair] as usize * d..][..d]);
-                        *dw = dot(g, y);
-                    }
-                });
-                Ok(Exact(dw))
-            })
+        |gpu, [g, y, pairs]| {
+            let place = crate::array::cuda::on(gpu, routing.places())?;
+            let dw = cuda::inner(gpu, &g, &y, &place, (t, k))?;
+            Ok((cuda::spread(gpu, &g, w, &pairs, (n, k))?, Exact(dw)))
         },
-        |gpu, [g, y, place]| cuda::inner(gpu, &g, &y, &place, (t, k)).map(Exact),
     )?;
-    Ok(dw)
+    Ok((dy, dw))
 }
 
-/// In eight sums, so that it runs at the speed of the vectors.
+/// In sixteen sums, so that it runs at the speed of the vectors.
+#[inline(always)]
 fn dot<T: Float>(a: &[T], b: &[T]) -> T {
-    simd(
-        #[inline(always)]
-        || {
-            let mut sums = [T::ZERO; 8];
-            let (x, y) = (a.chunks_exact(8), b.chunks_exact(8));
-            let rest: T = x.remainder().iter().zip(y.remainder()).map(|(&a, &b)| a * b).sum();
-            for (a, b) in x.zip(y) {
-                sums.iter_mut().zip(a.iter().zip(b)).for_each(|(s, (&a, &b))| *s += a * b);
-            }
-            sums.into_iter().sum::<T>() + rest
-        },
-    )
+    let mut sums = [T::ZERO; 16];
+    let (x, y) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: T = x.remainder().iter().zip(y.remainder()).map(|(&a, &b)| a * b).sum();
+    for (a, b) in x.zip(y) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(s, (&a, &b))| *s += a * b);
+    }
+    sums.into_iter().sum::<T>() + rest
 }
 
 struct Back {
@@ -154,11 +143,12 @@ impl Rule for Back {
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
         let g = grad.contiguous();
+        let (dy, dw) = gradients(&g, &self.y, &self.w, &self.routing)?;
         if back.needs(0) {
-            back.input(0, spread(&g, &self.w, &self.routing)?);
+            back.input(0, dy);
         }
         if back.needs(1) {
-            back.input(1, inner(&g, &self.y, &self.routing)?);
+            back.input(1, dw);
         }
         Ok(())
     }

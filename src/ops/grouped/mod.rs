@@ -10,14 +10,15 @@ use crate::array::Array;
 use crate::autograd::{
     Case, Cotangents, Differentiable, Factor, FactorRule, Gen, Groups, OpInfo, Owner, Rule, Segments, Whose, one,
 };
-use crate::base::{Element, Error, Result};
+use crate::base::{DType, Element, Error, Result};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 use crate::device::spans;
+use crate::kernels::gemm::half::{self as half_gemm, Operand, Out};
 use crate::kernels::gemm::{Epilogue, Mat, gemm};
 use crate::kernels::{Activation, Half, dispatch, rows};
 use crate::ops::combine::gather_sum;
-use crate::ops::linear::{Layout, activation_grad};
+use crate::ops::linear::{Layout, activation_grad, f32_or_bf16};
 use crate::ops::route::{Choice, Gate, Routing, route};
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
 use smallvec::SmallVec;
@@ -127,6 +128,46 @@ struct Finish<'a> {
     pre: bool,
 }
 
+/// Rows of every group, for a loop over the groups on the CPU.
+struct EachGroup<'a> {
+    groups: &'a Segments,
+    /// Which row of the input a row reads, if not its own.
+    token: Option<&'a [u32]>,
+    k: usize,
+    m: usize,
+}
+
+impl EachGroup<'_> {
+    /// `product(e, (x, gather), y, z)` for each group e that has rows: those of `x`, as a matrix with the rows that are gathered from it, and
+    /// those of `y` and `z` to be written.
+    fn run<T: Element>(
+        &self,
+        x: &[T],
+        y: &mut [T],
+        z: Option<&mut [T]>,
+        product: impl Fn(usize, (Mat<T>, Option<&[u32]>), &mut [T], Option<&mut [T]>) + Sync,
+    ) {
+        let (k, m, offsets) = (self.k, self.m, self.groups.offsets());
+        let (y, z) = (Shared::new(y), z.map(Shared::new));
+        par_chunks(self.groups.count(), self.groups.grain(m), |part| {
+            for e in part {
+                let r = offsets[e]..offsets[e + 1];
+                if r.is_empty() || m == 0 {
+                    continue;
+                }
+                let at = r.start * m..r.end * m;
+                // SAFETY: groups are disjoint runs of rows, since offsets never fall.
+                let (y, z) = unsafe { (y.slice(at.clone()), z.as_ref().map(|z| z.slice(at))) };
+                let x = match self.token {
+                    Some(token) => (Mat::new(x, x.len().checked_div(k).unwrap_or(0), k), Some(&token[r])),
+                    None => (Mat::new(&x[r.start * k..r.end * k], r.len(), k), None),
+                };
+                product(e, x, y, z);
+            }
+        });
+    }
+}
+
 /// y[rows of e] = act(x[rows of e]·W_e (+ b_e)), with W_e the `k × m` matrix of group e in `w`, each stored transposed if
 /// `transposed`. With a routing, row j reads the token of row j. The second array is what went into the activation.
 fn products(
@@ -140,43 +181,47 @@ fn products(
     let Finish { bias, act, pre } = finish;
     dispatch(
         [x.clone(), w.clone()],
-        Half::Native,
+        Half::Bf16,
         |[x, w]| {
             let n = groups.rows();
             let (mut y, mut z) = (Array::uninit(&[n, m], x.dtype()), pre.then(|| Array::uninit(&[n, m], x.dtype())));
+            let token = routing.map(|r| r.tokens_of_rows().as_slice::<u32>()).transpose()?;
+            let each = EachGroup { groups, token, k, m };
+            let bias = bias.map(|b| b.cast(x.dtype().compute()));
+            // Matrix e of the weight, as it is stored.
+            fn matrix<T>(w: &[T], e: usize, (k, m): (usize, usize), transposed: bool) -> Mat<'_, T> {
+                let w = &w[e * k * m..(e + 1) * k * m];
+                if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) }
+            }
+            if x.dtype() == DType::BF16 {
+                let w = f32_or_bf16(w);
+                let (wide, narrow) = (w.as_slice::<f32>(), w.as_slice::<half::bf16>());
+                let weight = |e: usize| match (&wide, &narrow) {
+                    (Ok(w), _) => Ok(Operand::Full(matrix(w, e, (k, m), transposed))),
+                    (_, Ok(w)) => Ok(Operand::Half(matrix(w, e, (k, m), transposed))),
+                    (_, Err(_)) => Err(Error::dtype("grouped_linear", format!("a weight of {}", w.dtype()))),
+                };
+                let weights = (0..groups.count()).map(weight).collect::<Result<Vec<_>>>()?;
+                let bias = bias.as_ref().map(|b| b.as_slice::<f32>()).transpose()?;
+                each.run(x.as_slice()?, y.fresh_mut(), z.as_mut().map(|z| z.fresh_mut()), |e, (x, gather), y, pre| {
+                    let bias = bias.map(|b| &b[e * m..(e + 1) * m]);
+                    let finish =
+                        half_gemm::Epilogue { gather, bias, act, pre: pre.map(Out::Half), ..Default::default() };
+                    half_gemm::product(Operand::Half(x), weights[e], finish, Out::Half(y));
+                });
+                return Ok((y, z));
+            }
             with_float!("grouped_linear", x.dtype(), |T| {
                 let w = w.cast(T::DTYPE);
-                let (x, w) = (x.as_slice::<T>()?, w.as_slice::<T>()?);
-                let bias = bias.map(|b| b.cast(T::DTYPE));
+                let w = w.as_slice::<T>()?;
                 let bias = bias.as_ref().map(|b| b.as_slice::<T>()).transpose()?;
-                let token = routing.map(|r| r.tokens_of_rows().as_slice::<u32>()).transpose()?;
-                let offsets = groups.offsets();
-                let (y, z) = (Shared::new(y.fresh_mut::<T>()), z.as_mut().map(|z| Shared::new(z.fresh_mut::<T>())));
-                par_chunks(groups.count(), groups.grain(m), |part| {
-                    for e in part {
-                        let r = offsets[e]..offsets[e + 1];
-                        if r.is_empty() || m == 0 {
-                            continue;
-                        }
-                        let at = r.start * m..r.end * m;
-                        // SAFETY: groups are disjoint runs of rows, since offsets never fall.
-                        let (y, pre) = unsafe { (y.slice(at.clone()), z.as_ref().map(|z| z.slice(at))) };
-                        let w = &w[e * k * m..(e + 1) * k * m];
-                        let w = if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) };
-                        let bias = bias.map(|b| &b[e * m..(e + 1) * m]);
-                        let finish = Epilogue { bias, act, pre, ..Epilogue::default() };
-                        match token {
-                            Some(token) => {
-                                let all = Mat::new(x, x.len().checked_div(k).unwrap_or(0), k);
-                                gemm(all, w, Epilogue { gather: Some(&token[r]), ..finish }, y);
-                            }
-                            None => gemm(Mat::new(&x[r.start * k..r.end * k], r.len(), k), w, finish, y),
-                        }
-                    }
+                each.run(x.as_slice()?, y.fresh_mut(), z.as_mut().map(|z| z.fresh_mut()), |e, (x, gather), y, pre| {
+                    let bias = bias.map(|b| &b[e * m..(e + 1) * m]);
+                    let finish = Epilogue { gather, bias, act, pre, ..Epilogue::default() };
+                    gemm(x, matrix::<T>(w, e, (k, m), transposed), finish, y);
                 });
-                Ok(())
-            })?;
-            Ok((y, z))
+                Ok((y, z))
+            })
         },
         |gpu, [x, w]| {
             let w = w.cast(x.dtype());
@@ -272,8 +317,8 @@ impl Rule for Back {
 /// `rows` says what the rows are: segments of an input `[N, d]` that is sorted by group ([`Segments`]), or the tokens of an
 /// input `[T, d]`, which are gathered while they are read ([`Routing`]). `w` is `[E, p, d]` ([`Layout::OutIn`]) or `[E, d, p]`
 /// ([`Layout::InOut`]), `bias` `[E, p]`; any of the E groups may be empty. `samples` says whose each of the N rows is:
-/// [`Routing::samples`], or [`Samples::select`] of the map before routing. bf16 and f16 inputs are computed in f32 and the result
-/// rounded back.
+/// [`Routing::samples`], or [`Samples::select`] of the map before routing. Of bf16 inputs the
+/// weights are rounded to bf16, too, and products summed in f32 ([`half`](crate::kernels::gemm::half)); f16 on the CPU is computed in f32.
 pub fn grouped_linear<'a>(
     x: &Tensor,
     w: &Param,

@@ -4,8 +4,8 @@ use crate::base::Float;
 use crate::device::cpu::shared::Shared;
 use crate::kernels::lanes::{lanes, max_of, rows};
 
-/// Rows whose target is `usize::MAX` are ignored. Writes loss and log-sum-exp per row: with smoothing s,
-/// lse − (1 − s)·`x[target]` − s·mean(x).
+/// Rows whose target is `usize::MAX` are ignored. Writes per row the loss, and the largest logit m beside z = ln Σ exp(x − m): their sum
+/// is a coarse number where m is large. With smoothing s the loss is z − (1 − s)·(`x[target]` − m) − s·mean(x − m).
 pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: T, loss: &mut [T], lse: &mut [T]) {
     let inv = T::ONE / T::from_f64(d as f64);
     let (loss, lse) = (Shared::new(loss), Shared::new(lse));
@@ -15,20 +15,21 @@ pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: 
         #[inline(always)]
         |r| {
             // SAFETY: each row is written once.
-            let (l, z) = unsafe { (loss.slice(r..r + 1), lse.slice(r..r + 1)) };
+            let (l, z) = unsafe { (loss.slice(r..r + 1), lse.slice(2 * r..2 * r + 2)) };
             if targets[r] == usize::MAX {
-                (l[0], z[0]) = (T::ZERO, T::ZERO);
-                return;
+                l[0] = T::ZERO;
+                return z.fill(T::ZERO);
             }
             let x = &x[r * d..(r + 1) * d];
             let m = max_of(x);
-            z[0] = m + lanes(
+            z[0] = m;
+            z[1] = lanes(
                 [x],
                 #[inline(always)]
                 |[x]| (x - m).exp(),
             )
             .ln();
-            l[0] = z[0] - (T::ONE - smoothing) * x[targets[r]];
+            l[0] = z[1] - (T::ONE - smoothing) * (x[targets[r]] - m);
             if smoothing != T::ZERO {
                 l[0] = l[0]
                     - smoothing
@@ -36,7 +37,7 @@ pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: 
                         * lanes(
                             [x],
                             #[inline(always)]
-                            |[x]| x,
+                            |[x]| x - m,
                         );
             }
         },
@@ -64,10 +65,10 @@ pub fn cross_entropy_backward<T: Float>(
             if targets[r] == usize::MAX {
                 return o.fill(T::ZERO);
             }
-            let (x, z, w) = (&x[r * d..(r + 1) * d], lse[r], weight[r]);
+            let (x, m, z, w) = (&x[r * d..(r + 1) * d], lse[2 * r], lse[2 * r + 1], weight[r]);
             {
                 for i in 0..d {
-                    o[i] = w * ((x[i] - z).exp() - even);
+                    o[i] = w * ((x[i] - m - z).exp() - even);
                 }
             }
             o[targets[r]] += -w * (T::ONE - smoothing);

@@ -36,7 +36,7 @@ impl Targets {
 }
 
 /// Cross-entropy of contiguous logits `[…, d]` with targets, summed or averaged per sample: `[samples]`, the
-/// log-sum-exp of every row, and the targets with the weights that the backward needs.
+/// largest logit and the log-sum-exp above it of every row, and the targets with the weights that the backward needs.
 pub(crate) fn cross_entropy(
     x: &Array,
     mut targets: Targets,
@@ -46,7 +46,7 @@ pub(crate) fn cross_entropy(
     let gpu = targets.ids.gpu().ok_or_else(|| Error::device("cross_entropy", "targets are on the CPU"))?;
     let (rows, d, count) = (targets.ids.numel(), *x.shape().last().unwrap_or(&1), targets.owners.count);
     let fresh = |n: usize| Array::uninit_on(gpu, &[n], x.dtype().compute());
-    let (loss, lse, weight) = (fresh(rows)?, fresh(rows)?, fresh(rows)?);
+    let (loss, lse, weight) = (fresh(rows)?, fresh(2 * rows)?, fresh(rows)?);
     if rows == 0 {
         let out = Array::zeros(&[count], (x.dtype().compute(), gpu));
         targets.weight = Some(weight);

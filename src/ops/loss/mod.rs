@@ -82,24 +82,40 @@ static BCE: OpInfo = OpInfo {
     name: "binary_cross_entropy",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g: &mut Gen| {
-        let s = g.shape(2);
-        let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
-        Ok(Case::new(vec![g.array(&s)], move |x| binary_cross_entropy_with_logits(&x[0], &t, Reduce::Mean)))
-    }],
+    cases: &[
+        |g: &mut Gen| {
+            let s = g.shape(2);
+            let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
+            Ok(Case::new(vec![g.array(&s)], move |x| binary_cross_entropy_with_logits(&x[0], &t, Reduce::Mean)))
+        },
+        // Targets that were computed as well.
+        |g| {
+            let s = g.shape(2);
+            let inputs = vec![g.array(&s), g.array_in(&s, 0.1, 0.9)];
+            Ok(Case::new(inputs, |x| binary_cross_entropy_with_logits(&x[0], &x[1], Reduce::Sum)))
+        },
+    ],
 };
 
 static KL: OpInfo = OpInfo {
     name: "kl_divergence",
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
-    cases: &[|g: &mut Gen| {
-        let s = [g.extent(0, 3), g.extent(2, 4)];
-        let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
-        Ok(Case::new(vec![g.array(&s)], move |x| {
-            kl_divergence(&x[0].log_softmax(-1)?, &t.to(&x[0].device())?, Reduce::Mean)
-        }))
-    }],
+    cases: &[
+        |g: &mut Gen| {
+            let s = [g.extent(0, 3), g.extent(2, 4)];
+            let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
+            Ok(Case::new(vec![g.array(&s)], move |x| {
+                kl_divergence(&x[0].log_softmax(-1)?, &t.to(&x[0].device())?, Reduce::Mean)
+            }))
+        },
+        // Targets that were computed as well.
+        |g| {
+            let s = [g.extent(0, 3), g.extent(2, 4)];
+            let inputs = vec![g.array(&s), g.array_in(&s, 0.1, 0.9)];
+            Ok(Case::new(inputs, |x| kl_divergence(&x[0].log_softmax(-1)?, &x[1], Reduce::Mean)))
+        },
+    ],
 };
 
 /// This family's entries.
@@ -113,6 +129,7 @@ enum Rows {
 
 struct Back {
     logits: Array,
+    /// Of each row the largest logit m, and ln Σ exp(x − m).
     lse: Array,
     rows: Rows,
     samples: Samples,
@@ -170,7 +187,7 @@ impl Rule for Back {
 }
 
 /// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32 or i64), fused with log-softmax: one loss per sample.
-/// Saves the logits and one number per row. A sample without a row that counts has loss 0 and no gradient.
+/// Saves the logits and two numbers per row. A sample without a row that counts has loss 0 and no gradient.
 ///
 /// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
 pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &CrossEntropy) -> Result<Tensor> {
@@ -223,7 +240,7 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
                 Reduce::Sum => 1.0,
             };
             let weight: Vec<f64> = (0..n).map(weight).collect();
-            let mut lse = Array::uninit(&[n], x.dtype());
+            let mut lse = Array::uninit(&[2 * n], x.dtype());
             let out = with_float!(OP, x.dtype(), |T| {
                 let f = <T as Element>::from_f64;
                 let mut loss = vec![<T as Float>::ZERO; n];
@@ -260,14 +277,14 @@ fn per_sample(x: &Tensor, reduce: Reduce) -> Result<Tensor> {
         return Err(Error::shape("loss", "a scalar has no sample axis"));
     };
     let each = x.numel().checked_div(b).unwrap_or(0);
-    let sum = x.reshape(&[b, each])?.sum(&[1], false)?;
+    let rows = x.reshape(&[b, each])?;
     match reduce {
-        Reduce::Sum => Ok(sum),
-        Reduce::Mean => sum.mul_scalar(1.0 / each.max(1) as f64),
+        Reduce::Mean if each > 0 => rows.mean(&[1], false),
+        _ => rows.sum(&[1], false),
     }
 }
 
-/// max(x, 0) − x·t + ln(1 + e^{−|x|}) of logits x and targets t in [0, 1], both `[B, …]`: one loss per sample.
+/// max(x, 0) − x·t + ln(1 + e^{−|x|}) of logits x and targets t in [0, 1], both `[B, …]`: one loss per sample. Both have gradients.
 pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
     let _op = spans::op("binary_cross_entropy");
     if logits.shape() != targets.shape() {
@@ -283,9 +300,15 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
             &BCE
         }
         fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-            one(y.same())
+            [y.same(), y.same()].into_iter().collect()
         }
         fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+            if back.needs(1) {
+                back.input(1, Tensor::new(self.x.clone()).neg()?.mul(&Tensor::new(grad.clone()))?.into_array());
+            }
+            if !back.needs(0) {
+                return Ok(());
+            }
             let dx = dispatch(
                 [self.x.clone(), self.t.clone(), grad],
                 Half::Native,
@@ -314,7 +337,7 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
         },
         |gpu, [x, t]| cuda::bce(gpu, &x, &t),
     )?;
-    let y = Tensor::record(y, &[&x], &[], || Bce { x: x.array().clone(), t: t.array().clone() });
+    let y = Tensor::record(y, &[&x, &t], &[], || Bce { x: x.array().clone(), t: t.array().clone() });
     per_sample(&y, reduce)
 }
 
@@ -336,12 +359,16 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
     }
     let log_probs = &log_probs.cast(log_probs.dtype().compute())?;
     let t = targets.cast(DType::F64)?;
-    let t_log_t = Tensor::new(dispatch(
-        [t.into_array()],
-        Half::Native,
-        |[t]| ew::map::<f64, f64>(&t, |t| if t > 0.0 { t * t.ln() } else { 0.0 }),
-        |gpu, [t]| cuda::xlogx(gpu, &t),
-    )?);
+    let t_log_t = match Tensor::would_record(&[targets], &[]) {
+        // ln t + 1 for the targets; t·ln t is 0 where t is.
+        true => t.clamp(f64::MIN_POSITIVE, f64::INFINITY)?.log()?.mul(&t)?,
+        false => Tensor::new(dispatch(
+            [t.into_array()],
+            Half::Native,
+            |[t]| ew::map::<f64, f64>(&t, |t| if t > 0.0 { t * t.ln() } else { 0.0 }),
+            |gpu, [t]| cuda::xlogx(gpu, &t),
+        )?),
+    };
     let terms = t_log_t.cast(log_probs.dtype())?.sub(&targets.cast(log_probs.dtype())?.mul(log_probs)?)?;
     per_sample(&terms.sum(&[-1], true)?, reduce)
 }

@@ -11,7 +11,9 @@ use crate::autograd::{
     Case, Cotangents, Differentiable, Factor, FactorRule, Gen, OpInfo, Owner, Rule, Whose, one, samples_or_leading,
 };
 use crate::base::{DType, Element, Error, Result};
+use crate::device::cpu::shared::Shared;
 use crate::device::spans;
+use crate::kernels::lanes::bf16_blocks;
 use crate::kernels::{Exact, Half, dispatch};
 use crate::{Param, Samples, Tensor, with_float};
 use smallvec::SmallVec;
@@ -81,9 +83,36 @@ impl Rule for Back {
         // x̂ and dy are factors of the gradients of gain and bias: they are kept in f32.
         let (dx, Exact((xhat, dy))) = dispatch(
             [self.x.clone(), self.stats.clone(), dy],
-            Half::Native,
+            Half::Bf16,
             |[x, stats, dy]| {
+                let half = (x.dtype(), dy.dtype()) == (DType::BF16, DType::BF16);
+                if half && !factors {
+                    let mut dx = wanted.0.then(|| Array::uninit(x.shape(), DType::BF16));
+                    let gain = gain.as_ref().map(|g| g.as_slice::<f32>()).transpose()?;
+                    let stats = stats.as_slice()?;
+                    let operands = [x.as_slice()?, dy.as_slice()?];
+                    bf16_blocks(d, operands, dx.as_mut().map(|a| a.fresh_mut()), |r, [x, dy], dx| {
+                        cpu::norm_backward((x, &stats[2 * r.start..2 * r.end], dy), (d, center), gain, dx, None);
+                    });
+                    return Ok((dx, Exact((None, dy))));
+                }
+                let (x, dy) = (if half { x } else { x.cast(stats.dtype()) }, dy.cast(stats.dtype()));
                 let dtype = dy.dtype();
+                if half {
+                    let mut dx = wanted.0.then(|| Array::uninit(x.shape(), DType::BF16));
+                    let mut xhat = wanted.1.then(|| Array::uninit(&flat, dtype));
+                    let gain = gain.as_ref().map(|g| g.as_slice::<f32>()).transpose()?;
+                    let (stats, wide) = (stats.as_slice()?, dy.as_slice::<f32>()?);
+                    let rows_of_xhat = xhat.as_mut().map(|a| Shared::new(a.fresh_mut::<f32>()));
+                    bf16_blocks(d, [x.as_slice()?], dx.as_mut().map(|a| a.fresh_mut()), |r, [x], dx| {
+                        let at = r.start * d..r.end * d;
+                        // SAFETY: blocks are disjoint.
+                        let xhat = rows_of_xhat.as_ref().map(|a| unsafe { a.slice(at.clone()) });
+                        let operands = (x, &stats[2 * r.start..2 * r.end], &wide[at]);
+                        cpu::norm_backward(operands, (d, center), gain, dx, xhat);
+                    });
+                    return Ok((dx, Exact((xhat, dy))));
+                }
                 let mut dx = wanted.0.then(|| Array::uninit(x.shape(), dtype));
                 let mut xhat = wanted.1.then(|| Array::uninit(&flat, dtype));
                 with_float!(name, dtype, |T| {
@@ -147,9 +176,22 @@ fn norm(
     let (g, b) = (gain.map(|p| p.value().cast(compute)), bias.map(|p| p.value().cast(compute)));
     let (y, Exact(stats)) = dispatch(
         [xa.clone()],
-        Half::Native,
+        Half::Bf16,
         |[x]| {
-            let (mut y, mut stats) = (Array::uninit(x.shape(), compute), Array::uninit(&[n, 2], compute));
+            let (mut y, mut stats) = (Array::uninit(x.shape(), x.dtype()), Array::uninit(&[n, 2], compute));
+            if x.dtype() == DType::BF16 {
+                let g = g.as_ref().map(|a| a.as_slice::<f32>()).transpose()?;
+                let b = b.as_ref().map(|a| a.as_slice::<f32>()).transpose()?;
+                let all = Shared::new(stats.fresh_mut::<f32>());
+                bf16_blocks(d, [x.as_slice()?], Some(y.fresh_mut()), |r, [x], y| {
+                    // SAFETY: blocks are disjoint.
+                    let stats = unsafe { all.slice(2 * r.start..2 * r.end) };
+                    if let Some(y) = y {
+                        cpu::norm_forward(x, (d, center, eps as f32), (g, b), y, stats);
+                    }
+                });
+                return Ok((y, Exact(stats)));
+            }
             with_float!(info.name, compute, |T| {
                 let g = g.as_ref().map(|a| a.as_slice::<T>()).transpose()?;
                 let b = b.as_ref().map(|a| a.as_slice::<T>()).transpose()?;

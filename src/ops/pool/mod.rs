@@ -5,7 +5,7 @@ pub(crate) mod cuda;
 use crate::array::Array;
 use crate::array::shape::Dims;
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
-use crate::base::{DType, Error, Float, Result};
+use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::cpu::par::{GRAIN, par_rows2, par_units};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch};
@@ -237,8 +237,9 @@ fn average(x: &Tensor, grid: Grid) -> Result<Tensor> {
                     for (n, y) in planes.zip(y.chunks_exact_mut(places)) {
                         let x = &x[n * area..(n + 1) * area];
                         grid.each(|o, l, c| {
-                            let line = |i: usize| x[i * width + c.start..i * width + c.end].iter().copied().sum::<T>();
-                            y[o] = l.clone().map(line).sum::<T>() * grid.scale::<T>(l, c);
+                            let line = |i: usize| &x[i * width + c.start..i * width + c.end];
+                            let sum: f64 = l.clone().flat_map(line).map(|x| x.to_f64()).sum();
+                            y[o] = T::from_f64(sum * grid.scale::<f64>(l, c));
                         });
                     }
                 });

@@ -5,11 +5,11 @@ pub(crate) mod cuda;
 use crate::array::shape::Dims;
 use crate::array::{Array, shape};
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
-use crate::base::{Error, Float, Result};
+use crate::base::{DType, Element, Error, Float, Result};
 use crate::device::spans;
 use crate::kernels::{Half, dispatch, elementwise as ew, sums as cpu};
 use crate::ops::reduce::cuda::Extreme;
-use crate::{Tensor, with_dtype, with_float};
+use crate::{Tensor, with_computed, with_dtype, with_float};
 use smallvec::SmallVec;
 
 /// Sums the dimensions along which `a` was broadcast from `shape`.
@@ -24,6 +24,12 @@ pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
 
 /// Sums the listed dimensions away (sizes become 1 and are dropped).
 pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
+    sum_scaled(a, dims, 1.0)
+}
+
+/// `scale` times the sum over the listed dimensions. The product is rounded to the dtype, not the sum: the mean of 100,000 halves is one,
+/// whose sum is none.
+fn sum_scaled(a: &Array, dims: &[usize], scale: f64) -> Result<Array> {
     let kept: Vec<usize> = (0..a.rank()).filter(|d| !dims.contains(d)).collect();
     let out_shape: Dims = kept.iter().map(|&d| a.shape()[d]).collect();
     let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
@@ -34,20 +40,20 @@ pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
     let a = if leading { a.clone() } else { a.permute(&order)?.contiguous() };
     dispatch(
         [a],
-        Half::Native,
+        Half::Bf16,
         |[a]| {
             let mut out = Array::uninit(&out_shape, a.dtype());
-            with_float!("sum", a.dtype(), |T| {
+            with_computed!("sum", a.dtype(), |T| {
                 match leading {
-                    true => cpu::sum_columns::<T>(a.as_slice::<T>()?, cols, rows, out.fresh_mut::<T>()),
-                    false => cpu::sum_rows::<T>(a.as_slice::<T>()?, rows, cols, out.fresh_mut::<T>()),
+                    true => cpu::sum_columns::<T>(a.as_slice::<T>()?, (cols, rows), scale, out.fresh_mut::<T>()),
+                    false => cpu::sum_rows::<T>(a.as_slice::<T>()?, (rows, cols), scale, out.fresh_mut::<T>()),
                 }
                 Ok(out)
             })
         },
         |gpu, [a]| match leading {
-            true => cpu::cuda::sum_columns(gpu, &a, cols, rows, &out_shape),
-            false => cpu::cuda::sum_rows(gpu, &a, rows, cols, &out_shape),
+            true => cpu::cuda::sum_columns(gpu, &a, (cols, rows), scale, &out_shape),
+            false => cpu::cuda::sum_rows(gpu, &a, (rows, cols), scale, &out_shape),
         },
     )
 }
@@ -170,6 +176,7 @@ pub static OPS: &[&OpInfo] = &[&SUM, &MAX, &LOGSUMEXP, &CUMSUM, &SORT, &ARGMAX];
 struct SumBack {
     shape: Dims,
     ones: Dims,
+    scale: f64,
 }
 impl Rule for SumBack {
     fn info(&self) -> &'static OpInfo {
@@ -179,25 +186,41 @@ impl Rule for SumBack {
         one(y.reading(&self.ones).along(&self.shape, Some))
     }
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()> {
+        let grad = match self.scale {
+            1.0 => grad,
+            scale => Tensor::new(grad).mul_scalar(scale)?.into_array(),
+        };
         back.input(0, grad.reshape(&self.ones)?.expand(&self.shape)?);
         Ok(())
     }
+}
+
+/// The sum over `dims` (all if empty) times `scale` of their number of elements.
+fn scaled(
+    t: &Tensor,
+    op: &'static str,
+    dims: &[isize],
+    keep: bool,
+    scale: impl FnOnce(usize) -> f64,
+) -> Result<Tensor> {
+    let _op = spans::op("sum");
+    t.dtype().expect_float(op)?;
+    let dims = resolve(op, dims, t.rank())?;
+    let ones = with_ones(t.shape(), &dims);
+    let scale = scale(dims.iter().map(|&d| t.shape()[d]).product());
+    let mut y = sum_scaled(t.array(), &dims, scale)?;
+    if keep {
+        y = y.reshape(&ones)?;
+    }
+    let shape: Dims = t.shape().into();
+    Ok(Tensor::record(y, &[t], &[], || SumBack { shape, ones, scale }))
 }
 
 impl Tensor {
     /// Sum over `dims` (all if empty); `keep` leaves them with size 1. Deterministic: the order of additions depends
     /// only on the shape.
     pub fn sum(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
-        let _op = spans::op("sum");
-        self.dtype().expect_float("sum")?;
-        let dims = resolve("sum", dims, self.rank())?;
-        let ones = with_ones(self.shape(), &dims);
-        let mut y = sum_dims(self.array(), &dims)?;
-        if keep {
-            y = y.reshape(&ones)?;
-        }
-        let shape: Dims = self.shape().into();
-        Ok(Tensor::record(y, &[self], &[], || SumBack { shape, ones }))
+        scaled(self, "sum", dims, keep, |_| 1.0)
     }
     /// Sum of all elements, `[]`.
     pub fn sum_all(&self) -> Result<Tensor> {
@@ -207,13 +230,15 @@ impl Tensor {
     pub fn mean_all(&self) -> Result<Tensor> {
         self.mean(&[], false)
     }
-    /// Mean over `dims` (all if empty).
+    /// Mean over `dims` (all if empty). It is rounded to the dtype once: the sum of halves need not be a half.
     pub fn mean(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
-        let n: usize = resolve("mean", dims, self.rank())?.iter().map(|&d| self.shape()[d]).product();
-        self.sum(dims, keep)?.mul_scalar(1.0 / n as f64)
+        scaled(self, "mean", dims, keep, |n| 1.0 / n as f64)
     }
-    /// Population variance over `dims` (all if empty): mean of (x − mean)².
+    /// Population variance over `dims` (all if empty): mean of (x − mean)². That of halves is computed in f32.
     pub fn var(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
+        if self.dtype().is_half() {
+            return self.cast(DType::F32)?.var(dims, keep)?.cast(self.dtype());
+        }
         self.sub(&self.mean(&all_if_empty(dims, self.rank()), true)?)?.square()?.mean(dims, keep)
     }
     /// Largest value over `dims` (all if empty). The gradient goes to the first of equal values.
@@ -292,8 +317,8 @@ impl Tensor {
                     out.fresh_mut::<T>().iter_mut().enumerate().for_each(|(r, o)| {
                         let row = &x[r * cols..(r + 1) * cols];
                         let m = row.iter().fold(T::NEG_INFINITY, |m, &x| m.larger(x));
-                        let s: T = row.iter().map(|&x| (x - m).exp()).sum();
-                        *o = if m.finite() { m + s.ln() } else { m };
+                        let s: f64 = row.iter().map(|&x| (x - m).exp().to_f64()).sum();
+                        *o = if m.finite() { m + T::from_f64(s).ln() } else { m };
                     });
                     Ok(out)
                 })
@@ -455,12 +480,15 @@ fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
         |[a]| {
             let mut y = a.copy();
             with_float!("cumsum", a.dtype(), |T| {
+                // Running sums are f64, rounded where they are written.
+                let mut sums = vec![0f64; inner];
                 for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
-                    for i in 1..n {
-                        let (to, from) = if reverse { (n - 1 - i, n - i) } else { (i, i - 1) };
-                        for j in 0..inner {
-                            let s = block[to * inner + j] + block[from * inner + j];
-                            block[to * inner + j] = s;
+                    sums.fill(0.0);
+                    for i in 0..n {
+                        let at = if reverse { n - 1 - i } else { i };
+                        for (x, s) in block[at * inner..(at + 1) * inner].iter_mut().zip(&mut sums) {
+                            *s += x.to_f64();
+                            *x = T::from_f64(*s);
                         }
                     }
                 }

@@ -52,17 +52,28 @@ impl RotaryTable {
         if !(base.is_finite() && base > 0.0) {
             return Err(Error::invalid("rotary", format!("base {base} must be positive")));
         }
+        if dim > 1 << 20 {
+            return Err(Error::invalid("rotary", format!("heads of {dim} elements; use at most 2^20")));
+        }
         let frequencies: Vec<f64> = (0..dim / 2).map(|i| base.powf(-2.0 * i as f64 / dim as f64)).collect();
-        Ok(RotaryTable::with_frequencies(len, &frequencies))
+        RotaryTable::with_frequencies(len, &frequencies)
     }
-    /// Positions `0..len`, pair i turned by `frequencies[i]` radians per position (scaled or interpolated variants).
-    pub fn with_frequencies(len: usize, frequencies: &[f64]) -> RotaryTable {
+    /// Positions `0..len`, pair i turned by `frequencies[i]` radians per position (scaled or interpolated variants). At most 2²⁷ angles.
+    pub fn with_frequencies(len: usize, frequencies: &[f64]) -> Result<RotaryTable> {
+        if let Some(w) = frequencies.iter().find(|w| !w.is_finite()) {
+            return Err(Error::invalid("rotary", format!("a frequency of {w}; all must be finite")));
+        }
+        if len.checked_mul(frequencies.len()).is_none_or(|n| n > 1 << 27) {
+            let message =
+                format!("a table of {len} positions by {} pairs; it holds at most 2^27 angles", frequencies.len());
+            return Err(Error::invalid("rotary", message));
+        }
         let table = |f: fn(f64) -> f64| -> Vec<f64> {
             (0..len).flat_map(|t| frequencies.iter().map(move |w| f(t as f64 * w))).collect()
         };
         let f64 = [table(f64::cos), table(f64::sin)];
         let f32 = [0, 1].map(|k: usize| f64[k].iter().map(|&x| x as f32).collect());
-        RotaryTable(Arc::new(Inner { len, half: frequencies.len(), f32, f64, on_gpu: Mutex::default() }))
+        Ok(RotaryTable(Arc::new(Inner { len, half: frequencies.len(), f32, f64, on_gpu: Mutex::default() })))
     }
     /// Number of positions.
     pub fn len(&self) -> usize {

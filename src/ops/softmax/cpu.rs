@@ -18,7 +18,7 @@ pub fn softmax<T: Float>(x: &[T], d: usize, log: bool, y: &mut [T]) {
             let y = unsafe { y.slice(r * d..(r + 1) * d) };
             let m = max_of(x);
             if log {
-                let z = m + lanes(
+                let z = lanes(
                     [x],
                     #[inline(always)]
                     |[x]| (x - m).exp(),
@@ -26,7 +26,7 @@ pub fn softmax<T: Float>(x: &[T], d: usize, log: bool, y: &mut [T]) {
                 .ln();
                 {
                     for i in 0..d {
-                        y[i] = x[i] - z;
+                        y[i] = x[i] - m - z;
                     }
                 }
             } else {

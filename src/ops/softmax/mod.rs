@@ -5,8 +5,9 @@ pub(crate) mod cuda;
 
 use crate::array::{Array, shape};
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
-use crate::base::Result;
+use crate::base::{DType, Result};
 use crate::device::spans;
+use crate::kernels::lanes::bf16_blocks;
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_float};
 use smallvec::SmallVec;
@@ -49,8 +50,16 @@ impl Rule for Back {
         let (d, log) = (*self.y.shape().last().unwrap_or(&1), self.log);
         let dx = dispatch(
             [self.y.clone(), grad.contiguous()],
-            Half::Native,
+            Half::Bf16,
             |[y, grad]| {
+                if (y.dtype(), grad.dtype()) == (DType::BF16, DType::BF16) {
+                    let mut dx = Array::uninit(y.shape(), DType::BF16);
+                    bf16_blocks(d, [y.as_slice()?, grad.as_slice()?], Some(dx.fresh_mut()), |_, [y, grad], dx| {
+                        cpu::softmax_backward(y, grad, d, log, dx.unwrap_or_default())
+                    });
+                    return Ok(dx);
+                }
+                let (y, grad) = (y.cast(y.dtype().compute()), grad.cast(grad.dtype().compute()));
                 let mut dx = Array::uninit(y.shape(), grad.dtype());
                 with_float!("softmax", grad.dtype(), |T| {
                     cpu::softmax_backward::<T>(y.as_slice()?, grad.as_slice()?, d, log, dx.fresh_mut());
@@ -74,9 +83,15 @@ fn run(x: &Tensor, dim: isize, log: bool) -> Result<Tensor> {
     let size = x.shape()[d];
     let y = dispatch(
         [x.array().contiguous()],
-        Half::Native,
+        Half::Bf16,
         |[x]| {
             let mut y = Array::uninit(x.shape(), x.dtype());
+            if x.dtype() == DType::BF16 {
+                bf16_blocks(size, [x.as_slice()?], Some(y.fresh_mut()), |_, [x], y| {
+                    cpu::softmax(x, size, log, y.unwrap_or_default())
+                });
+                return Ok(y);
+            }
             with_float!(name, x.dtype(), |T| {
                 cpu::softmax::<T>(x.as_slice()?, size, log, y.fresh_mut());
                 Ok(y)

@@ -6,11 +6,13 @@ pub(crate) mod cuda;
 
 use crate::array::Array;
 use crate::autograd::{Case, Cotangents, Differentiable, Gen, NO_PARAMS, OpInfo, Owner, Rule, Whose, one};
+use crate::base::dtype::{of_bf16, to_bf16};
 use crate::base::{DType, Element, Float, Result};
 use crate::device::spans;
 use crate::kernels::elementwise as ew;
 use crate::kernels::{Half, dispatch};
 use crate::{Tensor, with_dtype, with_float};
+use half::bf16;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 
@@ -54,8 +56,16 @@ fn case<U: Unary + ?Sized>(g: &mut Gen) -> Result<Case> {
 pub(crate) fn apply<U: Unary + ?Sized>(x: Array, p: [f64; 2]) -> Result<Array> {
     dispatch(
         [x],
-        Half::Native,
+        Half::Bf16,
         |[x]| {
+            if x.dtype() == DType::BF16 {
+                let p = p.map(|p| p as f32);
+                return ew::map_owned::<bf16>(
+                    x,
+                    #[inline(always)]
+                    move |x| to_bf16(U::f(of_bf16(x), p)),
+                );
+            }
             with_float!(U::NAME, x.dtype(), |T| {
                 let p = p.map(<T as Element>::from_f64);
                 ew::map_owned::<T>(
@@ -77,8 +87,19 @@ pub(crate) fn gradient<U: Unary + ?Sized>(grad: Array, saved: Option<Array>, p: 
     };
     dispatch(
         [grad, saved],
-        Half::Native,
+        Half::Bf16,
         |[grad, saved]| {
+            if (grad.dtype(), saved.dtype()) == (DType::BF16, DType::BF16) {
+                let p = p.map(|p| p as f32);
+                return ew::zip_owned::<bf16, bf16>(
+                    U::NAME,
+                    grad,
+                    &saved,
+                    #[inline(always)]
+                    move |g, s| to_bf16(of_bf16(g) * U::d(of_bf16(s), p)),
+                );
+            }
+            let (grad, saved) = (grad.cast(grad.dtype().compute()), saved.cast(saved.dtype().compute()));
             with_float!(U::NAME, grad.dtype(), |T| {
                 let p = p.map(<T as Element>::from_f64);
                 ew::zip_owned::<T, T>(
@@ -477,7 +498,8 @@ impl Unary for Powf {
     }
     #[inline(always)]
     fn d<T: Float>(s: T, p: [T; 2]) -> T {
-        p[0] * s.pow(p[0] - T::ONE)
+        // x⁰ is 1 everywhere, at 0 as well, where 0·0⁻¹ is no number.
+        if p[0] == T::ZERO { T::ZERO } else { p[0] * s.pow(p[0] - T::ONE) }
     }
 }
 

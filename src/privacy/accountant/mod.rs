@@ -129,7 +129,13 @@ impl Accountant {
     pub fn history(&self) -> &[Steps] {
         &self.history
     }
-    /// ε at δ: the smallest ε for which the recorded steps are (ε, δ)-private, from above.
+    /// Mass of infinite loss at least: what a record moves past the end of the noise.
+    fn certain(&self) -> f64 {
+        let step = |s: &Steps| s.count as f64 * (-s.rate * uncovered(shift(self.neighbouring) / s.sigma)).ln_1p();
+        -self.history.iter().map(step).sum::<f64>().exp_m1()
+    }
+    /// ε at δ: the smallest ε for which the recorded steps are (ε, δ)-private, from above. It is infinite where a record moves more than δ
+    /// past the end of the noise, at 9.49 standard deviations.
     pub fn epsilon(&self, delta: f64) -> Result<f64> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
@@ -137,13 +143,16 @@ impl Accountant {
         if let Some(exact) = self.unsampled() {
             return exact.epsilon(delta);
         }
+        if self.certain() > delta {
+            return Ok(f64::INFINITY);
+        }
         let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max);
         Ok(epsilon)
     }
     /// δ at ε, from above.
     pub fn delta(&self, epsilon: f64) -> Result<f64> {
         if epsilon.is_nan() {
-            return Err(Error::privacy("ε is not a number"));
+            return Err(Error::privacy(format!("ε = {epsilon}; it must be a number")));
         }
         if let Some(exact) = self.unsampled() {
             return Ok(exact.delta(epsilon));
@@ -182,6 +191,9 @@ impl Accountant {
     }
     /// The smallest noise multiplier (to 10⁻⁵, from above) for which `steps` steps at rate q cost at most (ε, δ). The history
     /// plays no part.
+    ///
+    /// A large ε does not allow ever less noise: where a record moves more than δ past the end of the noise no ε is enough, and at
+    /// δ = 10⁻⁵, 100 steps and q = 0.05 that is the case below 0.205.
     pub fn calibrate(&self, epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
         if !(epsilon.is_finite() && epsilon > 0.0) {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
@@ -200,6 +212,13 @@ impl Accountant {
             low = high;
             high *= 2.0;
             if high > 1e6 {
+                let end = uncovered(shift(self.neighbouring) / high) * rate * steps as f64;
+                if end > delta {
+                    return Err(Error::privacy(format!(
+                        "δ = {delta:e} over {steps} steps at rate {rate}: noise ends at {REACH} standard deviations, past which a record \
+                         moves at least {end:.0e} of it; choose a larger δ"
+                    )));
+                }
                 return Err(Error::privacy(format!(
                     "no noise multiplier up to 10⁶ gives ε = {epsilon} at δ = {delta} over {steps} steps at rate {rate}; \
                      take fewer steps, a smaller batch, or a larger ε"
@@ -210,7 +229,8 @@ impl Accountant {
             let mid = 0.5 * (low + high);
             if cost(mid, coarse)? > epsilon { low = mid } else { high = mid }
         }
-        let fine = 1e-4;
+        // The grid's own share of ε falls with its spacing squared: a spacing of 10⁻⁵ of ε is as good as the finest one at small ε.
+        let fine = (epsilon * 1e-5).clamp(1e-4, 1e-2);
         // `high` holds on the fine grid too; the fine answer may lie a little below the coarse bracket.
         let mut low = (low * 0.98).max(LEAST);
         while low > LEAST && cost(low, fine)? <= epsilon {
@@ -240,6 +260,9 @@ impl Accountant {
     /// the window would be too long.
     #[allow(clippy::type_complexity)]
     fn steps_of(&self, aim: Aim) -> Result<(f64, Vec<Vec<Pld>>, Vec<Reach>)> {
+        if !(self.interval >= 1e-6 && self.interval <= 0.1) {
+            return Err(Error::invalid("Accountant", format!("a grid spacing of {}; use 1e-6 to 0.1", self.interval)));
+        }
         let live = || self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0);
         // Standard deviation of the loss of one step: no more than that of the likelihood ratio, or of an unsampled step.
         let deviation =
@@ -276,9 +299,6 @@ impl Accountant {
     }
     /// The composed loss distributions, one per direction of the comparison.
     fn composed(&self, aim: Aim) -> Result<Vec<Composed>> {
-        if !(self.interval >= 1e-6 && self.interval <= 0.1) {
-            return Err(Error::invalid("Accountant", format!("a grid spacing of {}; use 1e-6 to 0.1", self.interval)));
-        }
         let live: Vec<&Steps> = self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0).collect();
         if live.is_empty() {
             return Ok(Vec::new());

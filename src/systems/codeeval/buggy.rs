@@ -317,3 +317,28 @@ pub fn generate(problems: &[Problem], flips: &FlipMap, judge: &impl Judge, mode:
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Scratch;
+
+    #[test]
+    fn bad_files_are_sentences() {
+        let folder = Scratch::new("problems");
+        let error = |text: &str| {
+            let path = folder.join("problems.jsonl");
+            std::fs::write(&path, text).unwrap();
+            read_problems(&path).unwrap_err().to_string()
+        };
+        assert!(error("").contains("no problems"));
+        assert!(error("{\n").contains("line 1: not a JSON object"));
+        let whole = r#"{"task_id": "a", "prompt": "", "entry_point": "f", "test": "", "canonical_solution": ""}"#;
+        for field in ["task_id", "prompt", "entry_point", "canonical_solution", "test"] {
+            let without = whole.replace(&format!("{field:?}:"), "\"another\":");
+            let text = error(&format!("{whole}\n\n{without}\n"));
+            assert!(text.contains(&format!("line 3: no field {field:?}")), "{text}");
+        }
+        assert!(error(r#"{"task_id": 3}"#).contains("line 1"));
+    }
+}

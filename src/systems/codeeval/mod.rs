@@ -18,17 +18,24 @@
 //! | [`buggy`] | the generator of buggy prefixes, for any set of problems with tests |
 //! | [`sandbox`] | generated programs run without files, network or other processes; verdicts |
 //! | [`locate`] | which operator a language model doubts |
+//! | [`lm`] | what is asked of a model of code; a GPT with its tokenizer as one |
+//! | [`mitigate`] | three ways to treat a prefix that may have a bug |
 //! | [`mini`] | a language that is a part of Python, its interpreter, problem families, and a model of it |
 //! | [`ngram`] | a baseline for location: operators counted by the tokens around them |
+//! | [`overlap`] | whether a training text shares a passage with the benchmark |
 //! | [`passk`] | pass@k without bias, averages over problems, bootstrap intervals |
 
 pub mod buggy;
+pub mod lm;
 pub mod locate;
 pub mod mini;
+pub mod mitigate;
 pub mod ngram;
+pub mod overlap;
 pub mod passk;
 pub mod python;
 pub mod sandbox;
 
 pub use buggy::{FlipMap, Mode, Problem, Row};
+pub use lm::{CodeLm, CodeModel, Draw};
 pub use sandbox::{Judge, Limits, Program, Sandbox, Verdict};

@@ -86,7 +86,7 @@ impl OperatorNgrams {
                 }
             }
             let instead = if p < 0.5 { other } else { observed };
-            Some(Doubt { place: at, line, observed: p, best: p.max(1.0 - p), instead: instead.to_string() })
+            Some(Doubt { place: at, line, observed: p, best: p.max(1.0 - p), kind: 1.0, instead: instead.to_string() })
         };
         Ok(places.into_iter().filter_map(of).collect())
     }

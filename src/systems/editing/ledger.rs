@@ -1,6 +1,7 @@
 //! What sources and searches have cost.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// The privacy that a source was tuned with.
@@ -42,6 +43,29 @@ impl Ledger {
     pub fn tokens(&self) -> u64 {
         self.sources.iter().map(|(_, c)| c.tokens).sum()
     }
+    /// ε and δ of everything that was made of the private sources, whose records are in one source each: the largest of any source. The
+    /// runs of one source, replaced ones among them, looked at the same records, so that theirs add up (basic composition). `None` if no
+    /// source is private.
+    ///
+    /// ```
+    /// use prismgrad::systems::editing::{Cost, Ledger, Privacy};
+    /// let cost = |epsilon| Cost { privacy: Some(Privacy { epsilon, delta: 1e-5 }), ..Cost::default() };
+    /// let names = ["letters", "mails", "letters"].map(String::from);
+    /// let mut ledger = Ledger::default();
+    /// ledger.sources.extend(names.into_iter().zip([1.0, 3.0, 1.5].map(cost)));
+    /// assert_eq!(ledger.privacy(), Some(Privacy { epsilon: 3.0, delta: 2e-5 }));
+    /// ```
+    pub fn privacy(&self) -> Option<Privacy> {
+        let mut sums: BTreeMap<&str, Privacy> = BTreeMap::new();
+        for (name, p) in self.sources.iter().filter_map(|(n, c)| Some((n, c.privacy?))) {
+            let sum = sums.entry(name).or_insert(Privacy { epsilon: 0.0, delta: 0.0 });
+            *sum = Privacy { epsilon: sum.epsilon + p.epsilon, delta: sum.delta + p.delta };
+        }
+        let largest =
+            |a: Privacy, b: &Privacy| Privacy { epsilon: a.epsilon.max(b.epsilon), delta: a.delta.max(b.delta) };
+        let mut all = sums.values();
+        all.next().map(|first| all.fold(*first, largest))
+    }
     /// FLOPs of all sources.
     pub fn flops(&self) -> f64 {
         self.sources.iter().map(|(_, c)| c.flops).sum()
@@ -61,6 +85,10 @@ impl fmt::Display for Ledger {
         let candidates: usize = self.searches.iter().map(|s| s.0).sum();
         let seconds: f64 = self.searches.iter().map(|s| s.1).sum();
         writeln!(f, "{:20} {:>12} {:>12} {seconds:>9.1}  {candidates} candidates", "search", "", "")?;
-        write!(f, "{:20} {:>12} {:>12.3e}", "all", self.tokens(), self.flops())
+        write!(f, "{:20} {:>12} {:>12.3e}", "all", self.tokens(), self.flops())?;
+        match self.privacy() {
+            Some(p) => write!(f, " {:>9}  ε {:.3} at δ {:e}", "", p.epsilon, p.delta),
+            None => Ok(()),
+        }
     }
 }

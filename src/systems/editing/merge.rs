@@ -71,21 +71,44 @@ impl Merge {
     }
 }
 
+/// How the entries of one element are added up.
+pub(super) struct Mix {
+    /// Whether only entries with the sign of their sum take part.
+    pub(super) elect: bool,
+    /// Whether the sum is divided by the weights that are in it.
+    pub(super) normalise: bool,
+    /// Factor of the result.
+    pub(super) lambda: f64,
+}
+
+impl Mix {
+    /// λ·Σ fᵢ·xᵢ, divided by Σ wᵢ: over all entries xᵢ, or over those with the sign of the whole sum. Factors fᵢ are the weights wᵢ and
+    /// whatever else an entry is multiplied by. A sum of weights that is 0 divides nothing.
+    #[inline(always)]
+    pub(super) fn added(&self, factors: &[f64], weights: &[f64], at: impl Fn(usize) -> f64) -> f64 {
+        let entries = || factors.iter().enumerate().map(|(i, f)| f * at(i));
+        let total: f64 = entries().sum();
+        if !self.elect {
+            let divisor: f64 = if self.normalise { weights.iter().sum() } else { 1.0 };
+            return self.lambda * total / if divisor.abs() < 1e-8 { 1.0 } else { divisor };
+        }
+        let plus = total >= 0.0;
+        let (mut sum, mut divisor) = (0.0, 0.0);
+        for (x, w) in entries().zip(weights) {
+            if x != 0.0 && (x > 0.0) == plus {
+                sum += x;
+                divisor += w;
+            }
+        }
+        self.lambda * if self.normalise && divisor != 0.0 { sum / divisor } else { sum }
+    }
+}
+
 /// What TIES adds to the base: `vectors` are one tensor's of each source.
 pub(super) fn ties(vectors: &[Vec<f64>], density: f64, lambda: f64, normalise: bool) -> Vec<f64> {
-    let n = vectors.first().map_or(0, Vec::len);
     let trimmed: Vec<Vec<f64>> = vectors.iter().map(|v| trim(v, density)).collect();
-    (0..n)
-        .map(|e| {
-            let sign = trimmed.iter().map(|v| v[e]).sum::<f64>().signum();
-            let (mut sum, mut count) = (0.0, 0usize);
-            for x in trimmed.iter().map(|v| v[e]).filter(|x| *x != 0.0 && x.signum() == sign) {
-                sum += x;
-                count += 1;
-            }
-            lambda * if normalise { sum / count.max(1) as f64 } else { sum }
-        })
-        .collect()
+    let (mix, ones) = (Mix { elect: true, normalise, lambda }, vec![1.0; vectors.len()]);
+    (0..vectors.first().map_or(0, Vec::len)).map(|e| mix.added(&ones, &ones, |i| trimmed[i][e])).collect()
 }
 
 /// The ⌊density·n⌋ entries of largest magnitude, the others 0; of equal ones the first.

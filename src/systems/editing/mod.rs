@@ -11,6 +11,8 @@
 //! A [`VectorPool`] holds the base and the vectors; [`Merge`] says how they are combined (the sum above, one λ for all, a soup, TIES
 //! or DARE); [`Search`] finds weights; the [`Ledger`] lists what sources and searches have cost, in tokens, FLOPs, seconds and ε.
 //!
+//! [`merge_files`] merges checkpoints on disk that are larger than memory; a [`Recipe`] says how, and can be read in mergekit's form.
+//!
 //! ```
 //! use prismgrad::prelude::*;
 //! use prismgrad::systems::editing::{Cost, Merge, Search, Tags, VectorPool};
@@ -33,12 +35,17 @@
 //! # let _ = layer; Ok(()) }
 //! ```
 
+mod files;
 mod ledger;
 mod merge;
 mod pool;
+mod recipe;
 mod search;
+mod stream;
 
 pub use ledger::{Cost, Ledger, Privacy};
 pub use merge::Merge;
 pub use pool::{Diagnosis, Tags, VectorPool};
+pub use recipe::{Method, Model, Recipe, Rescale, dtype_named};
 pub use search::{Candidate, Found, Search};
+pub use stream::{Merged, merge_files};

@@ -2,15 +2,13 @@
 
 use super::ledger::{Cost, Ledger};
 use super::merge::{Merge, dare, ties};
-use crate::Param;
 use crate::array::Array;
 use crate::autograd::Gradients;
 use crate::base::{DType, Error, Result, hash};
 use crate::device::Device;
-use crate::device::cpu::par::{GRAIN, par_chunks};
-use crate::device::cpu::shared::Shared;
 use crate::io;
 use crate::nn::Params;
+use crate::{Param, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,12 +17,13 @@ use std::path::Path;
 /// meaning and does not show in their shapes.
 pub type Tags = BTreeMap<String, String>;
 
-/// A base model and the vectors of its sources, in f32.
+/// A base model and the vectors of its sources, in f32; on the CPU, or where [`VectorPool::to`] has taken them.
 #[derive(Clone, Debug)]
 pub struct VectorPool {
     base: Vec<(String, Array)>,
     tags: Tags,
     hash: String,
+    device: Device,
     sources: Vec<Source>,
     pub(super) ledger: Ledger,
 }
@@ -40,7 +39,7 @@ struct Source {
 #[derive(Clone, Debug)]
 struct Difference {
     /// Rounded to f32.
-    values: Vec<f32>,
+    values: Array,
     /// What rounding has taken, where it has: (element, rest). Base, difference and rest add up to the source's value to the bit.
     rest: Vec<(u32, f32)>,
 }
@@ -49,13 +48,13 @@ impl Difference {
     fn rest_at(&self, e: usize) -> f64 {
         self.rest.binary_search_by_key(&(e as u32), |r| r.0).map_or(0.0, |i| self.rest[i].1 as f64)
     }
-    fn at(&self, e: usize) -> f64 {
-        self.values[e] as f64 + self.rest_at(e)
+    fn host(&self) -> Result<Vec<f32>> {
+        self.values.to_vec::<f32>()
     }
-    fn exact(&self) -> Vec<f64> {
-        let mut all: Vec<f64> = self.values.iter().map(|&v| v as f64).collect();
+    fn exact(&self) -> Result<Vec<f64>> {
+        let mut all: Vec<f64> = self.host()?.iter().map(|&v| v as f64).collect();
         self.rest.iter().for_each(|&(e, r)| all[e as usize] += r as f64);
-        all
+        Ok(all)
     }
 }
 
@@ -107,7 +106,22 @@ impl VectorPool {
             crc.update(&a.to_bytes());
         }
         let hash = format!("{:08x}", crc.finalize());
-        Ok(VectorPool { base, tags, hash, sources: Vec::new(), ledger: Ledger::default() })
+        Ok(VectorPool { base, tags, hash, device: Device::Cpu, sources: Vec::new(), ledger: Ledger::default() })
+    }
+    /// Takes base and vectors to a device. Weighted sums are then formed there, in one pass over each tensor; TIES and DARE choose their
+    /// entries on the CPU.
+    ///
+    /// # Errors
+    /// If the device has no room for them; the pool stays where it was then.
+    pub fn to(&mut self, device: &Device) -> Result<()> {
+        let base = self.base.iter().map(|(n, a)| Ok((n.clone(), a.to(device)?))).collect::<Result<Vec<_>>>()?;
+        let there = |s: &Source| {
+            let moved = |d: &Difference| Ok(Difference { values: d.values.to(device)?, rest: d.rest.clone() });
+            Ok(Source { name: s.name.clone(), tensors: s.tensors.iter().map(moved).collect::<Result<_>>()? })
+        };
+        let sources = self.sources.iter().map(there).collect::<Result<Vec<_>>>()?;
+        (self.base, self.sources, self.device) = (base, sources, device.clone());
+        Ok(())
     }
     /// Number of sources.
     pub fn len(&self) -> usize {
@@ -182,9 +196,27 @@ impl VectorPool {
         let tuned = values(tuned)?;
         self.expect_alike(name, &tuned)?;
         expect_finite(&format!("source {name:?}"), &tuned)?;
-        let tensors =
-            self.base.iter().zip(&tuned).map(|((_, b), (_, t))| subtract(b, t)).collect::<Result<Vec<_>>>()?;
+        let subtracted = |((_, b), (_, t)): (&(String, Array), &(String, Array))| self.subtract(b, t);
+        let tensors = self.base.iter().zip(&tuned).map(subtracted).collect::<Result<Vec<_>>>()?;
         Ok(Source { name: name.to_string(), tensors })
+    }
+    /// `tuned` − `base`, element by element.
+    fn subtract(&self, base: &Array, tuned: &Array) -> Result<Difference> {
+        // 16-bit values are f32 values.
+        let (base, tuned) = (base.to(&Device::Cpu)?.cast(DType::F32), tuned.cast(DType::F32));
+        let mut rest = Vec::new();
+        let one = |(e, (b, t)): (usize, (&f32, &f32))| {
+            let value = (*t as f64 - *b as f64) as f32;
+            // Base and value nearly cancel all but the source, so that their sum loses nothing that matters to it.
+            let left = *t as f64 - (*b as f64 + value as f64);
+            if left != 0.0 {
+                rest.push((e as u32, left as f32));
+            }
+            value
+        };
+        let pairs = base.as_slice::<f32>()?.iter().zip(tuned.as_slice::<f32>()?);
+        let values: Vec<f32> = pairs.enumerate().map(one).collect();
+        Ok(Difference { values: Array::from_slice(&values, base.shape())?.to(&self.device)?, rest })
     }
     /// The base's names, shapes and dtypes.
     fn expect_alike(&self, name: &str, other: &[(String, Array)]) -> Result<()> {
@@ -220,13 +252,13 @@ impl VectorPool {
         let (name, base) = &self.base[t];
         let vectors: Vec<&Difference> = self.sources.iter().map(|s| &s.tensors[t]).collect();
         let Some(weights) = merge.weights(self.len(), layer_of(name)) else {
-            let exact = || vectors.iter().map(|v| v.exact()).collect::<Vec<_>>();
+            let exact = vectors.iter().map(|v| v.exact()).collect::<Result<Vec<_>>>()?;
             let added = match merge {
-                Merge::Ties { density, lambda, normalise } => ties(&exact(), *density, *lambda, *normalise),
+                Merge::Ties { density, lambda, normalise } => ties(&exact, *density, *lambda, *normalise),
                 Merge::Dare { density, lambda, seed } => {
                     let kept =
                         |(s, v): (&Source, Vec<f64>)| dare(&v, *density, *seed, hash(&format!("{}/{name}", s.name)));
-                    let kept: Vec<Vec<f64>> = self.sources.iter().zip(exact()).map(kept).collect();
+                    let kept: Vec<Vec<f64>> = self.sources.iter().zip(exact).map(kept).collect();
                     (0..base.numel()).map(|e| lambda * kept.iter().map(|v| v[e]).sum::<f64>()).collect()
                 }
                 _ => return Err(Error::invalid("merge", "no weights")),
@@ -240,27 +272,8 @@ impl VectorPool {
         }
         // One pass: n vectors and the base are read, the result is written.
         let wide = base.cast(DType::F32);
-        let mut out = Array::uninit(base.shape(), DType::F32);
-        let b = wide.as_slice::<f32>()?;
-        let to = Shared::new(out.fresh_mut::<f32>());
-        par_chunks(b.len(), GRAIN, |r| {
-            // SAFETY: pieces are disjoint.
-            let out = unsafe { to.slice(r.clone()) };
-            let mut sums: Vec<f64> = b[r.clone()].iter().map(|&x| x as f64).collect();
-            for (w, v) in &live {
-                sums.iter_mut().zip(&v.values[r.clone()]).for_each(|(s, &d)| *s += w * d as f64);
-            }
-            out.iter_mut().zip(sums).for_each(|(o, s)| *o = s as f32);
-        });
-        for e in live.iter().flat_map(|(_, v)| v.rest.iter().map(|r| r.0 as usize)) {
-            // The rests last: beside a large base they would be rounded away.
-            let sum = live.iter().fold(b[e] as f64, |s, (w, v)| s + w * v.values[e] as f64);
-            let sum = live.iter().fold(sum, |s, (w, v)| s + w * v.rest_at(e));
-            // SAFETY: nobody else writes now.
-            let one = unsafe { to.slice(e..e + 1) };
-            one[0] = sum as f32;
-        }
-        Ok(out.cast(base.dtype()))
+        let out = combined(&wide, live.iter().map(|(w, v)| (*w, v.values.clone())))?;
+        Ok(with_rests(out, &wide, &live)?.cast(base.dtype()))
     }
     /// ∂loss/∂wᵢ = ⟨∂loss/∂Θ, dᵢ⟩ from the gradients of a loss at some merged model, for the weights to follow it.
     ///
@@ -272,48 +285,46 @@ impl VectorPool {
             let Some(g) = gradients.param(p) else { continue };
             let g = g.sum()?.to_f64();
             for (o, s) in out.iter_mut().zip(&self.sources) {
-                let v = &s.tensors[t];
-                *o += g.iter().enumerate().map(|(e, g)| g * v.values[e] as f64).sum::<f64>();
+                *o += g.iter().zip(s.tensors[t].host()?).map(|(g, v)| g * v as f64).sum::<f64>();
             }
         }
         Ok(out)
     }
     /// Angles between the vectors, their norms by layer, and what bf16 would lose of them.
-    pub fn diagnose(&self) -> Diagnosis {
-        let dot = |a: &Difference, b: &Difference| -> f64 {
-            a.values.iter().zip(&b.values).map(|(&x, &y)| x as f64 * y as f64).sum()
-        };
-        let inner = |a: &Source, b: &Source| -> f64 { a.tensors.iter().zip(&b.tensors).map(|(a, b)| dot(a, b)).sum() };
-        let norm: Vec<f64> = self.sources.iter().map(|s| inner(s, s).sqrt()).collect();
-        let row = |i: usize| -> Vec<f64> {
-            let cosine =
-                |j: usize| inner(&self.sources[i], &self.sources[j]) / (norm[i] * norm[j]).max(f64::MIN_POSITIVE);
-            (0..self.len()).map(cosine).collect()
-        };
+    ///
+    /// # Errors
+    /// If the vectors are on a device that cannot be read.
+    pub fn diagnose(&self) -> Result<Diagnosis> {
+        let n = self.len();
+        let (mut inner, mut lost) = (vec![vec![0f64; n]; n], vec![0usize; n]);
         let mut norms: Vec<(String, Vec<f64>)> = Vec::new();
-        for (t, (name, _)) in self.base.iter().enumerate() {
+        let bf16 = |x: f64| half::bf16::from_f64(x).to_f64();
+        for (t, (name, base)) in self.base.iter().enumerate() {
+            let vectors = self.sources.iter().map(|s| s.tensors[t].host()).collect::<Result<Vec<_>>>()?;
+            let dot = |i: usize, j: usize| -> f64 {
+                vectors[i].iter().zip(&vectors[j]).map(|(&x, &y)| x as f64 * y as f64).sum()
+            };
             if norms.last().is_none_or(|(layer, _)| layer != layer_of(name)) {
-                norms.push((layer_of(name).to_string(), vec![0.0; self.len()]));
+                norms.push((layer_of(name).to_string(), vec![0.0; n]));
             }
-            if let Some((_, sums)) = norms.last_mut() {
-                sums.iter_mut().zip(&self.sources).for_each(|(s, v)| *s += dot(&v.tensors[t], &v.tensors[t]));
+            for i in 0..n {
+                (0..n).for_each(|j| inner[i][j] += dot(i, j));
+                if let Some((_, sums)) = norms.last_mut() {
+                    sums[i] += dot(i, i);
+                }
+                let edits = base.to_f64().into_iter().zip(self.sources[i].tensors[t].exact()?);
+                lost[i] += edits.filter(|&(b, d)| d as f32 != 0.0 && bf16(b) == bf16(b + d)).count();
             }
         }
         norms.iter_mut().for_each(|(_, sums)| sums.iter_mut().for_each(|s| *s = s.sqrt()));
-        let lost = |s: &Source| -> usize {
-            let of = |((_, b), d): (&(String, Array), &Difference)| {
-                let bf16 = |x: f64| half::bf16::from_f64(x).to_f64();
-                let edits = b.to_f64().into_iter().enumerate();
-                edits.filter(|&(e, b)| d.values[e] != 0.0 && bf16(b) == bf16(b + d.at(e))).count()
-            };
-            self.base.iter().zip(&s.tensors).map(of).sum()
-        };
-        Diagnosis {
+        let length = |i: usize| inner[i][i].sqrt();
+        let cosine = |i: usize, j: usize| inner[i][j] / (length(i) * length(j)).max(f64::MIN_POSITIVE);
+        Ok(Diagnosis {
             sources: self.names().iter().map(|n| n.to_string()).collect(),
-            cosines: (0..self.len()).map(row).collect(),
+            cosines: (0..n).map(|i| (0..n).map(|j| cosine(i, j)).collect()).collect(),
             norms,
-            lost_in_bf16: self.sources.iter().map(lost).collect(),
-        }
+            lost_in_bf16: lost,
+        })
     }
     /// Writes each source's vector to `folder` as `NAME.safetensors`, with the base's hash, its tags and its cost.
     ///
@@ -321,14 +332,14 @@ impl VectorPool {
     /// If a name is no file name, or a file cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        crate::io::create_folder(folder)?;
         for s in &self.sources {
             if s.name.is_empty() || s.name.contains(['/', '\\']) || s.name.starts_with('.') {
                 return Err(Error::invalid("VectorPool", format!("the source {:?} cannot name a file", s.name)));
             }
             let mut arrays = Vec::new();
-            for ((name, base), d) in self.base.iter().zip(&s.tensors) {
-                arrays.push((name.clone(), Array::from_slice(&d.values, base.shape())?));
+            for ((name, _), d) in self.base.iter().zip(&s.tensors) {
+                arrays.push((name.clone(), d.values.to(&Device::Cpu)?));
                 if !d.rest.is_empty() {
                     let (at, rest): (Vec<u32>, Vec<f32>) = d.rest.iter().copied().unzip();
                     arrays.push((format!("{name}/at"), Array::from_slice(&at, &[at.len()])?));
@@ -394,7 +405,7 @@ impl VectorPool {
                     at.into_iter().zip(rest).collect()
                 }
             };
-            tensors.push(Difference { values: values.to_vec::<f32>()?, rest });
+            tensors.push(Difference { values: values.cast(DType::F32).to(&self.device)?, rest });
         }
         self.sources.push(Source { name: name.clone(), tensors });
         self.ledger.sources.push((name, cost));
@@ -402,22 +413,48 @@ impl VectorPool {
     }
 }
 
-/// `tuned` − `base`, element by element.
-fn subtract(base: &Array, tuned: &Array) -> Result<Difference> {
-    // 16-bit values are f32 values.
-    let (base, tuned) = (base.cast(DType::F32), tuned.cast(DType::F32));
-    let mut rest = Vec::new();
-    let one = |(e, (b, t)): (usize, (&f32, &f32))| {
-        let value = (*t as f64 - *b as f64) as f32;
-        // Base and value nearly cancel all but the source, so that their sum loses nothing that matters to it.
-        let left = *t as f64 - (*b as f64 + value as f64);
-        if left != 0.0 {
-            rest.push((e as u32, left as f32));
+/// base + Σ wᵢ·dᵢ, where the arrays are; without history.
+fn combined(base: &Array, terms: impl Iterator<Item = (f64, Array)>) -> Result<Array> {
+    let terms: Vec<(f64, Tensor)> = terms.map(|(w, d)| (w, Tensor::new(d))).collect();
+    let terms: Vec<(f64, &Tensor)> = terms.iter().map(|(w, d)| (*w, d)).collect();
+    Ok(Tensor::new(base.clone()).add_scaled(&terms)?.into_array())
+}
+
+/// The merged tensor with what the rests of its vectors add, where there are any.
+fn with_rests(mut out: Array, base: &Array, live: &[(f64, &Difference)]) -> Result<Array> {
+    let mut at: Vec<u32> = live.iter().flat_map(|(_, v)| v.rest.iter().map(|r| r.0)).collect();
+    at.sort_unstable();
+    at.dedup();
+    if at.is_empty() {
+        return Ok(out);
+    }
+    // The rests last: beside a large base they would be rounded away.
+    if !out.device().is_cuda() {
+        let b = base.as_slice::<f32>()?;
+        let values = live.iter().map(|(w, v)| Ok((*w, v.values.as_slice::<f32>()?))).collect::<Result<Vec<_>>>()?;
+        let to = out.as_mut_slice::<f32>()?;
+        for e in at.into_iter().map(|e| e as usize) {
+            let sum = values.iter().fold(b[e] as f64, |s, (w, v)| s + w * v[e] as f64);
+            to[e] = live.iter().fold(sum, |s, (w, v)| s + w * v.rest_at(e)) as f32;
         }
-        value
-    };
-    let values = base.as_slice::<f32>()?.iter().zip(tuned.as_slice::<f32>()?).enumerate().map(one).collect();
-    Ok(Difference { values, rest })
+        return Ok(out);
+    }
+    let (device, n, m) = (out.device(), out.numel(), at.len());
+    let picked = |a: &Array| Tensor::new(a.reshape(&[n])?).index_select(0, &ids(&at, &device)?).map(Tensor::into_array);
+    let mut terms = live.iter().map(|(w, v)| Ok((*w, picked(&v.values)?))).collect::<Result<Vec<_>>>()?;
+    for (w, v) in live {
+        let rests: Vec<f32> = at.iter().map(|&e| v.rest_at(e as usize) as f32).collect();
+        terms.push((*w, Array::from_slice(&rests, &[m])?.to(&device)?));
+    }
+    let few = Tensor::new(combined(&picked(base)?, terms.into_iter())?);
+    let spread = |values: &Tensor| values.scatter_sum(0, &ids(&at, &device)?, n);
+    let mask = spread(&Tensor::new(Array::ones(&[m], (DType::F32, &device))))?.cast(DType::U8)?;
+    let whole = Tensor::new(out.reshape(&[n])?);
+    Tensor::select(&mask, &spread(&few)?, &whole)?.into_array().reshape(base.shape())
+}
+
+fn ids(at: &[u32], device: &Device) -> Result<Array> {
+    Array::from_slice(at, &[at.len()])?.to(device)
 }
 
 fn expect_finite(what: &str, values: &[(String, Array)]) -> Result<()> {

@@ -159,6 +159,9 @@ pub struct Reliability {
 /// in one bin: the errors are defined as before.
 pub fn reliability(answers: &Answers, labels: &[u32], temperature: f64) -> Result<Reliability> {
     const BINS: usize = 15;
+    if !(temperature.is_finite() && temperature > 0.0) {
+        return Err(Error::invalid("reliability", format!("temperature {temperature}; it must be a positive number")));
+    }
     let logits = Logits::of(answers, labels)?;
     let mut bins: Vec<Bin> = (0..BINS)
         .map(|i| Bin {

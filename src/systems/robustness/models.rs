@@ -3,7 +3,7 @@
 use super::served::{Batch, TextModel};
 use super::text::{Text, TextSet, counts};
 use crate::autograd::no_grad;
-use crate::base::{DType, Error, Result};
+use crate::base::{DType, Result};
 use crate::io::{read_json, write_json};
 use crate::kernels::Activation;
 use crate::nn::{Ctx, Embedding, EmbeddingBag, Init, LayerNorm, Linear, Params, Strict, TransformerBlock};
@@ -141,7 +141,7 @@ impl Classifier {
     /// Writes the model to a folder: `model.safetensors`, and `model.json` with the sizes and the vocabulary.
     pub fn save(&self, folder: impl AsRef<Path>, dtype: Option<DType>) -> Result<()> {
         let folder = folder.as_ref();
-        std::fs::create_dir_all(folder).map_err(|e| Error::io("create folder", folder, e))?;
+        crate::io::create_folder(folder)?;
         self.params.save_as(folder.join("model.safetensors"), dtype)?;
         let described = Described { model: self.config.clone(), words: self.vocabulary.words.clone() };
         write_json(folder.join("model.json"), &described)

@@ -11,7 +11,8 @@ use crate::nn::{Ctx, KvCache};
 use crate::optim::{AdamW, Schedule};
 use crate::random::Rng;
 use crate::step::PlainStep;
-use crate::systems::codeeval::locate::Doubt;
+use crate::systems::codeeval::lm::{CodeModel, Draw};
+use crate::systems::codeeval::locate::{Doubt, KINDS};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Operators of two characters, which are one piece.
@@ -202,35 +203,6 @@ impl Coder {
         }
         Ok(Coder { model, vocabulary })
     }
-    /// `count` continuations of each prefix, drawn with their own random numbers: they depend on the seed, the number of the prefix and
-    /// of the sample alone. What is returned is the whole program.
-    ///
-    /// # Errors
-    /// As [`Vocabulary::encode`].
-    pub fn complete(&self, prefixes: &[String], count: usize, temperature: f64, seed: u64) -> Result<Vec<Vec<String>>> {
-        let sampling = Sampling { temperature, top_p: 1.0, ..Sampling::default() };
-        let encoded: Vec<Vec<u32>> = prefixes.iter().map(|p| self.vocabulary.encode(p)).collect::<Result<_>>()?;
-        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for (i, ids) in encoded.iter().enumerate() {
-            by_length.entry(ids.len()).or_default().push(i);
-        }
-        let mut out = vec![Vec::new(); prefixes.len()];
-        // Enough rows to keep the cores busy, few enough for their caches.
-        let together = (256 / count.max(1)).max(1);
-        for (length, group) in by_length {
-            for part in group.chunks(together) {
-                let rows = part.iter().flat_map(|&p| (0..count).map(move |s| (p, s)));
-                let rngs = rows.map(|(p, s)| Rng::new(seed.wrapping_mul(1_000_003) ^ ((p as u64) << 20) ^ s as u64));
-                let starts: Vec<&Vec<u32>> =
-                    part.iter().flat_map(|&p| std::iter::repeat_n(&encoded[p], count)).collect();
-                let texts = self.continue_all(&starts, length, &sampling, &mut rngs.collect::<Vec<_>>())?;
-                for (k, text) in texts.into_iter().enumerate() {
-                    out[part[k / count]].push(self.vocabulary.decode(&text));
-                }
-            }
-        }
-        Ok(out)
-    }
     fn continue_all(
         &self,
         starts: &[&Vec<u32>],
@@ -261,15 +233,38 @@ impl Coder {
         }
         Ok(texts)
     }
-    /// For each text: what the model thinks of its binary operators ([`Doubt`]), from left to right. Only operators of the same kind are
-    /// compared: orders and equalities, sums and products, augmented assignments.
-    ///
-    /// # Errors
-    /// As [`Vocabulary::encode`].
-    pub fn doubts(&self, texts: &[String]) -> Result<Vec<Vec<Doubt>>> {
-        let kinds = [&["==", "!=", "<", "<=", ">", ">="][..], &["+", "-", "*", "/"], &["+=", "-=", "*=", "/="]];
+}
+
+impl CodeModel for Coder {
+    /// Samples are drawn with their own random numbers: they depend on the seed, the number of the prefix and of the sample alone.
+    fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>> {
+        let (count, seed) = (draw.samples, draw.seed);
+        let sampling = Sampling { temperature: draw.temperature, top_p: 1.0, ..Sampling::default() };
+        let encoded: Vec<Vec<u32>> = prefixes.iter().map(|p| self.vocabulary.encode(p)).collect::<Result<_>>()?;
+        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (i, ids) in encoded.iter().enumerate() {
+            by_length.entry(ids.len()).or_default().push(i);
+        }
+        let mut out = vec![Vec::new(); prefixes.len()];
+        // Enough rows to keep the cores busy, few enough for their caches.
+        let together = (256 / count.max(1)).max(1);
+        for (length, group) in by_length {
+            for part in group.chunks(together) {
+                let rows = part.iter().flat_map(|&p| (0..count).map(move |s| (p, s)));
+                let rngs = rows.map(|(p, s)| Rng::new(seed.wrapping_mul(1_000_003) ^ ((p as u64) << 20) ^ s as u64));
+                let starts: Vec<&Vec<u32>> =
+                    part.iter().flat_map(|&p| std::iter::repeat_n(&encoded[p], count)).collect();
+                let texts = self.continue_all(&starts, length, &sampling, &mut rngs.collect::<Vec<_>>())?;
+                for (k, text) in texts.into_iter().enumerate() {
+                    out[part[k / count]].push(self.vocabulary.decode(&text));
+                }
+            }
+        }
+        Ok(out)
+    }
+    fn doubts(&self, texts: &[String]) -> Result<Vec<Vec<Doubt>>> {
         let kinds: Vec<Vec<u32>> =
-            kinds.iter().map(|k| k.iter().filter_map(|o| self.vocabulary.id(o)).collect()).collect();
+            KINDS.iter().map(|k| k.iter().filter_map(|o| self.vocabulary.id(o)).collect()).collect();
         let all = kinds.concat();
         let encoded: Vec<Vec<u32>> = texts
             .iter()
@@ -301,6 +296,7 @@ impl Coder {
                             .count(),
                         observed: p(ids[place]),
                         best: p(best),
+                        kind: kind.iter().map(|&o| p(o)).sum(),
                         instead: self.vocabulary.pieces[best as usize].clone(),
                     })
                 };
@@ -311,11 +307,7 @@ impl Coder {
         }
         Ok(out)
     }
-    /// A text with the operator at a place replaced, as [`Coder::doubts`] numbers them.
-    ///
-    /// # Errors
-    /// As [`Vocabulary::encode`]; [`Error::Invalid`] if the place is past the end.
-    pub fn replaced(&self, text: &str, doubt: &Doubt) -> Result<String> {
+    fn replaced(&self, text: &str, doubt: &Doubt) -> Result<String> {
         let mut ids = self.vocabulary.encode(text)?;
         match (ids.get_mut(doubt.place), self.vocabulary.id(&doubt.instead)) {
             (Some(id), Some(new)) => *id = new,

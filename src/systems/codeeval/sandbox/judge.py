@@ -71,6 +71,3 @@ def _judge():
         remote = getattr(e, "remote", None)
         verdict("E", (remote if isinstance(remote, str) else type(e).__name__) + ": " + str(e))
     verdict("P")
-
-
-_judge()

@@ -1,28 +1,22 @@
-//! The sandbox on Linux: what is asked of the kernel for each of the two processes, and how they are watched.
+//! The sandbox on Linux: which interpreter runs, and how a judge and a program are watched.
 
+use super::layers::{allowed_namespaces, filter, layers};
+use super::worker::{Process, Worker};
 use super::{Judge, Layer, Limits, Program, Report, Verdict};
 use crate::base::{Error, Result};
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreated, RulesetCreatedAttr, Scope,
-};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-};
-use std::collections::BTreeMap;
+use seccompiler::BpfProgram;
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = concat!(include_str!("plain.py"), "\n\n", include_str!("program.py"));
-const JUDGE: &str = concat!(include_str!("plain.py"), "\n\n", include_str!("judge.py"));
 /// How often CPU clocks are read.
 const TICK: Duration = Duration::from_millis(10);
+/// Seconds of waiting that are counted at most between two looks at the clocks.
+const LONGEST_WAIT: f64 = 1.0;
 /// The most that a judge may say.
 const LONGEST_VERDICT: u64 = 64 << 10;
 
@@ -33,13 +27,15 @@ pub struct Sandbox {
     limits: Limits,
 }
 
+/// What all workers have in common.
 #[derive(Debug)]
-struct Inner {
-    python: PathBuf,
+pub(super) struct Inner {
+    pub(super) python: PathBuf,
     version: String,
-    readable: Vec<PathBuf>,
-    filter: BpfProgram,
-    namespaces: libc::c_int,
+    /// Files and folders that may be read.
+    pub(super) readable: Vec<PathBuf>,
+    pub(super) filter: BpfProgram,
+    pub(super) namespaces: libc::c_int,
     layers: Vec<Layer>,
 }
 
@@ -118,17 +114,9 @@ impl Sandbox {
     pub fn python_version(&self) -> &str {
         &self.inner.version
     }
-    /// Runs one program with its tests.
+    /// Runs one program with its tests. Many programs are run faster by [`Sandbox::run_all`], which starts an interpreter once.
     pub fn run(&self, program: &Program) -> Report {
-        let start = Instant::now();
-        let mut report = self.attempt(program).unwrap_or_else(|e| Report {
-            verdict: Verdict::Infrastructure(e.to_string()),
-            message: String::new(),
-            cpu_seconds: 0.0,
-            wall_seconds: 0.0,
-        });
-        report.wall_seconds = start.elapsed().as_secs_f64();
-        report
+        self.run_by(&mut None, program)
     }
     /// Runs programs on as many threads as the machine has cores; reports come in the order of the programs.
     pub fn run_all(&self, programs: &[Program]) -> Vec<Report> {
@@ -138,10 +126,11 @@ impl Sandbox {
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
+                    let mut worker = None;
                     loop {
                         let i = next.fetch_add(1, Ordering::Relaxed);
                         let Some(program) = programs.get(i) else { break };
-                        let report = self.run(program);
+                        let report = self.run_by(&mut worker, program);
                         if let Ok(mut done) = done.lock() {
                             done[i] = Some(report);
                         }
@@ -150,35 +139,58 @@ impl Sandbox {
             }
         });
         let done = done.into_inner().unwrap_or_default();
-        let lost = || Report {
-            verdict: Verdict::Infrastructure("the thread that ran it ended".into()),
-            message: String::new(),
-            cpu_seconds: 0.0,
-            wall_seconds: 0.0,
-        };
-        done.into_iter().map(|r| r.unwrap_or_else(lost)).collect()
+        done.into_iter().map(|r| r.unwrap_or_else(|| Report::lost("the thread that ran it ended".into()))).collect()
     }
 
-    fn attempt(&self, program: &Program) -> std::io::Result<Report> {
+    /// Runs one program by a worker, which is started where there is none, and ended after a program that it could not judge.
+    fn run_by(&self, worker: &mut Option<Worker>, program: &Program) -> Report {
+        let start = Instant::now();
+        let ready = match worker.take() {
+            Some(ready) => Ok(ready),
+            None => Worker::start(&self.inner, &self.limits),
+        };
+        let attempt = |ready: Worker| -> std::io::Result<(Report, Worker)> {
+            let report = self.attempt(&ready, program)?;
+            Ok((report, ready))
+        };
+        let mut report = match ready.and_then(attempt) {
+            Ok((report, ready)) => {
+                *worker = (!matches!(report.verdict, Verdict::Infrastructure(_))).then_some(ready);
+                report
+            }
+            Err(e) => Report::lost(e.to_string()),
+        };
+        report.wall_seconds = start.elapsed().as_secs_f64();
+        report
+    }
+
+    fn attempt(&self, worker: &Worker, program: &Program) -> std::io::Result<Report> {
         let secret = secret()?;
         // Calls go from the judge to the program, answers back, and the verdict to us.
         let (calls_in, mut calls_out) = pipe()?;
         let (answers_in, mut answers_out) = pipe()?;
         let (verdict_in, verdict_out) = pipe()?;
         // Each descriptor that a child gets is closed here at once: the end of a process must be the end of its pipe.
-        let judge = self.spawn(JUDGE, answers_in.into(), calls_out.try_clone()?.into(), verdict_out.into())?;
+        let judge = worker.fork(b'J', &[answers_in.into(), calls_out.try_clone()?.into(), verdict_out.into()])?;
         for text in [secret.as_str(), &program.entry_point, &program.test] {
             send(&mut answers_out, text)?;
         }
-        let child = self.spawn(PROGRAM, calls_in.into(), answers_out.into(), Stdio::null())?;
+        let child = worker.fork(b'P', &[calls_in.into(), answers_out.into()])?;
         send(&mut calls_out, &program.source)?;
         drop(calls_out);
         self.watch(judge, child, verdict_in, &secret)
     }
 
     /// Waits for the verdict or a limit, ends both processes, and says what became of the program.
-    fn watch(&self, judge: Process, child: Process, verdict: PipeReader, secret: &str) -> std::io::Result<Report> {
-        let (start, limit) = (Instant::now(), self.limits.cpu_seconds);
+    fn watch(
+        &self,
+        judge: Process<'_>,
+        child: Process<'_>,
+        verdict: PipeReader,
+        secret: &str,
+    ) -> std::io::Result<Report> {
+        let limit = self.limits.cpu_seconds;
+        let (mut last, mut waited) = (Instant::now(), 0.0);
         let mut said: Vec<u8> = Vec::new();
         let mut ended = None;
         loop {
@@ -194,7 +206,10 @@ impl Sandbox {
                 ended = Some(Verdict::Cpu);
                 break;
             }
-            if start.elapsed().as_secs_f64() > self.limits.wall_seconds {
+            // A machine that was stopped, or this program with all that it started, is no program that sleeps.
+            waited += last.elapsed().as_secs_f64().min(LONGEST_WAIT);
+            last = Instant::now();
+            if waited > self.limits.wall_seconds {
                 ended = Some(Verdict::Wall);
                 break;
             }
@@ -233,23 +248,6 @@ impl Sandbox {
         };
         Ok(Report { verdict, message, cpu_seconds: child.cpu_seconds, wall_seconds: 0.0 })
     }
-
-    /// Starts an interpreter that has given up every right that it does not need.
-    fn spawn(&self, driver: &str, stdin: Stdio, stdout: Stdio, stderr: Stdio) -> std::io::Result<Process> {
-        let mut rules = Some(ruleset(&self.inner.readable).map_err(std::io::Error::other)?);
-        let (inner, limits, parent) = (self.inner.clone(), self.limits.clone(), unsafe { libc::getpid() });
-        let mut command = Command::new(&inner.python);
-        command.args(["-S", "-s", "-B", "-X", "utf8", "-c", driver]).env_clear();
-        // The order of a set of strings is part of what a program does.
-        command.env("PYTHONHASHSEED", "0").current_dir("/");
-        command.stdin(stdin).stdout(stdout).stderr(stderr).process_group(0);
-        // SAFETY: between fork and exec only system calls are made; nothing is allocated, and no lock is taken.
-        unsafe {
-            command.pre_exec(move || confine(&inner, &limits, parent, rules.take()));
-        }
-        let child = command.spawn()?;
-        Ok(Process { pid: child.id() as libc::pid_t, reaped: false })
-    }
 }
 
 impl Judge for Sandbox {
@@ -281,100 +279,6 @@ fn readable(from: &PipeReader, wait: Duration) -> std::io::Result<bool> {
     }
 }
 
-/// A child, killed and waited for at the latest when this is dropped.
-struct Process {
-    pid: libc::pid_t,
-    reaped: bool,
-}
-
-/// How a child ended.
-struct End {
-    cpu_seconds: f64,
-    signal: Option<i32>,
-    code: i32,
-    /// Whether the signal was ours.
-    killed: bool,
-}
-
-impl End {
-    fn describe(&self) -> String {
-        match self.signal {
-            _ if self.killed => "its descriptors were closed".into(),
-            Some(signal) => format!("ended by signal {signal}"),
-            None => format!("ended with code {} before it had answered", self.code),
-        }
-    }
-}
-
-impl Process {
-    /// CPU seconds so far.
-    fn cpu(&self) -> f64 {
-        // SAFETY: plain data, written by the call. The child is not waited for yet, so the number is its own.
-        unsafe {
-            let (mut clock, mut time) = (0, std::mem::zeroed::<libc::timespec>());
-            match libc::clock_getcpuclockid(self.pid, &mut clock) == 0 && libc::clock_gettime(clock, &mut time) == 0 {
-                true => time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9,
-                false => 0.0,
-            }
-        }
-    }
-    fn wait(&mut self, options: libc::c_int) -> Option<End> {
-        // SAFETY: as above.
-        unsafe {
-            let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
-            loop {
-                match libc::wait4(self.pid, &mut status, options, &mut usage) {
-                    0 => return None,
-                    -1 if *libc::__errno_location() == libc::EINTR => {}
-                    _ => break,
-                }
-            }
-            self.reaped = true;
-            let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
-            Some(End {
-                cpu_seconds: seconds(usage.ru_utime) + seconds(usage.ru_stime),
-                signal: libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status)),
-                code: libc::WEXITSTATUS(status),
-                killed: false,
-            })
-        }
-    }
-    /// Ends the process and its group after a while in which it may end by itself.
-    fn end(mut self, patience: Duration) -> std::io::Result<End> {
-        let start = Instant::now();
-        loop {
-            if let Some(end) = self.wait(libc::WNOHANG) {
-                return Ok(end);
-            }
-            if start.elapsed() >= patience {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.kill();
-        match self.wait(0) {
-            Some(end) => Ok(End { killed: true, ..end }),
-            None => Err(std::io::Error::other("a child could not be waited for")),
-        }
-    }
-    fn kill(&self) {
-        // SAFETY: the child is not waited for yet, so the number is its own.
-        unsafe {
-            libc::kill(-self.pid, libc::SIGKILL);
-            libc::kill(self.pid, libc::SIGKILL);
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        if !self.reaped {
-            self.kill();
-            self.wait(0);
-        }
-    }
-}
-
 /// The interpreter itself, its version, and what it reads. `python3` may be a script that starts another file.
 fn interpreter(python: &Path) -> Result<(PathBuf, String, Vec<PathBuf>)> {
     let code = "import sys\nprint(sys.executable)\nprint('.'.join(map(str, sys.version_info[:3])))\n\
@@ -403,253 +307,4 @@ fn interpreter(python: &Path) -> Result<(PathBuf, String, Vec<PathBuf>)> {
     );
     readable.retain(|p| p.exists() && p.parent().is_some());
     Ok((real, version.to_string(), readable))
-}
-
-const FILES: ABI = ABI::V5;
-
-/// Everything that Landlock handles is denied but to read these files, and to run the interpreter among them.
-fn ruleset(readable: &[PathBuf]) -> Result<RulesetCreated, landlock::RulesetError> {
-    let net: BitFlags<AccessNet> = AccessNet::from_all(ABI::V4);
-    let mut rules = Ruleset::default()
-        .set_compatibility(CompatLevel::HardRequirement)
-        .handle_access(AccessFs::from_all(ABI::V1))?
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(FILES))?
-        .handle_access(net)?
-        .scope(Scope::from_all(ABI::V6))?
-        .create()?;
-    for path in readable {
-        let Ok(fd) = PathFd::new(path) else { continue };
-        let mut access = AccessFs::ReadFile | AccessFs::Execute;
-        if path.is_dir() {
-            access |= AccessFs::ReadDir;
-        }
-        rules = rules.add_rule(PathBeneath::new(fd, access))?;
-    }
-    if let Ok(fd) = PathFd::new("/dev/null") {
-        rules = rules.add_rule(PathBeneath::new(fd, AccessFs::ReadFile | AccessFs::WriteFile))?;
-    }
-    Ok(rules)
-}
-
-/// The system calls that an interpreter needs; all others are refused with EPERM. None starts a process or a thread, opens a
-/// socket, sends a signal, maps another process, or changes a file's name, mode or length.
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let always = [
-        libc::SYS_read,
-        libc::SYS_write,
-        libc::SYS_readv,
-        libc::SYS_writev,
-        libc::SYS_pread64,
-        libc::SYS_close,
-        libc::SYS_fstat,
-        libc::SYS_newfstatat,
-        libc::SYS_statx,
-        libc::SYS_lseek,
-        libc::SYS_mmap,
-        libc::SYS_mprotect,
-        libc::SYS_munmap,
-        libc::SYS_mremap,
-        libc::SYS_madvise,
-        libc::SYS_brk,
-        libc::SYS_rt_sigaction,
-        libc::SYS_rt_sigprocmask,
-        libc::SYS_rt_sigreturn,
-        libc::SYS_sigaltstack,
-        libc::SYS_faccessat,
-        libc::SYS_faccessat2,
-        libc::SYS_openat,
-        libc::SYS_dup,
-        libc::SYS_dup3,
-        libc::SYS_pipe2,
-        libc::SYS_pselect6,
-        libc::SYS_ppoll,
-        libc::SYS_nanosleep,
-        libc::SYS_clock_nanosleep,
-        libc::SYS_clock_gettime,
-        libc::SYS_clock_getres,
-        libc::SYS_gettimeofday,
-        libc::SYS_getpid,
-        libc::SYS_getppid,
-        libc::SYS_gettid,
-        libc::SYS_getuid,
-        libc::SYS_getgid,
-        libc::SYS_geteuid,
-        libc::SYS_getegid,
-        libc::SYS_exit,
-        libc::SYS_exit_group,
-        libc::SYS_uname,
-        libc::SYS_getdents64,
-        libc::SYS_getcwd,
-        libc::SYS_readlinkat,
-        libc::SYS_sysinfo,
-        libc::SYS_times,
-        libc::SYS_getrusage,
-        libc::SYS_futex,
-        libc::SYS_sched_yield,
-        libc::SYS_sched_getaffinity,
-        libc::SYS_set_tid_address,
-        libc::SYS_set_robust_list,
-        libc::SYS_rseq,
-        libc::SYS_getrandom,
-        libc::SYS_execve,
-        libc::SYS_restart_syscall,
-        libc::SYS_setitimer,
-        libc::SYS_membarrier,
-    ];
-    #[cfg(target_arch = "x86_64")]
-    let older = [
-        libc::SYS_open,
-        libc::SYS_stat,
-        libc::SYS_lstat,
-        libc::SYS_access,
-        libc::SYS_dup2,
-        libc::SYS_pipe,
-        libc::SYS_select,
-        libc::SYS_poll,
-        libc::SYS_time,
-        libc::SYS_readlink,
-        libc::SYS_getrlimit,
-        libc::SYS_arch_prctl,
-        libc::SYS_alarm,
-    ];
-    #[cfg(not(target_arch = "x86_64"))]
-    let older: [i64; 0] = [];
-    for call in always.into_iter().chain(older) {
-        rules.insert(call, vec![]);
-    }
-    let equal = |argument, length: SeccompCmpArgLen, value: u64| {
-        SeccompRule::new(vec![SeccompCondition::new(argument, length, SeccompCmpOp::Eq, value)?])
-    };
-    // A limit may be read, not changed, whoever's it is.
-    rules.insert(libc::SYS_prlimit64, vec![equal(2, SeccompCmpArgLen::Qword, 0)?]);
-    // No F_SETOWN with F_SETSIG, which would send signals.
-    let commands = [libc::F_DUPFD, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC];
-    let rule = |c: &libc::c_int| equal(1, SeccompCmpArgLen::Dword, *c as u64);
-    rules.insert(libc::SYS_fcntl, commands.iter().map(rule).collect::<Result<_, _>>()?);
-    let requests: [u64; 3] = [0x5401, 0x5450, 0x5451]; // TCGETS, FIONCLEX, FIOCLEX
-    let rule = |r: &u64| equal(1, SeccompCmpArgLen::Dword, *r);
-    rules.insert(libc::SYS_ioctl, requests.iter().map(rule).collect::<Result<_, _>>()?);
-    let arch = std::env::consts::ARCH.try_into()?;
-    SeccompFilter::new(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow, arch)?.try_into()
-}
-
-/// In the child, between fork and exec.
-fn confine(inner: &Inner, limits: &Limits, parent: libc::pid_t, rules: Option<RulesetCreated>) -> std::io::Result<()> {
-    let failed = || std::io::Error::last_os_error();
-    let seconds = limits.cpu_seconds.ceil() as u64 + 1;
-    let bounds = [
-        (libc::RLIMIT_CPU, seconds, seconds + 1),
-        (libc::RLIMIT_AS, limits.memory, limits.memory),
-        (libc::RLIMIT_DATA, limits.memory, limits.memory),
-        (libc::RLIMIT_FSIZE, 0, 0),
-        (libc::RLIMIT_CORE, 0, 0),
-        (libc::RLIMIT_NOFILE, 64, 64),
-        (libc::RLIMIT_MEMLOCK, 0, 0),
-        (libc::RLIMIT_MSGQUEUE, 0, 0),
-    ];
-    // SAFETY: system calls on plain data of this frame.
-    unsafe {
-        // Should this program be killed, the child goes with it; the second line is for a parent that is gone already.
-        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
-            return Err(failed());
-        }
-        if libc::getppid() != parent {
-            return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
-        }
-        if inner.namespaces != 0 && libc::unshare(inner.namespaces) != 0 {
-            return Err(failed());
-        }
-        for (which, soft, hard) in bounds {
-            let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
-            if libc::setrlimit(which, &limit) != 0 {
-                return Err(failed());
-            }
-        }
-        // What another thread had open without the flag is not for the child.
-        libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 4u32 /* CLOEXEC */);
-        if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 {
-            return Err(failed());
-        }
-        if let Some(rules) = rules {
-            let status = rules.restrict_self().map_err(|_| std::io::Error::from_raw_os_error(libc::ENOTSUP))?;
-            if status.ruleset == landlock::RulesetStatus::NotEnforced {
-                return Err(std::io::Error::from_raw_os_error(libc::ENOTSUP));
-            }
-        }
-        drop_capabilities()?;
-    }
-    seccompiler::apply_filter(&inner.filter).map_err(|_| std::io::Error::from_raw_os_error(libc::ENOTSUP))
-}
-
-/// Gives up all capabilities; with `no_new_privs`, exec gives none back, not even to root.
-///
-/// # Safety
-/// A system call on plain data.
-unsafe fn drop_capabilities() -> std::io::Result<()> {
-    #[repr(C)]
-    struct Header(u32, i32);
-    let (header, none) = (Header(0x2008_0522, 0), [0u32; 6]);
-    // SAFETY: version 3 takes two triples of 32 bits.
-    match unsafe { libc::syscall(libc::SYS_capset, &header as *const Header, none.as_ptr()) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-/// Whether this can be done in a child.
-fn try_in_child(mut what: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) -> bool {
-    let mut command = Command::new("/proc/self/exe");
-    // The program is never started: the closure ends with an error either way, and which one says whether it worked.
-    // SAFETY: `what` makes system calls alone.
-    unsafe {
-        command.pre_exec(move || {
-            what()?;
-            Err(std::io::Error::from_raw_os_error(libc::EXDEV))
-        });
-    }
-    command.spawn().is_err_and(|e| e.raw_os_error() == Some(libc::EXDEV))
-}
-
-/// User, IPC, UTS and network namespaces, if the system allows them together.
-fn allowed_namespaces() -> libc::c_int {
-    let all = libc::CLONE_NEWUSER | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
-    // SAFETY: one system call.
-    let unshare = move || match unsafe { libc::unshare(all) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    };
-    if try_in_child(unshare) { all } else { 0 }
-}
-
-fn layers(namespaces: libc::c_int) -> Vec<Layer> {
-    // SAFETY: asks for the version, and makes nothing.
-    let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1u32) };
-    let landlock = match abi {
-        1.. => Ok(format!("version {abi}")),
-        _ => Err(format!("the kernel has none, or it is switched off: {}", std::io::Error::last_os_error())),
-    };
-    // SAFETY: as above, of a filter's actions: whether "errno" is known.
-    let action: u32 = libc::SECCOMP_RET_ERRNO;
-    let seccomp =
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0u32, &action as *const u32) };
-    let seccomp = match seccomp {
-        0 => Ok("a list of allowed system calls".to_string()),
-        _ => Err(format!("the kernel has no filters: {}", std::io::Error::last_os_error())),
-    };
-    let spaces = match namespaces {
-        0 => Err("the system allows no user namespaces".to_string()),
-        _ => Ok("user, network, IPC and host name".to_string()),
-    };
-    let layer = |name, against, necessary, state| Layer { name, against, necessary, state };
-    let held = |text: &str| Ok(text.to_string());
-    vec![
-        layer("Landlock", "reading and writing files", true, landlock),
-        layer("seccomp", "starting processes, sockets, signals and tracing", true, seccomp),
-        layer("no_new_privs", "gaining rights by starting a program", true, held("set before the interpreter starts")),
-        layer("capabilities", "the rights of root", true, held("all dropped")),
-        layer("limits", "CPU, memory, file size, descriptors", true, held("set, and not to be raised")),
-        layer("namespaces", "the network and shared memory, a second time", false, spaces),
-    ]
 }

@@ -1,6 +1,7 @@
 //! Programs that nobody has read are run here: without files, network, other processes or a way to the verdict.
 //!
-//! Two interpreters run for each program. The *judge* has the tests, and the only descriptor on which a verdict is accepted. The
+//! Two interpreters run for each program; both are forked, before they have read anything, from one that was started once (a *worker*) and
+//! has given up all but the right to fork. The *judge* has the tests, and the only descriptor on which a verdict is accepted. The
 //! *program's* interpreter has the program, and a pipe on which it is asked to call a function and answers with plain data (numbers,
 //! strings, lists, tuples, dicts, sets, `None`). So the program's code is never in one address space with the tests, the expected
 //! values or the secret with which a verdict begins: ending the process, printing, replacing builtins, or an object that is equal to
@@ -18,7 +19,11 @@ use serde::Serialize;
 use std::fmt;
 
 #[cfg(all(feature = "sandbox", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod layers;
+#[cfg(all(feature = "sandbox", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod linux;
+#[cfg(all(feature = "sandbox", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod worker;
 #[cfg(all(feature = "sandbox", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 pub use linux::Sandbox;
 #[cfg(not(all(feature = "sandbox", target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
@@ -99,6 +104,15 @@ pub struct Report {
     pub cpu_seconds: f64,
     /// Seconds on the clock.
     pub wall_seconds: f64,
+}
+
+impl Report {
+    /// Of a program that could not be judged.
+    #[allow(dead_code)]
+    fn lost(why: String) -> Report {
+        let verdict = Verdict::Infrastructure(why);
+        Report { verdict, message: String::new(), cpu_seconds: 0.0, wall_seconds: 0.0 }
+    }
 }
 
 /// A layer of the sandbox, and whether it holds here.

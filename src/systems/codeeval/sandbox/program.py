@@ -37,9 +37,3 @@ def _serve():
             return plain(space[name](*args, **words))
 
         attempt(call)
-
-
-try:
-    _serve()
-except _Gone:
-    pass
