@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 out=target/card
 rm -rf "$out"
 mkdir -p "$out"
-tests=(cuda_ops cuda_training cuda_device cuda_hardware cuda_blas devices)
+tests=(cuda cuda_device cuda_blas engine)
 cargo build --release --example bench_cases
 cp target/release/examples/bench_cases "$out/"
 # The tests are those of the emulated device; PRISMGRAD_ON_CARD=1 gives them the real one.

@@ -26,14 +26,15 @@ suite() { # name, command…
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | tee "$out/card.txt"
 [ -s "$out/card.txt" ] || { echo "no card: nvidia-smi says nothing" >&2; exit 1; }
 
-for t in "$here"/test_*; do suite "$(basename "$t")" "$t"; done
+for t in "$here"/test_cuda*; do suite "$(basename "$t")" "$t"; done
+suite "test_devices" "$here/test_engine" devices::
 # A fault is reported by the launch that caused it, and guarded memory catches what strays out of a block.
 for mode in guard poison; do
-  suite "test_cuda_ops_$mode" env PRISMGRAD_CUDA_POOL=$mode PRISMGRAD_CUDA_SYNC=1 "$here/test_cuda_ops"
+  suite "test_cuda_ops_$mode" env PRISMGRAD_CUDA_POOL=$mode PRISMGRAD_CUDA_SYNC=1 "$here/test_cuda" ops::
 done
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    suite "sanitizer_$tool" compute-sanitizer --tool $tool --error-exitcode 9 "$here/test_cuda_ops" every_op
+    suite "sanitizer_$tool" compute-sanitizer --tool $tool --error-exitcode 9 "$here/test_cuda" every_op
   done
 else
   echo "compute-sanitizer: not on this machine, left out"

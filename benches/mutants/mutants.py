@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# (file below src, text that occurs in it once, edit with M0, M1, … for its mutants, what they do, the tests that ought to notice).
+# (file below src, text that occurs in it once, edit with M0, M1, … for its mutants, what they do, the files of tests that ought to notice).
 # An edit of several places has a tuple of texts and one of edits. Tests after a + are built with the feature `emulator`; of a binary that
 # takes long, what follows a colon is part of the names of the tests that run.
 EDITS = [
@@ -205,7 +205,16 @@ pub fn mutant(number: u32) -> bool {
 
 
 def binary(name):
-    return name.split(":")[0]
+    """The test binary of a name of the list: a file of tests/, or a file in one of its folders, which is a binary together."""
+    module = name.split(":")[0]
+    inside = next((f for f in (ROOT / "tests").glob(f"*/{module.removeprefix('+')}.rs") if f.parent.name != "cuda"), None)
+    return ("+" if module[0] == "+" else "") + inside.parent.name if inside else module
+
+
+def filters(name):
+    """Which tests of that binary run."""
+    module, *some = name.split(":")
+    return some or ([] if binary(name) == module else [module.removeprefix("+") + "::"])
 
 
 def main():
@@ -242,7 +251,7 @@ def main():
         env = dict(os.environ, PRISMGRAD_MUTANT=str(number))
         for t in tests:
             try:
-                run = subprocess.run([binaries[binary(t)], *t.split(":")[1:]], cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+                run = subprocess.run([binaries[binary(t)], *filters(t)], cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
             except subprocess.TimeoutExpired:
                 return t + " (no end)"
             if run.returncode:

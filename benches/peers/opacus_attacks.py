@@ -4,7 +4,7 @@
     venv/bin/python benches/peers/opacus_attacks.py
 
 Every line is one attack on a single private step whose clipping bound is R = 1 and says how far one record moves what is noised, in
-multiples of R, or what the released numbers tell. tests/sensitivity.rs, tests/independence.rs and tests/privacy.rs do the same to
+multiples of R, or what the released numbers tell. tests/engine/sensitivity.rs, tests/private/independence.rs and tests/private/privacy.rs do the same to
 Prismgrad. Losses are summed over the batch, so that no division hides the sensitivity.
 """
 

@@ -7,7 +7,7 @@ Set-up (Python 3.10 to 3.12; about 3 GB, because torch comes with CUDA):
     ta/bin/python benches/peers/textattack_verdicts.py target/robustness-export tests/data/robustness
     ta/bin/python benches/peers/textattack_verdicts.py target/robustness-export --time target/release/examples/robustness
 
-The first call of the script writes verdicts and query counts, which tests/robustness.rs compares with ours. The second one times both
+The first call of the script writes verdicts and query counts, which tests/systems/robustness.rs compares with ours. The second one times both
 programs in turn, in five rounds. Nothing of TextAttack is changed, except that equal importances are ordered by position: its own sort is
 not stable, so that their order is not defined.
 """

@@ -27,61 +27,58 @@ pub(crate) enum Half {
 ///
 /// Inputs come by value: an array whose last handle is given here may be overwritten with the result.
 pub(crate) fn dispatch<const N: usize, R: Results>(
-    inputs: [Array; N],
+    mut inputs: [Array; N],
     half: Half,
     cpu: impl FnOnce([Array; N]) -> Result<R>,
     cuda: impl FnOnce(&Arc<Gpu>, [Array; N]) -> Result<R>,
 ) -> Result<R> {
-    let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
-    let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
-    let widen = |a: Array| if a.dtype().is_half() { a.cast(DType::F32) } else { a };
-    let widen_f16 = |a: Array| if a.dtype() == DType::F16 { a.cast(DType::F32) } else { a };
-    let inputs = match (&gpu, half) {
-        (None, Half::Native | Half::Widen) | (Some(_), Half::Widen) => inputs.map(widen),
-        (None, Half::Bf16) => inputs.map(widen_f16),
-        (_, Half::Native | Half::Bf16 | Half::Move) => inputs,
-    };
+    let (gpu, rounded) = prepare(&mut inputs, half)?;
     let results = match &gpu {
         None => cpu(inputs)?,
-        Some(gpu) => {
-            let mut failed = None;
-            let there = inputs.map(|a| {
-                on(gpu, &a).unwrap_or_else(|e| {
-                    failed.get_or_insert(e);
-                    a
-                })
-            });
-            match failed {
-                Some(e) => return Err(e),
-                None => cuda(gpu, there)?,
-            }
-        }
+        Some(gpu) => cuda(gpu, inputs)?,
     };
-    Ok(match dtype {
-        Some(dtype) if dtype.is_half() && half != Half::Move => results.rounded(dtype),
-        _ => results,
+    Ok(match rounded {
+        Some(dtype) => results.rounded(dtype),
+        None => results,
     })
+}
+
+/// Puts the inputs where the op runs, in the precision it computes in. Returns the GPU, if it runs on one, and the dtype its results
+/// are rounded to. (Not part of [`dispatch`], so that it is compiled once.)
+fn prepare(inputs: &mut [Array], half: Half) -> Result<(Option<Arc<Gpu>>, Option<DType>)> {
+    let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
+    let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
+    let widened = |d: DType| match (half, &gpu) {
+        (Half::Widen, _) | (Half::Native, None) => d.is_half(),
+        (Half::Bf16, None) => d == DType::F16,
+        (Half::Move, _) | (Half::Native | Half::Bf16, Some(_)) => false,
+    };
+    for a in inputs {
+        if widened(a.dtype()) {
+            *a = a.cast(DType::F32);
+        }
+        if let Some(gpu) = &gpu {
+            *a = on(gpu, a)?;
+        }
+    }
+    Ok((gpu, dtype.filter(|d| d.is_half() && half != Half::Move)))
 }
 
 /// [`dispatch`] for as many inputs as there are.
 pub(crate) fn dispatch_all<R: Results>(
-    inputs: Vec<Array>,
+    mut inputs: Vec<Array>,
     half: Half,
     cpu: impl FnOnce(Vec<Array>) -> Result<R>,
     cuda: impl FnOnce(&Arc<Gpu>, Vec<Array>) -> Result<R>,
 ) -> Result<R> {
-    let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
-    let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
-    let wide = half == Half::Widen || (half == Half::Native && gpu.is_none());
-    let widened = |a: Array| if wide && a.dtype().is_half() { a.cast(DType::F32) } else { a };
-    let inputs: Vec<Array> = inputs.into_iter().map(widened).collect();
+    let (gpu, rounded) = prepare(&mut inputs, half)?;
     let results = match &gpu {
         None => cpu(inputs)?,
-        Some(gpu) => cuda(gpu, inputs.iter().map(|a| on(gpu, a)).collect::<Result<_>>()?)?,
+        Some(gpu) => cuda(gpu, inputs)?,
     };
-    Ok(match dtype {
-        Some(dtype) if dtype.is_half() && half != Half::Move => results.rounded(dtype),
-        _ => results,
+    Ok(match rounded {
+        Some(dtype) => results.rounded(dtype),
+        None => results,
     })
 }
 

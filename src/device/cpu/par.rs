@@ -14,6 +14,11 @@ pub fn par_chunks(len: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
     if len <= grain {
         return f(0..len);
     }
+    in_parallel(len, grain, &f);
+}
+
+/// The pieces, in parallel. Compiled once, not once for each loop: rayon's share of the code would be half of this crate's.
+fn in_parallel(len: usize, grain: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
     (0..len.div_ceil(grain)).into_par_iter().for_each(|i| f(i * grain..((i + 1) * grain).min(len)));
 }
 
