@@ -46,7 +46,8 @@ impl Command {
     fn missing(&self) -> Vec<String> {
         let mut out = Vec::new();
         for (option, folder) in [("--example", "examples"), ("--test", "tests"), ("--bench", "benches")] {
-            for name in self.given(option) {
+            // '*' is all of them.
+            for name in self.given(option).into_iter().filter(|n| *n != "'*'") {
                 let (file, main) = (format!("{folder}/{name}.rs"), format!("{folder}/{name}/main.rs"));
                 let model = format!("{folder}/models/{name}.rs");
                 if ![&file, &main, &model].iter().any(|f| root().join(f).exists()) {

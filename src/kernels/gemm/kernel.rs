@@ -55,8 +55,9 @@ impl Kernels for f32 {
         match level() {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32, from_rows: Some(avx512_f32_rows) },
-            Level::Baseline => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8>, from_rows: None },
-            _ => Kernel { mr: 4, nr: 24, into: fused::<f32, 4, 24>, from_rows: None },
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => Kernel { mr: 6, nr: 16, into: avx2::f32::packed, from_rows: Some(avx2::f32::rows) },
+            _ => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8>, from_rows: None },
         }
     }
 }
@@ -67,8 +68,9 @@ impl Kernels for f64 {
     fn kernel() -> Kernel<f64> {
         match level() {
             Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16>, from_rows: None },
-            Level::Avx2 => Kernel { mr: 4, nr: 12, into: fused::<f64, 4, 12>, from_rows: None },
-            Level::Baseline => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4>, from_rows: None },
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => Kernel { mr: 6, nr: 8, into: avx2::f64::packed, from_rows: Some(avx2::f64::rows) },
+            _ => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4>, from_rows: None },
         }
     }
 }
@@ -192,4 +194,101 @@ unsafe fn avx512_f32_body(
             }
         }
     }
+}
+
+/// 6 rows of two 256-bit registers, 12 accumulators in all: 12 fused multiply-adds for 2 loads and 6 broadcasts. Written out, because
+/// the compiler keeps the sums of [`fused`] in memory at its second level of optimisation.
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    macro_rules! kernels {
+        ($t:ident, $lanes:literal, $zero:ident, $load:ident, $broadcast:ident, $fma:ident, $plus:ident, $store:ident) => {
+            pub mod $t {
+                use std::arch::x86_64::*;
+
+                /// [`Into`](super::super::Into) for panels of 6 rows and of two registers' columns.
+                #[target_feature(enable = "avx2,fma")]
+                pub unsafe fn packed(kc: usize, a: *const $t, b: *const $t, c: *mut $t, ldc: usize, add: bool) {
+                    // SAFETY: the caller gives panels of kc·6 and kc·2·lanes elements and a tile of 6 rows, ldc apart.
+                    unsafe { tile(a, (1, 6), kc, b, c, ldc, add) }
+                }
+
+                /// [`FromRows`](super::super::FromRows) for 6 rows.
+                #[target_feature(enable = "avx2,fma")]
+                pub unsafe fn rows(
+                    kc: usize,
+                    (a, lda): (*const $t, usize),
+                    b: *const $t,
+                    c: *mut $t,
+                    ldc: usize,
+                    add: bool,
+                ) {
+                    // SAFETY: 6 rows of kc elements, lda apart; else as above.
+                    unsafe { tile(a, (lda, 1), kc, b, c, ldc, add) }
+                }
+
+                /// Rows of the left operand are `row` apart, its columns `step`.
+                #[target_feature(enable = "avx2,fma")]
+                #[inline]
+                unsafe fn tile(
+                    mut a: *const $t,
+                    (row, step): (usize, usize),
+                    kc: usize,
+                    mut b: *const $t,
+                    c: *mut $t,
+                    ldc: usize,
+                    add: bool,
+                ) {
+                    let mut acc = [[$zero(); 2]; 6];
+                    for i in 0..6 {
+                        // A prefetch may name any address.
+                        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 2 * $lanes - 1).cast());
+                    }
+                    for _ in 0..kc {
+                        // SAFETY: the callers' promise.
+                        unsafe {
+                            let y = [$load(b), $load(b.add($lanes))];
+                            for (i, acc) in acc.iter_mut().enumerate() {
+                                let x = $broadcast(&*a.add(i * row));
+                                acc[0] = $fma(x, y[0], acc[0]);
+                                acc[1] = $fma(x, y[1], acc[1]);
+                            }
+                            b = b.add(2 * $lanes);
+                        }
+                        a = a.wrapping_add(step);
+                    }
+                    for (i, acc) in acc.iter().enumerate() {
+                        for (j, &v) in acc.iter().enumerate() {
+                            // SAFETY: the tile has 6 rows of 2·lanes elements.
+                            unsafe {
+                                let c = c.add(i * ldc + j * $lanes);
+                                let v = if add { $plus($load(c), v) } else { v };
+                                $store(c, v);
+                            }
+                        }
+                    }
+                }
+            }
+        };
+    }
+    kernels!(
+        f32,
+        8,
+        _mm256_setzero_ps,
+        _mm256_loadu_ps,
+        _mm256_broadcast_ss,
+        _mm256_fmadd_ps,
+        _mm256_add_ps,
+        _mm256_storeu_ps
+    );
+    kernels!(
+        f64,
+        4,
+        _mm256_setzero_pd,
+        _mm256_loadu_pd,
+        _mm256_broadcast_sd,
+        _mm256_fmadd_pd,
+        _mm256_add_pd,
+        _mm256_storeu_pd
+    );
 }

@@ -90,6 +90,12 @@ impl<T: Kernels> Panels for Kernel<T> {
         let out = &mut out[at * nr * mr..];
         for r in (0..mr).step_by(4) {
             let row = |i: usize| &tile[(r + i) * nr..(r + i + 1) * nr];
+            if r + 4 > mr {
+                for (i, c) in (0..mr - r).flat_map(|i| (0..cols).map(move |c| (i, c))) {
+                    out[c * mr + r + i] = row(i)[c];
+                }
+                break;
+            }
             let (r0, r1, r2, r3) = (row(0), row(1), row(2), row(3));
             for c in 0..cols {
                 let o = &mut out[c * mr + r..c * mr + r + 4];
