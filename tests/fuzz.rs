@@ -5,13 +5,14 @@
 //! read lies in the system's temporary folder, so that it is still there after an abort.
 
 mod common {
+    pub mod mixtral;
     pub mod scratch;
 }
 
 use common::scratch::Scratch;
 use prismgrad::data::{Bpe, Folder, Table, TableCounts, Tokenizer, images};
 use prismgrad::io::{CheckpointFolder, SafeTensors, load_arrays, save_arrays};
-use prismgrad::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig};
+use prismgrad::models::{Gpt, GptConfig, Mixtral, MixtralConfig};
 use prismgrad::nn::{Ctx, Init, LoraConfig, Params, Strict};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::privacy::StepLog;
@@ -304,18 +305,7 @@ fn safetensors() {
 
 #[test]
 fn models() {
-    let mixtral = || MixtralConfig {
-        vocab_size: 12,
-        hidden_size: 8,
-        intermediate_size: 6,
-        num_hidden_layers: 1,
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        max_position_embeddings: 16,
-        num_local_experts: ExpertCounts::Same(3),
-        sliding_window: Some(4),
-        ..MixtralConfig::default()
-    };
+    let mixtral = || MixtralConfig { sliding_window: Some(4), ..common::mixtral::mixtral() };
     let make = |dir: &Path| {
         let span = prismgrad::ops::attention::Span::Window(3);
         Gpt::new(gpt().with_spans(vec![span]), 1).unwrap().save(dir.join("gpt")).unwrap();

@@ -8,7 +8,6 @@ mod common {
     pub mod gpt;
     pub mod privacy;
     pub mod scratch;
-    pub mod skip;
     pub mod texts;
     pub mod tokens;
     pub mod values;

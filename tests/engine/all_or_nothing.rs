@@ -1,9 +1,10 @@
 //! A call that returns an error has changed nothing: each fallible method that changes something is made to fail at each of its stages,
 //! and the whole state is compared before and after.
 
+use crate::common::mixtral::mixtral;
 use crate::common::scratch::Scratch;
 use prismgrad::io::{Checkpoint, CheckpointFolder, ElementType, Entry, load_arrays, save_arrays};
-use prismgrad::models::{Gpt, GptConfig, Mixtral, MixtralConfig};
+use prismgrad::models::{Gpt, GptConfig, Mixtral};
 use prismgrad::nn::hypergraph::{HyperTrans, SetAttention};
 use prismgrad::nn::{
     Conv2d, Ctx, GroupNorm, Init, KvCache, LayerNorm, Linear, LoraConfig, Mlp, Moe, MoeConfig, MultiHeadAttention,
@@ -481,17 +482,7 @@ fn nothing_but_a_run_is_overwritten() -> Result<()> {
 #[test]
 fn models_that_do_not_load_leave_their_folder() -> Result<()> {
     let dir = Scratch::new("whole-models");
-    let c = MixtralConfig {
-        vocab_size: 12,
-        hidden_size: 8,
-        intermediate_size: 6,
-        num_hidden_layers: 1,
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        max_position_embeddings: 16,
-        ..MixtralConfig::default()
-    };
-    Mixtral::new(c, 1)?.save(&*dir)?;
+    Mixtral::new(mixtral(), 1)?.save(&*dir)?;
     let index = dir.join("model.safetensors.index.json");
     std::fs::write(&index, r#"{"weight_map": {"a": "../../outside.safetensors"}}"#).unwrap();
     let before = files(&dir);

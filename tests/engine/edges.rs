@@ -3,10 +3,11 @@
 #[path = "../../examples/common/secrets.rs"]
 mod secrets;
 
+use crate::common::mixtral::mixtral;
 use crate::common::scratch::Scratch;
 use prismgrad::data::{Bpe, Tokenizer};
 use prismgrad::io::CheckpointFolder;
-use prismgrad::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig, Sampling, generate};
+use prismgrad::models::{Gpt, GptConfig, Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::{Ctx, KvCache, LoraConfig, Params};
 use prismgrad::optim::{Schedule, Sgd};
 use prismgrad::step::{PlainStep, TrainStep};
@@ -61,18 +62,7 @@ fn settings_of_model_files_are_honoured_kept_or_refused() {
 #[test]
 fn settings_of_mixtral_are_honoured_kept_or_refused() {
     let dir = Scratch::new("edges-mixtral");
-    let config = MixtralConfig {
-        vocab_size: 12,
-        hidden_size: 8,
-        intermediate_size: 6,
-        num_hidden_layers: 1,
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        max_position_embeddings: 16,
-        num_local_experts: ExpertCounts::Same(3),
-        initializer_range: 0.3,
-        ..MixtralConfig::default()
-    };
+    let config = MixtralConfig { initializer_range: 0.3, ..mixtral() };
     Mixtral::new(config, 1).unwrap().save(&*dir).unwrap();
     let path = dir.join("config.json");
     let written = std::fs::read_to_string(&path).unwrap();

@@ -4,6 +4,7 @@
 mod common {
     pub mod distance;
     pub mod gpt;
+    pub mod mixtral;
     pub mod privacy;
     pub mod scratch;
     pub mod skip;

@@ -1,8 +1,9 @@
 //! Mixtral beside Hugging Face's transformers: `tests/data/mixtral/make.py` wrote the files and the golden numbers.
 
+use crate::common::mixtral::mixtral;
 use crate::common::scratch::Scratch;
 use prismgrad::io::{load_arrays, save_arrays};
-use prismgrad::models::{ExpertCounts, Mixtral, MixtralConfig, Sampling, generate};
+use prismgrad::models::{Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::Ctx;
 use prismgrad::{Array, check};
 use std::collections::BTreeMap;
@@ -78,20 +79,8 @@ fn what_is_written_is_what_transformers_wrote() {
 /// In f64, per sample, with the balance loss of training.
 #[test]
 fn per_sample_gradients_are_those_of_each_sample_alone() {
-    let config = MixtralConfig {
-        vocab_size: 12,
-        hidden_size: 8,
-        intermediate_size: 6,
-        num_hidden_layers: 1,
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        max_position_embeddings: 16,
-        num_local_experts: ExpertCounts::Same(3),
-        sliding_window: Some(3),
-        initializer_range: 0.3,
-        tie_word_embeddings: true,
-        ..MixtralConfig::default()
-    };
+    let config =
+        MixtralConfig { sliding_window: Some(3), initializer_range: 0.3, tie_word_embeddings: true, ..mixtral() };
     let model = Mixtral::with_dtype(config, 3, prismgrad::DType::F64).unwrap();
     let (x, y) = (ids(&[vec![1, 5, 7, 2, 9], vec![3, 3, 8, 11, 0]]), ids(&[vec![5, 7, 2, 9, 1], vec![3, 8, 11, 0, 4]]));
     check::per_sample(&|| model.losses(&x, &y, &Ctx::train(0)), &model.params().all(), 1, 1e-9).unwrap();

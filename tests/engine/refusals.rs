@@ -2,6 +2,7 @@
 //! constructor and option that takes a float is walked with NaN, infinities and values outside of its range, every one that takes a size
 //! with 0 and the largest number of all; none panics.
 
+use crate::common::mixtral::mixtral;
 use prismgrad::data::Hypergraph;
 use prismgrad::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::hypergraph::{DeepSets, Hgnn, HyperTrans, SetAttention};
@@ -67,20 +68,6 @@ fn step(optimizer: impl Optimizer + 'static, schedule: Schedule) -> Result<()> {
 
 fn small() -> GptConfig {
     GptConfig::small(11, 8, 1, 8, 2)
-}
-
-fn mixtral() -> MixtralConfig {
-    MixtralConfig {
-        vocab_size: 12,
-        hidden_size: 8,
-        intermediate_size: 6,
-        num_hidden_layers: 1,
-        num_attention_heads: 2,
-        num_key_value_heads: 1,
-        max_position_embeddings: 16,
-        num_local_experts: ExpertCounts::Same(3),
-        ..MixtralConfig::default()
-    }
 }
 
 fn layers() -> Vec<Number> {

@@ -1,0 +1,18 @@
+//! A small Mixtral.
+
+use prismgrad::models::{ExpertCounts, MixtralConfig};
+
+/// One layer of width 8 with three experts, 12 tokens, 16 positions.
+pub fn mixtral() -> MixtralConfig {
+    MixtralConfig {
+        vocab_size: 12,
+        hidden_size: 8,
+        intermediate_size: 6,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        max_position_embeddings: 16,
+        num_local_experts: ExpertCounts::Same(3),
+        ..MixtralConfig::default()
+    }
+}
