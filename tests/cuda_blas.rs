@@ -1,4 +1,5 @@
-//! Products by cuBLASLt: what the crate asks of it, beside the CPU. The library is the emulator's stand-in.
+//! Products by cuBLASLt: what the crate asks of it, beside the CPU. The library is the emulator's stand-in, which the environment of this
+//! process names.
 #![cfg(feature = "emulator")]
 
 mod common {

@@ -1,5 +1,5 @@
 //! The emulator itself: good kernels give the right result under every schedule, and every planted bug is reported with
-//! its place.
+//! its place; a planted bug breaks the device.
 #![cfg(feature = "emulator")]
 
 use prismgrad::Result;

@@ -23,7 +23,7 @@ pub(crate) trait Source: Send + Sync {
 pub(crate) struct WeakParam(Weak<Inner>);
 
 impl WeakParam {
-    /// The parameter, if anybody still has it.
+    /// The parameter, if another handle to it is left.
     pub fn upgrade(&self) -> Option<Param> {
         self.0.upgrade().map(Param)
     }
@@ -92,8 +92,8 @@ impl Param {
         let source = self.0.source.read().unwrap_or_else(|e| e.into_inner()).clone();
         source.map_or_else(|| Array::zeros(&[0], self.dtype()), |s| s.fetch(self))
     }
-    /// Whether the value is in this rank's memory: it is not while ranks share the parameters and nobody has read it, and a parameter that
-    /// was only described has none.
+    /// Whether the value is in this rank's memory: it is not while ranks share the parameters and it has not been gathered, and a parameter
+    /// that was only described has none.
     pub fn is_here(&self) -> bool {
         self.held().is_some()
     }

@@ -1,4 +1,4 @@
-//! Devices: where arrays live and ops run.
+//! Devices: where arrays are stored and ops run.
 
 pub mod cpu;
 pub mod cuda;

@@ -21,7 +21,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// How a layer's attention is told where its queries and keys stand, besides what the table of learned positions says.
+/// How the positions of queries and keys enter a layer's attention, besides the table of learned positions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Positions {

@@ -3,7 +3,7 @@
 //!
 //! A unit is a run of parameters of one module, such as a block of a transformer. The order in which units are read is written down in
 //! each microbatch; in the next one, the unit that followed is gathered in the background while this one computes. Before each collective
-//! of a microbatch the ranks say what they are about to do, which costs eight bytes: a rank that has no microbatch left hears what the
+//! of a microbatch the ranks say what they are about to do, which costs eight bytes: a rank that has no microbatch left receives what the
 //! others need of it, and ranks that read their parameters in different orders fail with a sentence that says so.
 
 use super::flat::Flat;
@@ -47,7 +47,7 @@ impl Next {
             c => Next::Reduce((c as usize - 3) / 2),
         }
     }
-    /// Agrees with the other ranks on what comes next; a rank that is idle hears it.
+    /// Agrees with the other ranks on what comes next; an idle rank receives it.
     pub fn agree(self, ranks: &dyn Communicator) -> Result<Next> {
         let all = ranks.all_gather("what comes next", &Array::from_slice(&[self.code()], &[1])?)?.to_vec::<i64>()?;
         let mut busy = all.iter().enumerate().filter(|c| *c.1 != 0);
@@ -238,7 +238,7 @@ impl Units {
                 // It was set from outside, and is what the owners sent.
                 continue;
             }
-            // Its own memory, so that a small parameter that somebody keeps does not keep the unit.
+            // Its own memory, so that a handle to a small parameter does not keep the memory of the unit.
             let value = all.slice(0, at.start - start..at.end - start)?.copy().reshape(p.shape())?;
             p.set(value.clone())?;
             state.given[i] = Some(value);

@@ -3,7 +3,7 @@
 use prismgrad::autograd::Segments;
 use prismgrad::autograd::{Mixing, Owner};
 use prismgrad::check::Gen;
-use prismgrad::ops::attention::{AttentionOptions, Span, attention};
+use prismgrad::ops::attention::{AttentionOptions, Documents, Span, attention};
 use prismgrad::ops::combine::combine;
 use prismgrad::ops::embedding::{BagMode, embedding_bag};
 use prismgrad::ops::grouped::grouped_linear;
@@ -162,6 +162,31 @@ fn time_before_records_is_refused() {
     });
     let e = e.err().unwrap().to_string();
     assert!(e.contains("a.weight") || e.contains("a.bias") || e.contains("record"), "{e}");
+}
+
+/// The records as one sequence of as many positions.
+fn in_one_sequence(x: &Tensor, options: AttentionOptions) -> Result<Tensor> {
+    let n = x.shape()[0];
+    let x = x.reshape(&[1, n, 1, D])?;
+    attention(&x, &x, &x, &options)?.reshape(&[n, D])
+}
+
+/// Blocks and windows of one sequence are computed in common tiles: 0 · ∞ takes a record's infinity to the others. Documents are computed
+/// each on its own.
+#[test]
+fn documents_keep_records_of_one_sequence_apart_and_spans_do_not() {
+    for refused in [
+        run(|x| in_one_sequence(x, AttentionOptions::new(Span::Block(1)))),
+        run(|x| in_one_sequence(x, AttentionOptions::new(Span::Window(1)))),
+    ] {
+        let e = refused.err().expect("refused").to_string();
+        assert!(e.contains("the operation attention") && e.contains("mixes records"), "{e}");
+    }
+    run(|x| {
+        let documents = Some(Documents::packed_each(vec![(0..=x.shape()[0]).collect()]));
+        in_one_sequence(x, AttentionOptions { documents, ..AttentionOptions::new(Span::Causal) })
+    })
+    .unwrap();
 }
 
 #[test]

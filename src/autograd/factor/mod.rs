@@ -137,7 +137,7 @@ macro_rules! with_kind {
     };
 }
 
-/// What the engine asks of a kind of factor, through a view of its operands that lives for `'a`.
+/// The questions that a kind of factor answers, through a view of its operands that is valid for `'a`.
 ///
 /// The first half has to be answered. The second half has answers that are right for any kind; a kind gives its own where
 /// it has a shorter way. Whatever is asked about a single sample is asked of a factor whose rows are sorted by sample.

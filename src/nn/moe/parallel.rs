@@ -53,7 +53,7 @@ impl Placement {
         let here = self.exchange(&rows, &to, &from)?;
         // A rank without experts runs none of them all the same, so that it takes part in the backward pass.
         let local = Routing::new(Array::from_slice(&expert, &[expert.len(), 1])?, own)?;
-        // Rows of several ranks' samples, which nobody here can tell apart.
+        // Rows of several ranks' samples, which this rank cannot tell apart.
         let y = experts.forward(&here, &local, &Samples::uniform(1, expert.len()))?;
         let ones = Tensor::new(Array::full(&[expert.len(), 1], 1.0, y.dtype().compute()));
         let out = combine(&y, &ones, &local)?;

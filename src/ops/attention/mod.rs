@@ -112,7 +112,8 @@ pub struct AttentionOptions {
     /// further away for `alibi`. Forwards only.
     pub skipped: usize,
     /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
-    /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence.
+    /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence. Several samples in one sequence
+    /// have to be documents of it: a private step refuses samples that only blocks or windows tell apart.
     pub documents: Option<Documents>,
     /// Dropout of the probabilities, with the seed of its mask.
     pub dropout: Option<(f64, u64)>,
@@ -373,15 +374,12 @@ fn keys_of(y: &Whose, p: &cpu::Problem, input: &[usize], from: fn(usize) -> Opti
         let first = part.sequence * p.queries + part.start;
         of[first..first + part.queries].windows(2).any(|w| w[0] != w[1])
     });
-    match (mixed, p.span) {
-        (true, Span::Full | Span::Causal) => Owner::Mixed,
-        // Blocks and windows may keep them apart.
-        (true, _) => Owner::Unknown,
-        (false, _) => {
-            let to: Vec<u32> = (0..of.len() as u32).collect();
-            y.sent(of.len(), &to, input[2..].iter().product())
-        }
+    // Blocks do not keep the samples of one part apart: a tile has keys of several, and 0 · ∞ takes one sample's infinity to the others.
+    if mixed {
+        return Owner::Mixed;
     }
+    let to: Vec<u32> = (0..of.len() as u32).collect();
+    y.sent(of.len(), &to, input[2..].iter().product())
 }
 
 /// An array on the CPU that is about to be written: its padding is not, and has to be zeros before.

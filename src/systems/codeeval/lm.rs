@@ -29,7 +29,7 @@ pub trait CodeModel {
     /// # Errors
     /// [`Error::Invalid`] for a prefix that the model cannot read.
     fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>>;
-    /// For each text: what the model thinks of its binary operators, from left to right, by the probability of the next token. Only
+    /// For each text: its binary operators from left to right, with the probabilities of the next token at their places. Only
     /// operators of the same kind are compared: orders and equalities, sums and products, augmented assignments.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Which operator of a text is suspicious, by what a language model thinks of it.
+//! Which operator of a text is suspicious, by the probabilities of a language model.
 //!
 //! The paper's rule: walk from left to right; the first operator where the probability of the most likely one exceeds that of the
 //! observed one by more than a threshold is suspicious.
@@ -11,10 +11,10 @@ use std::collections::BTreeMap;
 pub(super) const KINDS: [&[&str]; 3] =
     [&["==", "!=", "<", "<=", ">", ">="], &["+", "-", "*", "/"], &["+=", "-=", "*=", "/="]];
 
-/// What a model thinks of an operator that it reads.
+/// An operator of a text, and the probabilities of a model at its place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Doubt {
-    /// Where the operator is, in tokens or bytes: whoever doubts it also replaces it.
+    /// Where the operator is, in the unit of the model that computed this: tokens or bytes.
     pub place: usize,
     /// Its line, from 0.
     pub line: usize,

@@ -172,7 +172,7 @@ impl Reduce {
         for members in &clusters {
             let sum: f64 = members.iter().map(|&e| scores[e]).sum();
             for &e in members {
-                // Experts that nobody was sent to are averaged equally.
+                // Experts without a token are averaged equally.
                 weights[e] = if sum > 0.0 { scores[e] / sum } else { 1.0 / members.len() as f64 };
             }
         }

@@ -54,7 +54,7 @@ impl Lens {
         scratch.clear();
         scratch.extend_from_slice(answers.row(i));
         let y = label as usize;
-        // Probabilities that nobody rescales are scored as they came.
+        // Probabilities that are not rescaled are scored as they came.
         let plain = answers.probabilities && self.temperature == 1.0;
         if answers.probabilities && (!plain || self.score == Score::Margin) {
             scratch.iter_mut().for_each(|p| *p = p.ln());

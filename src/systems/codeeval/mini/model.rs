@@ -1,5 +1,5 @@
-//! The language model of the mini language: its vocabulary, training, sampling many continuations at once, and what it thinks of an
-//! operator.
+//! The language model of the mini language: its vocabulary, training, sampling many continuations at once, and its probabilities
+//! at an operator.
 
 use super::families::{Choice, SPARE, families};
 use crate::array::Array;
