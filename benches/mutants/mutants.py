@@ -207,7 +207,8 @@ pub fn mutant(number: u32) -> bool {
 def binary(name):
     """The test binary of a name of the list: a file of tests/, or a file in one of its folders, which is a binary together."""
     module = name.split(":")[0]
-    inside = next((f for f in (ROOT / "tests").glob(f"*/{module.removeprefix('+')}.rs") if f.parent.name != "cuda"), None)
+    files = (ROOT / "tests").glob(f"*/{module.removeprefix('+')}.rs")
+    inside = next((f for f in files if f.parent.name not in ("common", "cuda")), None)
     return ("+" if module[0] == "+" else "") + inside.parent.name if inside else module
 
 
