@@ -19,7 +19,7 @@ use prismgrad::systems::codeeval::buggy::{Generated, Parts, generate, read_probl
 use prismgrad::systems::codeeval::locate::{Doubt, Searched, choose_threshold, first_above, score};
 use prismgrad::systems::codeeval::mini::{Coder, Corpus, Interpreter, Training, renamed, same_meaning};
 use prismgrad::systems::codeeval::mitigate::{self, Prefix};
-use prismgrad::systems::codeeval::passk::{Count, bootstrap, macro_average};
+use prismgrad::systems::codeeval::passk::{Count, bootstrap, macro_average, per_problem};
 use prismgrad::systems::codeeval::{
     CodeModel, Draw, FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict,
 };
@@ -205,7 +205,8 @@ struct Arm {
 
 impl Arm {
     fn pass_1(&self) -> Result<f64> {
-        Ok(macro_average(&self.counts, 1, 0, 0)?.mean)
+        let each = per_problem(&self.counts, 1)?;
+        Ok(each.iter().map(|p| p.1).sum::<f64>() / each.len() as f64)
     }
 }
 

@@ -8,8 +8,8 @@ mod common {
 }
 
 use common::skip::skip;
-use prismgrad::device::Device;
 use prismgrad::device::cuda::{Block, Gpu, Launch, PoolMode, Stream, Tag, TagScope};
+use prismgrad::prelude::*;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 static ONE: Mutex<()> = Mutex::new(());
@@ -220,6 +220,78 @@ fn out_of_memory_is_an_error_with_a_report() {
     assert!(e.contains("64.0 TiB") && e.contains("out of memory") && e.contains("activations"), "{e}");
     drop(kept);
     gpu.alloc(1 << 20).expect("the device goes on");
+}
+
+/// A small model on the device and a step over it, plain or private, which has taken one step.
+fn small_step(device: &Device, private: bool) -> Result<(Params, Box<dyn FnMut() -> Result<()>>)> {
+    let params = Params::new(3, DType::F32);
+    let model = Sequential::new()
+        .then(Linear::new(&params.at("hidden"), 6, 5)?)
+        .then(Activation::Tanh)
+        .then(Linear::new(&params.at("out"), 5, 2)?);
+    params.to(device)?;
+    let x = Tensor::new(Array::generate(&[8, 6], (DType::F32, device), |i| (i as f64).sin()));
+    let losses =
+        move |rows: &[usize]| model.forward(&x.slice(0, 0..rows.len())?, &Ctx::eval())?.square()?.sum(&[1], false);
+    let schedule = Schedule::constant(0.1);
+    let mut run: Box<dyn FnMut() -> Result<()>> = match private {
+        false => {
+            let mut step = PlainStep::new(&params.all(), AdamW::default(), schedule)?;
+            Box::new(move || step.run_one(|| losses(&[0; 8])).map(drop))
+        }
+        true => {
+            let config =
+                PrivacyConfig::target(1e3, 1e-3).records(8).expected_batch(8.0).steps(1000).noise_multiplier(1.0);
+            let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(4))?;
+            let mut step = PrivateStep::new(&params.all(), privacy, AdamW::default(), schedule)?;
+            Box::new(move || step.run(8, &losses).map(drop))
+        }
+    };
+    run()?;
+    Ok((params, run))
+}
+
+fn values(params: &Params) -> Vec<Vec<u8>> {
+    params.all().iter().map(|p| p.value().to_bytes()).collect()
+}
+
+/// The memory of the device ends after 0, 1, 2, … allocations of a step: the step is an error that says so, no parameter has changed, and
+/// the same step taken again, with memory, ends where it would have ended.
+#[test]
+fn a_step_without_memory_has_not_been_taken() {
+    let (gpu, _held) = gpu();
+    if !gpu.is_emulated() {
+        return;
+    }
+    let device = Device::cuda(0).unwrap();
+    for private in [false, true] {
+        let (params, mut run) = small_step(&device, private).unwrap();
+        run().unwrap();
+        let reference = values(&params);
+        let mut failures = 0;
+        for left in 0.. {
+            let (params, mut run) = small_step(&device, private).unwrap();
+            let before = values(&params);
+            gpu.empty_cache().unwrap();
+            prismgrad::device::emulator::config("allocations_left", left);
+            let result = run();
+            prismgrad::device::emulator::config("allocations_left", -1);
+            let Err(e) = result else {
+                assert_eq!(values(&params), reference, "private {private}, {left} allocations");
+                break;
+            };
+            failures += 1;
+            assert!(e.to_string().contains("out of memory"), "private {private}, {left} allocations: {e}");
+            assert_eq!(values(&params), before, "private {private}, {left} allocations: parameters have moved: {e}");
+            run().unwrap();
+            assert_eq!(
+                values(&params),
+                reference,
+                "private {private}, {left} allocations: the step taken again differs"
+            );
+        }
+        assert!(failures > 5, "private {private}: a step makes more than {failures} allocations");
+    }
 }
 
 #[test]

@@ -211,8 +211,10 @@ int prismgrad_emu_queue(void* s, const char* what, std::function<int()> run, con
 // ---- for tests
 extern "C" __attribute__((visibility("default"))) const char* prismgrad_emu_report() { return g_report.c_str(); }
 extern "C" __attribute__((visibility("default"))) uint64_t prismgrad_emu_stat(const char* key) { Lock l(g_mu); return g_stats[key]; }
+static int64_t g_allocations_left = -1; // as many allocations succeed; all do where it is negative
 extern "C" __attribute__((visibility("default"))) int prismgrad_emu_config(const char* key, int64_t value) {
     Lock l(g_mu);
+    if (std::string(key) == "allocations_left") { g_allocations_left = value; return OK; }
     reach_all(); // an order of execution holds from here on
     return cuemu_config(key, value);
 }
@@ -346,6 +348,8 @@ static int allocate(Ptr* p, size_t n) {
     Lock l(g_mu);
     if (g_capture) return CAPTURE_UNSUPPORTED;
     if (g_sticky) return g_sticky;
+    if (g_allocations_left == 0) return NOMEM;
+    if (g_allocations_left > 0) g_allocations_left--;
     g_stats["allocations"]++;
     void* q;
     int r = cuemu_malloc(n, &q);

@@ -88,7 +88,8 @@ fn c(text: &str) -> CString {
 
 /// Sets an option: `seed` (0: in program order; odd and even ones: two kinds of adverse schedules), `check` (0 off,
 /// 1 bounds and initialisation, 2 races as well), `preempt` (a switch of threads about every n accesses), `threads`,
-/// `strict_exit`, `smem_limit`, `max_reports`.
+/// `strict_exit`, `smem_limit`, `max_reports`, `allocations_left` (that many allocations succeed, later ones find no memory; negative: all
+/// succeed).
 pub fn config(key: &str, value: i64) {
     if on_card() {
         return;

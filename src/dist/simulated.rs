@@ -24,7 +24,7 @@ pub enum Fault {
 /// use prismgrad::{Array, DType};
 /// use std::time::{Duration, Instant};
 /// let took = Local::run(2, |rank| {
-///     let ranks = Simulated::new(rank, Duration::from_millis(1), 1e6);
+///     let ranks = Simulated::new(rank, Duration::from_millis(1), 1e6)?;
 ///     let start = Instant::now();
 ///     ranks.all_reduce("x", &Array::ones(&[2500], DType::F32))?; // 10 kB: 10 ms at 1 MB/s
 ///     Ok(start.elapsed())
@@ -41,9 +41,16 @@ pub struct Simulated<C> {
 }
 
 impl<C: Communicator> Simulated<C> {
-    /// `latency` a collective, `bandwidth` in bytes per second.
-    pub fn new(inner: C, latency: Duration, bandwidth: f64) -> Simulated<C> {
-        Simulated { inner, latency, bandwidth, faults: Vec::new(), calls: Mutex::new(Vec::new()) }
+    /// Each collective takes `latency` longer, and its bytes pass at `bandwidth` in bytes per second, which may be infinite.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] unless the bandwidth is positive.
+    pub fn new(inner: C, latency: Duration, bandwidth: f64) -> Result<Simulated<C>> {
+        if bandwidth.is_nan() || bandwidth <= 0.0 {
+            let message = format!("a bandwidth of {bandwidth} bytes per second; it must be positive");
+            return Err(Error::invalid("Simulated", message));
+        }
+        Ok(Simulated { inner, latency, bandwidth, faults: Vec::new(), calls: Mutex::new(Vec::new()) })
     }
     /// Plants a fault before collective number `call` of this rank, from 0.
     pub fn fault(mut self, call: u64, fault: Fault) -> Simulated<C> {
@@ -85,7 +92,7 @@ impl<C: Communicator> Simulated<C> {
         let before = self.inner.traffic().bytes;
         let made = collective(&self.inner)?;
         let sent = ring.unwrap_or((self.inner.traffic().bytes - before) as f64);
-        let least = self.latency.as_secs_f64() + if self.bandwidth > 0.0 { sent / self.bandwidth } else { 0.0 };
+        let least = self.latency.as_secs_f64() + sent / self.bandwidth;
         if least.is_finite() && least > 0.0 {
             std::thread::sleep(Duration::from_secs_f64(least));
         }
@@ -131,7 +138,7 @@ impl<C: Communicator> Communicator for Simulated<C> {
     }
     fn split(&self, colour: usize) -> Result<Box<dyn Communicator>> {
         let inner = self.inner.split(colour)?;
-        Ok(Box::new(Simulated::new(inner, self.latency, self.bandwidth)))
+        Ok(Box::new(Simulated::new(inner, self.latency, self.bandwidth)?))
     }
     fn abort(&self, why: &str) {
         self.inner.abort(why)

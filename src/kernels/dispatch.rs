@@ -37,10 +37,7 @@ pub(crate) fn dispatch<const N: usize, R: Results>(
         None => cpu(inputs)?,
         Some(gpu) => cuda(gpu, inputs)?,
     };
-    Ok(match rounded {
-        Some(dtype) => results.rounded(dtype),
-        None => results,
-    })
+    Ok(rounded_to(rounded, results))
 }
 
 /// Puts the inputs where the op runs, in the precision it computes in. Returns the GPU, if it runs on one, and the dtype its results
@@ -76,10 +73,14 @@ pub(crate) fn dispatch_all<R: Results>(
         None => cpu(inputs)?,
         Some(gpu) => cuda(gpu, inputs)?,
     };
-    Ok(match rounded {
+    Ok(rounded_to(rounded, results))
+}
+
+fn rounded_to<R: Results>(dtype: Option<DType>, results: R) -> R {
+    match dtype {
         Some(dtype) => results.rounded(dtype),
         None => results,
-    })
+    }
 }
 
 /// What an op returns, rounded to the dtype of its operands where it was computed in f32.

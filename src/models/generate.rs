@@ -59,7 +59,7 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(Error::invalid("generate", format!("temperature {}; use 0 or more", self.temperature)));
         }

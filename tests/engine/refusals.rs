@@ -4,6 +4,7 @@
 
 use crate::common::mixtral::mixtral;
 use prismgrad::data::Hypergraph;
+use prismgrad::dist::{Local, Simulated};
 use prismgrad::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig, Sampling, generate};
 use prismgrad::nn::hypergraph::{DeepSets, Hgnn, HyperTrans, SetAttention};
 use prismgrad::nn::{
@@ -19,10 +20,23 @@ use prismgrad::privacy::audit::one_run;
 use prismgrad::privacy::{Accountant, ClipFn, PoissonSampler, Thresholds, Weight};
 use prismgrad::random::NoiseKey;
 use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
-use prismgrad::systems::hytrel::{Corruption, HyTrel, HyTrelConfig};
-use prismgrad::systems::robustness::{Answers, reliability};
+use prismgrad::systems::codeeval::mini::{Coder, Corpus, Training as MiniTraining};
+use prismgrad::systems::codeeval::mitigate::rewrite;
+use prismgrad::systems::codeeval::passk::bootstrap;
+use prismgrad::systems::codeeval::{CodeModel, Draw};
+#[cfg(feature = "sandbox")]
+use prismgrad::systems::codeeval::{Limits, Sandbox};
+use prismgrad::systems::editing::{Cost, Merge, Tags, VectorPool};
+use prismgrad::systems::hytrel::{Corruption, Head, HyTrel, HyTrelConfig};
+use prismgrad::systems::pruning::{assign, best_static_merge, spectral, train_routers};
+use prismgrad::systems::robustness::evaluate::best_temperature;
+use prismgrad::systems::robustness::{
+    Answers, Attack, Batch, Calibrate, Classifier, Lens, ModelConfig, Neighbours, Pgd, Score, Served, Similarity,
+    Synonyms, Text, TextModel, TextSet, Training, Vocabulary, WordVectors, reliability,
+};
 use prismgrad::{Array, DType, Param, Result, Samples, Tensor};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 const NAN: f64 = f64::NAN;
 const INF: f64 = f64::INFINITY;
@@ -286,6 +300,152 @@ fn systems() -> Vec<Number> {
             Hypergraph::table(2, 2)?.thinned(p, &mut prismgrad::random::Rng::new(1)).map(drop)
         }),
         number("reliability", &[1.0], POSITIVE, shown),
+        number("Head.dropout", &[0.5], SHARE, |p| Head::new(&params(), (8, 4, 2), p).map(drop)),
+        number("Simulated.bandwidth", &[1e6, INF], &[NAN, -INF, -1.0, 0.0], |b| {
+            Simulated::new(Local::group(1, Duration::ZERO).remove(0), Duration::ZERO, b).map(drop)
+        }),
+        number("train_routers", &[], POSITIVE, |lr| {
+            let model = Mixtral::new(mixtral(), 0)?;
+            train_routers(&model, 1, lr, |_, _| Ok(ones(&[1]))).map(drop)
+        }),
+        number("spectral", &[0.0, 0.5], SCALE, |s| spectral(&[1.0, s, s, 1.0], 2, 1, 1, 0).map(drop)),
+        number("assign", &[-1.0, 0.5], &[NAN, INF, -INF], |c| assign(&[c], 1).map(drop)),
+        number("best_static_merge.gate", &[0.0, 0.5], SCALE, |g| best_static_merge(&[(g, 0.5)], &[1.0]).map(drop)),
+        number("best_static_merge.apart", &[0.0, 0.5], SCALE, |d| best_static_merge(&[(0.5, 0.5)], &[d]).map(drop)),
+    ]
+}
+
+/// What combines models of several sources, over a pool of one source.
+fn editing() -> Vec<Number> {
+    fn merge(name: &'static str, fine: &'static [f64], wrong: &'static [f64], of: fn(f64) -> Merge) -> Number {
+        number(name, fine, wrong, move |x| {
+            let store = params();
+            let w = store.param("layer.w", &[3], Init::Ones)?;
+            let mut pool = VectorPool::new(&store, Tags::default())?;
+            w.set(Array::from_slice(&[1.5f32, 2.0, 0.5], &[3])?)?;
+            pool.add("source", &store, Tags::default(), Cost::default())?;
+            pool.apply(&of(x), &store)
+        })
+    }
+    const FACTOR: &[f64] = &[NAN, INF, -INF];
+    const KEPT: &[f64] = &[NAN, INF, -INF, -0.5, 0.0, 1.5];
+    vec![
+        merge("Merge::Weights", &[0.0, -1.0, 2.0], FACTOR, |w| Merge::Weights(vec![w])),
+        merge("Merge::Arithmetic", &[0.0, 0.3], FACTOR, Merge::Arithmetic),
+        merge("Merge::PerLayer", &[0.0, 0.3], FACTOR, |w| Merge::PerLayer(vec![("layer".into(), vec![w])])),
+        merge("Merge::Ties.density", &[0.5, 1.0], KEPT, |density| Merge::Ties {
+            density,
+            lambda: 1.0,
+            normalise: true,
+        }),
+        merge("Merge::Ties.lambda", &[0.0, 1.0], FACTOR, |lambda| Merge::Ties {
+            density: 0.5,
+            lambda,
+            normalise: true,
+        }),
+        merge("Merge::Dare.density", &[0.5, 1.0], KEPT, |density| Merge::Dare { density, lambda: 1.0, seed: 0 }),
+        merge("Merge::Dare.lambda", &[0.0, 1.0], FACTOR, |lambda| Merge::Dare { density: 0.5, lambda, seed: 0 }),
+    ]
+}
+
+/// Two words, each of which speaks for a class.
+struct Words;
+
+impl TextModel for Words {
+    fn classes(&self) -> usize {
+        2
+    }
+    fn logits(&self, batch: &Batch) -> Result<Vec<f32>> {
+        let sign = |i: usize| if batch.get(i).contains(&"good") { 1.0 } else { -1.0 };
+        Ok((0..batch.len()).flat_map(|i| [-sign(i), sign(i)]).collect())
+    }
+}
+
+fn robustness() -> Vec<Number> {
+    fn set() -> Result<TextSet> {
+        let texts = vec![Text::new("a good film"), Text::new("a bad film")];
+        TextSet::new(texts, vec![1, 0], vec!["bad".into(), "good".into()])
+    }
+    fn vectors() -> WordVectors {
+        WordVectors::of_texts(&[Text::new("good film good film"), Text::new("bad film bad film")], 2, 0)
+    }
+    fn attack(edit: impl Fn(Attack, f64) -> Attack + 'static) -> impl Fn(f64) -> Result<()> + 'static {
+        move |x| {
+            let words = Synonyms::of_pairs([("good", "bad")]);
+            edit(Attack::pwws(&words), x).run(&Served::new(&Words), &set()?).map(drop)
+        }
+    }
+    let train = |edit: fn(&mut Training, f64)| {
+        move |x: f64| {
+            let set = set()?;
+            let vocabulary = Vocabulary::of_texts(&set.texts, 1, 10);
+            let model = Classifier::new(ModelConfig::bag(&set.classes), vocabulary, 0)?;
+            let mut training = Training { epochs: 1, ..Training::default() };
+            edit(&mut training, x);
+            training.run(&model, &set, |_, _| {})
+        }
+    };
+    let answers = || Answers { classes: 2, labels: vec![0], probabilities: false, values: vec![1.0, 0.0] };
+    vec![
+        number("Served.temperature", &[1e-4, 1e9], POSITIVE, |t| {
+            Served::new(&Words).temperature(t).answer(&Batch::of_texts(&set()?.texts)).map(drop)
+        }),
+        number("Attack.max_changed", &[0.5, 1.0], &[NAN, INF, -INF, -0.5, 0.0, 1.5], attack(|a, x| a.max_changed(x))),
+        number(
+            "Attack.lens",
+            &[0.5],
+            POSITIVE,
+            attack(|a, temperature| a.lens(Lens { score: Score::Margin, temperature })),
+        ),
+        number("Attack.similar", &[0.0, 0.9], RATE, |least| {
+            let (words, near) = (Synonyms::of_pairs([("good", "bad")]), Similarity::new(vectors()));
+            Attack::pwws(&words).similar(&near, least).run(&Served::new(&Words), &set()?).map(drop)
+        }),
+        number("best_temperature", &[1.0], POSITIVE, |near| {
+            let words = Synonyms::of_pairs([("good", "bad")]);
+            best_temperature(&Attack::pwws(&words), &Served::new(&Words), &set()?, near).map(drop)
+        }),
+        number("Neighbours", &[-1.0, 0.5, 1.0], &[NAN, INF, -INF, -1.5, 1.5], |least| {
+            Neighbours::new(vectors(), 3, least).map(drop)
+        }),
+        number("Calibrate::Descent", &[0.01], POSITIVE, move |lr| {
+            Calibrate::Descent { lr, steps: 3 }.fit(&answers(), &[0]).map(drop)
+        }),
+        number("Training.lr", &[1e-3], POSITIVE, train(|t, x| t.lr = x)),
+        number("Training.temperature", &[0.5], POSITIVE, train(|t, x| t.temperature = x)),
+        number("Training.label_smoothing", &[0.0, 0.1], SHARE, train(|t, x| t.label_smoothing = x)),
+        number("Pgd.radius", &[0.0, 0.5], SCALE, train(|t, radius| t.pgd = Some(Pgd { steps: 2, radius }))),
+    ]
+}
+
+fn code() -> Vec<Number> {
+    fn coder() -> Result<(Coder, Vec<String>)> {
+        let corpus = Corpus::new(4, 1, 0)?;
+        let training = MiniTraining { width: 8, layers: 1, heads: 1, steps: 1, batch: 2, ..MiniTraining::default() };
+        Ok((Coder::train(&corpus.train, &training, |_, _, _| {})?, corpus.train))
+    }
+    vec![
+        number("mini::Training.rate", &[1e-3], POSITIVE, |rate| {
+            let training = MiniTraining { width: 8, layers: 1, heads: 1, steps: 1, batch: 2, rate, seed: 0 };
+            Coder::train(&Corpus::new(4, 1, 0)?.train, &training, |_, _, _| {}).map(drop)
+        }),
+        number("Draw.temperature", &[0.0, 0.8], SCALE, |temperature| {
+            let (coder, programs) = coder()?;
+            coder.complete(&programs[..1], &Draw { samples: 1, temperature, seed: 0 }).map(drop)
+        }),
+        number("rewrite.threshold", &[0.0, 0.9], RATE, |threshold| {
+            let (coder, programs) = coder()?;
+            rewrite(&coder, &programs[..1], threshold).map(drop)
+        }),
+        number("bootstrap", &[0.0, -1.0], &[NAN, INF, -INF], |x| bootstrap(&[x, 0.5], 10, 0).map(drop)),
+        #[cfg(feature = "sandbox")]
+        number("Limits.cpu_seconds", &[], POSITIVE, |cpu_seconds| {
+            Sandbox::new(Limits { cpu_seconds, ..Limits::default() }).map(drop)
+        }),
+        #[cfg(feature = "sandbox")]
+        number("Limits.wall_seconds", &[], &[NAN, -INF, -1.0, 0.0, 1.0], |wall_seconds| {
+            Sandbox::new(Limits { wall_seconds, ..Limits::default() }).map(drop)
+        }),
     ]
 }
 
@@ -299,7 +459,8 @@ fn said(name: &str, give: impl FnOnce() -> Result<()>) -> Option<String> {
 
 #[test]
 fn numbers_are_refused_where_they_are_given() {
-    let all = [layers(), models(), training(), privacy(), systems()].into_iter().flatten().collect::<Vec<_>>();
+    let all = [layers(), models(), training(), privacy(), systems(), editing(), robustness(), code()];
+    let all = all.into_iter().flatten().collect::<Vec<_>>();
     let mut wrong = Vec::new();
     for Number(name, give, fine, bad) in &all {
         for &x in *fine {

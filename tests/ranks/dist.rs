@@ -248,7 +248,7 @@ fn parts_of_any_length_are_gathered() {
 fn collectives_go_on_in_the_background() {
     let latency = Duration::from_millis(150);
     let results = Local::run(2, |r| {
-        let ranks = Shared::new(Simulated::new(r, latency, f64::INFINITY))?;
+        let ranks = Shared::new(Simulated::new(r, latency, f64::INFINITY)?)?;
         let (x, y) = (ones(1, 1.0), ones(1, 2.0));
         let start = Instant::now();
         let a = ranks.begin(move |r| r.all_reduce("a", &x));
@@ -272,7 +272,7 @@ fn a_planted_fault_ends_everybody_with_its_reason() {
     let began = Instant::now();
     let said = Local::run(3, |r| {
         let me = r.rank();
-        let ranks = Simulated::new(r, Duration::ZERO, f64::INFINITY);
+        let ranks = Simulated::new(r, Duration::ZERO, f64::INFINITY)?;
         let ranks = if me == 1 { ranks.fault(2, Fault::Fail) } else { ranks };
         for _ in 0..5 {
             ranks.all_reduce("w", &ones(1, 1.0))?;
@@ -285,8 +285,9 @@ fn a_planted_fault_ends_everybody_with_its_reason() {
     }
     let mut ranks = Local::group(2, Duration::from_millis(200));
     let (stalls, here) = (ranks.pop().unwrap(), ranks.pop().unwrap());
-    let stalls =
-        Simulated::new(stalls, Duration::ZERO, f64::INFINITY).fault(0, Fault::Stall(Duration::from_millis(400)));
+    let stalls = Simulated::new(stalls, Duration::ZERO, f64::INFINITY)
+        .unwrap()
+        .fault(0, Fault::Stall(Duration::from_millis(400)));
     let late = std::thread::spawn(move || stalls.barrier().unwrap_err().to_string());
     assert!(here.barrier().unwrap_err().to_string().contains("[1]"));
     assert!(late.join().unwrap().contains("rank 0 is gone"));
@@ -356,7 +357,7 @@ fn a_step_overlaps_with_its_communication() {
             let all = (0..blocks).map(|i| p.param(&format!("h.{i}.w"), &[width], Init::Ones));
             let all = all.collect::<prismgrad::Result<Vec<_>>>()?;
             let step = PlainStep::new(&p.all(), Sgd::default(), Schedule::constant(1e-6))?;
-            let ranks = Simulated::new(rank, Duration::ZERO, bandwidth);
+            let ranks = Simulated::new(rank, Duration::ZERO, bandwidth)?;
             let mut step = step.with_zero(Box::new(ranks), Stage::Parameters)?;
             let mut took = Vec::new();
             for _ in 0..steps + 1 {

@@ -242,7 +242,7 @@ fn limits_hold() {
 fn near_words_similarity_and_word_classes() {
     let (model, train) = (trained(Architecture::Bag, &short(0)), texts(1500, 1));
     let vectors = WordVectors::of_texts(&train.texts, 32, 0).retrofitted(&synonyms());
-    let (near, similarity) = (Neighbours::new(vectors.clone(), 20, 0.3), Similarity::new(vectors));
+    let (near, similarity) = (Neighbours::new(vectors.clone(), 20, 0.3).unwrap(), Similarity::new(vectors));
     let (served, set) = (Served::new(&model), texts(60, 3));
     let run = |attack: Attack| attack.score(Score::Margin).run(&served, &set).unwrap();
     let broken = |found: &[Found]| found.iter().filter(|f| f.outcome == Outcome::Broken).count();

@@ -105,10 +105,11 @@ fn detect() -> Level {
 }
 
 /// Runs `f`, compiled for the best vectors this machine has. The closure and what it calls must be inlined (mark it
-/// `#[inline(always)]`). Results do not depend on the level: no operation is contracted or reordered.
+/// `#[inline(always)]`). Results do not depend on the level: no operation is contracted or reordered. A build without optimisation
+/// (`opt-level = 0`) compiles `f` once, as it is.
 #[inline(always)]
 pub fn simd<R>(f: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", optimised))]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
         fn avx512<R>(f: impl FnOnce() -> R) -> R {

@@ -10,32 +10,24 @@ use crate::base::{Element, Result};
 use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
+use std::ops::Range;
+
+/// Elements of an operand that is not contiguous, or is one repeated element, that are gathered before a loop over them.
+const BLOCK: usize = 256;
 
 /// `f` of every element, into a fresh contiguous array.
 pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Result<Array> {
-    let mut out = Array::uninit(a.shape(), D::DTYPE);
-    let nest = Nest::new(a.shape(), [a.strides()]);
-    let (src, dst) = (a.raw::<S>()?, Shared::new(out.fresh_mut::<D>()));
-    runs(a.numel(), nest.inner, |row, col, at, len| {
-        let [o] = nest.offsets(row);
-        // SAFETY: runs are disjoint.
-        let d = unsafe { dst.slice(at..at + len) };
-        if nest.step[0] == 1 {
-            let s = &src[o + col..o + col + len];
-            simd(
-                #[inline(always)]
-                || {
-                    for (d, &s) in d.iter_mut().zip(s) {
-                        *d = f(s);
-                    }
-                },
-            );
-        } else {
-            let (s, step) = (&src[o + col * nest.step[0]..], nest.step[0]);
-            d.iter_mut().enumerate().for_each(|(i, d)| *d = f(s[i * step]));
-        }
-    });
-    Ok(out)
+    map_blocks(a, &|d: &mut [D], x: &[S]| {
+        simd(
+            #[inline(always)]
+            || {
+                let x = &x[..d.len()];
+                for i in 0..d.len() {
+                    d[i] = f(x[i]);
+                }
+            },
+        )
+    })
 }
 
 /// `f` of every element, in the array's own buffer where no other handle shares it.
@@ -43,20 +35,7 @@ pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> 
     if !a.is_contiguous() || !a.is_unique() {
         return map::<T, T>(&a, f);
     }
-    let n = a.numel();
-    let dst = Shared::new(a.fresh_mut::<T>());
-    par_chunks(n, GRAIN, |r| {
-        // SAFETY: chunks are disjoint.
-        let d = unsafe { dst.slice(r) };
-        simd(
-            #[inline(always)]
-            || {
-                for d in d.iter_mut() {
-                    *d = f(*d);
-                }
-            },
-        );
-    });
+    for_each_mut(a.fresh_mut::<T>(), f);
     Ok(a)
 }
 
@@ -67,54 +46,17 @@ pub fn zip<A: Element, B: Element, D: Element>(
     b: &Array,
     f: impl Fn(A, B) -> D + Sync + Copy,
 ) -> Result<Array> {
-    let shape = broadcast(op, a.shape(), b.shape())?;
-    let sa = broadcast_strides(op, a.shape(), a.strides(), &shape)?;
-    let sb = broadcast_strides(op, b.shape(), b.strides(), &shape)?;
-    let mut out = Array::uninit(&shape, D::DTYPE);
-    let nest = Nest::new(&shape, [&sa, &sb]);
-    let n = out.numel();
-    let (x, y, dst) = (a.raw::<A>()?, b.raw::<B>()?, Shared::new(out.fresh_mut::<D>()));
-    runs(n, nest.inner, |row, col, at, len| {
-        let [ox, oy] = nest.offsets(row);
-        let [sx, sy] = nest.step;
-        let (x, y) = (&x[ox + col * sx..], &y[oy + col * sy..]);
-        // SAFETY: runs are disjoint.
-        let d = unsafe { dst.slice(at..at + len) };
-        match (sx, sy) {
-            (1, 1) => simd(
-                #[inline(always)]
-                || {
-                    for ((d, &x), &y) in d.iter_mut().zip(&x[..len]).zip(&y[..len]) {
-                        *d = f(x, y);
-                    }
-                },
-            ),
-            (1, 0) => {
-                let y = y[0];
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (d, &x) in d.iter_mut().zip(&x[..len]) {
-                            *d = f(x, y);
-                        }
-                    },
-                )
-            }
-            (0, 1) => {
-                let x = x[0];
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (d, &y) in d.iter_mut().zip(&y[..len]) {
-                            *d = f(x, y);
-                        }
-                    },
-                )
-            }
-            _ => d.iter_mut().enumerate().for_each(|(i, d)| *d = f(x[i * sx], y[i * sy])),
-        }
-    });
-    Ok(out)
+    zip_blocks(op, a, b, &|d: &mut [D], x: &[A], y: &[B]| {
+        simd(
+            #[inline(always)]
+            || {
+                let (x, y) = (&x[..d.len()], &y[..d.len()]);
+                for i in 0..d.len() {
+                    d[i] = f(x[i], y[i]);
+                }
+            },
+        )
+    })
 }
 
 /// `f` of the pairs of two arrays of one shape, in the first one's buffer where no other handle shares it.
@@ -131,18 +73,100 @@ pub fn zip_owned<T: Element, B: Element>(
     let (dst, y) = (Shared::new(a.fresh_mut::<T>()), b.raw::<B>()?);
     par_chunks(n, GRAIN, |r| {
         // SAFETY: chunks are disjoint.
-        let d = unsafe { dst.slice(r.clone()) };
-        let y = &y[r];
+        let (d, y) = (unsafe { dst.slice(r.clone()) }, &y[r]);
         simd(
             #[inline(always)]
             || {
-                for (d, &y) in d.iter_mut().zip(y) {
-                    *d = f(*d, y);
+                let y = &y[..d.len()];
+                for i in 0..d.len() {
+                    d[i] = f(d[i], y[i]);
                 }
             },
         );
     });
     Ok(a)
+}
+
+/// What surrounds the loop of [`map`]: `each(results, elements)` over contiguous slices. It is compiled once for each pair of types and
+/// not for each function.
+fn map_blocks<S: Element, D: Element>(a: &Array, each: &(dyn Fn(&mut [D], &[S]) + Sync)) -> Result<Array> {
+    let mut out = Array::uninit(a.shape(), D::DTYPE);
+    let nest = Nest::new(a.shape(), [a.strides()]);
+    let (x, dst) = (a.raw::<S>()?, Shared::new(out.fresh_mut::<D>()));
+    par_chunks(a.numel(), GRAIN, |range| {
+        let mut block = [S::default(); BLOCK];
+        runs(&nest, range, |[o], at, len| {
+            // SAFETY: runs are disjoint.
+            let d = unsafe { dst.slice(at..at + len) };
+            let mut x = Run::new(&x[o..], nest.step[0], len, &mut block);
+            let piece = x.piece(len);
+            for (i, d) in d.chunks_mut(piece).enumerate() {
+                each(d, x.take(i * piece, d.len()));
+            }
+        });
+    });
+    Ok(out)
+}
+
+/// What surrounds the loop of [`zip`].
+fn zip_blocks<A: Element, B: Element, D: Element>(
+    op: &'static str,
+    a: &Array,
+    b: &Array,
+    each: &(dyn Fn(&mut [D], &[A], &[B]) + Sync),
+) -> Result<Array> {
+    let shape = broadcast(op, a.shape(), b.shape())?;
+    let sa = broadcast_strides(op, a.shape(), a.strides(), &shape)?;
+    let sb = broadcast_strides(op, b.shape(), b.strides(), &shape)?;
+    let mut out = Array::uninit(&shape, D::DTYPE);
+    let nest = Nest::new(&shape, [&sa, &sb]);
+    let n = out.numel();
+    let (x, y, dst) = (a.raw::<A>()?, b.raw::<B>()?, Shared::new(out.fresh_mut::<D>()));
+    par_chunks(n, GRAIN, |range| {
+        let (mut block_x, mut block_y) = ([A::default(); BLOCK], [B::default(); BLOCK]);
+        runs(&nest, range, |[ox, oy], at, len| {
+            // SAFETY: runs are disjoint.
+            let d = unsafe { dst.slice(at..at + len) };
+            let mut x = Run::new(&x[ox..], nest.step[0], len, &mut block_x);
+            let mut y = Run::new(&y[oy..], nest.step[1], len, &mut block_y);
+            let piece = x.piece(len).min(y.piece(len));
+            for (i, d) in d.chunks_mut(piece).enumerate() {
+                let start = i * piece;
+                each(d, x.take(start, d.len()), y.take(start, d.len()));
+            }
+        });
+    });
+    Ok(out)
+}
+
+/// A run of one operand, read as contiguous slices.
+struct Run<'a, T> {
+    x: &'a [T],
+    step: usize,
+    block: &'a mut [T; BLOCK],
+}
+
+impl<'a, T: Element> Run<'a, T> {
+    /// The run of `len` elements that begins with the first of `x` and goes on at `step`.
+    fn new(x: &'a [T], step: usize, len: usize, block: &'a mut [T; BLOCK]) -> Run<'a, T> {
+        if step == 0 {
+            block[..len.min(BLOCK)].fill(x[0]);
+        }
+        Run { x, step, block }
+    }
+    /// The most elements that [`Run::take`] gives of `len`.
+    fn piece(&self, len: usize) -> usize {
+        if self.step == 1 { len } else { BLOCK }
+    }
+    /// `len` elements from number `start` on.
+    fn take(&mut self, start: usize, len: usize) -> &[T] {
+        match self.step {
+            1 => return &self.x[start..start + len],
+            0 => {}
+            step => (0..len).for_each(|i| self.block[i] = self.x[(start + i) * step]),
+        }
+        &self.block[..len]
+    }
 }
 
 /// `a` where the mask is not 0, `b` elsewhere; all of one shape, in any strides.
@@ -151,33 +175,40 @@ pub fn select<T: Element>(mask: &Array, a: &Array, b: &Array) -> Result<Array> {
     let nest = Nest::new(mask.shape(), [mask.strides(), a.strides(), b.strides()]);
     let n = out.numel();
     let (m, x, y, dst) = (mask.raw::<u8>()?, a.raw::<T>()?, b.raw::<T>()?, Shared::new(out.fresh_mut::<T>()));
-    runs(n, nest.inner, |row, col, at, len| {
-        let [om, ox, oy] = nest.offsets(row);
-        let [sm, sx, sy] = nest.step;
-        let (m, x, y) = (&m[om + col * sm..], &x[ox + col * sx..], &y[oy + col * sy..]);
-        // SAFETY: runs are disjoint.
-        let d = unsafe { dst.slice(at..at + len) };
-        if nest.step == [1; 3] {
-            let picks = m[..len].iter().zip(&x[..len]).zip(&y[..len]);
-            d.iter_mut().zip(picks).for_each(|(d, ((&m, &x), &y))| *d = if m != 0 { x } else { y });
-        } else {
-            d.iter_mut().enumerate().for_each(|(i, d)| *d = if m[i * sm] != 0 { x[i * sx] } else { y[i * sy] });
-        }
+    par_chunks(n, GRAIN, |range| {
+        runs(&nest, range, |[om, ox, oy], at, len| {
+            let [sm, sx, sy] = nest.step;
+            let (m, x, y) = (&m[om..], &x[ox..], &y[oy..]);
+            // SAFETY: runs are disjoint.
+            let d = unsafe { dst.slice(at..at + len) };
+            if nest.step == [1; 3] {
+                let (m, x, y) = (&m[..len], &x[..len], &y[..len]);
+                for i in 0..len {
+                    d[i] = if m[i] != 0 { x[i] } else { y[i] };
+                }
+            } else {
+                for i in 0..len {
+                    d[i] = if m[i * sm] != 0 { x[i * sx] } else { y[i * sy] };
+                }
+            }
+        });
     });
     Ok(out)
 }
 
-/// Cuts `n` elements, laid out as runs of `inner`, into parallel pieces `(row, first column, position, length)`.
-fn runs(n: usize, inner: usize, f: impl Fn(usize, usize, usize, usize) + Sync) {
-    par_chunks(n, GRAIN, |range| {
-        let mut at = range.start;
-        while at < range.end {
-            let (row, col) = (at / inner, at % inner);
-            let len = (inner - col).min(range.end - at);
-            f(row, col, at, len);
-            at += len;
+/// Calls `f(offset in each operand, position in the result, length)` for each run, or part of one, in a range of a nest's elements.
+fn runs<const N: usize>(nest: &Nest<N>, range: Range<usize>, mut f: impl FnMut([usize; N], usize, usize)) {
+    let mut at = range.start;
+    while at < range.end {
+        let (row, col) = (at / nest.inner, at % nest.inner);
+        let len = (nest.inner - col).min(range.end - at);
+        let mut from = nest.offsets(row);
+        for k in 0..N {
+            from[k] += col * nest.step[k];
         }
-    });
+        f(from, at, len);
+        at += len;
+    }
 }
 
 /// x ← f(x) over a slice.

@@ -51,8 +51,17 @@ pub fn first_above(doubts: &[Doubt], threshold: f64) -> Option<&Doubt> {
 /// # Errors
 /// As [`CodeModel::doubts`].
 pub fn operator(model: &impl CodeModel, text: &str, threshold: f64) -> Result<Option<Doubt>> {
+    check_threshold(threshold)?;
     let doubts = model.doubts(&[text.to_string()])?;
     Ok(doubts.iter().find_map(|d| first_above(d, threshold)).cloned())
+}
+
+/// Gaps are differences of probabilities.
+pub(super) fn check_threshold(threshold: f64) -> Result<()> {
+    match (0.0..=1.0).contains(&threshold) {
+        true => Ok(()),
+        false => Err(Error::invalid("locate", format!("a threshold of {threshold}; it must lie in [0, 1]"))),
+    }
 }
 
 /// The operator with the largest gap, the first of equal ones.

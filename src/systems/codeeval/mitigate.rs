@@ -13,7 +13,7 @@
 
 use super::buggy::Row;
 use super::lm::{CodeModel, Draw};
-use super::locate::first_above;
+use super::locate::{check_threshold, first_above};
 use crate::base::Result;
 
 /// The beginning of a program.
@@ -84,6 +84,7 @@ pub fn rewrite_then_complete(
 /// # Errors
 /// As [`CodeModel::doubts`] and [`CodeModel::replaced`].
 pub fn rewrite(model: &impl CodeModel, texts: &[String], threshold: f64) -> Result<Vec<String>> {
+    check_threshold(threshold)?;
     let one = |(text, doubts): (&String, Vec<_>)| match first_above(&doubts, threshold) {
         Some(doubt) => model.replaced(text, doubt),
         None => Ok(text.clone()),

@@ -69,10 +69,16 @@ pub fn macro_average(counts: &[Count], k: usize, draws: usize, seed: u64) -> Res
 /// The mean of some values and its 95 % percentile bootstrap interval.
 ///
 /// # Errors
-/// [`Error::Invalid`] without values.
+/// [`Error::Invalid`] without values, with a value that is not finite, or without draws.
 pub fn bootstrap(values: &[f64], draws: usize, seed: u64) -> Result<Score> {
     if values.is_empty() {
         return Err(Error::invalid("bootstrap", "no values; there is nothing to average"));
+    }
+    if let Some(x) = values.iter().find(|x| !x.is_finite()) {
+        return Err(Error::invalid("bootstrap", format!("a value is {x}; all must be finite")));
+    }
+    if draws == 0 {
+        return Err(Error::invalid("bootstrap", "0 draws; an interval needs at least one"));
     }
     let n = values.len();
     let mean = values.iter().sum::<f64>() / n as f64;
@@ -80,7 +86,7 @@ pub fn bootstrap(values: &[f64], draws: usize, seed: u64) -> Result<Score> {
     let mut means: Vec<f64> =
         (0..draws).map(|_| (0..n).map(|_| values[rng.below(n as u64) as usize]).sum::<f64>() / n as f64).collect();
     means.sort_by(f64::total_cmp);
-    let at = |q: f64| means.get(((q * draws as f64) as usize).min(draws.saturating_sub(1))).copied().unwrap_or(mean);
+    let at = |q: f64| means[((q * draws as f64) as usize).min(draws - 1)];
     Ok(Score { mean, low: at(0.025), high: at(0.975), problems: n })
 }
 

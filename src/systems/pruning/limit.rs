@@ -22,6 +22,11 @@ pub fn best_static_merge(gates: &[(f64, f64)], apart: &[f64]) -> Result<StaticMe
             format!("{} pairs of gates and {} distances; there must be one for each token", gates.len(), apart.len());
         return Err(Error::shape("best_static_merge", message));
     }
+    let numbers = gates.iter().flat_map(|g| [g.0, g.1]).chain(apart.iter().copied());
+    if let Some(x) = numbers.into_iter().find(|x| !(x.is_finite() && *x >= 0.0)) {
+        let message = format!("a gate or a distance is {x}; they must be 0 or more");
+        return Err(Error::invalid("best_static_merge", message));
+    }
     let parts = || {
         gates
             .iter()

@@ -86,8 +86,8 @@ pub fn train_routers<M: SparseModel>(
     lr: f64,
     mut losses: impl FnMut(&M, u64) -> Result<Tensor>,
 ) -> Result<Vec<f64>> {
-    if !(lr.is_finite() && lr >= 0.0) {
-        return Err(Error::invalid("train_routers", format!("a learning rate of {lr}; it must be 0 or more")));
+    if !(lr.is_finite() && lr > 0.0) {
+        return Err(Error::invalid("train_routers", format!("a learning rate of {lr}; it must be positive")));
     }
     let routers: Vec<Param> = model.mixtures().into_iter().flatten().map(|m| m.router().weight().clone()).collect();
     if routers.is_empty() {

@@ -315,6 +315,10 @@ impl<'a> Attack<'a> {
             );
             return Err(Error::invalid("attack", message));
         }
+        if let Some((_, least)) = self.similarity.filter(|(_, least)| !(0.0..=1.0).contains(least)) {
+            let message = format!("a similarity of at least {least}; it must lie in [0, 1]");
+            return Err(Error::invalid("attack", message));
+        }
         Ok(())
     }
 }

@@ -26,8 +26,14 @@ impl Calibrate {
     /// The paper's descent.
     pub const PAPER: Calibrate = Calibrate::Descent { lr: 0.01, steps: 5000 };
 
-    /// The temperature for these answers to texts of these labels. Fails where the answers are classes alone.
+    /// The temperature for these answers to texts of these labels. Fails where the answers are classes alone, or the rate of the descent is
+    /// no positive number.
     pub fn fit(&self, answers: &Answers, labels: &[u32]) -> Result<f64> {
+        if let Calibrate::Descent { lr, .. } = self
+            && !(lr.is_finite() && *lr > 0.0)
+        {
+            return Err(Error::invalid("calibrate", format!("a rate of {lr}; it must be a positive number")));
+        }
         let logits = Logits::of(answers, labels)?;
         Ok(match *self {
             Calibrate::LogT => {

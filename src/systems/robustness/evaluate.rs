@@ -163,6 +163,9 @@ pub fn attacked(attack: &Attack, lens: Lens, served: &Served, set: &TextSet) -> 
 /// The attacker's temperature that leaves the least accuracy under an attack: eight decades either side of `near` (the calibrated
 /// temperature is a good one), then golden section over ln T. Fifteen attacks or so.
 pub fn best_temperature(attack: &Attack, served: &Served, validation: &TextSet, near: f64) -> Result<f64> {
+    if !(near.is_finite() && near > 0.0) {
+        return Err(Error::invalid("best_temperature", format!("near {near}; it must be a positive number")));
+    }
     let mut failed = None;
     let accuracy = |x: f64| match attacked(attack, Lens { score: PLAIN, temperature: x.exp() }, served, validation) {
         Ok(a) => a.accuracy,

@@ -94,6 +94,9 @@ impl Training {
             );
             return Err(Error::invalid(op, message));
         }
+        if let Some(radius) = self.pgd.map(|p| p.radius).filter(|r| !(r.is_finite() && *r >= 0.0)) {
+            return Err(Error::invalid(op, format!("a radius of {radius} for PGD; it must be 0 or more")));
+        }
         if set.classes.len() != model.config().classes.len() {
             let message = format!(
                 "texts of {} classes for a model of {}; give both the same classes",

@@ -7,8 +7,9 @@
 use super::attack::Transformation;
 use super::text::{Text, counts};
 use super::words::Synonyms;
-use crate::base::philox;
+use crate::base::{Error, Result, philox};
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 /// Vectors of length one, a row for each word.
 #[derive(Clone, Debug)]
@@ -125,23 +126,34 @@ pub struct Neighbours {
     vectors: WordVectors,
     most: usize,
     least: f32,
+    /// Of each word, the words near it, found when they are first needed: an attack asks for the same words again and again.
+    near: Vec<OnceLock<Vec<usize>>>,
 }
 
 impl Neighbours {
     /// Up to `most` words with a cosine of at least `least` (TextFooler: 50 and 0.5).
-    pub fn new(vectors: WordVectors, most: usize, least: f64) -> Neighbours {
-        Neighbours { vectors, most, least: least as f32 }
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] unless `least` lies in [−1, 1].
+    pub fn new(vectors: WordVectors, most: usize, least: f64) -> Result<Neighbours> {
+        if !(-1.0..=1.0).contains(&least) {
+            return Err(Error::invalid("Neighbours", format!("a cosine of at least {least}; it must lie in [-1, 1]")));
+        }
+        let near = vec![OnceLock::new(); vectors.words.len()];
+        Ok(Neighbours { vectors, most, least: least as f32, near })
     }
     /// The words near a word in small letters, the nearest first.
     pub fn get(&self, word: &str) -> Vec<&str> {
-        let Some(own) = self.vectors.get(word) else { return Vec::new() };
-        let rows = self.vectors.values.chunks_exact(self.vectors.size).enumerate();
-        let mut near: Vec<(f32, usize)> = rows
-            .map(|(i, row)| (dot(own, row), i))
-            .filter(|(c, i)| *c >= self.least && self.vectors.words[*i] != word)
-            .collect();
-        near.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        near.iter().take(self.most).map(|(_, i)| &self.vectors.words[*i][..]).collect()
+        let Some(&of) = self.vectors.of.get(word) else { return Vec::new() };
+        let near = self.near[of].get_or_init(|| {
+            let (own, size) = (self.vectors.get(word).unwrap_or_default(), self.vectors.size);
+            let rows = self.vectors.values.chunks_exact(size.max(1)).enumerate();
+            let mut near: Vec<(f32, usize)> =
+                rows.map(|(i, row)| (dot(own, row), i)).filter(|(c, i)| *c >= self.least && *i != of).collect();
+            near.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            near.into_iter().take(self.most).map(|(_, i)| i).collect()
+        });
+        near.iter().map(|&i| &self.vectors.words[i][..]).collect()
     }
 }
 
@@ -201,7 +213,7 @@ mod tests {
         let vectors = WordVectors::of_texts(&texts, 64, 0);
         let cosine = |a: &str, b: &str| dot(vectors.get(a).unwrap(), vectors.get(b).unwrap());
         assert!(cosine("film", "movie") > cosine("film", "outside"));
-        let near = Neighbours::new(vectors.clone(), 3, 0.1);
+        let near = Neighbours::new(vectors.clone(), 3, 0.1).unwrap();
         assert!(near.get("film").len() <= 3 && near.get("unheard").is_empty() && !near.get("film").contains(&"film"));
         let drawn = vectors.clone().retrofitted(&Synonyms::of_pairs([("film", "outside")]));
         let after = dot(drawn.get("film").unwrap(), drawn.get("outside").unwrap());

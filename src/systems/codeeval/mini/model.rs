@@ -240,6 +240,7 @@ impl CodeModel for Coder {
     fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>> {
         let (count, seed) = (draw.samples, draw.seed);
         let sampling = Sampling { temperature: draw.temperature, top_p: 1.0, ..Sampling::default() };
+        sampling.validate()?;
         let encoded: Vec<Vec<u32>> = prefixes.iter().map(|p| self.vocabulary.encode(p)).collect::<Result<_>>()?;
         let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (i, ids) in encoded.iter().enumerate() {
