@@ -1,6 +1,6 @@
-//! Elementwise loops over strided arrays: one memory pass, vectorised where operands are contiguous.
+//! Elementwise loops over strided arrays in one pass over memory, vectorised where operands are contiguous.
 //!
-//! Cost: every operand is read once and the result written once; on arrays beyond the cache that is all there is.
+//! Cost: every operand is read once and the result is written once; on arrays larger than the cache this memory traffic is the whole cost.
 
 pub(crate) mod cuda;
 
@@ -11,7 +11,7 @@ use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 
-/// `f` of every element, into a fresh contiguous array.
+/// Applies `f` to every element, into a new contiguous array.
 pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Result<Array> {
     let mut out = Array::uninit(a.shape(), D::DTYPE);
     let nest = Nest::new(a.shape(), [a.strides()]);
@@ -38,7 +38,7 @@ pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) 
     Ok(out)
 }
 
-/// `f` of every element, in the array's own buffer where no other handle shares it.
+/// Applies `f` to every element, in the array's own buffer if no other handle shares it.
 pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Result<Array> {
     if !a.is_contiguous() || !a.is_unique() {
         return map::<T, T>(&a, f);
@@ -60,7 +60,7 @@ pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> 
     Ok(a)
 }
 
-/// `f` of the pairs of two broadcast operands.
+/// Applies `f` to the pairs of two broadcast operands.
 pub fn zip<A: Element, B: Element, D: Element>(
     op: &'static str,
     a: &Array,
@@ -117,7 +117,7 @@ pub fn zip<A: Element, B: Element, D: Element>(
     Ok(out)
 }
 
-/// `f` of the pairs of two arrays of one shape, in the first one's buffer where no other handle shares it.
+/// Applies `f` to the pairs of two arrays of one shape, in the first one's buffer if no other handle shares it.
 pub fn zip_owned<T: Element, B: Element>(
     op: &'static str,
     mut a: Array,
@@ -167,7 +167,7 @@ pub fn select<T: Element>(mask: &Array, a: &Array, b: &Array) -> Result<Array> {
     Ok(out)
 }
 
-/// Cuts `n` elements, laid out as runs of `inner`, into parallel pieces `(row, first column, position, length)`.
+/// Splits `n` elements, stored as runs of `inner`, into parallel pieces `(row, first column, position, length)`.
 fn runs(n: usize, inner: usize, f: impl Fn(usize, usize, usize, usize) + Sync) {
     par_chunks(n, GRAIN, |range| {
         let mut at = range.start;
