@@ -153,7 +153,7 @@ impl ParamGrad {
         }
         Ok(())
     }
-    /// gᵢ|² per sample, `B` values; exact also for parameters that are used twice or tied.
+    /// |gᵢ|² per sample, `B` values; exact also for parameters that are used twice or tied.
     pub fn sample_sq_norms(&self) -> Result<Vec<f64>> {
         if let Some(gpu) = self.gpu() {
             self.expect_samples()?;

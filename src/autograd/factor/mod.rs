@@ -174,7 +174,7 @@ pub(crate) trait Kind<'a>: Copy {
     fn sample_add<T: Kernels>(&self, i: usize, out: &mut [T]) -> Result<()> {
         self.changed(&Change::Only(self.range(i)))?.add_to::<T>(None, out)
     }
-    /// gradient of sample i|² for a parameter of `numel` elements, with its error bounds.
+    /// |gradient of sample i|² for a parameter of `numel` elements, with its error bounds.
     fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
         let sq = formed(numel, |x: &mut [T]| self.sample_add(i, x))?;
         Ok(Norm { sq, reach: sq.value.sqrt(), rows: 1 })
@@ -251,7 +251,7 @@ pub(crate) trait Kind<'a>: Copy {
     }
 }
 
-/// gradient of a sample|², and the quantities that bound the norm of the sample's contribution to a clipped sum.
+/// |gradient of a sample|², and the quantities that bound the norm of the sample's contribution to a clipped sum.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Norm {
     /// The squared norm of the gradient as one order of summation gives it; its error is that of computing the norm.
@@ -277,7 +277,7 @@ impl Norm {
     }
 }
 
-/// x|² of the gradient, which `add` adds to zeros.
+/// |x|² of the gradient, which `add` adds to zeros.
 fn formed<T: Kernels>(numel: usize, add: impl FnOnce(&mut [T]) -> Result<()>) -> Result<Bounded> {
     let mut x = vec![T::ZERO; numel];
     add(&mut x)?;
@@ -388,7 +388,7 @@ impl Factor {
         other.sample_add(j, &mut y)?;
         Ok(Bounded { value: x.iter().zip(&y).map(|(&x, &y)| x.to_f64() * y.to_f64()).sum(), error: 0.0 })
     }
-    /// gradient of sample i by this factor|² with its error bounds. The factor must be sorted.
+    /// |gradient of sample i by this factor|² with its error bounds. The factor must be sorted.
     pub(crate) fn norm<T: Kernels>(&self, i: usize, numel: usize) -> Result<Norm> {
         self.expect_samples("sample_sq_norms")?;
         with_kind!(self, |k| k.norm::<T>(i, numel))

@@ -256,7 +256,8 @@ fn again(kern: Kernel, parts: &[Part], (left, right): (&[u32], &[u32]), (rows, c
     }
 }
 
-/// Σₜ lₜ ⊗ rₜ|² of each range of rows of `l [N, r]` and `r [N, c]`, computed from exactly the sums that a weighted [`product`] with these ranges adds: 2·N·r·c FLOPs, and nothing is stored.
+/// |Σₜ lₜ ⊗ rₜ|² of each range of rows of `l [N, r]` and `r [N, c]`, computed from exactly the sums that a weighted [`product`] with these
+/// ranges adds: 2·N·r·c FLOPs, and nothing is stored.
 pub fn sq_norms(l: Operand, r: Operand, ranges: &[Range<usize>]) -> Vec<f64> {
     let (m, n) = (l.cols(), r.cols());
     let kern = kernel();
