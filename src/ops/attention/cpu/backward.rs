@@ -16,7 +16,7 @@ const MOST_PANELS: usize = 8;
 /// keeps dK and dV of all its keys in `ksum` and `vsum`, as tiles. Then, for the panels of [`QUERIES`] queries at a time and up to [`KEYS`]
 /// keys:
 ///
-/// 1. For each tile of `mr` keys and each panel, S and grad·Vᵀ are computed by two micro-kernel calls over D, then P and dS in the same tile.
+/// 1. For each tile of `mr` keys and each panel, two micro-kernel calls over D compute S and grad·Vᵀ; P and dS follow in the same tile.
 /// 2. Both are transposed (queries become the packed steps of a sum: `pt` and `dst`), and one call over all queries for each tile of D
 ///    adds to dV and dK of these keys.
 /// 3. dS of all panels is kept for the pass; at its end one call over up to [`KEYS`] keys for each tile of D adds to dQ of each panel.
