@@ -23,8 +23,8 @@
 //   O* pre                        receives the values before the activation, in the layout of C; or null
 //   const acc* w                  weight of each step of K, or null; a step of zero weight is skipped, even if it is not finite
 //   const u32* owner              weight of step k is w[owner[k]]; null: w[k / each]
-//   acc* part                     splits > 1: [batch, splits, M, N] partial sums (f32, f64 for f64), no epilogue; gemm_splitk_* adds them in
-//                                 order and applies the epilogue. Otherwise null
+//   acc* part                     splits > 1: [batch, splits, M, N] partial sums (f32, f64 for f64), no epilogue; gemm_splitk_* adds
+//                                 them in order and applies the epilogue. Otherwise null
 //   GemmShape s                   below, by value. K may be 0 (C = act(bias)); M, N and batch must not be 0
 //
 // Weights on the tensor cores: w·A is rounded to the operands' type once more (by 2⁻⁹ of it in bf16, 2⁻¹² in f16 and tf32), so that a

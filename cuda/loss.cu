@@ -7,7 +7,7 @@
 //       loss = z − (1 − s)·(x[target] − m) − s·mean(x − m). Rows with target = ignore (−1: none) give 0, 0 and 0; a
 //       target ≥ d gives NaN (ids_u32 in move.cu reports it).
 //   class_ids (const i64* targets, u32* out, i64 n, i64 ignore)                grid ceil(n / 1024), block 256
-//       A target = ignore becomes u32::MAX, and a target that is not a u32 becomes u32::MAX − 1, which is not a class either. 12 bytes per row.
+//       A target = ignore becomes u32::MAX; a target that is not a u32 becomes u32::MAX − 1, which is not a class either. 12 bytes a row.
 //   sample_loss_{f32,f64} (const A* loss, const u32* targets, const i64* offsets, const u32* order, A* out, A* weight,
 //                          i64 samples, i64 each, i64 ignore, i32 mean)        grid ceil(samples / 8), block 256
 //       A sample's rows: positions offsets[s] .. offsets[s + 1] (null: s·each .. (s + 1)·each) of order (null: themselves).

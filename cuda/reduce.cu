@@ -10,7 +10,8 @@
 //   sum_cols_part_{..} (const T* x, acc_t<T>* part, i64 outer, i64 n, i64 inner, i64 chunk)  grid outer·ceil(n / chunk)·ceil(inner / 32)
 //       part [outer, ceil(n / chunk), inner]: the first level for tall columns (chunk 256).
 //   sum_rows_last_{f32,f64,bf16,f16}, sum_cols_last_{..}: as sum_rows, sum_cols, from acc_t<T>* to T*: the second level.
-// EXTREMES. mode 0: maximum, NaN counts as largest; 1: minimum, NaN counts as smallest; 2: maximum, a NaN only at position 0 (argmax). First of equal values.
+// EXTREMES. mode 0: maximum, NaN counts as largest; 1: minimum, NaN counts as smallest; 2: maximum, a NaN only at position 0
+//   (argmax). The first of equal values.
 //   max_rows_{..} (const T* x, T* y, u32* index, i64 rows, i64 cols, i32 mode)               row rule; y or index may be null
 //   unpick_{b2,b4,b8} (const T* g, const u32* index, T* dx, i64 count, i64 k, i64 n, i64 inner)  grid ceil(count / 1024)
 //       dx[o, index[o, j, i], i] = g[o, j, i], for count = outer·k·inner selected elements, into zeros: backward of max, sort, topk.

@@ -11,7 +11,8 @@
 //                 i64 each, i64 k)                                                       grid ceil(max(n, count + 1) / 256)
 //       The sample of each row, and the start of each sample among rows sorted by sample; old_* are those of tokens, null if uniform.
 //   route_load   (const u32* choices, const i64* offsets, const u32* order, float* load, i64 count, i64 experts, i64 each, i64 k)
-//       load[b, e] = number of choices of sample b that are e; offsets and order of tokens as above, or null.   grid count = samples·experts
+//       load[b, e] = number of choices of sample b that are e; offsets and order of tokens as above, or null.
+//                                                                                        grid count = samples·experts
 //   route_within (const u32* choices, const u32* place, const i64* offsets, float* kept, i64 n, i64 capacity)  grid ceil(n / 256)
 //
 // One warp for each token: 2 + k reads of its logits, from the caches except for the first.
