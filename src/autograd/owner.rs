@@ -17,8 +17,8 @@ use std::collections::HashMap;
 pub enum Owner {
     /// Every sample uses all elements: they must not depend on any sample.
     All,
-    /// Element i, in row-major order, belongs to sample (i / run) mod the number of samples. `[B, T, d]` has runs of T·d elements, `[T, B,
-    /// d]` runs of d.
+    /// Element i, in row-major order, belongs to sample (i / run) mod the number of samples. `[B, T, d]` has runs of T·d elements,
+    /// `[T, B, d]` runs of d.
     Every {
         /// Number of consecutive elements of one sample.
         run: usize,

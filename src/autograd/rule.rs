@@ -41,13 +41,13 @@ impl Cotangents {
     pub fn needs(&self, i: usize) -> bool {
         self.wanted.get(i).copied().unwrap_or(false)
     }
-    /// Returns the gradient of input `i`, in the shape and dtype of that input.
+    /// Delivers the gradient of input `i`, in the shape and dtype of that input.
     pub fn input(&mut self, i: usize, grad: Array) {
         if let Some(slot) = self.inputs.get_mut(i) {
             *slot = Some(grad);
         }
     }
-    /// Returns the factor of one use of a parameter; it is dropped if the parameter is frozen.
+    /// Delivers the factor of one use of a parameter; it is dropped if the parameter is frozen.
     pub fn param(&mut self, param: &Param, factor: Factor) {
         if param.trainable() {
             self.factors.push((param.clone(), factor));

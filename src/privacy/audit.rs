@@ -65,8 +65,8 @@ pub fn lower_bound(canaries: usize, guesses: usize, correct: usize, delta: f64, 
     low
 }
 
-/// An upper bound of the probability of this many correct guesses under (ε, δ) (theorem 5.2 of the paper, in its computable form): P[B ≥ v]
-/// + 2mδ·maxᵢ (P[B ≥ v − i] − P[B ≥ v])/i, where B is binomial with r trials of probability e^ε/(1 + e^ε).
+/// An upper bound of the probability of this many correct guesses under (ε, δ) (theorem 5.2 of the paper, in its computable form):
+/// P[B ≥ v] + 2mδ·maxᵢ (P[B ≥ v − i] − P[B ≥ v])/i, where B is binomial with r trials of probability e^ε/(1 + e^ε).
 fn p_value(epsilon: f64, canaries: usize, guesses: usize, correct: usize, delta: f64) -> f64 {
     let q = 1.0 / (1.0 + (-epsilon).exp());
     // P[B = k], from logarithms of factorials.

@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 pub struct PrivacyConfig {
     /// Target ε, the privacy budget. A step that would exceed it is refused.
     pub epsilon: f64,
-    /// δ, which should be below 1/records.
+    /// δ; it must be below 1/records.
     pub delta: f64,
     /// Number of records, which are the units of protection. Each has one loss.
     pub records: usize,

@@ -157,9 +157,9 @@ impl PrivateStep {
     /// g = α·(Σ clip(gᵢ) + noise)/B₁ + (1 − α)·(mean of the public gradients),
     ///
     /// where B₁ is the expected private batch size. Both kinds go through one forward and one backward pass: `forward` receives private
-    /// records and public samples, at most `physical_batch` of both together at a time, and returns their losses in that order, `[private +
-    /// public]`. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0 no private
-    /// record is drawn and no budget is spent; with α = 1 the public data are not used. The loss in the report covers both.
+    /// records and public samples, at most `physical_batch` of both together at a time, and returns their losses in that order,
+    /// `[private + public]`. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0
+    /// no private record is drawn and no budget is spent; with α = 1 the public data are not used. The loss in the report covers both.
     pub fn run_coupled<Q>(
         &mut self,
         physical_batch: usize,

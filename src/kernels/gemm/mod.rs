@@ -116,7 +116,7 @@ fn take_scratch(bytes: usize) -> Buffer {
     }
 }
 
-/// Keeps the larger of the stored buffer and `buffer`; a buffer of unusual size goes back to the pool instead.
+/// Keeps the larger of the stored buffer and `buffer`; the buffer of a very large product returns to the pool instead.
 fn put_scratch(mut buffer: Buffer) {
     if buffer.len() > 4 * PACK_BYTES {
         return;

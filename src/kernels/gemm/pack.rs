@@ -39,8 +39,8 @@ pub fn pack_b<T: Float>(b: &Mat<T>, j0: usize, nr: usize, k0: usize, kc: usize, 
     panel(b.data, (b.cs, b.rs), None, j0, b.cols, nr, k0, kc, out);
 }
 
-/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, and zero for i0 + i ≥ n; with an index, `index[i0 + i]` takes the place of i0
-/// + i.
+/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, and zero for i0 + i ≥ n; with an index, `index[i0 + i]` replaces
+/// i0 + i.
 #[allow(clippy::too_many_arguments)]
 fn panel<T: Float>(
     data: &[T],

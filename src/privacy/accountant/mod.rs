@@ -192,8 +192,8 @@ impl Accountant {
     /// The smallest noise multiplier (to 10⁻⁵, rounded up) with which `steps` steps at rate q cost at most (ε, δ). The recorded history is
     /// not used.
     ///
-    /// Even a large ε requires a minimum of noise: if a record shifts more mass than δ beyond the bound of the noise, no ε is enough. At δ
-    /// = 10⁻⁵, 100 steps and q = 0.05 that is the case for noise multipliers below 0.205.
+    /// Even a large ε requires a minimum of noise: if a record shifts more mass than δ beyond the bound of the noise, no ε is enough. At
+    /// δ = 10⁻⁵, 100 steps and q = 0.05 that is the case for noise multipliers below 0.205.
     pub fn calibrate(&self, epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
         if !(epsilon.is_finite() && epsilon > 0.0) {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
