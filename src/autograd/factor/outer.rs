@@ -62,7 +62,7 @@ impl<'a> Kind<'a> for Outer<'a> {
         };
         // A single term is its own sum.
         let reach = if r.len() == 1 { sq.value.sqrt() } else { norms::reach(left, right, r.len()) };
-        // Products of bf16 operands drop terms below 2⁻¹²⁶ at each step. The bound takes at least 2⁻²² of the reach, hence the division.
+        // Products of bf16 operands drop terms below 2⁻¹²⁶ at each step. The bound takes at least 2⁻²² of the reach, hence 2²².
         let lost = (r.len() as f64) * ((width(self.left) * width(self.right)) as f64).sqrt() * 2f64.powi(22 - 126);
         let reach = if self.left.dtype() == DType::BF16 { reach + lost } else { reach };
         Ok(Norm { sq, reach, rows: r.len() })

@@ -15,7 +15,7 @@ const LANES: usize = 32;
 /// Elements summed before partial sums are combined; also the unit of parallel work.
 const BLOCK: usize = 1 << 14;
 
-/// Sum of a slice. Sixteen vectors at a time are added in T (bf16 in f32), as a tree in groups of four, and their sums are added to lanes
+/// Sum of a slice. Sixteen vectors at a time are added in T (bf16 in f32), in four parallel chains of four, and their sum is added to lanes
 /// of f64; the rest is added vector by vector. An element is rounded five times at most before its sum is an f64. The loops run over arrays
 /// and use no closures: a call that is not inlined, or an index that might be out of bounds, stops the compiler from vectorising.
 #[inline(always)]
