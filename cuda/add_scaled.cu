@@ -1,11 +1,11 @@
 #include "prelude.cuh"
-// y = x + Σ wᵢ·dᵢ over up to eight arrays at once, added up in f64 whatever the dtype is and rounded once.
+// y = x + Σ wᵢ·dᵢ over up to eight arrays at once, summed in f64 for every dtype and rounded once.
 //
 //   add_scaled_{f32,f64,bf16,f16} (const T* x, double* sums, T* y, i64 n, const T* d0 … d7, Weights8 w, i32 terms)
-//       begins with x or, where that is null, with sums; ends in y or, where that is null, in sums
+//       starts with x or, if that is null, with sums; writes y or, if that is null, sums
 //
-// Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous arrays. More than eight terms take
-// several launches, with the sums in memory between them. One launch reads x and each d once and writes y once.
+// Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous arrays. More than eight terms take several
+// launches, with the sums in memory between them. One launch reads x and each d once and writes y once.
 
 struct Weights8 { double w[8]; };
 

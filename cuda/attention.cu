@@ -1,18 +1,18 @@
 #include "prelude.cuh"
-// softmax(scale·Q·Kᵀ + mask)·V by tiles, forward and backward, never a T × T matrix (FlashAttention-2 order of loops).
+// softmax(scale·Q·Kᵀ + mask)·V by tiles, forward and backward, without a T × T matrix in memory (loop order of FlashAttention-2).
 //
-// Q [B, T, H, D], K and V [B, S, H_kv, D], unit stride along D, every other stride free (parts of one fused projection are
-// read and written in place). Spans, packed documents, grouped queries and dropout as ops::attention; a query that sees no
-// key gives zeros and a log-sum-exp of 0. Bounds of what a query sees never fall from query to query, so a tile's loop
-// runs from the first bound of its first row to the last bound of its last row, whatever the span; before that it takes the tiles
-// with the sinks, if a window has some (KeyTiles in prelude.cuh).
+// Q [B, T, H, D], K and V [B, S, H_kv, D], unit stride along D, every other stride free (slices of one fused projection are read and
+// written in place). Spans, packed documents, grouped queries and dropout are those of ops::attention; a query that sees no key gives zeros
+// and a log-sum-exp of 0. The bounds of the visible keys never decrease from query to query, so a tile's loop runs from the first bound of
+// its first row to the last bound of its last row, whatever the span; before that it processes the tiles with the sinks, if a window has
+// any (KeyTiles in prelude.cuh).
 //
 // Kernels (block and shared memory below; grid x only, everything else 1):
 //   attention_fwd_d{64,128}_T  (q, k, v, out, lse, tiles, s)                      grid ⌈T/ROWS⌉·B·H
-//   attention_delta_T          (out, grad, delta, s)                              grid any, one warp a row, strided; block 256
+//   attention_delta_T          (out, grad, delta, s)                              any grid, one warp per row, grid-stride; block 256
 //   attention_dq_d{64,128}_T   (q, k, v, grad, lse, delta, tiles, dq, s)          grid ⌈T/ROWS⌉·B·H
 //   attention_dkv_d{64,128}_T  (q, k, v, grad, lse, delta, tiles, dk, dv, s)      grid ⌈S/ROWS⌉·B·H_kv
-// d64 takes D ≤ 64, d128 D ≤ 128 (padded with zeros inside). delta first, then dq and dkv in any order.
+// d64 is for D ≤ 64, d128 for D ≤ 128 (padded with zeros inside). delta runs first, then dq and dkv in any order.
 //
 //   T            fwd ROWS, dynamic shared memory      dq, dkv ROWS, dynamic shared memory     threads
 //   f32 d64      64    52 224                         64    87 040                            256
@@ -21,26 +21,27 @@
 //   f64 d128     32    75 264                         16    68 864                            256
 //   bf16 and f16: attention_mma.cu (delta is here for every type)
 //
-// Arguments: q, k, v, out, grad (of out), dq, dk, dv: const T* / T*, advanced to their first element; lse, delta: acc*
-// [B, H, T]; tiles: of packed or padded sequences (AttentionTile in prelude.cuh; the grid is then s.tiles · heads), or null with
-// s.tiles = 0; s: AttentionShape (prelude.cuh) by value. Rows of no tile are not written, all others are. Everything is written, nothing accumulated; dk and dv are summed over a group's query heads in registers.
+// Arguments: q, k, v, out, grad (of out), dq, dk, dv: const T* / T*, pointing to their first element; lse, delta: acc* [B, H, T]; tiles:
+// list of the tiles of packed or padded sequences (AttentionTile in prelude.cuh; the grid is then s.tiles · heads), or null with s.tiles =
+// 0; s: AttentionShape (prelude.cuh) by value. Rows of no tile are not written, all others are. Results are written, not accumulated; dk
+// and dv are summed over a group's query heads in registers.
 //
-// FLOPs 4·pairs·D forward, 14·pairs·D backward (scores and their gradients are computed in both passes, which is what
-// doing without atomics costs; 10 would be the least). Bytes: Q and O once, K and V once per query tile, mostly from L2.
+// FLOPs 4·pairs·D forward, 14·pairs·D backward (scores and their gradients are computed in both passes, which avoids atomics; the minimum
+// would be 10). Bytes: Q and O once, K and V once per query tile, mostly from L2.
 
 template <class A> DEV A minus_infinity() { return (A)-INFINITY; }
 
-// ------------------------------------------------------------------ f32 and f64, on the ordinary units
-// 256 threads as 16 × 16; thread (ty, tx) holds rows ty + 16i and columns tx + 16j of a score tile of 16·TM squared, and
-// columns in runs of VEC of an output tile of 16·TM × DP. Operand tiles lie row-major with VEC elements of padding, so a
-// 16-byte read at one column by eight rows meets every bank once.
+// ------------------------------------------------------------------ f32 and f64, without tensor cores
+// 256 threads as 16 × 16; thread (ty, tx) holds rows ty + 16i and columns tx + 16j of a score tile of 16·TM squared, and columns in runs of
+// VEC of an output tile of 16·TM × DP. Operand tiles are row-major with VEC elements of padding, so that a 16-byte read of one column by
+// eight rows uses every bank once.
 template <class T_, int DP_, int TM_> struct Simt {
     typedef T_ T;
     enum { DP = DP_, TM = TM_, ROWS = 16 * TM, VEC = 16 / sizeof(T), LD = DP + VEC, LP = ROWS + VEC, NC = DP / 16 };
     enum { TILE = ROWS * LD, PTILE = ROWS * LP };
     struct __align__(16) Vec { T v[VEC]; };
 
-    // ROWS rows of D elements from row `t0` on into a padded tile; rows past `rows` and columns past D become zero.
+    // Loads ROWS rows of D elements from row `t0` on into a padded tile; rows past `rows` and columns past D become zero.
     static DEVM void load(T* tile, const T* x, i64 step, int t0, int rows, int dim) {
         bool vec = step % VEC == 0 && dim % VEC == 0 && (u64)x % 16 == 0;
         int w = vec ? VEC : 1, per = DP / w;
@@ -112,7 +113,7 @@ template <class T_, int DP_, int TM_> struct Simt {
         }
     }
 };
-// Over the 16 threads that share a row.
+// Maximum over the 16 threads that share a row.
 template <class A> DEV A row_max(A v) {
 #pragma unroll
     for (int o = 8; o > 0; o >>= 1) {
@@ -136,7 +137,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
     T *qs = smem, *ks = qs + K::TILE, *ps = ks + K::TILE;
     AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
     i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
-    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end there
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end at hi
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
@@ -163,7 +164,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
         T x[TM][TM] = {};
         K::scores(x, qs, ks);
         __syncthreads();
-        K::load(ks, v, s.v[1], j0, S, dim); // V takes K's place while the softmax runs
+        K::load(ks, v, s.v[1], j0, S, dim); // V is loaded over K while the softmax runs
 #pragma unroll
         for (int i = 0; i < TM; i++) {
             T m = top[i];
@@ -176,7 +177,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
                 m = x[i][j] > m ? x[i][j] : m;
             }
             m = row_max(m);
-            // A row that has seen nothing keeps a shift of 0, so that −∞ − −∞ never occurs.
+            // A row that has not seen a key yet keeps a shift of 0, so that −∞ − −∞ never occurs.
             T shift = m == minus_infinity<T>() ? T(0) : m, alpha = exp_of(top[i] - shift), sum = 0;
 #pragma unroll
             for (int j = 0; j < TM; j++) {
@@ -206,7 +207,7 @@ DEV void simt_fwd(const typename K::T* q, const typename K::T* k, const typename
     K::store(out + b * s.out[0] + h * s.out[2], s.out[1], i0, T_, dim, acc, inv);
 }
 
-// x: scores and dp: products grad·V of query i and key j become the probability (dropped out: `p`) and the score's gradient.
+// Replaces x (the score) and dp (the product grad·V) of query i and key j by the probability (after dropout: `p`) and the score's gradient.
 template <class A>
 DEV void back_one(const AttentionShape& s, bool in, i64 bh, int i, int j, A slope, A lse, A delta, A& x, A& dp) {
     A score = x * (A)s.scale, keep = 1;
@@ -283,8 +284,8 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
     K::load(ks, k + b * s.k[0] + hk * s.k[2], s.k[1], j0, S, dim);
     K::load(vs, v + b * s.v[0] + hk * s.v[2], s.v[1], j0, S, dim);
-    // Queries that see any key of this tile: from the first whose end lies past the tile's start to the last that
-    // begins before the tile's end; to the very last if the tile has sinks.
+    // Queries that see any key of this tile: from the first query whose upper bound exceeds the tile's start to the last query whose lower
+    // bound is before the tile's end; to the very last query if the tile has sinks.
     int from = first_past<true>(s, lo, S, lo, T_, j0), sink = lo + (int)s.sinks;
     int end = j0 < sink ? T_ : first_past<false>(s, lo, S, lo, T_, (int)min64(j0 + ROWS, S) - 1);
     T one[TM], sk[TM][K::NC] = {}, sv[TM][K::NC] = {};
@@ -327,7 +328,7 @@ DEV void simt_dkv(const typename K::T* q, const typename K::T* k, const typename
     K::store(dv + b * s.dv[0] + hk * s.dv[2], s.dv[1], j0, S, dim, sv, one);
 }
 
-// Σ out·grad of every query: reads 2·D elements a row, writes one.
+// delta: Σ out·grad of every query; reads 2·D elements per row, writes one.
 template <class T> DEV void delta_body(const T* out, const T* grad, acc_t<T>* delta, const AttentionShape& s) {
     i64 rows = s.batch * s.heads * s.queries, step = (i64)gridDim.x * (blockDim.x / 32);
     int lane = threadIdx.x % 32;

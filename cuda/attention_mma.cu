@@ -6,25 +6,25 @@
 //   bf16, f16 d64       128    49 152    256                        64    49 152    128
 //   bf16, f16 d128      128    98 304    256                        64    65 536    128     (raise the limit first)
 //
-// ROWS are queries in fwd and dq, keys in dkv. Rows and pointers that are 16-byte aligned go by cp.async, others element by
-// element. FLOPs 4·pairs·D forward, 14·pairs·D backward. P and its gradient are rounded to T between the products. Without
-// spills: fwd 177 (d64) and 214 registers, dq 234 and 211, dkv 252 and 255.
+// ROWS are queries in fwd and dq, keys in dkv. Rows and pointers that are 16-byte aligned are copied by cp.async, others element by
+// element. FLOPs 4·pairs·D forward, 14·pairs·D backward. P and its gradient are rounded to T between the products. No register spills: fwd
+// uses 177 (d64) and 214 registers, dq 234 and 211, dkv 252 and 255.
 
-// A warp owns 16 rows of a score tile (queries, or keys in dkv) and all its columns, so softmax rows stay within four
-// lanes and a tile of probabilities becomes an operand of the next product without leaving registers. Operand tiles lie
-// row-major, 16-byte chunks permuted by the row, so that an ldmatrix meets every bank once. Two stages of the tiles a
-// block walks over; the next is copied while one is used, one barrier a tile.
+// A warp computes 16 rows of a score tile (queries, or keys in dkv) with all its columns, so that softmax rows stay within four lanes and a
+// tile of probabilities becomes an operand of the next product without leaving registers. Operand tiles are row-major, with 16-byte chunks
+// permuted by the row, so that an ldmatrix uses every bank once. The tiles over which a block loops have two stages: the next one is copied
+// while the current one is used, with one barrier per tile.
 DEV u32 pack2(float lo, float hi, bf16) { return pack_bf16x2(lo, hi); }
 DEV u32 pack2(float lo, float hi, f16) { return (u32)to_f16(lo).x | (u32)to_f16(hi).x << 16; }
 
 template <class T_, int DP_, int KEYS_, int THREADS_> struct Mma {
     typedef T_ T;
-    // KEYS: rows of a tile walked over; N8: its columns of eight in a score tile.
+    // KEYS: rows of a tile in the block's loop; N8: its columns of eight in a score tile.
     enum { DP = DP_, KEYS = KEYS_, THREADS = THREADS_, ROWS = THREADS_ / 2, N8 = KEYS_ / 8, O8 = DP_ / 8 };
     struct __align__(16) Chunk { T v[8]; };
     static DEVM int at(int row, int col) { return row * DP + ((col / 8 ^ (row & 7)) * 8) + col % 8; }
 
-    // `count` rows from `t0` on; rows past `rows` and columns past `dim` become zero.
+    // Loads `count` rows from `t0` on; rows past `rows` and columns past `dim` become zero.
     static DEVM void load(T* tile, const T* x, i64 step, int t0, int count, int rows, int dim) {
         bool vec = step % 8 == 0 && (u64)x % 16 == 0;
         for (int e = threadIdx.x; e < count * (DP / 8); e += THREADS) {
@@ -40,7 +40,7 @@ template <class T_, int DP_, int KEYS_, int THREADS_> struct Mma {
             }
         }
     }
-    // s += rows a0 .. a0 + 16 of A times all rows of B, transposed.
+    // s += rows a0 .. a0 + 16 of A times the transpose of all rows of B.
     static DEVM void scores(float (&s)[N8][4], const T* a, int a0, const T* b) {
         int lane = threadIdx.x % 32;
 #pragma unroll
@@ -57,7 +57,7 @@ template <class T_, int DP_, int KEYS_, int THREADS_> struct Mma {
             }
         }
     }
-    // o += P (16 × KEYS, as the accumulators hold it) times the tile (KEYS × DP).
+    // o += P (16 × KEYS, in the accumulators' layout) times the tile (KEYS × DP).
     static DEVM void mix(float (&o)[O8][4], const float (&p)[N8][4], const T* b) {
         int lane = threadIdx.x % 32;
 #pragma unroll
@@ -75,7 +75,7 @@ template <class T_, int DP_, int KEYS_, int THREADS_> struct Mma {
             }
         }
     }
-    // Rows t0 + lane / 4 (+ 8) of the output, times f.
+    // Stores rows t0 + lane / 4 (+ 8) of the output, times f.
     static DEVM void store(T* out, i64 step, int t0, int rows, int dim, const float (&o)[O8][4], float f0, float f1) {
         int lane = threadIdx.x % 32;
         bool pairs = step % 2 == 0 && (u64)out % 4 == 0;
@@ -117,7 +117,7 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
     T *qs = smem, *kv = qs + ROWS * DP;
     AttentionTile tile = tile_of<ROWS, true>(s, tiles, s.queries, s.heads);
     i64 b = tile.b, h = tile.h, bh = b * s.heads + h, hk = h / (s.heads / s.kv_heads);
-    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end there
+    int dim = (int)s.dim, i0 = tile.row, lo = tile.lo, T_ = tile.hi, S = s.tiles ? tile.hi : (int)s.keys; // rows and keys end at hi
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = i0 + warp * 16 + lane / 4;
     k += b * s.k[0] + hk * s.k[2];
     v += b * s.v[0] + hk * s.v[2];
@@ -196,7 +196,7 @@ DEV void mma_fwd(const typename K::T* q, const typename K::T* k, const typename 
     K::store(out + b * s.out[0] + h * s.out[2], s.out[1], i0 + warp * 16, T_, dim, o, inv[0], inv[1]);
 }
 
-// As back_one, with the log-sum-exp in base 2.
+// As back_one, with the log-sum-exp to base 2.
 DEV void back_one2(const AttentionShape& s, bool in, i64 row, int j, float lse2, float delta, float& x, float& dp) {
     float p = in ? exp2f(x * ((float)s.scale * LOG2E) - lse2) : 0.f, keep = 1.f;
     if (s.drop > 0. && in) keep = kept<float>(s, row, j);
@@ -262,7 +262,7 @@ DEV void mma_dq(const typename K::T* q, const typename K::T* k, const typename K
     K::store(dq + b * s.dq[0] + h * s.dq[2], s.dq[1], i0 + warp * 16, T_, dim, o, 1.f, 1.f);
 }
 
-// KEYS of K is here the number of queries of a tile; a warp owns 16 keys.
+// KEYS of K is here the number of queries of a tile; a warp processes 16 keys.
 template <class K>
 DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename K::T* v, const typename K::T* grad, const float* lse,
                  const float* delta, const i64* tiles, typename K::T* dk, typename K::T* dv, const AttentionShape& s) {
@@ -271,8 +271,8 @@ DEV void mma_dkv(const typename K::T* q, const typename K::T* k, const typename 
     enum { ROWS = K::ROWS, KEYS = K::KEYS, DP = K::DP };
     SHARED(float, lsd, [2][2][K::KEYS]);
     SHARED(int, bounds, [2][2][K::KEYS]);
-    // Of the bias by distance: where the first query of a tile stands, and the slope over the scale,
-    // so that the bias can be taken before the scale comes in, which leaves a register.
+    // For the bias by distance: the position of the first query of a tile, and the slope divided by the scale, so that the bias can be
+    // subtracted before the multiplication with the scale, which saves a register.
     SHARED(int, places, [2]);
     SHARED(float, slopes, [2]);
     T *ks = smem, *vs = ks + ROWS * DP, *qg = vs + ROWS * DP;

@@ -2,17 +2,17 @@
 // Two broadcast operands: arithmetic, comparison, selection, masks; and in-place sums.
 //
 // Grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory, n > 0, contiguous results, in all kernels here.
-// Broadcasting is a step of 0: `x + bias` is rank 2, sizes [rows, cols], steps [cols, 1] and [0, 1].
+// Broadcasting uses strides of 0: `x + bias` is rank 2, sizes [rows, cols], strides [cols, 1] and [0, 1].
 //
 //   {add,sub,mul,div,maximum,minimum}_{f32,f64,bf16,f16} (const T* a, const T* b, T* y, i64 n, Strided2 sab)
 //   {mul,div,maximum,minimum}_grad_{f32,f64,bf16,f16} (const T* a, const T* b, const T* g, T* d, i64 n, Strided3 sabg, i32 side)
-//       d = g·∂y/∂a (side 0) or g·∂y/∂b (side 1), of the broadcast shape: to be summed to the operand's (reduce.cu).
-//       A tie of maximum or minimum sends the gradient to a. add and sub: the gradient itself, and neg of it.
+//       d = g·∂y/∂a (side 0) or g·∂y/∂b (side 1), in the broadcast shape; it is then summed to the operand's shape (reduce.cu).
+//       If a = b, the gradient of maximum and minimum goes to a. For add and sub the gradient is g itself, and −g (neg).
 //   compare_{f32,f64,bf16,f16,u32,i64,u8} (const T* a, const T* b, u8* y, i64 n, Strided2 sab, i32 op)
 //       op 0 a = b, 1 a ≠ b, 2 a < b, 3 a ≤ b, 4 a > b, 5 a ≥ b
 //   where_{b1,b2,b4,b8} (const u8* mask, const T* a, const T* b, T* y, i64 n, Strided3 smab)   a where mask ≠ 0, b elsewhere
 //   mask_{b2,b4,b8}  (const T* g, const u8* mask, T* y, i64 n, Strided2 sgm, i32 keep)      g where (mask ≠ 0) = keep, 0 elsewhere
-//       b1 … b8: by width, any dtype of that many bytes.
+//       b1 … b8: bytes per element, for any dtype of that width.
 //   add_assign_{f32,f64,bf16,f16} (T* y, const T* x, i64 n, Strided1 sx)               y += x
 
 struct add_op { template <class A> static DEVM A f(A x, A y) { return x + y; } };
@@ -23,7 +23,7 @@ struct div_op { template <class A> static DEVM A f(A x, A y) { return x / y; } }
 struct maximum_op { template <class A> static DEVM A f(A x, A y) { return is_nan(x) ? x : x > y ? x : y; } };
 struct minimum_op { template <class A> static DEVM A f(A x, A y) { return is_nan(x) ? x : x < y ? x : y; } };
 
-// The factor of the gradient. It is multiplied, not selected, so that an infinite gradient shows as NaN as on the CPU.
+// The factor of the gradient. It is multiplied, not selected, so that an infinite gradient gives NaN, as on the CPU.
 struct mul_der { template <class A> static DEVM A f(A x, A y, int side) { return side ? x : y; } };
 struct div_der { template <class A> static DEVM A f(A x, A y, int side) { return side ? -x / (y * y) : A(1) / y; } };
 struct maximum_der { template <class A> static DEVM A f(A x, A y, int side) { return (x >= y) == (side == 0) ? A(1) : A(0); } };

@@ -1,5 +1,5 @@
 #include "prelude.cuh"
-// From experts' rows back to tokens. Block 256, no atomics: each output is written by one thread, its terms in the order of the
+// Combination of experts' rows into tokens. Block 256, no atomics: each output is written by one thread, with its terms in the order of the
 // token's choices. place [tokens, k]: the row of each choice; pairs [n]: the pair token·k + choice of each row.
 //
 //   combine_{f32,f64,bf16,f16}         (const T* y, const A* w, const u32* place, T* out, i64 tokens, i64 k, i64 d)
@@ -7,7 +7,7 @@
 //   combine_rows_{f32,f64,bf16,f16}    (const T* g, const A* w, const u32* pairs, T* dy, i64 n, i64 k, i64 d)
 //       dy[row] = w[pair]·g[pair / k].                                                      grid ceil(n·d / 1024)
 //   combine_weights_{f32,f64,bf16,f16} (const T* g, const T* y, const u32* place, A* dw, i64 n, i64 k, i64 d)
-//       dw[pair] = ⟨g[pair / k], y[place[pair]]⟩, a warp for each of n pairs.               grid ceil(n / 8)
+//       dw[pair] = ⟨g[pair / k], y[place[pair]]⟩, one warp for each of n pairs.             grid ceil(n / 8)
 //
 // A is f32, or f64 for f64.
 

@@ -1,18 +1,18 @@
 #include "prelude.cuh"
-// Windows of images: unfolding into rows for convolutions, folding back, pooling. Contiguous [n, channels, H, W]; sequences
-// have height 1. Grid ceil(elements of the result / 256), block 256, one element per thread; all sizes > 0.
+// Windows of images: unfolding into rows for convolutions, folding back, pooling. Arrays are contiguous [n, channels, H, W]; sequences have
+// height 1. Grid ceil(elements of the result / 256), block 256, one element per thread; all sizes > 0.
 //
-//   unfold_{b2,b4,b8} (const T* x, T* y, i64 n, i64 channels, Window w)           y [n, places, channels·kh·kw]
+//   unfold_{b2,b4,b8} (const T* x, T* y, i64 n, i64 channels, Window w)           y [n, positions, channels·kh·kw]
 //   fold_{f32,f64,bf16,f16} (const T* rows, T* x, i64 n, i64 channels, Window w)  x [n, channels, H, W], written, not added to
-//       An element of x gathers the windows it lies in, in the CPU's order: no atomics. 16-bit rows are summed in f32.
+//       Each element of x gathers from the windows that contain it, in the CPU's order: no atomics. 16-bit rows are summed in f32.
 //   avg_pool_{f32,f64,bf16,f16}      (const T* x, T* y, i64 planes, Pool p)       planes = n·channels, y [planes, out]
 //   avg_pool_grad_{..}               (const T* g, T* dx, i64 planes, Pool p)
 //   max_pool_{..}                    (const T* x, T* y, u32* index, i64 planes, Pool p)   index within the plane
 //   max_pool_grad_{..}               (const T* g, const u32* index, T* dx, i64 planes, Pool p)
-//       First of equals, NaN wins, padding never; each input element adds up the windows that chose it.
+//       The first of equal values, NaN counts as largest, padding is never chosen; each input element sums over the windows that chose it.
 // Window: i64 size[2], out[2], kernel[2], stride[2], padding[2], dilation[2] (height, width).
-// Pool:   i64 size[2], out[2], kernel[2], stride[2], padding[2]; stride 0 in both: adaptive, window o of a size s spans
-//         ⌊o·s/out⌋ to ⌈(o + 1)·s/out⌉ (averages divide by the window's size, else by kh·kw). Sliding windows are cut off at
+// Pool:   i64 size[2], out[2], kernel[2], stride[2], padding[2]; stride 0 in both: adaptive windows, where window o of a size s spans
+//         ⌊o·s/out⌋ to ⌈(o + 1)·s/out⌉ (averages divide by this window's size, otherwise by kh·kw). Sliding windows are clipped at
 //         the borders; padding is at most half the kernel.
 // The layout change of a convolution's gradient, [n, r, c] to [n, c, r], is transpose (move.cu).
 
@@ -22,7 +22,7 @@ struct Window {
 struct Pool {
     i64 size[2], out[2], kernel[2], stride[2], padding[2];
 };
-// Quotient; i becomes the remainder. 32-bit where it suffices.
+// Quotient; i becomes the remainder. The division is 32-bit if the numbers allow it.
 DEV i64 split(i64& i, i64 by) {
     i64 q = ((u64)i | (u64)by) >> 32 == 0 ? (i64)((u32)i / (u32)by) : i / by;
     i -= q * by;
@@ -39,7 +39,7 @@ template <class T> DEV void unfold_body(const T* x, T* y, i64 n, i64 channels, c
     bool in = i >= 0 && i < w.size[0] && j >= 0 && j < w.size[1];
     y[at] = in ? x[((b * channels + c) * w.size[0] + i) * w.size[1] + j] : (T)0;
 }
-// Windows o whose element k = (i + padding − o·stride) / dilation lies at input i: a first and a last o, to be tried in turn.
+// Windows o whose element k = (i + padding − o·stride) / dilation is at input i: the first and the last o to test.
 DEV void reach(const Window& w, int axis, i64 i, i64& lo, i64& hi) {
     i64 p = i + w.padding[axis], span = (w.kernel[axis] - 1) * w.dilation[axis];
     lo = p > span ? (p - span + w.stride[axis] - 1) / w.stride[axis] : 0;
@@ -88,7 +88,7 @@ DEV void cut(const Pool& p, int axis, i64 o, i64& lo, i64& hi) {
         hi = min64(start + p.kernel[axis] - p.padding[axis], p.size[axis]);
     }
 }
-// Windows lo ..= hi that hold input line i.
+// Windows lo ..= hi that contain input line i.
 DEV void holders(const Pool& p, int axis, i64 i, i64& lo, i64& hi) {
     if (p.stride[axis] == 0) {
         lo = i * p.out[axis] / p.size[axis];

@@ -2,12 +2,12 @@
 // Kernels that check the launch path itself: argument passing, shared memory above 48 KiB, order on a stream.
 // No op uses them; `Gpu::self_test` and the device tests do.
 
-// y[i] = a * x[i] + y[i]. 12 bytes and 2 FLOPs an element.
+// y[i] = a * x[i] + y[i]. 12 bytes and 2 FLOPs per element.
 extern "C" __global__ void __launch_bounds__(256) check_axpy_f32(const float* x, float* y, float a, i64 n) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (i64)gridDim.x * blockDim.x) y[i] += a * x[i];
 }
 
-// A struct by value between arguments of other sizes: shows that offsets and padding agree with the host's.
+// A struct passed by value between arguments of other sizes, which checks that offsets and padding agree with the host's.
 struct CheckArgs {
     i64 dims[3];
     u32 scale[2];
@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(32) check_args_f32(u32 first, Check
     }
 }
 
-// One block reverses n floats through dynamic shared memory: n * 4 bytes of it, up to the device's limit.
+// One block reverses n floats through dynamic shared memory of n * 4 bytes, up to the device's limit.
 extern "C" __global__ void __launch_bounds__(256) check_reverse_f32(const float* x, float* y, u32 n) {
     DYN_SHARED(float, buf);
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) buf[i] = x[i];
@@ -29,10 +29,10 @@ extern "C" __global__ void __launch_bounds__(256) check_reverse_f32(const float*
     for (u32 i = threadIdx.x; i < n; i += blockDim.x) y[i] = buf[n - 1 - i];
 }
 
-// One warp, C [16, 8] f32 = A [16, 16]·B [16, 8] of 16-bit values, row-major, a block for each: global to shared memory by
-// cp.async (A whole, B short by half a row that is filled with zeros), fragments by ldmatrix, the product by mma.
+// One warp computes C [16, 8] f32 = A [16, 16]·B [16, 8] of 16-bit row-major values: global to shared memory by cp.async (A completely, B
+// except for half a row that is filled with zeros), fragments by ldmatrix, the product by mma. Each block computes one such product.
 template <class T, class M> DEV void check_mma_body(const T* a, const T* b, float* c, M mma) {
-    SHARED(T, as, [16][24]); // rows 48 bytes apart: 16-byte aligned, and not all in the same banks
+    SHARED(T, as, [16][24]); // rows 48 bytes apart: 16-byte aligned, in different banks
     SHARED(T, bs, [16][24]);
     int l = threadIdx.x, row = l >> 1, half = (l & 1) * 8;
     cp_async16(&as[row][half], a + (i64)blockIdx.x * 256 + row * 16 + half);
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(32) check_mma_f16(const f16* a, con
     check_mma_body(a, b, c, [](float (&d)[4], const u32 (&x)[4], const u32 (&y)[2]) { mma_f16(d, x, y); });
 }
 
-// One warp, C [16, 8] = A [16, 8]·B [8, 8] of f32 values that tf32 holds.
+// One warp computes C [16, 8] = A [16, 8]·B [8, 8] of f32 values that tf32 represents exactly.
 extern "C" __global__ void __launch_bounds__(32) check_mma_tf32(const float* a, const float* b, float* c) {
     int l = threadIdx.x, g = l >> 2, t = l & 3;
     u32 fa[4], fb[2];

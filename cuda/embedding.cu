@@ -1,12 +1,12 @@
 #include "prelude.cuh"
-// Embedding: masks for padding, and bags of ids. Lookup is take (index.cu); the table's gradient is rows_add over sorted ids
-// (sort.cu, index.cu). Block 256; sizes > 0. Bag s is ids offsets[s] .. offsets[s + 1] (i64); owner[t] is the bag of id t.
+// Embedding: masks for padding, and bags of ids. The lookup is take (index.cu); the table's gradient is rows_add over sorted ids (sort.cu,
+// index.cu). Block 256; sizes > 0. Bag s is ids offsets[s] .. offsets[s + 1] (i64); owner[t] is the bag of id t.
 //
 //   zero_rows_{b4,b8} (const T* g, const u32* ids, T* y, i64 rows, i64 p, u32 padding)   grid ceil(rows·p / 1024)
-//       y = g but for the rows whose id is `padding`, which become 0. y may be g.
+//       y = g, except for the rows whose id is `padding`, which become 0. y may be g.
 //   embedding_bag_{f32,f64,bf16,f16} (const T* w, const u32* ids, const i64* offsets, const acc_t<T>* scale, T* y,
 //                                     i64 bags, i64 p, i32 mean)                            grid ceil(bags·p / 256)
-//       y[s] = Σ f·scale[t]·w[ids[t]] in rising t, f = 1/length with mean, else 1. scale may be null. Empty bags give 0.
+//       y[s] = Σ f·scale[t]·w[ids[t]] in ascending t, f = 1/length with mean, otherwise 1. scale may be null. Empty bags give 0.
 //   bag_rows_{f32,f64} (const T* g, const u32* owner, const i64* offsets, const acc_t<T>* scale, T* rows, i64 n,
 //                                i64 p, i32 mean)                                           grid ceil(n·p / 1024)
 //       rows[t] = f·scale[t]·g[owner[t]]: the lookup factor of the table's gradient.
@@ -26,7 +26,7 @@ template <class A> DEV A bag_factor(const i64* offsets, i64 bag, int mean) {
     i64 n = offsets[bag + 1] - offsets[bag];
     return mean && n > 0 ? A(1) / (A)n : A(1);
 }
-// A thread per element of the result: neighbouring threads read neighbouring columns of one row.
+// One thread per element of the result: neighbouring threads read neighbouring columns of one row.
 template <class T>
 DEV void bag_body(const T* w, const u32* ids, const i64* offsets, const acc_t<T>* scale, T* y, i64 bags, i64 p, int mean) {
     typedef acc_t<T> A;

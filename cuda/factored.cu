@@ -1,16 +1,15 @@
 #include "prelude.cuh"
 // Factored gradients: squared norms of per-sample gradients that are never stored, clip factors, weighted row sums.
-// (The weighted sum of an outer-product factor is gemm_tn_* with weights; that of a lookup is the embedding's backward.)
+// (The weighted sum of an outer-product factor is gemm_tn_* with weights; that of a lookup is the backward pass of the embedding.)
 //
-// A sample's rows are offsets[i] .. offsets[i + 1], or i·each .. (i + 1)·each where offsets is null; row n of that list is
-// row order[n] of the operands, or n itself where order is null. Samples may be empty, of any length, in any number.
-// offsets: const i64*, order: const u32*. Norms come out in f64: tiles are computed in the operands' accumulation type,
-// products of two tiles and squares are added in f64.
+// A sample's rows are offsets[i] .. offsets[i + 1], or i·each .. (i + 1)·each if offsets is null; row n of that list is row order[n] of the
+// operands, or n itself if order is null. Samples may be empty, of any length, in any number. offsets: const i64*, order: const u32*. Norms
+// are f64: tiles are computed in the operands' accumulation type, products of two tiles and squares are added in f64.
 //
-// Every norm kernel writes partial sums part[y·gridDim.x + x] (f64, one for each block and sample) and norms_sum adds each
-// sample's in order, so results are the same bits on every run of the same grid. Grid x: work of one sample, any number
-// (blocks stride over it; more than needed just write zeros, so ragged samples need no host knowledge of their lengths);
-// grid y: samples, at most 65535 (strided). part must hold count·gridDim.x values. Block 256.
+// Every norm kernel writes partial sums part[y·gridDim.x + x] (f64, one for each block and sample) and norms_sum adds each sample's in
+// order, so that results have the same bits on every run with the same grid. Grid x: the work of one sample, with any number of blocks (in
+// a block-stride loop; surplus blocks write zeros, so that the host need not have the lengths of ragged samples); grid y: samples, at most
+// 65535 (strided). part must hold count·gridDim.x values. Block 256.
 //
 //   factor_gram_{f32,f64} (l1, r1, l2, r2, ids1, ids2, off1, off2, ord1, ord2, part, GramShape)
 //       dynamic shared memory 34 880 bytes. x: tiles of 128 (f64: 64) squared of a pair of samples, ⌈T/TILE⌉·(⌈T/TILE⌉+1)/2
@@ -19,39 +18,39 @@
 //         PAIR_PRODUCT   r1ₜ·r2ₛ                    outer product; with ids also only where ids1[t] = ids2[s] (grouped)
 //         PAIR_ONE       1                          lookup: ids1[t] = ids2[s]
 //         PAIR_GATHER    r2[s, ids1[t]]             lookup (1) against outer product (2: l2 = right, r2 = left)
-//       nl1, nr1, nl2, nr2: the rows' norms (factor_row_norms), where `off` is not null: it receives, in the places of part, what the
-//       errors of the dot products may amount to. A dot product over d columns is off by gamma = (d + 2)·u times the norms of both rows.
-//       same = 1: 1 and 2 are one factor and i = j: tiles above the diagonal are left out, those below count twice.
+//       nl1, nr1, nl2, nr2: the rows' norms (factor_row_norms), if `off` is not null: it receives, in the layout of part, a bound on the
+//       errors of the dot products. A dot product over d columns has an error of at most gamma = (d + 2)·u times the norms of both rows.
+//       same = 1: 1 and 2 are one factor and i = j: tiles above the diagonal are skipped, those below count twice.
 //       all_pairs = 1: y runs over count1·count2 pairs (i, j); else i = j = y.
-//       FLOPs T₁·T₂·2(r + c), half of it when same; a tile in which no ids are equal costs 64 comparisons a thread.
+//       FLOPs T₁·T₂·2(r + c), half of it when same; a tile without equal ids costs 64 comparisons per thread.
 //   factor_direct_{f32,f64} (left, right, group, offsets, order, part, DirectShape)
 //       dynamic shared memory 33 856 bytes. x: tiles of the r × c gradient. |Σₜ leftₜ ⊗ rightₜ|²; with group (const u32*, of row
-//       n of the operands) one such term for each run of equal groups: a sample's rows of one group must be neighbours.
-//       FLOPs 2·T·r·c: the better form where T(r + c) > 2·r·c. Where sq is not null, samples with off[i] ≤ share·sq[i] are passed
-//       over; the parts of the others replace their norms by norms_replace.
+//       n of the operands) one such term for each run of equal groups: a sample's rows of one group must be consecutive.
+//       FLOPs 2·T·r·c: the better form if T(r + c) > 2·r·c. If sq is not null, samples with off[i] ≤ share·sq[i] are skipped;
+//       norms_replace replaces the norms of the others by the sums of their parts.
 //   factor_rows_{f32,f64,bf16,f16} (grad, scale, offsets, order, part, RowsShape)
 //       128 bytes of shared memory. x: columns / 256. |Σₜ gradₜ (⊙ scaleₜ)|²; scale may be null. Per-sample factors are
 //       the same with each = 1. Reads its operands once.
-//   norms_sum (part, sq, count, width, factor, accumulate): sq[i] (+)= factor·Σ part[i·width ..]. Grid any (a warp a sample).
-//   norms_replace (part, sq, off, count, width, share): where off[i] > share·sq[i] or either is NaN, sq[i] = Σ part[i·width ..] and
-//       off[i] = 0. Grid any (a warp a sample).
-//   factor_row_norms_{f32,f64} (x, scale, out, rows, width): out[n] = |xₙ (⊙ scaleₙ)|, f64; scale may be null. Grid any (a warp a row).
+//   norms_sum (part, sq, count, width, factor, accumulate): sq[i] (+)= factor·Σ part[i·width ..]. Any grid (one warp per sample).
+//   norms_replace (part, sq, off, count, width, share): if off[i] > share·sq[i] or either is NaN, sq[i] = Σ part[i·width ..] and
+//       off[i] = 0. Any grid (one warp per sample).
+//   factor_row_norms_{f32,f64} (x, scale, out, rows, width): out[n] = |xₙ (⊙ scaleₙ)|, f64; scale may be null. Any grid (one warp per row).
 //   factor_reach (nl, nr, offsets, order, reach, count, each, accumulate): reach[i] (+)= Σₜ nl[t]·nr[t] over the sample's rows; nr may be
-//       null: ones. Grid any (a warp a sample).
-//   norms_bound (sq, off, reach, out, BoundShape): out[i] (+)= up·(√(sq + off + second·reach²) + gamma·reach)². Grid any.
-//   clip_weights_{f32,f64} (sq, w, stats, ClipShape): one block of 256. wᵢ as privacy::ClipFn::factor; a norm that is not
-//       finite gives 0. stats (u64[3], or null) += samples, clipped ones, ones not finite.
+//       null, which stands for ones. Any grid (one warp per sample).
+//   norms_bound (sq, off, reach, out, BoundShape): out[i] (+)= up·(√(sq + off + second·reach²) + gamma·reach)². Any grid.
+//   clip_weights_{f32,f64} (sq, w, stats, ClipShape): one block of 256. wᵢ as privacy::ClipFn::factor; a non-finite norm
+//       gives 0. stats (u64[3], or null) += samples, clipped ones, non-finite ones.
 //   factor_rowsum_{f32,f64,bf16,f16} (grad, scale, w, owner, part, RowSumShape): grid (⌈p/32⌉, chunks ≤ 65535), block 256, 1 KiB (f64 2)
 //       shared. part[chunk, p] = Σ over the chunk's rows of w·grad (⊙ scale); w (acc*) null = 1; rows of weight 0 are skipped.
-//   factor_rowsum_add_{f32,f64} (part, out, chunks, p, accumulate): out[p] (+)= Σ of chunks in order. Grid any.
+//   factor_rowsum_add_{f32,f64} (part, out, chunks, p, accumulate): out[p] (+)= Σ of chunks in order. Any grid.
 
 enum { PAIR_PRODUCT, PAIR_ONE, PAIR_GATHER };
 struct GramShape {
     i64 rd, cd;                     // columns of l and of r (PAIR_PRODUCT)
-    i64 l1_rs, r1_rs, l2_rs, r2_rs; // steps between rows
+    i64 l1_rs, r1_rs, l2_rs, r2_rs; // strides between rows
     i64 count1, count2, each1, each2;
     i32 kind, same, all_pairs, reserved;
-    double gamma_l, gamma_r, least_l, least_r; // of dot products over l and over r: relative to the rows' norms, and absolute
+    double gamma_l, gamma_r, least_l, least_r; // gamma: error of dot products over l and r, relative to the rows' norms; least: absolute
 };
 struct DirectShape { i64 rd, cd, l_rs, r_rs, count, each; double share; };
 struct BoundShape { i64 count; double up, gamma, second; i64 accumulate; };
@@ -60,12 +59,12 @@ struct ClipShape { i64 count; double threshold, gamma; i32 kind, reserved; };
 struct RowSumShape { i64 rows, width, chunk, g_rs, s_rs, each; }; // chunk: rows of one partial sum; each: as KScale
 enum { CLIP_ABADI, CLIP_REPARAMETERISED, CLIP_AUTO_V, CLIP_AUTO_S, CLIP_GLOBAL };
 
-// One sample's rows.
+// The rows of one sample.
 struct Sample {
     i64 begin, rows;
-    const u32* order; // of its first row, or null
+    const u32* order; // from its first row on, or null
     DEVM i64 row(i64 t) const { return order ? (i64)order[t] : begin + t; }
-    // Its rows from `from` on as one side of a product over columns, and as the contraction of one.
+    // Its rows from `from` on, as one side of a product over columns, and as the contraction of one.
     template <class T> DEVM Operand<T> outer(const T* p, i64 rs, i64 from) const {
         return {order ? p : p + (begin + from) * rs, rs, 1, rows - from, order ? order + from : nullptr, nullptr};
     }
@@ -100,7 +99,7 @@ DEV void gram_body(const typename Tile::T* l1, const typename Tile::T* r1, const
         Sample a = sample(off1, s.each1, ord1, s.all_pairs ? y / s.count2 : y);
         Sample b = sample(off2, s.each2, ord2, s.all_pairs ? y % s.count2 : y);
         i64 n1 = cdiv(a.rows, M), n2 = cdiv(b.rows, N);
-        // Same: row i of the triangle has R(i + 1) tiles, the last one perhaps fewer.
+        // Same factor: row i of the triangle has R(i + 1) tiles; the last row may have fewer.
         i64 tiles = s.same ? n1 * (n1 - 1) / 2 * R + n2 : n1 * n2;
         double sum = 0, error = 0;
         for (i64 x = blockIdx.x; x < tiles; x += gridDim.x) {
@@ -173,7 +172,7 @@ DEV void direct_body(const typename Tile::T* left, const typename Tile::T* right
                 Tile t;
                 t.zero();
                 t.run(smem, l, r, k, end, plain);
-                t.with(t, [&](int, int, Acc u, Acc) { sum += (double)u * (double)u; }); // beyond the edges all zeros
+                t.with(t, [&](int, int, Acc u, Acc) { sum += (double)u * (double)u; }); // beyond the edges the tile is zero
                 k = end;
             }
         }
@@ -276,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(256) factor_reach(const double* __r
         if (lane == 0) reach[i] = v + (accumulate ? reach[i] : 0.);
     }
 }
-// As autograd::factor::Norm::bound on the CPU. A NaN of the norm stays one.
+// As autograd::factor::Norm::bound on the CPU. A NaN norm stays NaN.
 extern "C" __global__ void __launch_bounds__(256) norms_bound(const double* __restrict__ sq, const double* __restrict__ off, const double* __restrict__ reach,
         double* out, BoundShape s) {
     for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < s.count; i += (i64)gridDim.x * 256) {
@@ -286,14 +285,14 @@ extern "C" __global__ void __launch_bounds__(256) norms_bound(const double* __re
     }
 }
 
-// A weight is rounded towards zero, so that no clipped gradient is longer than the threshold.
+// A weight is rounded towards zero, so that no clipped gradient exceeds the clipping threshold.
 DEV double toward_zero(double f, double) { return f; }
 DEV float toward_zero(double f, float) {
     float w = (float)f;
     return (double)w > f ? __uint_as_float(bits_of(w) - 1) : w;
 }
-// B values in, B out: launch-bound. Rounding of a cross term may leave a square a little below zero: taken as zero. A NaN
-// stays one, and is counted.
+// B values in, B out: the launch dominates. Rounding of a cross term may leave a square slightly below zero, which counts as zero. A NaN
+// stays NaN and is counted.
 template <class A> DEV void clip_body(const double* sq, A* w, u64* stats, const ClipShape& s) {
     SHARED(double, red, [8]);
     double clipped = 0, broken = 0;

@@ -1,5 +1,5 @@
 #include "prelude.cuh"
-// Matrix products with epilogue, batched, any strides, split along K on demand.
+// Batched matrix products with an epilogue, in any strides, optionally split along K.
 //
 //   C[i, j] = act(alpha · Σₖ wₖ·A[i, k]·B[k, j]  (+ C[i, j])  (+ bias[j]))        2·M·N·K FLOPs
 //
@@ -11,37 +11,37 @@
 //   gemm_{nn,nt,tn,tt}_{bf16,f16}_f32      16-bit operands, f32 result, bias and pre             TILE 128, K step 32
 //   gemm_{nn,nt,tn,tt}_tf32                f32 throughout, operands rounded to tf32 (10 bits)    TILE 128, K step 16
 //                                 on the tensor cores, all with dynamic shared memory 65 536 bytes (raise the limit first)
-//   gemm_splitk_{f32,f64,bf16,f16}  second half of a split product: grid any (strided over M·N·batch), block 256, no shared memory
+//   gemm_splitk_{f32,f64,bf16,f16}  second pass of a split product: any grid (grid-stride over M·N·batch), block 256, no shared memory
 //
-// The letters say which way the operands lie: first letter A, second B. n = row-major (unit stride along the second index),
-// t = column-major. They choose how threads walk an operand; every kernel is right for every stride.
+// The letters give the layout of the operands: first letter A, second B. n = row-major (unit stride along the second index), t =
+// column-major. They determine how threads access an operand; every kernel is correct for every stride.
 //
 // Arguments, in order:
 //   const T* a, const T* b        first element of matrix 0 of the batch
 //   O* c                          result; unit stride along columns
 //   const O* bias                 [N] or null
-//   O* pre                        receives the values before the activation, laid out as C; or null
-//   const acc* w                  weight of each step of K, or null; a zero weight leaves the step out, whatever it holds
+//   O* pre                        receives the values before the activation, in the layout of C; or null
+//   const acc* w                  weight of each step of K, or null; a step of zero weight is skipped, even if it is not finite
 //   const u32* owner              weight of step k is w[owner[k]]; null: w[k / each]
-//   acc* part                     splits > 1: [batch, splits, M, N] partial sums (f32, f64 for f64), no epilogue; gemm_splitk_* adds them in
-//                                 order and applies it. Otherwise null
-//   GemmShape s                   below, by value. K may be 0 (C = act(bias)); M, N, batch may not
+//   acc* part                     splits > 1: [batch, splits, M, N] partial sums (f32, f64 for f64), no epilogue; gemm_splitk_* adds
+//                                 them in order and applies the epilogue. Otherwise null
+//   GemmShape s                   below, by value. K may be 0 (C = act(bias)); M, N and batch must not be 0
 //
-// Weights on the tensor cores: w·A is rounded to the operands' type once more (2⁻⁹ of it in bf16, 2⁻¹² in f16 and tf32), so
-// a clipped sum taken there may exceed the threshold by that much; the f32 kernels do not round.
+// Weights on the tensor cores: w·A is rounded to the operands' type once more (by 2⁻⁹ of it in bf16, 2⁻¹² in f16 and tf32), so that a
+// clipped sum computed there may exceed the threshold by that much; the f32 kernels do not round.
 //
-// splits cuts K (below 2³¹ steps) into equal stretches (multiples of the K step); the split depends on the arguments alone, so results are
-// the same bits on every run. Bytes of a tile row: one read of A per ⌈N/TILE⌉, one of B per ⌈M/TILE⌉, mostly from L2: tiles
-// are walked in columns of 8 row tiles. No kernel spills (sm_80, sm_90); at most 128 registers and so two blocks a
-// multiprocessor, but for gemm_tn_f32 and tf32 (about 170 and 200, one block).
+// splits divides K (below 2³¹ steps) into equal stretches (multiples of the K step). The split depends on the arguments alone, so that
+// results have the same bits on every run. Bytes of a tile row: one read of A per ⌈N/TILE⌉, one of B per ⌈M/TILE⌉, mostly from L2: tiles
+// are ordered in columns of 8 row tiles. No kernel spills registers (sm_80, sm_90); each uses at most 128 registers, so that two blocks fit
+// a multiprocessor, except gemm_tn_f32 and tf32 (about 170 and 200 registers, one block).
 
 struct GemmShape {
     i64 m, n, k;
-    i64 a_rs, a_cs, b_rs, b_cs; // steps between rows and between columns
-    i64 c_rs;                   // step between rows of C and pre
+    i64 a_rs, a_cs, b_rs, b_cs; // strides between rows and between columns
+    i64 c_rs;                   // stride between rows of C and pre
     i64 batch0, batch1;         // matrix z is (z / batch1, z % batch1)
     i64 a_s0, a_s1, b_s0, b_s1, c_s0, c_s1;
-    i64 each;     // rows of one sample, for w without owners; 1 = a weight per row
+    i64 each;     // rows of one sample, for w without owners; 1 = one weight per row
     double alpha;
     i32 act;      // ACT_*
     i32 accumulate;
@@ -62,7 +62,7 @@ DEV void gemm_body(const typename Tile::T* a, const typename Tile::T* b, O* c, c
                    const u32* owner, acc_t<O>* part, const GemmShape& s) {
     typedef typename Tile::T T;
     DYN_SHARED(char, smem);
-    // Column-of-8 walk: neighbouring blocks share a strip of B and few strips of A.
+    // Order in columns of 8 row tiles: neighbouring blocks share a strip of B and few strips of A.
     i64 tm = cdiv(s.m, Tile::M), tn = cdiv(s.n, Tile::N), z = blockIdx.x / (tm * tn), at = blockIdx.x - z * tm * tn;
     i64 group = at / (8 * tn), rows = min64(8, tm - group * 8), in = at - group * 8 * tn;
     i64 m0 = (group * 8 + in % rows) * Tile::M, n0 = in / rows * Tile::N;
@@ -71,7 +71,7 @@ DEV void gemm_body(const typename Tile::T* a, const typename Tile::T* b, O* c, c
     Operand<T> oa = {a + z0 * s.a_s0 + z1 * s.a_s1 + m0 * s.a_rs, s.a_rs, s.a_cs, s.m - m0, nullptr, nullptr};
     Operand<T> ob = {b + z0 * s.b_s0 + z1 * s.b_s1 + n0 * s.b_cs, s.b_cs, s.b_rs, s.n - n0, nullptr, nullptr};
     KScale<acc_t<T>> scale = {w, owner, s.each};
-    // What the epilogue needs waits in shared memory: registers in the main loop decide how many blocks fit.
+    // The values that the epilogue needs are stored in shared memory: the registers of the main loop determine how many blocks fit.
     SHARED(i64, place, [4]);
     if (threadIdx.x == 0) {
         place[0] = m0;

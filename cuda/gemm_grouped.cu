@@ -1,42 +1,42 @@
 #include "prelude.cuh"
-// Grouped products: rows sorted by group, each group with its own matrix (experts of a mixture). Group e has rows
-// offsets[e] .. offsets[e + 1], known on the device only; empty groups are legal and cost nothing.
+// Grouped products: rows sorted by group, with one matrix for each group (the experts of a mixture). Group e has rows offsets[e] ..
+// offsets[e + 1], which only the device has; empty groups are allowed and cost nothing.
 //
 //   grouped_rows_{n,t}_{f32,f64} (x, w, y, bias, pre, offsets, index, GroupedRows)
 //       y[r] = act(x[r]·W_e + bias_e) for every row r of every group: the forward pass (W_e is k × n) and, with W read
 //       transposed, the input's gradient. n: unit stride along n (w_cs = 1), t: along k (w_rs = 1).
 //       index (const u32*, or null): row r of x is x[index[r]] (dispatch without a copy). bias [groups, n] and pre as in
 //       gemm.cu, or null.
-//       Grid x: any number of blocks; tiles are found by scanning the offsets and walked with a stride, so the host need
-//       not know a count. (⌈N/TILE⌉ + groups)·⌈n/TILE⌉ blocks give each its own tile; a few per multiprocessor make it
-//       persistent. Finding a tile costs ⌈groups/32⌉ warp scans.
+//       Grid x: any number of blocks; tiles are found by a scan of the offsets and processed in a block-stride loop, so that the host
+//       need not have a count. With (⌈N/TILE⌉ + groups)·⌈n/TILE⌉ blocks each block has its own tile; with a few blocks per
+//       multiprocessor the kernel is persistent. Finding a tile costs ⌈groups/32⌉ warp scans.
 //   grouped_weight_{f32,f64} (left, right, out, w, owner, offsets, lindex, rindex, GroupedWeight)
 //       out[e] (+)= Σ over rows r of e of w_r·left[r] ⊗ right[r], r × c each: the weight's gradient, or its clipped sum with
-//       weights w as in gemm.cu (by row number; null = 1). A group without rows gets zeros (or is left as it is when
+//       weights w as in gemm.cu (by row number; null = 1). A group without rows gets zeros (or is unchanged when
 //       accumulating). lindex, rindex as index above.
 //       Grid x: ⌈rd/TILE⌉·⌈cd/TILE⌉ or fewer (strided), y: groups or fewer (strided).
 //
 // Tensor cores: grouped_rows_{n,t}_{bf16,f16,tf32} (all of one type; tf32 is f32 outside), grouped_weight_{bf16,f16,tf32} (out f32).
 //
-// Block 256, TILE and dynamic shared memory as gemm.cu: f32 128, f64 64, both 33 792 bytes; tensor cores 128, 65 536. 2·N·k·n FLOPs whatever the
-// number of groups; a group's last row tile is masked, which wastes TILE/2 rows of work a group on average. No spills;
-// grouped_rows_* at most 128 registers and two blocks a multiprocessor (n_tf32 one), grouped_weight_* one block.
+// Block 256, TILE and dynamic shared memory as in gemm.cu: f32 128, f64 64, both 33 792 bytes; tensor cores 128, 65 536. 2·N·k·n FLOPs
+// whatever the number of groups; a group's last row tile is masked, which wastes the work of TILE/2 rows per group on average. No register
+// spills; grouped_rows_* use at most 128 registers, with two blocks per multiprocessor (n_tf32 one), grouped_weight_* one block.
 
 struct GroupedRows {
     i64 groups, n, k;
-    i64 x_rs, y_rs;       // steps between rows; y and pre have unit stride along columns
-    i64 w_s, w_rs, w_cs;  // from group to group, along k, along n
+    i64 x_rs, y_rs;       // strides between rows; y and pre have unit stride along columns
+    i64 w_s, w_rs, w_cs;  // strides between groups, along k, along n
     i32 act, accumulate;
 };
 struct GroupedWeight {
     i64 groups, rd, cd;
-    i64 l_rs, r_rs;       // steps between rows
-    i64 o_s, o_rs;        // from group to group and from row to row of out
+    i64 l_rs, r_rs;       // strides between rows
+    i64 o_s, o_rs;        // strides of out between groups and between rows
     i64 each;             // as KScale
     i32 accumulate, reserved;
 };
 
-// The group that tile number `tile` falls into, and its number there; false past the last. Every warp does the same.
+// Finds the group of tile number `tile`, and the tile's number within it; false past the last tile. Every warp computes the same.
 DEV bool find_tile(const i64* offsets, i64 groups, i64 m, i64 columns, i64& tile, i64& group) {
     int lane = threadIdx.x % 32;
     for (i64 e0 = 0; e0 < groups; e0 += 32) {
@@ -73,7 +73,7 @@ DEV void grouped_rows_body(const typename Tile::T* x, const typename Tile::T* w,
         i64 m0 = tile % strips * Tile::M, n0 = tile / strips * Tile::N; // row tiles first: they share W's strip
         Operand<T> a = {index ? x : x + (begin + m0) * s.x_rs, s.x_rs, 1, rows - m0, index ? index + begin + m0 : nullptr, nullptr};
         Operand<T> b = {w + e * s.w_s + n0 * s.w_cs, s.w_cs, s.w_rs, s.n - n0, nullptr, nullptr};
-        // What the epilogue needs waits in shared memory, as in gemm.cu.
+        // The values that the epilogue needs are stored in shared memory, as in gemm.cu.
         __syncthreads();
         if (threadIdx.x == 0) {
             place[0] = begin + m0;

@@ -1,14 +1,15 @@
 #include "prelude.cuh"
-// Sums over the members of sets, and the gradient of their weights. Block 256, no atomics: each output is written by one thread or
-// warp, its terms in the order of the incidences. offsets [targets + 1]: the incidences of each target; members [n]: the source of
-// each; owner [n]: the target of each; places [n], null for the incidence itself: where its weights stand. heads divides d.
+// Sums over the members of sets, and the gradient of their weights. Block 256, no atomics: each output is written by one thread or warp,
+// with its terms in the order of the incidences. offsets [targets + 1]: start of the incidences of each target; members [n]: the source of
+// each incidence; owner [n]: the target of each; places [n]: the position of its weights, or null if that is the incidence itself. heads
+// divides d.
 //
 //   incidence_sum_{f32,f64,bf16,f16} (const T* x, const A* w, const i64* offsets, const u32* members, const u32* places, T* out,
 //                                     i64 targets, i64 d, i64 heads)
 //       out[t, c] = Σ over t's incidences i of w[places[i], c / (d / heads)]·x[members[i], c]; w null: all 1.
 //                                                                                           grid ceil(targets·d / 1024)
 //   incidence_dot_{f32,f64,bf16,f16} (const T* g, const T* x, const u32* owner, const u32* members, A* dw, i64 n, i64 d, i64 heads)
-//       dw[i, h] = ⟨g[owner[i]], x[members[i]]⟩ over the columns of head h, a warp for each of n = incidences·heads.
+//       dw[i, h] = ⟨g[owner[i]], x[members[i]]⟩ over the columns of head h, one warp for each of n = incidences·heads.
 //                                                                                           grid ceil(n / 8)
 //
 // A is f32, or f64 for f64.

@@ -1,22 +1,22 @@
 #include "prelude.cuh"
-// Picking and adding by index. Ids are u32, checked (ids_u32, ids_i64 in move.cu). Block 256; sizes > 0. Widths b1 … b8 as in
+// Gather and scatter-add by index. Ids are u32, already checked (ids_u32, ids_i64 in move.cu). Block 256; sizes > 0. Widths b1 … b8 as in
 // move.cu: any dtype.
 //
 //   gather_{b1,b2,b4,b8} (const T* x, const u32* ids, T* y, i64 count, i64 k, i64 n, i64 inner)      grid ceil(count / 1024)
 //       x [outer, n, inner], ids and y [outer, k, inner], count elements: y[o, j, i] = x[o, ids[o, j, i], i].
 //   scatter_add_{f32,f64} (acc_t<T>* out, const u32* ids, const T* src, i64 outer, i64 k, i64 n, i64 inner)
-//       out[o, ids[o, j, i], i] += src[o, j, i] in rising j: grid ceil(outer·inner / 256), a thread per (o, i). Fast where
+//       out[o, ids[o, j, i], i] += src[o, j, i] in ascending j: grid ceil(outer·inner / 256), one thread per (o, i). Fast if
 //       outer·inner is large; for one long column use radix sort and rows_add with p = 1.
 //   take_{b1,b2,b4,b8} (const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p)      grid ceil(outer·k·p / 1024)
-//       y[o, j, :] = src[o, ids[j], :], rows of p units. Lookup, index_select, repeating rows by segment.
+//       y[o, j, :] = src[o, ids[j], :], rows of p units. Used for lookup, index_select, and repeating rows by segment.
 //   rows_add: out[o, ids[t], :] += w[t]·src[o, t, :] without atomics, from ids sorted with their positions (sort.cu: sorted,
-//   order). Two launches, sums in rising t within pieces of 32 sorted positions, pieces in order:
+//   order). Two launches; sums run in ascending t within pieces of 32 sorted positions, and pieces are added in order:
 //   rows_add_{f32,f64} (const T* src, const u32* sorted, const u32* order, const acc_t<T>* w, acc_t<T>* out,
 //                                acc_t<T>* part, i64 outer, i64 k, i64 n, i64 p)   grid outer·ceil(k / 32)·ceil(p / 256)
 //   rows_add_last_{f32,f64} (const A* part, const u32* sorted, A* out, i64 outer, i64 k, i64 n, i64 p)            same grid
-//       part [outer, ceil(k / 32), 2, p] of acc_t<T>. w may be null; a row of weight exactly 0 is left out whatever it holds.
-//       A run within one piece is added at once; one that crosses pieces leaves its parts, which the piece it began in adds
-//       up. An id that fills half of 64k positions costs 1000 steps, not 32k.
+//       part [outer, ceil(k / 32), 2, p] of acc_t<T>. w may be null; a row of weight exactly 0 is skipped, even if it is not finite.
+//       A run within one piece is added at once; a run that crosses pieces leaves partial sums, which are added by the piece where
+//       it begins. An id that fills half of 64k positions costs 1000 steps, not 32k.
 
 #define GATHER(T, S)                                                                                           \
     KERNEL gather_##S(const T* x, const u32* ids, T* y, i64 count, i64 k, i64 n, i64 inner) {                  \
@@ -44,7 +44,7 @@ DEV void scatter_add_body(acc_t<T>* out, const u32* ids, const T* src, i64 outer
     }
 FOR_FULL(SCATTER)
 
-// Neighbouring threads on neighbouring units; 32-bit division where it suffices.
+// Neighbouring threads process neighbouring units; the division is 32-bit if the numbers allow it.
 template <class T> DEV void take_body(const T* src, const u32* ids, T* y, i64 outer, i64 k, i64 n, i64 p) {
     i64 count = outer * k * p, i = (i64)blockIdx.x * 1024 + threadIdx.x;
     for (int q = 0; q < 4 && i < count; q++, i += 256) {
@@ -73,7 +73,7 @@ template <class T>
 DEV void rows_add_body(const T* src, const u32* sorted, const u32* order, const acc_t<T>* w, acc_t<T>* out, acc_t<T>* part,
                        i64 outer, i64 k, i64 n, i64 p) {
     typedef acc_t<T> A;
-    SHARED(u32, id, [34]); // one more on either side; a side without a neighbour differs from all
+    SHARED(u32, id, [34]); // one more on either side; an id that differs from all stands for a missing neighbour
     SHARED(u32, at, [32]);
     SHARED(A, f, [32]);
     i64 across = cdiv(p, 256), pieces = cdiv(k, 32), b = blockIdx.x / across, o = b / pieces, piece = b - o * pieces;
@@ -113,7 +113,7 @@ DEV void rows_add_last_body(const A* part, const u32* sorted, A* out, i64 outer,
     if (c >= p || end >= k) return;
     u32 id = sorted[end - 1];
     if (sorted[end] != id) return;                                              // nothing crosses into the next piece
-    if (piece > 0 && sorted[piece * 32] == id && sorted[piece * 32 - 1] == id) return; // it began further left
+    if (piece > 0 && sorted[piece * 32] == id && sorted[piece * 32 - 1] == id) return; // it began in an earlier piece
     const A* from = part + (o * pieces + piece) * 2 * p + c;
     A s = from[p];
     for (i64 q = piece + 1; q * 32 < k && sorted[q * 32] == id; q++) s += part[(o * pieces + q) * 2 * p + c];

@@ -3,19 +3,19 @@
 //
 //   cross_entropy_{f32,f64,bf16,f16} (const T* x, const u32* targets, acc_t<T>* loss, acc_t<T>* lse, i64 rows, i64 d,
 //                                     f64 smoothing, i64 ignore)               row rule, block 256
-//       Per row: lse[2] = m = max x and z = ln Σ exp(x − m), apart because m + z is a coarse number where m is large;
+//       Per row: lse[2] = m = max x and z = ln Σ exp(x − m), kept apart because m + z would lose precision if m is large;
 //       loss = z − (1 − s)·(x[target] − m) − s·mean(x − m). Rows with target = ignore (−1: none) give 0, 0 and 0; a
-//       target ≥ d gives NaN (ids_u32 in move.cu finds it).
+//       target ≥ d gives NaN (ids_u32 in move.cu reports it).
 //   class_ids (const i64* targets, u32* out, i64 n, i64 ignore)                grid ceil(n / 1024), block 256
-//       A target = ignore becomes u32::MAX, and what is no u32 becomes u32::MAX − 1, which is no class either. 12 bytes a row.
+//       A target = ignore becomes u32::MAX; a target that is not a u32 becomes u32::MAX − 1, which is not a class either. 12 bytes a row.
 //   sample_loss_{f32,f64} (const A* loss, const u32* targets, const i64* offsets, const u32* order, A* out, A* weight,
 //                          i64 samples, i64 each, i64 ignore, i32 mean)        grid ceil(samples / 8), block 256
 //       A sample's rows: positions offsets[s] .. offsets[s + 1] (null: s·each .. (s + 1)·each) of order (null: themselves).
-//       out[s] = Σ weight·loss in f64; weight[r] = 1 / (rows that count), or 1 without mean. No row that counts: 0.
+//       out[s] = Σ weight·loss in f64; weight[r] = 1 / (rows that are not ignored), or 1 without mean. If all rows are ignored: 0.
 //   cross_entropy_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* lse, const u32* targets, const acc_t<T>* weight,
 //                          const acc_t<T>* g, const u32* owner, T* dx, i64 rows, i64 d, i64 each, f64 smoothing, i64 ignore)
 //                                                                              row rule, block 256; dx may be x
-//       dx = weight[r]·g[sample]·(softmax(x) − (1 − s)·onehot − s/d); the sample is owner[r], or r / each where owner is null.
+//       dx = weight[r]·g[sample]·(softmax(x) − (1 − s)·onehot − s/d); the sample is owner[r], or r / each if owner is null.
 //   bce_{f32,f64}      (const T* x, const T* t, T* y, i64 n, Strided2 sxt)                grid ceil(n / 1024), block 256
 //       softplus(x) − x·t
 //   bce_grad_{..}               (const T* x, const T* t, const T* g, T* dx, i64 n, Strided3 sxtg)  (sigmoid(x) − t)·g
@@ -29,12 +29,12 @@ DEV void cross_entropy_body(const T* x, const u32* targets, acc_t<T>* loss, acc_
     Team t = row_team(rows, d);
     if (!t.in) return;
     i64 target = targets[t.row];
-    if (target == ignore) { // the whole team
+    if (target == ignore) { // taken by the whole team
         if (t.rank == 0) loss[t.row] = lse[2 * t.row] = lse[2 * t.row + 1] = A(0);
         return;
     }
     x += t.row * d;
-    // NaN is left to show up in the sum. Rows of tens of thousands of classes: read twice, from the second-level cache.
+    // NaN propagates through the sum. Rows of tens of thousands of classes are read twice, the second time from the second-level cache.
     A m = -inf_of(A(0)), s = 0, all = 0;
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);
@@ -113,7 +113,7 @@ KERNEL class_ids(const i64* targets, u32* out, i64 n, i64 ignore) {
     }
 }
 
-// A warp per sample. The sum is in f64 on both devices, so its order hardly shows.
+// One warp per sample. The sum is f64 on both devices, so that its order has hardly any effect.
 template <class A>
 DEV void sample_loss_body(const A* loss, const u32* targets, const i64* offsets, const u32* order, A* out, A* weight,
                           i64 samples, i64 each, i64 ignore, int mean) {

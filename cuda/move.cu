@@ -1,20 +1,20 @@
 #include "prelude.cuh"
-// Moving and converting: strided copies, transposes, casts, fills, counting up, one-hot rows, checked indices.
-// Widths: b1 b2 b4 b8 bytes, any dtype of that size. n > 0 throughout.
+// Moving and converting: strided copies, transposes, casts, fills, arange, one-hot rows, checked indices. Widths b1 b2 b4 b8: bytes per
+// element, for any dtype of that size. n > 0 throughout.
 //
 //   copy_{b1,b2,b4,b8} (const T* src, T* dst, i64 n, Strided2 s)       grid ceil(n / 1024), block 256
-//       step[0] of src, step[1] of dst: gathers a view, or writes into one (concat, pad, slice assignment). No overlap.
+//       strides [0] for src, [1] for dst: copies from a view, or into one (concat, pad, slice assignment). No overlap.
 //   transpose_{b1,b2,b4,b8} (const T* x, T* y, i64 n, i64 r, i64 c)        [n, r, c] to [n, c, r]
-//       grid n·ceil(r / 32)·ceil(c / 32), block 256. For views whose unit-stride dimension is not the last: whole lines are
-//       read and written, where copy would take a line per element.
+//       grid n·ceil(r / 32)·ceil(c / 32), block 256. For views whose unit-stride dimension is not the last: whole memory lines are
+//       read and written, where copy would read one line per element.
 //   cast_<S>_<D> for S ≠ D of f32 f64 bf16 f16 u32 i64 u8 (const S* x, D* y, i64 n, Strided1 sx)     grid ceil(n / 1024), block 256
-//       Nearest even to floats; to integers truncated and saturated, NaN 0; i64 by way of f64.
+//       To floats: to nearest, ties to even; to integers: truncated and saturated, NaN gives 0; i64 converts through f64.
 //   fill_{b1,b2,b4,b8} (T* y, i64 n, u64 bits)                             grid ceil(n / 1024), block 256
 //   arange_{f32,f64,u32,i64} (T* y, i64 n)                                 grid ceil(n / 1024), block 256
 //   one_hot_{b1,b2,b4,b8} (const u32* ids, T* y, i64 rows, i64 n, u64 one) grid ceil(rows·n / 1024), block 256; one: bits of 1
 //   ids_{u32,i64} (const T* ids, u32* out, i64 count, i64 below, u64* bad) grid ceil(count / 1024), block 256
-//       Indices as u32, one outside 0..below as 0, so that nothing reads out of bounds; *bad (~0 before) becomes the first
-//       position of one. To be looked at when the host next waits anyway.
+//       Indices as u32; an index outside 0..below becomes 0, so that nothing reads out of bounds, and *bad (~0 before) becomes the
+//       first position of one. The host reads it when it next waits anyway.
 
 
 template <class T> DEV void copy_body(const T* src, T* dst, i64 n, const Strided2& s) {
@@ -37,7 +37,7 @@ COPY(u16, b2)
 COPY(u32, b4)
 COPY(u64, b8)
 
-// A 32 × 32 tile by way of shared memory, 33 wide: columns of it lie in different banks.
+// A 32 × 32 tile in shared memory with 33 elements per row: the elements of a column are in different banks.
 #define TRANSPOSE(T, S)                                                                                        \
     KERNEL transpose_##S(const T* x, T* y, i64 n, i64 r, i64 c) {                                              \
         SHARED(T, tile, [32][33]);                                                                             \
@@ -58,7 +58,8 @@ TRANSPOSE(u32, b4)
 TRANSPOSE(u64, b8)
 
 // ---------------------------------------------------------------- casts
-// Between f32 and the halves by way of f32; everything else by way of f64, which holds every value but large i64.
+// Between f32 and 16-bit floats the conversion goes through f32; everything else through f64, which represents every value except large
+// i64.
 template <class S, class D> struct Cast {
     static DEVM D f(S v) { return from_f64<D>((double)v); }
 };
@@ -100,7 +101,7 @@ CAST(i64, i64, f16, f16) CAST(i64, i64, u32, u32) CAST(i64, i64, u8, u8)
 CAST(u8, u8, float, f32) CAST(u8, u8, double, f64) CAST(u8, u8, bf16, bf16)
 CAST(u8, u8, f16, f16) CAST(u8, u8, u32, u32) CAST(u8, u8, i64, i64)
 
-// ---------------------------------------------------------------- made from nothing
+// ---------------------------------------------------------------- generated arrays
 template <class T, class F> DEV void make_body(T* y, i64 n, F f) {
     i64 i;
     int count = quad_of(n, i);
@@ -127,7 +128,7 @@ ARANGE(double, f64)
 ARANGE(u32, u32)
 ARANGE(i64, i64)
 
-// The minimum over an integer does not depend on the order of the atomics, and there are none where all is well.
+// The minimum of integers does not depend on the order of the atomics, and none are executed if all indices are valid.
 #define IDS(T, S)                                                                                              \
     KERNEL ids_##S(const T* ids, u32* out, i64 count, i64 below, u64* bad) {                                   \
         i64 i = (i64)blockIdx.x * 1024 + threadIdx.x;                                                          \

@@ -3,15 +3,15 @@
 //
 //   norm_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y, acc_t<T>* stats,
 //                            i64 rows, i64 d, f64 eps, i32 center)
-//       y = (x − mean)·rstd·gain + bias; center 0 leaves the mean out (RMS). gain, bias [d] may be null.
+//       y = (x − mean)·rstd·gain + bias; with center 0 the mean is not subtracted (RMS). gain, bias [d] may be null.
 //       stats [rows, 2]: mean and rstd, kept for backward.
 //   norm_grad_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* stats, const T* dy, const acc_t<T>* gain, T* dx, acc_t<T>* xhat, acc_t<T>* wide,
 //                            i64 rows, i64 d, i32 center)
 //       dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; x̂ for the gain's factor (a scaled row sum of dy by x̂; the
 //       bias's is the row sum of dy). wide: dy in acc_t<T>. gain, dx, xhat, wide may be null; dx may be dy.
 //
-// The variance is taken about the mean in a pass of its own, as on the CPU: the row is in the cache by then (d ≤ 1024 in the
-// first level, longer rows in the second), so memory is read once and written once.
+// The variance about the mean is computed in a second pass, as on the CPU: by then the row is in the cache (d ≤ 1024 in the first level,
+// longer rows in the second), so that memory is read once and written once.
 
 template <class T>
 DEV void norm_body(const T* x, const acc_t<T>* gain, const acc_t<T>* bias, T* y, acc_t<T>* stats, i64 rows, i64 d,

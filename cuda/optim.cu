@@ -8,11 +8,11 @@
 //   sgd_{f32,f64}   (T* p, const T* g, T* b, i64 n, const i64* ends, const u8* decays, i32 pieces, f64 lr, f64 momentum, f64 keep,
 //                    const f64* live, const u64* stop)
 //       b ← μb + g, p ← keep·p − lr·b; without b (null) p ← keep·p − lr·g.
-//   Stretch k of the buffer ends at ends[k] (rising, the last is n) and is decayed (keep) where decays[k] is not 0; the table
-//   is made once, when the parameters are laid out. pieces 0: nothing is decayed.
-//   live, if not null, holds what changes from step to step, so that a captured graph can be replayed: AdamW [scale, root,
+//   Stretch k of the buffer ends at ends[k] (ascending, the last is n) and is decayed (keep) if decays[k] is not 0; the table
+//   is made once, together with the flat buffer. pieces 0: nothing is decayed.
+//   live, if not null, holds the numbers that change from step to step, so that a captured graph can be replayed: AdamW [scale, root,
 //   keep], SGD [lr, keep].
-//   stop, if not null: nothing is done where it is not 0 (step.cu).
+//   stop, if not null: if it is not 0, nothing is updated (step.cu).
 //
 // Bytes per f32 element: AdamW reads 16 and writes 12, SGD with momentum 12 and 8.
 
@@ -20,7 +20,7 @@ struct AdamW {
     double beta1, gain1, beta2, gain2, scale, root, eps, keep;
 };
 
-// The first stretch that ends after i; a handful of cached reads for four elements.
+// The first stretch that ends after i; a few cached reads for four elements.
 DEV i32 piece_of(const i64* ends, i32 pieces, i64 i) {
     i32 a = 0, b = pieces - 1;
     while (a < b) {
@@ -30,7 +30,7 @@ DEV i32 piece_of(const i64* ends, i32 pieces, i64 i) {
     }
     return a;
 }
-// f(k, keep of element i + k) for the thread's elements.
+// Calls f(k, keep of element i + k) for the thread's elements.
 template <class T, class F>
 DEV void each_decayed(i64 i, int count, const i64* ends, const u8* decays, i32 pieces, T keep, F f) {
     i32 k = pieces ? piece_of(ends, pieces, i) : 0;

@@ -1,21 +1,21 @@
 #include "prelude.cuh"
-// Counter-based randomness: element i is a function of (key, i), the same bits as src/random on the CPU. Arithmetic that must
-// give equal bits is written in Exact<…>: rounded operation by operation, never fused. Block 256.
+// Counter-based randomness: element i is a function of (key, i), with the same bits as src/random on the CPU. Arithmetic that must give
+// equal bits is written with Exact<…>: each operation is rounded separately, never fused. Block 256.
 //
 //   dropout_{f32,f64,bf16,f16} (const T* x, T* y, i64 n, u64 seed, f64 p)          grid ceil(n / 1024); y may be x
 //       Four elements share a Philox block. Backward is the same kernel on the gradient.
 //   philox_uniform_{f32,f64} (T* y, i64 n, u64 seed, u64 stream, f64 bound)   grid ceil(n / 512)
 //       bound > 0: bound·(2u − 1); bound 0: u in [0, 1).
 //   philox_normal_{f32,f64} (T* y, i64 n, u64 seed, u64 stream, f64 std)      grid ceil(n / 512)
-//       std·z, Box and Muller in f64; the logarithm, sine and cosine are written out below.
+//       std·z, by the Box–Muller transform in f64; the logarithm, sine and cosine are written out below.
 //   chacha_digest (const u32* words, i64 n, const u32* key, u32* out)         grid ceil(n / 2048)
 //       Four words for each chunk of 2048: one level of src/random/digest.rs.
 //   chacha_release (ChaChaKey key, u64 step, u64 context0, u64 context1, const u32* digest, u32* out, const u64* live)
-//       grid 1, block 32. The eight words of a release's key; digest may be null: all zeros.
+//       grid 1, block 32. The eight words of a release's key; if digest is null, it counts as zeros.
 //   chacha_gaussian_{f32,f64} (T* y, i64 n, const u32* key, u64 step, u64 first, f64 std, f64 magic, const u64* live)
 //       y[i] ← grid(y[i] + std·z(key, step, first + i)); magic is 1.5·2⁵² steps of the grid.
 //       grid ceil(16·groups / 256), groups = ceil((first + n) / 256) − first / 256.
-//   live, if not null, holds the step (for captured graphs). Only keys of single releases are ever in memory.
+//   live, if not null, holds the step (for captured graphs). Only keys of single releases are ever stored in memory.
 
 // ---------------------------------------------------------------- Philox 4×32-10
 struct Four { u32 v[4]; };
@@ -47,7 +47,7 @@ template <class T> DEV void dropout_body(const T* x, T* y, i64 n, u64 seed, doub
 #pragma unroll
     for (int k = 0; k < 4; k++)
         if (k < count) {
-            float u = (float)(r.v[k] >> 8) / 16777216.f; // 24 bits: exact
+            float u = (float)(r.v[k] >> 8) / 16777216.f; // 24 bits, so exact
             v[k] = from_acc<T>(u < threshold ? A(0) : to_acc(v[k]) * keep);
         }
     store4(y, i, count, v);
@@ -56,7 +56,7 @@ template <class T> DEV void dropout_body(const T* x, T* y, i64 n, u64 seed, doub
 typedef Exact<double> D;
 typedef Exact<float> F;
 DEV u64 high53(u32 low, u32 high) { return ((u64)low | (u64)high << 32) >> 11; }
-// Two elements per thread and block: 2i from words 0 and 1, 2i + 1 from words 2 and 3.
+// Two elements per thread and Philox block: 2i from words 0 and 1, 2i + 1 from words 2 and 3.
 template <class T> DEV void uniform_body(T* y, i64 n, u64 seed, u64 stream, double bound) {
     i64 pair = (i64)blockIdx.x * 256 + threadIdx.x;
     if (2 * pair >= n) return;
@@ -72,17 +72,17 @@ template <class T> DEV void uniform_body(T* y, i64 n, u64 seed, u64 stream, doub
 // ln u for u in (0, 1], a multiple of 2⁻⁵³: u = 2ᵉ·(1 + m), ln(1 + m) = 2·artanh(m / (2 + m)), |s| ≤ 0.1716: twelve terms.
 DEV D ln_unit(double u) {
     u64 bits = bits_of(u);
-    i64 e = (i64)(bits - 0x3fe6a09e667f3bcdull) >> 52; // of √½
+    i64 e = (i64)(bits - 0x3fe6a09e667f3bcdull) >> 52; // bits of √½
     union { u64 b; double d; } c;
     c.b = bits - ((u64)e << 52);
     D m = D(c.d) - 1.0, s = m / (2.0 + m), z = s * s, p = 1.0 / 23.0;
 #pragma unroll
     for (int k = 10; k >= 0; k--) p = 1.0 / (2 * k + 1) + z * p;
     D ed = (double)e;
-    // ln 2 in two parts, the first exact in 32 bits.
+    // ln 2 in two parts, of which the first is exact in 32 bits.
     return ed * 0.693147180369123816490 + (ed * 1.90821492927058770002e-10 + 2.0 * s * p);
 }
-// Sine and cosine of k / 2⁵³ of a turn: quarter turns to the nearest, and the series on an eighth of a turn either side.
+// Sine and cosine of k / 2⁵³ of a turn: reduced to the nearest quarter turn, then a series on at most an eighth of a turn to either side.
 DEV void sin_cos_turn(u64 k, D& sine, D& cosine) {
     u64 q = (k + (1ull << 50)) >> 51;
     D t = D((double)((i64)k - (i64)(q << 51))) * (6.283185307179586476925 / 9007199254740992.0), z = t * t;
@@ -141,7 +141,7 @@ DEV void quarter(u32& a, u32& b, u32& c, u32& d) {
     a += b; d = rotate(d ^ a, 8);
     c += d; b = rotate(b ^ c, 7);
 }
-// Block `counter` of a stream of a step: 16 words.
+// Block `counter` of the stream of one step: 16 words.
 DEV void chacha_block(const ChaChaKey& key, u64 counter, u32 domain, u64 step, u32 (&x)[16]) {
     u32 init[16] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u, key.word[0], key.word[1], key.word[2], key.word[3],
                     key.word[4], key.word[5], key.word[6], key.word[7], (u32)counter, domain ^ (u32)(counter >> 32),
@@ -162,8 +162,8 @@ DEV void chacha_block(const ChaChaKey& key, u64 counter, u32 domain, u64 step, u
 #pragma unroll
     for (int i = 0; i < 16; i++) x[i] += init[i];
 }
-// √(−2·ln u) for u = (a + ½)/2³², near 1 taken from 1 − u, and for u = (2³²·a + b + ½)/2⁶⁴; and sine and cosine of b/2³² of a
-// turn: as src/random/chacha.rs.
+// √(−2·ln u) for u = (a + ½)/2³², near 1 computed from 1 − u, and for u = (2³²·a + b + ½)/2⁶⁴; and sine and cosine of b/2³² of a turn, as
+// in src/random/chacha.rs.
 DEV F unit_of(u32 a) { return F((float)a) * __uint_as_float(0x2f800000u) + __uint_as_float(0x2f000000u); }
 DEV F radius_of(F u, bool near_one, F rest) {
     u32 bits = bits_of(u.v);
@@ -191,9 +191,9 @@ DEV void sin_cos_turn(u32 b, F& sine, F& cosine) {
     sine = q & 2 ? F(-a.v) : a;
     cosine = (q + 1) & 2 ? F(-d.v) : d;
 }
-// A thread per ChaCha block: word w of block l of a group of 16 is element 256·group + 16·w + l, so that 16 neighbouring
-// threads write 16 neighbouring elements. About 700 integer, 400 float and 130 double operations for 16 normals, and in one block of
-// 8,000 the words of a second one.
+// One thread per ChaCha block: word w of block l of a group of 16 is element 256·group + 16·w + l, so that 16 neighbouring threads write 16
+// neighbouring elements. It takes about 700 integer, 400 float and 130 double operations for 16 normals, and for one block in 8,000 also
+// the words of a second block.
 template <class T>
 DEV void gaussian_body(T* y, i64 n, const u32* words, u64 step, u64 first, double std, double magic, const u64* live) {
     u64 block = first / 256 * 16 + (u64)blockIdx.x * 256 + threadIdx.x, at = block / 16 * 256 + block % 16, end = first + n;
@@ -234,7 +234,7 @@ DEV void gaussian_body(T* y, i64 n, const u32* words, u64 step, u64 first, doubl
 CHACHA(float, f32)
 CHACHA(double, f64)
 
-// The key of a release is three blocks in turn: of the step, of what scales the noise, of what it is added to.
+// The key of a release is derived by three blocks in sequence: from the step, the scale of the noise, and the digest of the sum.
 KERNEL chacha_release(const __grid_constant__ ChaChaKey key, u64 step, u64 context0, u64 context1, const u32* digest, u32* out,
                       const u64* live) {
     if (threadIdx.x) return;
@@ -256,13 +256,13 @@ KERNEL chacha_release(const __grid_constant__ ChaChaKey key, u64 step, u64 conte
     for (int w = 0; w < 8; w++) out[w] = now.word[w];
 }
 
-// NH of a chunk, twice: each thread takes four pairs of words, of which 8 bytes are read and 4 multiplied with the key's, so that
-// the pass is bound by memory. Integer sums mod 2⁶⁴ are the same in any order.
+// NH of a chunk, computed twice: each thread processes four pairs of words; for each pair it reads 8 bytes and computes two products of
+// sums of a word and a key word, so that the pass is bound by memory. Integer sums mod 2⁶⁴ are the same in any order.
 KERNEL chacha_digest(const u32* words, i64 n, const u32* key, u32* out) {
     SHARED(u64, parts, [2][8]);
     i64 from = (i64)blockIdx.x * 2048, count = n - from < 2048 ? n - from : 2048;
     u64 sum[2] = {0, 0};
-    // Word i of the first half of a block of 32 with word i of the second half; missing words are zeros.
+    // Word i of the first half of a block of 32 is paired with word i of the second half; missing words are zeros.
     for (i64 pair = threadIdx.x; pair < (count + 31) / 32 * 16; pair += 256) {
         i64 i = pair / 16 * 32 + pair % 16;
         u32 a = i < count ? words[from + i] : 0, b = i + 16 < count ? words[from + i + 16] : 0;

@@ -10,10 +10,11 @@
 //   sum_cols_part_{..} (const T* x, acc_t<T>* part, i64 outer, i64 n, i64 inner, i64 chunk)  grid outer·ceil(n / chunk)·ceil(inner / 32)
 //       part [outer, ceil(n / chunk), inner]: the first level for tall columns (chunk 256).
 //   sum_rows_last_{f32,f64,bf16,f16}, sum_cols_last_{..}: as sum_rows, sum_cols, from acc_t<T>* to T*: the second level.
-// EXTREMES. mode 0: largest, NaN wins; 1: smallest, NaN wins; 2: largest, a NaN only at position 0 (argmax). First of equals.
+// EXTREMES. mode 0: maximum, NaN counts as largest; 1: minimum, NaN counts as smallest; 2: maximum, a NaN only at position 0
+//   (argmax). The first of equal values.
 //   max_rows_{..} (const T* x, T* y, u32* index, i64 rows, i64 cols, i32 mode)               row rule; y or index may be null
 //   unpick_{b2,b4,b8} (const T* g, const u32* index, T* dx, i64 count, i64 k, i64 n, i64 inner)  grid ceil(count / 1024)
-//       dx[o, index[o, j, i], i] = g[o, j, i], count = outer·k·inner picks, into zeros: backward of max, sort, topk.
+//       dx[o, index[o, j, i], i] = g[o, j, i], for count = outer·k·inner selected elements, into zeros: backward of max, sort, topk.
 // LOGSUMEXP
 //   logsumexp_rows_{..} (const T* x, T* y, i64 rows, i64 cols)                               row rule
 //   logsumexp_grad_{..} (const T* x, const T* y, const T* g, T* dx, i64 n, Strided3 sxyg)    grid ceil(n / 1024); exp(x − y)·g
@@ -37,7 +38,7 @@ template <class S, class D> DEV void sum_rows_body(const S* x, D* y, i64 rows, i
         }
         if (full + t.rank < cols) s += to_acc(x[full + t.rank]);
     } else {
-        // The same elements per thread as above, so that alignment does not change the bits.
+        // The same assignment of elements to threads as above, so that alignment does not change the bits.
         i64 full = cols / 4 * 4;
         for (i64 i = t.rank * 4; i < full; i += t.size * 4)
             s += (to_acc(x[i]) + to_acc(x[i + 1])) + (to_acc(x[i + 2]) + to_acc(x[i + 3]));
@@ -63,7 +64,7 @@ template <class T> DEV void sum_part_body(const T* x, acc_t<T>* part, i64 rows, 
     A s = team_sum(t, s0 + s1, red);
     if (threadIdx.x == 0) part[blockIdx.x] = s;
 }
-// 32 columns × 8 lanes: lane l takes every eighth of the rows r0 .. r1, then the lanes are added in order.
+// 32 columns × 8 lanes: lane l sums every eighth of the rows r0 .. r1, then the lanes are added in order.
 template <class S, class D>
 DEV void sum_cols_body(const S* x, D* y, i64 n, i64 inner, i64 o, i64 tile, i64 r0, i64 r1, i64 out, double scale) {
     typedef acc_t<S> A;
@@ -106,14 +107,15 @@ DEV void sum_cols_body(const S* x, D* y, i64 n, i64 inner, i64 o, i64 tile, i64 
 FOR_FLOATS(SUMS)
 
 // ---------------------------------------------------------------- extremes
-// Largest and smallest: NaN wins. Argmax: NaN counts only where it comes first.
+// Maximum and minimum: NaN counts as the extreme. Argmax: a NaN is chosen only if it comes first.
 enum { EXTREME_LARGEST, EXTREME_SMALLEST, EXTREME_ARGMAX };
-// A value and where it stands; -1 is nothing yet.
+// A value and its position; -1 means none yet.
 template <class A> struct Best {
     A v;
     i32 at;
 };
-// Whether (v, at) stands before b: by value, then by position. With EXTREME_ARGMAX a NaN loses to everything but a later one.
+// Whether (v, at) is ordered before b: by value, then by position. With EXTREME_ARGMAX a NaN is ordered after everything except a later
+// NaN.
 template <class A> DEV bool before(int mode, A v, i32 at, const Best<A>& b) {
     if (at < 0) return false;
     if (b.at < 0) return true;
@@ -172,7 +174,7 @@ UNPICK(u32, b4)
 UNPICK(u64, b8)
 
 // ---------------------------------------------------------------- logsumexp
-// Largest with NaN winning, so that the row's result is NaN; an infinite maximum is the result itself.
+// Maximum in which NaN counts as largest, so that the row's result is NaN; an infinite maximum is the result itself.
 template <class A> DEV A larger(A a, A b) { return is_nan(a) || a > b ? a : b; }
 template <class A> DEV A finish_lse(A m, A s) { return m - m == A(0) ? m + log_of(s) : m; }
 template <class T> DEV void lse_rows_body(const T* x, T* y, i64 rows, i64 cols) {
@@ -210,7 +212,7 @@ template <class T> DEV void lse_grad_body(const T* x, const T* y, const T* g, T*
     }
 FOR_FLOATS(LSE)
 
-// ---------------------------------------------------------------- running sums
+// ---------------------------------------------------------------- cumulative sums
 template <class T> DEV void cumsum_rows_body(const T* x, T* y, i64 rows, i64 cols, int reverse) {
     typedef acc_t<T> A;
     SHARED(A, sums, [8]);
@@ -220,7 +222,7 @@ template <class T> DEV void cumsum_rows_body(const T* x, T* y, i64 rows, i64 col
     y += t.row * cols;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     A carry = 0;
-    // Every thread of the team goes round equally often: there are shuffles and barriers inside.
+    // Every thread of the team runs the same number of iterations: the loop contains shuffles and barriers.
     for (i64 i0 = 0; i0 < cols; i0 += t.size) {
         i64 i = i0 + t.rank, at = reverse ? cols - 1 - i : i;
         A s = i < cols ? to_acc(x[at]) : A(0);

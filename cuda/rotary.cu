@@ -1,14 +1,14 @@
 #include "prelude.cuh"
-// Rotary position embedding of x [B, T, H, D] (unit stride along D, other strides free: a slice of a fused projection is read
-// in place) into a contiguous y. A rotation's gradient is the rotation back.
+// Rotary position embedding of x [B, T, H, D] (unit stride along D, other strides free: a slice of a fused projection is read in place)
+// into a contiguous y. The gradient of a rotation is the inverse rotation.
 //
 //   rotary_{f32,f64,bf16,f16} (const T* x, const acc_t<T>* cos, const acc_t<T>* sin, T* y, Rotary r)
-//       grid ceil(B·T·H·D/2 / 256), block 256, a pair per thread. cos, sin [positions, D/2].
-//       Rotary, i64 each: batch, time, heads, turned (the first so many heads are turned, the others copied), half = D/2, step_b,
+//       grid ceil(B·T·H·D/2 / 256), block 256, one pair per thread. cos, sin [positions, D/2].
+//       Rotary, i64 each: batch, time, heads, turned (the first `turned` heads are rotated, the others copied), half = D/2, step_b,
 //       step_t, step_h (elements), offset (position of row 0);
 //       then i32 interleaved (pairs 2i, 2i + 1 instead of i, i + D/2), i32 inverse.
 //
-// Bytes: x read once, y written once, the table from the cache (H pairs share an entry).
+// Bytes: x is read once, y is written once, and the table is read from the cache (H pairs share an entry).
 
 struct Rotary {
     i64 batch, time, heads, turned, half, step_b, step_t, step_h, offset;

@@ -2,19 +2,20 @@
 // Routing of tokens to experts. Block 256; every kernel may be launched with more blocks than it needs.
 //
 //   route_{f32,f64}      (const T* logits, const T* bias, u32* choices, T* weights, RouteShape)       grid ceil(tokens / 8)
-//       The k largest of each token's logits (with a bias [experts]: of score + bias), the largest first, of equal ones the
-//       lower expert; their scores, divided by their sum if `renormalise`. A NaN is chosen last and makes all weights NaN.
+//       The k largest of each token's logits (with a bias [experts]: of score + bias) in descending order, among equal ones the
+//       lower expert first; their scores, divided by their sum if `renormalise`. A NaN is chosen last and makes all weights NaN.
 //   route_grad_{f32,f64} (const T* logits, const u32* choices, const T* g, T* dx, RouteShape)         grid ceil(tokens / 8)
 //   route_places (const u32* order, u32* token, u32* place, i64 n, i64 k)                             grid ceil(n / 256)
 //       order: the pair token·k + choice of each row. token[row] = pair / k, place[pair] = row.
 //   route_owners (const u32* token, const u32* old_owner, const i64* old_offsets, u32* owner, i64* offsets, i64 n, i64 count,
 //                 i64 each, i64 k)                                                       grid ceil(max(n, count + 1) / 256)
-//       The sample of each row, and where each sample begins among rows sorted by sample; old_* of tokens, null where uniform.
+//       The sample of each row, and the start of each sample among rows sorted by sample; old_* are those of tokens, null if uniform.
 //   route_load   (const u32* choices, const i64* offsets, const u32* order, float* load, i64 count, i64 experts, i64 each, i64 k)
-//       load[b, e] = choices of sample b that are e; offsets and order of tokens as above, or null.   grid count = samples·experts
+//       load[b, e] = number of choices of sample b that are e; offsets and order of tokens as above, or null.
+//                                                                                        grid count = samples·experts
 //   route_within (const u32* choices, const u32* place, const i64* offsets, float* kept, i64 n, i64 capacity)  grid ceil(n / 256)
 //
-// A warp for each token: 2 + k reads of its logits, from the caches but for the first.
+// One warp for each token: 2 + k reads of its logits, from the caches except for the first.
 
 struct RouteShape {
     i64 tokens, experts, k;
@@ -26,7 +27,7 @@ template <class A> DEV A warp_all(A v) {
     for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(FULL_MASK, v, o);
     return v;
 }
-// What all scores of one token share: the largest logit, and Σ exp(x − largest) or the sum of the scores.
+// The quantities that all scores of one token share: the largest logit, and Σ exp(x − largest) or the sum of the scores.
 template <class A> struct Gates {
     A largest, total;
     int sigmoid;
@@ -47,7 +48,7 @@ template <class A> DEV Gates<A> gates_of(const A* x, const RouteShape& s, int la
     g.total = warp_all(sum);
     return g;
 }
-// Whether (a, i) comes before (b, j): larger first, NaN last, of equal ones the lower number.
+// Whether (a, i) is ordered before (b, j): larger first, NaN last, among equal ones the lower number first.
 template <class A> DEV bool before(A a, i64 i, A b, i64 j) {
     bool na = is_nan(a), nb = is_nan(b);
     if (na != nb) return nb;
@@ -67,7 +68,7 @@ template <class A> DEV void route_body(const A* logits, const A* bias, u32* choi
         i64 at = s.experts;
         for (i64 e = lane; e < s.experts; e += 32) {
             A key = bias ? score(g, x[e]) + bias[e] : x[e];
-            // Only what comes after the last one chosen.
+            // Only elements ordered after the last chosen one.
             if (chosen >= 0 && !before(last, chosen, key, e)) continue;
             if (at == s.experts || before(key, e, best, at)) {
                 best = key;

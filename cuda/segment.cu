@@ -2,20 +2,20 @@
 // Reductions over segments: rows offsets[s] .. offsets[s + 1] (i64) of [N, width], column by column; any length, also 0.
 // owner[r] (u32) is the segment of row r. Block 256; S, N, width > 0.
 //
-// SEGMENT RULE, for the kernels marked so: width ≥ 32: a thread per (segment, column), grid ceil(S·width / 256), sums in row
-// order; width < 32: a warp per (segment, column), grid ceil(S·width / 8), so that long narrow segments (attention weights
-// of a hyperedge) are shared out over lanes.
+// SEGMENT RULE, for the kernels marked "segment rule": width ≥ 32: one thread per (segment, column), grid ceil(S·width / 256), sums in row
+// order; width < 32: one warp per (segment, column), grid ceil(S·width / 8), so that long narrow segments (attention weights of a
+// hyperedge) are divided among lanes.
 //
 //   segment_sum_{f32,f64,bf16,f16} (const T* x, const i64* offsets, T* y, i64 segments, i64 width, i32 mean)      segment rule
-//       Empty: 0. Backward of segment_repeat (mean 0).
+//       An empty segment gives 0. Also the backward pass of segment_repeat (mean 0).
 //   segment_spread_{..} (const T* g, const i64* offsets, const u32* owner, T* dx, i64 rows, i64 width, i32 mean)
 //       grid ceil(rows·width / 1024): dx[r] = g[owner[r]], divided by the length with mean. (segment_repeat is take.)
 //   segment_max_{..} (const T* x, const i64* offsets, T* y, u32* index, i64 segments, i64 width)                  segment rule
-//       First of equals, NaN wins, empty: 0. index is the row (unused where empty).
+//       First of equal values, NaN counts as largest, empty: 0. index is the row (unused for an empty segment).
 //   segment_max_grad_{b2,b4,b8} (const T* g, const u32* index, const u32* owner, T* dx, i64 rows, i64 width)
-//       grid ceil(rows·width / 1024): g where the row was the largest, 0 elsewhere.
+//       grid ceil(rows·width / 1024): g where the row has the maximum, 0 elsewhere.
 //   segment_softmax_{..} (const T* x, const i64* offsets, T* y, i64 segments, i64 width)                          segment rule
-//       A column of −∞ only gives zeros.
+//       A column with only −∞ gives zeros.
 //   segment_softmax_grad_{..} (const T* y, const T* g, const i64* offsets, T* dx, i64 segments, i64 width)        segment rule
 
 // The threads of one (segment, column): rows begin + rank, + size, …; `size` is 1 or 32.

@@ -4,10 +4,10 @@
 //   {softmax,log_softmax}_{f32,f64,bf16,f16}      (const T* x, T* y, i64 rows, i64 d)                y may be x
 //   {softmax,log_softmax}_grad_{f32,f64,bf16,f16} (const T* y, const T* dy, T* dx, i64 rows, i64 d)  dx may be dy
 //
-// Forward reads x twice (the second time from the cache while a row fits) and writes y: maximum and sum come from one pass,
-// the sum rescaled whenever the maximum grows. A row with a NaN or ∞, or of −∞ only, is NaN.
+// Forward reads x twice (the second time from the cache if the row fits) and writes y: maximum and sum are computed in one pass, and the
+// sum is rescaled whenever the maximum increases. A row with a NaN or ∞, or with only −∞, gives NaN.
 
-// Maximum so far and Σ exp(x − m), four elements at a time: five exponentials at most. ∞ makes the sum NaN by ∞ − ∞.
+// Maximum so far and Σ exp(x − m), four elements at a time, with at most five exponentials. ∞ makes the sum NaN through ∞ − ∞.
 template <class A> struct Online {
     A m, s;
 };
@@ -18,12 +18,12 @@ template <class A> DEV void push(Online<A>& o, const A (&v)[4], int count) {
         if (k < count && v[k] > m) m = v[k];
     if (m != o.m) o.s *= exp_of(o.m - m);
     o.m = m;
-    bool nothing = m == -inf_of(A(0)); // so far −∞ and NaN only
+    bool nothing = m == -inf_of(A(0)); // only −∞ and NaN so far
 #pragma unroll
     for (int k = 0; k < 4; k++)
         if (k < count) o.s += nothing ? (is_nan(v[k]) ? v[k] : A(0)) : exp_of(v[k] - m);
 }
-// Sums meet at the larger maximum; nothing is rescaled by exp(−∞ + ∞).
+// Sums are combined at the larger maximum; nothing is rescaled by exp(−∞ + ∞).
 template <class A> DEV Online<A> join(Online<A> a, Online<A> b) {
     A m = a.m > b.m ? a.m : b.m;
     if (m == -inf_of(A(0))) return {m, a.s + b.s};
@@ -33,7 +33,7 @@ template <class A> DEV Online<A> team_join(const Team& t, Online<A> v, A* ms, A*
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) {
         Online<A> w = {__shfl_xor_sync(FULL_MASK, v.m, o), __shfl_xor_sync(FULL_MASK, v.s, o)};
-        // The same order of operands in both lanes: one result, to the bit, in all of them.
+        // The same order of operands in both lanes, so that all lanes get the same bits.
         v = threadIdx.x & o ? join(w, v) : join(v, w);
     }
     if (t.size == 32) return v;
@@ -67,7 +67,7 @@ template <bool LOG, class T> DEV void softmax_body(const T* x, T* y, i64 rows, i
     }
     o = team_join(t, o, ms, ss);
     A inv = A(1) / o.s, z = log_of(o.s);
-    // Every thread overwrites only what it has itself read; the block has passed a barrier since.
+    // Every thread overwrites only elements that it has read itself; the block has passed a barrier since.
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);
         T v[4];

@@ -4,8 +4,7 @@
 //   softmin_{f32,f64,bf16,f16}      (const T* x, T* y, i64 rows, i64 d)                exp(−x)/Σ exp(−x); y may be x
 //   softmin_grad_{f32,f64,bf16,f16} (const T* y, const T* dy, T* dx, i64 rows, i64 d)  dx = y·(Σ y·dy − dy); dx may be dy
 //
-// Forward reads x three times, from the caches but for the first, and writes y once. A row with a NaN or −∞, or of ∞ only,
-// is NaN.
+// Forward reads x three times, from the caches except for the first, and writes y once. A row with a NaN or −∞, or with only ∞, gives NaN.
 
 template <class T> DEV void softmin_body(const T* x, T* y, i64 rows, i64 d) {
     typedef acc_t<T> A;
@@ -14,7 +13,7 @@ template <class T> DEV void softmin_body(const T* x, T* y, i64 rows, i64 d) {
     if (!t.in) return;
     x += t.row * d;
     y += t.row * d;
-    // NaN is left to show up in the sum.
+    // NaN propagates through the sum.
     A least = inf_of(A(0)), s = 0;
     for (i64 i = t.rank * 4; i < d; i += t.size * 4) {
         int count = (int)min64(d - i, 4);

@@ -1,26 +1,26 @@
 #include "prelude.cuh"
-// Sorting: rows by value, and ids with the positions they came from. Block 256, sizes > 0, stable, no float atomics.
+// Sorting: rows by value, and ids with their original positions. Block 256, sizes > 0, stable, no float atomics.
 //
-// ROWS (sort, topk): tiles sorted in shared memory, then sorted runs merged pairwise, then the first k of each row taken.
-// NaN last in both directions; equal values keep their order.
+// ROWS (sort, topk): tiles are sorted in shared memory, then sorted runs are merged pairwise, then the first k of each row are taken. NaN
+// is last in both directions; equal values keep their order.
 //   sort_tile_{f32,f64,bf16,f16} (const T* x, u64* keys, u32* index, i64 rows, i64 cols, i32 descending)
 //       grid rows·ceil(cols / 2048)
 //   sort_merge (const u64* keys, const u32* index, u64* keys2, u32* index2, i64 rows, i64 cols, i64 run)
 //       grid ceil(rows·cols / 256); for run = 2048, 4096, … while run < cols, buffers exchanged each time
 //   sort_pick_{b2,b4,b8} (const T* x, const u32* sorted, T* values, u32* index, i64 rows, i64 cols, i64 k)
 //       grid ceil(rows·k / 256)
-// IDS (embedding backward, grouping rows by owner): a radix sort, 8 bits a pass, passes ceil(bits of the largest id / 8).
+// IDS (embedding backward, grouping rows by owner): a radix sort, 8 bits per pass, with ceil(bits of the largest id / 8) passes.
 // Per pass, with blocks = ceil(n / 1024) and counts u32 [256·blocks] (n < 2^32):
 //   radix_count (const u32* ids, u32* counts, i64 n, i32 shift)                               grid blocks; shift 0, 8, 16, 24
 //   scan_u32    (u32* counts, i64 n)                                                          grid 1; exclusive sum in place
 //   radix_move  (const u32* ids, const u32* order, u32* ids2, u32* order2, const u32* counts, i64 n, i32 shift)  grid blocks
-//       order null (first pass): positions 0 … n − 1. After the last pass ids2 rises and order2 holds the positions, rising
+//       order null (first pass): positions 0 … n − 1. After the last pass ids2 is ascending and order2 holds the positions, ascending
 //       among equal ids.
 //   run_starts  (const u32* ids, i64* starts, i64 n, i64 keys)                                grid ceil((keys + 1) / 256)
 //       of sorted ids: starts[v] is the first position with id ≥ v, for v in 0 ..= keys: offsets of the ids' runs.
 
 // ---------------------------------------------------------------- rows
-// Keys rise as the wanted order does, as unsigned integers: −0 equals 0, a NaN is the largest.
+// Keys as unsigned integers in the requested order: −0 equals 0, and NaN is the largest.
 DEV u64 key_of(float v, bool descending) {
     if (is_nan(v)) return 0xffffffffu;
     u32 u = bits_of(v == 0.f ? 0.f : v);
@@ -33,8 +33,8 @@ DEV u64 key_of(double v, bool descending) {
     u = u >> 63 ? ~u : u | 0x8000000000000000ull;
     return descending ? ~u : u;
 }
-// Bitonic network over 2048 (key, index) pairs: they are all different, so the network is stable. Padding sorts last: its
-// index is larger than any. 24 KiB, 66 steps.
+// Bitonic network over 2048 (key, index) pairs, which are all different, so that the result is stable. Padding sorts last: its index is
+// larger than any other. 24 KiB, 66 steps.
 template <class T> DEV void sort_tile_body(const T* x, u64* keys, u32* index, i64 rows, i64 cols, int descending) {
     SHARED(u64, k, [2048]);
     SHARED(u32, at, [2048]);
@@ -75,8 +75,8 @@ template <class T> DEV void sort_tile_body(const T* x, u64* keys, u32* index, i6
     }
 FOR_FLOATS(TILE)
 
-// Each element finds its place by counting those of the neighbouring run that stand before it: log(run) reads, and no
-// element waits for another. Of equal keys the left run's come first.
+// Each element finds its position by counting the elements of the neighbouring run that come before it: log(run) reads, and no element
+// waits for another. Among equal keys those of the left run come first.
 KERNEL sort_merge(const u64* keys, const u32* index, u64* keys2, u32* index2, i64 rows, i64 cols, i64 run) {
     i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
     if (i >= rows * cols) return;
@@ -109,8 +109,8 @@ PICK(u32, b4)
 PICK(u64, b8)
 
 // ---------------------------------------------------------------- ids
-// A warp owns 128 consecutive ids of a block's 1024, in 4 rounds of 32: positions of a digit rise with (warp, round, lane).
-// Integer counting only: atomics on shared counters do not change the result.
+// A warp processes 128 consecutive ids of a block's 1024, in 4 rounds of 32: positions of a digit are ascending with (warp, round, lane).
+// It only counts integers, so that atomics on shared counters do not change the result.
 KERNEL radix_count(const u32* ids, u32* counts, i64 n, i32 shift) {
     SHARED(u32, c, [256]);
     c[threadIdx.x] = 0;
@@ -121,7 +121,7 @@ KERNEL radix_count(const u32* ids, u32* counts, i64 n, i32 shift) {
     __syncthreads();
     counts[(i64)threadIdx.x * gridDim.x + blockIdx.x] = c[threadIdx.x];
 }
-// One block: 256·blocks counters, 2048 a round.
+// One block scans 256·blocks counters, 2048 per round.
 KERNEL scan_u32(u32* x, i64 n) {
     SHARED(u32, sums, [8]);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -166,7 +166,7 @@ KERNEL radix_move(const u32* ids, const u32* order, u32* ids2, u32* order2, cons
     for (int k = 0; k < 4; k++) {
         i64 i = first + k * 32;
         id[k] = i < n ? ids[i] : 0u;
-        // Lanes past the end form a group of their own and count nothing.
+        // Lanes past the end form a group of their own, which is not counted.
         u32 digit = i < n ? id[k] >> shift & 255 : 256u, same = __match_any_sync(FULL_MASK, digit);
         u32 ahead = __popc(same & ((1u << lane) - 1));
         rank[k] = i < n ? seen[warp][digit] + ahead : 0u;
@@ -175,7 +175,7 @@ KERNEL radix_move(const u32* ids, const u32* order, u32* ids2, u32* order2, cons
         __syncwarp();
     }
     __syncthreads();
-    // Where each warp's ids of a digit begin: after the earlier warps', which follow the earlier blocks'.
+    // Start of each warp's ids of a digit: after those of the earlier warps, which follow those of the earlier blocks.
     u32 at = counts[(i64)threadIdx.x * gridDim.x + blockIdx.x];
     for (int w = 0; w < 8; w++) {
         u32 c = seen[w][threadIdx.x];

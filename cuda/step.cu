@@ -1,13 +1,13 @@
 #include "prelude.cuh"
-// The counters of a training step: what the host would otherwise have to wait for. One block of 256. The counters stay on the
-// device and are copied to the host when a report is asked for its loss.
+// The counters of a training step, for which the host would otherwise have to wait. One block of 256. The counters stay on the device and
+// are copied to the host when a report's loss is requested.
 //
 //   step_losses_{f32,f64,bf16,f16} (const T* losses, i64 n, i64 before, StepCounters* counters, u64 step, i32 guard,
 //                                        const u64* live)
-//       counters.loss += Σ losses, in f64 and a fixed order. With guard, a loss that is not finite stops training: stop = step
+//       counters.loss += Σ losses, in f64 and a fixed order. With guard, a non-finite loss stops training: stop = step
 //       (counted from 1; live, if not null, holds it, so that a captured graph can be replayed), sample = before + its
-//       position, value = it; the first one stays. Optimizers do nothing once stop is set, so that the parameters stay as
-//       the last good step left them, however late the host looks.
+//       position, value = the loss; only the first one is recorded. Optimizers do nothing once stop is set, so that the parameters
+//       keep their values from the last good step, however late the host reads the counters.
 
 struct StepCounters {
     double loss;

@@ -5,17 +5,17 @@
 //   <op>_grad_{f32,f64,bf16,f16} (const T* g, const T* s, T* dx, i64 n, Strided2 sgs, f64 p, f64 q)  dx = g·f′, s what is saved
 //   is_finite_{f32,f64,bf16,f16} (const T* x, u8* y, i64 n, Strided1 sx)
 //   All: grid ceil(n / 1024), block 256, 4 elements per thread, no shared memory. n > 0. The result is contiguous and may
-//   be the operand itself where that is contiguous (y = x; dx = g or dx = s).
+//   be the operand itself if that is contiguous (y = x; dx = g or dx = s).
 //
-//   saved is the input  for log square abs sin cos erf gelu gelu_tanh silu softplus leaky_relu powf clamp,
-//            the output for exp sqrt recip tanh sigmoid relu.
+//   s is the input  for log square abs sin cos erf gelu gelu_tanh silu softplus leaky_relu powf clamp,
+//        the output for exp sqrt recip tanh sigmoid relu.
 //   p, q: leaky_relu (slope, -), powf (exponent, -), clamp (low, high), add_scalar (c, -), mul_scalar (c, -); 0 elsewhere.
-//   neg, add_scalar and mul_scalar save nothing: their gradients are neg, the gradient itself, and mul_scalar of it.
+//   neg, add_scalar and mul_scalar save nothing: their gradients are neg of g, g itself, and mul_scalar of g.
 //
-// Bytes: each operand once. f32 exp, tanh and erf are the library's (2 ulp), 16-bit operands are computed in f32.
+// Bytes: each operand once. f32 exp, tanh and erf are the CUDA library's (2 ulp); 16-bit operands are computed in f32.
 
 template <class A> DEV A sigmoid_of(A x) { return A(1) / (A(1) + exp_of(-x)); }
-// GELU's tanh form as x·sigmoid(2u): exact where tanh u would cancel against 1.
+// GELU's tanh form as x·sigmoid(2u), which stays accurate where 1 + tanh u would cancel.
 template <class A> DEV A gelu_gate(A x) {
     return sigmoid_of(A(2 * 0.797884560802865356) * (x + A(0.044715) * x * x * x));
 }

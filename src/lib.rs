@@ -1,4 +1,4 @@
-// Not in a build for use: another word in the README would compile everything anew.
+// Only documentation builds include the README: otherwise each edit of the README would recompile the crate.
 #![cfg_attr(any(doc, doctest), doc = include_str!("../README.md"))]
 #![cfg_attr(not(any(doc, doctest)), doc = "The README is this page.")]
 #![warn(missing_docs)]

@@ -1,4 +1,4 @@
-//! What a program about models and training needs: `use prismgrad::prelude::*;`.
+//! The names that a program about models and training needs: `use prismgrad::prelude::*;`.
 
 pub use crate::array::Array;
 pub use crate::autograd::{Param, Samples, Tensor, no_grad};

@@ -17,8 +17,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Shape, strides and dtype over shared storage. Views (transpose, slice, expand) share it; writing copies first
-/// unless this handle is the only one, so that no other handle sees its value change.
+/// Shape, strides and dtype over shared storage. Views (transpose, slice, expand) share the storage. Writing copies the storage first
+/// unless this handle is its only one, so that no other handle sees its values change.
 #[derive(Clone)]
 pub struct Array {
     storage: Storage,
@@ -28,12 +28,12 @@ pub struct Array {
     offset: usize,
 }
 
-/// Element type and device of a new array: made from `DType::F32` for the CPU, from `(DType::F32, &device)` for any device.
+/// Element type and device of a new array: made from `DType::F32` for the CPU, or from `(DType::F32, &device)` for any device.
 #[derive(Clone, Debug)]
 pub struct ArrayOptions {
     /// Element type.
     pub dtype: DType,
-    /// Where it is made.
+    /// The device on which it is created.
     pub device: Device,
 }
 
@@ -56,7 +56,7 @@ impl From<(DType, &Arc<Gpu>)> for ArrayOptions {
 }
 
 impl Array {
-    // ---- making ----
+    // ---- construction ----
 
     /// An array on the CPU with unspecified contents; the caller writes every element.
     pub(crate) fn uninit(shape: &[usize], dtype: DType) -> Array {
@@ -66,7 +66,7 @@ impl Array {
     pub(crate) fn uninit_on(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType) -> Result<Array> {
         Ok(Array::over(Storage::cuda(gpu, shape::bytes(shape, dtype.size()))?, shape, dtype))
     }
-    /// Memory on a device with whatever is in it, for what is about to be written as a whole.
+    /// Uninitialised memory on a device, for an array whose every element is written next.
     pub(crate) fn uninit_at(device: &Device, shape: &[usize], dtype: DType) -> Result<Array> {
         match device.gpu() {
             Some(gpu) => Array::uninit_on(gpu, shape, dtype),
@@ -76,8 +76,8 @@ impl Array {
     fn over(storage: Storage, shape: &[usize], dtype: DType) -> Array {
         Array { storage, dtype, shape: shape.into(), strides: shape::contiguous_strides(shape), offset: 0 }
     }
-    /// All zeros. `at` is the element type, `DType::F32`, or the element type and a device, `(DType::F32, &device)`, as in every
-    /// function of this kind. Where a GPU has no memory left, the error is that of the array's first use.
+    /// An array of zeros. `at` is the element type, such as `DType::F32`, or the element type and a device, `(DType::F32, &device)`, as in
+    /// every function of this kind. If a GPU runs out of memory here, the first use of the array returns the error.
     pub fn zeros(shape: &[usize], at: impl Into<ArrayOptions>) -> Array {
         let ArrayOptions { dtype, device } = at.into();
         let bytes = shape::bytes(shape, dtype.size());
@@ -91,7 +91,7 @@ impl Array {
             }),
         }
     }
-    /// All equal to `value`, rounded to the element type.
+    /// An array whose elements all equal `value`, rounded to the element type.
     pub fn full(shape: &[usize], value: f64, at: impl Into<ArrayOptions>) -> Array {
         let ArrayOptions { dtype, device } = at.into();
         if let Some(gpu) = device.gpu() {
@@ -101,7 +101,7 @@ impl Array {
         with_dtype!(dtype, |T| a.fresh_mut::<T>().fill(T::from_f64(value)));
         a
     }
-    /// All ones.
+    /// An array of ones.
     pub fn ones(shape: &[usize], at: impl Into<ArrayOptions>) -> Array {
         Array::full(shape, 1.0, at)
     }
@@ -121,7 +121,7 @@ impl Array {
         a.fresh_mut::<T>().copy_from_slice(data);
         Ok(a)
     }
-    /// 0, 1, … n−1.
+    /// The numbers 0, 1, … n−1.
     pub fn arange(n: usize, at: impl Into<ArrayOptions>) -> Array {
         let ArrayOptions { dtype, device } = at.into();
         match device.gpu() {
@@ -131,7 +131,7 @@ impl Array {
             _ => Array::generate(&[n], (dtype, &device), |i| i as f64),
         }
     }
-    /// Element `i` (row-major) is `f(i)`, rounded to the element type. It is computed on the CPU.
+    /// The array whose element `i` (row-major) is `f(i)`, rounded to the element type. The values are computed on the CPU.
     pub fn generate(shape: &[usize], at: impl Into<ArrayOptions>, f: impl Fn(usize) -> f64) -> Array {
         let ArrayOptions { dtype, device } = at.into();
         let mut a = Array::uninit(shape, dtype);
@@ -141,11 +141,11 @@ impl Array {
             None => a,
         }
     }
-    /// What `make` returns; if it fails, an array in its place whose first use returns the error.
+    /// The array that `make` returns; if it fails, an array in its place whose first use returns the error.
     fn made(gpu: &Arc<Gpu>, shape: &[usize], dtype: DType, make: impl FnOnce() -> Result<Array>) -> Array {
         make().unwrap_or_else(|e| Array::over(Storage::failed(gpu, &e), shape, dtype))
     }
-    /// Little-endian bytes, row-major, as in safetensors.
+    /// An array from little-endian bytes, row-major, as in safetensors.
     pub fn from_bytes(bytes: &[u8], shape: &[usize], dtype: DType) -> Result<Array> {
         let want = shape::numel(shape).saturating_mul(dtype.size());
         if bytes.len() != want {
@@ -159,13 +159,13 @@ impl Array {
         Ok(a)
     }
 
-    // ---- looking ----
+    // ---- properties and reading ----
 
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
-    /// Steps between neighbours along each dimension, in elements; 0 where expanded.
+    /// Steps between neighbours along each dimension, in elements; 0 along an expanded dimension.
     pub fn strides(&self) -> &[usize] {
         &self.strides
     }
@@ -181,7 +181,7 @@ impl Array {
     pub fn numel(&self) -> usize {
         shape::numel(&self.shape)
     }
-    /// Row-major without gaps.
+    /// Whether the elements are row-major without gaps.
     pub fn is_contiguous(&self) -> bool {
         let mut want = 1;
         for d in (0..self.rank()).rev() {
@@ -192,7 +192,7 @@ impl Array {
         }
         true
     }
-    /// This handle is the only one on its storage.
+    /// Whether this handle is the only one on its storage.
     pub(crate) fn is_unique(&mut self) -> bool {
         self.storage.is_unique()
     }
@@ -200,16 +200,16 @@ impl Array {
     pub fn device(&self) -> Device {
         self.storage.device()
     }
-    /// The GPU it is on, if it is on one.
+    /// The GPU it is on, if any.
     pub(crate) fn gpu(&self) -> Option<&Arc<Gpu>> {
         self.storage.gpu()
     }
-    /// Memory of a GPU and this array's first byte in it; an error names the op that needed it there.
+    /// The GPU memory block of this array and the offset of its first byte; the error names the op that needed it on a GPU.
     pub(crate) fn block(&self, op: &str) -> Result<(&Block, usize)> {
         Ok((self.storage.block(op)?, self.offset * self.dtype.size()))
     }
-    /// The same values on another device; nothing is copied if it is there already. From a GPU to the CPU this waits for
-    /// the GPU, to a GPU it does not.
+    /// The same values on another device; nothing is copied if they are there already. A transfer from a GPU to the CPU waits for the GPU;
+    /// a transfer to a GPU does not wait.
     pub fn to(&self, device: &Device) -> Result<Array> {
         if self.device() == *device {
             return Ok(self.clone());
@@ -228,11 +228,11 @@ impl Array {
                 block.gpu().download_into(block, at, &mut out.fresh_mut_bytes()[..bytes])?;
                 Ok(out)
             }
-            // From one GPU to another, by way of the host.
+            // Between two GPUs, the copy goes through the host.
             _ => self.to(&Device::Cpu)?.to(device),
         }
     }
-    /// Both are views of the same storage at the same place.
+    /// Whether both are views of the same storage at the same place.
     pub(crate) fn same_storage(&self, other: &Array) -> bool {
         self.storage.same(&other.storage) && self.offset == other.offset
     }
@@ -244,7 +244,7 @@ impl Array {
         }
         Ok(&self.raw::<T>()?[..self.numel()])
     }
-    /// The storage from this array's first element on; for strided loops on the CPU.
+    /// The storage from this array's first element on, for strided loops on the CPU.
     pub(crate) fn raw<T: Element>(&self) -> Result<&[T]> {
         debug_assert_eq!(T::DTYPE, self.dtype);
         if self.numel() == 0 {
@@ -252,7 +252,7 @@ impl Array {
         }
         Ok(&self.storage.host()?.as_slice::<T>()[self.offset..])
     }
-    /// The values on the CPU, for what has no way to report a GPU that fails: it ends the program; `to_vec` reports it.
+    /// The values on the CPU, for functions that cannot return an error: if the GPU fails, this panics; `to_vec` returns the error instead.
     fn here<T: Element>(&self) -> Vec<T> {
         self.to_vec::<T>().unwrap_or_else(|e| panic!("{e}"))
     }
@@ -265,7 +265,7 @@ impl Array {
     pub fn to_f64(&self) -> Vec<f64> {
         with_dtype!(self.dtype, |T| self.here::<T>().iter().map(|x| x.to_f64()).collect())
     }
-    /// The one element of an array with one element.
+    /// The value of an array with one element.
     pub fn item(&self) -> Result<f64> {
         if self.numel() != 1 {
             return Err(Error::shape("item", format!("{:?} has {} elements, not one", self.shape, self.numel())));
@@ -295,8 +295,8 @@ impl Array {
         let buffer = self.storage.cpu_mut().ok_or_else(|| Error::invalid("as_mut_slice", "storage is shared"))?;
         Ok(&mut buffer.as_mut_slice::<T>()[o..o + n])
     }
-    /// Copies `src` (of this dtype) over the elements from `at` on, row-major, on whatever device this array is; copies
-    /// it first if it is shared.
+    /// Copies `src` (of this dtype) over the elements from index `at` on, row-major, on the device of this array; if the storage is shared,
+    /// it is copied first.
     pub fn write(&mut self, at: usize, src: &Array) -> Result<()> {
         if src.dtype != self.dtype || at.checked_add(src.numel()).is_none_or(|end| end > self.numel()) {
             return Err(Error::shape(
@@ -315,8 +315,8 @@ impl Array {
         });
         Ok(())
     }
-    /// Copies the values of `src`, of this shape and dtype, into this array's own memory on a GPU, without making a copy of it first: all
-    /// handles on the memory have the new values. For the inputs of a captured step. Fails on the CPU, and on a strided view.
+    /// Copies the values of `src`, of this shape and dtype, into this array's GPU memory in place: all handles on that memory see the new
+    /// values. It supplies the inputs of a captured step. Fails on the CPU, and on a strided view.
     pub fn refill(&self, src: &Array) -> Result<()> {
         let (block, at) = self.block("refill")?;
         if src.shape != self.shape || src.dtype != self.dtype || !self.is_contiguous() {
@@ -331,11 +331,11 @@ impl Array {
             Err(_) => with_dtype!(src.dtype, |T| block.gpu().upload_into(block, at, src.as_slice::<T>()?)),
         }
     }
-    /// Where the first element lies in a GPU's memory.
+    /// The address of the first element in GPU memory.
     pub(crate) fn address(&self) -> Result<u64> {
         self.block("address").map(|(b, at)| b.ptr() + at as u64)
     }
-    /// Makes this handle the only one on its storage, without gaps, on the same device: copies if it is not.
+    /// Makes this handle the only one on its storage, contiguous and on the same device, by a copy if necessary.
     pub(crate) fn own(&mut self) -> Result<()> {
         if !self.is_contiguous() || !self.is_unique() {
             *self = match self.gpu() {
@@ -345,7 +345,7 @@ impl Array {
         }
         Ok(())
     }
-    /// On the CPU, unshared and without gaps.
+    /// Moves the array to the CPU, unshared and contiguous.
     pub(crate) fn make_unique(&mut self) {
         if !self.is_contiguous() {
             *self = self.contiguous();
@@ -354,7 +354,7 @@ impl Array {
             *self = self.copy();
         }
     }
-    /// The elements of an array made a moment ago, known to be unshared and contiguous.
+    /// The elements of an array created just before, known to be unshared and contiguous.
     pub(crate) fn fresh_mut<T: Element>(&mut self) -> &mut [T] {
         debug_assert_eq!(T::DTYPE, self.dtype);
         let n = shape::numel(&self.shape);
@@ -391,7 +391,7 @@ impl Array {
 
     // ---- views ----
 
-    /// Same storage, dimensions in another order.
+    /// The same storage with the dimensions in another order.
     pub fn permute(&self, order: &[usize]) -> Result<Array> {
         let mut seen = vec![false; self.rank()];
         let ok = order.len() == self.rank()
@@ -404,7 +404,7 @@ impl Array {
         a.strides = order.iter().map(|&d| self.strides[d]).collect();
         Ok(a)
     }
-    /// Two dimensions exchanged; negative counts from the end.
+    /// Exchanges two dimensions; negative numbers count from the end.
     pub fn transpose(&self, a: isize, b: isize) -> Result<Array> {
         let (a, b) = (shape::dim("transpose", a, self.rank())?, shape::dim("transpose", b, self.rank())?);
         let mut out = self.clone();
@@ -412,7 +412,7 @@ impl Array {
         out.strides.swap(a, b);
         Ok(out)
     }
-    /// Elements `range` of dimension `d`.
+    /// The elements `range` of dimension `d`, as a view.
     pub fn slice(&self, d: isize, range: Range<usize>) -> Result<Array> {
         let d = shape::dim("slice", d, self.rank())?;
         if range.start > range.end || range.end > self.shape[d] {
@@ -420,13 +420,13 @@ impl Array {
         }
         let mut a = self.clone();
         a.shape[d] = range.len();
-        // What has no elements lies nowhere: its place would be past the end of a block without bytes.
+        // An empty view keeps offset 0: the computed offset could be past the end of an empty block.
         if a.numel() > 0 {
             a.offset += range.start * a.strides[d];
         }
         Ok(a)
     }
-    /// Every `step`-th element of dimension `d`.
+    /// Every `step`-th element of dimension `d`, as a view.
     pub fn step(&self, d: isize, step: usize) -> Result<Array> {
         let d = shape::dim("step", d, self.rank())?;
         if step == 0 {
@@ -437,12 +437,12 @@ impl Array {
         a.strides[d] *= step;
         Ok(a)
     }
-    /// Repeated along dimensions of size 1 (and new leading ones) without a copy.
+    /// Repeats along dimensions of size 1 (and new leading ones) without a copy.
     pub fn expand(&self, shape: &[usize]) -> Result<Array> {
         let strides = shape::broadcast_strides("expand", &self.shape, &self.strides, shape)?;
         Ok(Array { shape: shape.into(), strides, ..self.clone() })
     }
-    /// Another shape with as many elements; shares storage where the strides allow it, copies otherwise.
+    /// Another shape with the same number of elements; shares storage where the strides allow it, copies otherwise.
     pub fn reshape(&self, shape: &[usize]) -> Result<Array> {
         if shape::numel(shape) != self.numel() {
             return Err(Error::shape(
@@ -494,7 +494,7 @@ impl Array {
         }
         Some(strides)
     }
-    /// A dimension of size 1 put in at `d`.
+    /// Inserts a dimension of size 1 at `d`.
     pub fn unsqueeze(&self, d: isize) -> Result<Array> {
         let d = shape::dim("unsqueeze", d, self.rank() + 1)?;
         let mut a = self.clone();
@@ -502,7 +502,7 @@ impl Array {
         a.strides.insert(d, 0);
         Ok(a)
     }
-    /// A dimension of size 1 taken out.
+    /// Removes dimension `d`, of size 1.
     pub fn squeeze(&self, d: isize) -> Result<Array> {
         let d = shape::dim("squeeze", d, self.rank())?;
         if self.shape[d] != 1 {
@@ -513,7 +513,7 @@ impl Array {
         a.strides.remove(d);
         Ok(a)
     }
-    /// The same data under its row-major strides; copies only if needed.
+    /// The same values with row-major strides; copies only if needed.
     pub fn contiguous(&self) -> Array {
         if self.is_contiguous() {
             let mut a = self.clone();
@@ -523,7 +523,7 @@ impl Array {
             self.copy()
         }
     }
-    /// A fresh row-major copy, on the same device.
+    /// A new row-major copy on the same device.
     pub fn copy(&self) -> Array {
         if let Some(gpu) = self.gpu() {
             return Array::made(gpu, &self.shape, self.dtype, || gpu_ops::copy(gpu, self));
@@ -532,7 +532,7 @@ impl Array {
         with_dtype!(self.dtype, |T| self.copy_to::<T, T>(out.fresh_mut::<T>(), |x| x));
         out
     }
-    /// Converted to `dtype`: rounded to nearest even for floats, truncated for integers.
+    /// The values converted to `dtype`: rounded to nearest even for floats, truncated for integers.
     pub fn cast(&self, dtype: DType) -> Array {
         if dtype == self.dtype {
             return self.clone();
@@ -581,7 +581,7 @@ impl Array {
             }
         });
     }
-    /// Two float arrays agree: |a − b| ≤ atol + rtol·|b| everywhere, NaN nowhere.
+    /// Whether two float arrays agree: |a − b| ≤ atol + rtol·|b| everywhere, and no NaN in either.
     pub fn all_close(&self, other: &Array, rtol: f64, atol: f64) -> bool {
         self.shape == other.shape
             && self.to_f64().iter().zip(other.to_f64()).all(|(a, b)| (a - b).abs() <= atol + rtol * b.abs())

@@ -1,4 +1,4 @@
-//! Arrays on a GPU: copies, fills, conversions, checked ids (`cuda/move.cu`), and arrays as arguments of a launch.
+//! Arrays on a GPU: copies, fills, conversions and checked ids (`cuda/move.cu`), and arrays as arguments of a launch.
 
 use crate::array::Array;
 use crate::base::{DType, Element, Error, Result};
@@ -7,17 +7,17 @@ use crate::device::cuda::{Gpu, Launch, layouts};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// Dimensions that a kernel's table of sizes and steps holds.
+/// The most dimensions that a kernel's table of sizes and strides can hold.
 const RANK: usize = 6;
 
-/// `Strided<N>` of `cuda/prelude.cuh`, as the words of its layout: rank, six sizes, six steps per operand.
+/// `Strided<N>` of `cuda/prelude.cuh`, as the words of its layout: rank, six sizes, and six strides per operand.
 pub(crate) fn strided<const N: usize, const W: usize>(
     op: &str,
     shape: &[usize],
     steps: [&[usize]; N],
 ) -> Result<[i64; W]> {
     const { assert!(W == 1 + RANK + RANK * N && size_of::<layouts::Strided1>() == 8 * (1 + 2 * RANK), "words of the table") };
-    // Adjacent dimensions that run together in every operand are merged.
+    // Adjacent dimensions that are contiguous in every operand are merged.
     let mut dims: SmallVec<[(usize, [usize; N]); RANK]> = SmallVec::new();
     for d in 0..shape.len() {
         let (size, step) = (shape[d], std::array::from_fn(|k| steps[k][d]));
@@ -64,12 +64,12 @@ pub(crate) fn suffix(dtype: DType) -> &'static str {
     }
 }
 
-/// Width of a dtype in names of kernels that only move.
+/// Width of a dtype, in the names of kernels that only move elements.
 pub(crate) fn width(dtype: DType) -> &'static str {
     ["", "b1", "b2", "", "b4", "", "", "", "b8"][dtype.size()]
 }
 
-/// The array on this GPU: operands on the CPU are copied over.
+/// The array on this GPU: an operand on the CPU is copied to it.
 pub(crate) fn on(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
     a.to(&Device::Cuda(gpu.clone()))
 }
@@ -88,7 +88,8 @@ pub(crate) fn launch_elementwise<'a>(
     args(Launch::new(gpu, file, name)?.grid(n.div_ceil(1024), 1, 1).block(256)).run()
 }
 
-/// (n, r, c) if the array is a view of n row-major matrices `[r, c]` with rows and columns exchanged, of some size.
+/// Returns (n, r, c) if the array is a view of n row-major matrices `[r, c]` with rows and columns exchanged, and is large enough for a
+/// tiled copy.
 fn transposed(a: &Array) -> Option<(usize, usize, usize)> {
     let (lead, &[c, r]) = a.shape().split_last_chunk::<2>()?;
     let (steps, &[one, row]) = a.strides().split_last_chunk::<2>()?;
@@ -103,7 +104,7 @@ fn transposed(a: &Array) -> Option<(usize, usize, usize)> {
     (one == 1 && row == c && r.min(c) >= 16 && n > 0).then_some((n, r, c))
 }
 
-/// A row-major copy. Transposed matrices go through shared memory, whole lines in and out.
+/// A row-major copy. Transposed matrices go through shared memory, so that whole memory lines are read and written.
 pub(crate) fn copy(gpu: &Arc<Gpu>, a: &Array) -> Result<Array> {
     let out = Array::uninit_on(gpu, a.shape(), a.dtype())?;
     if let Some((n, r, c)) = transposed(a) {
@@ -134,14 +135,14 @@ pub(crate) fn full(gpu: &Arc<Gpu>, shape: &[usize], value: f64, dtype: DType) ->
     Ok(out)
 }
 
-/// 0, 1, 2, …
+/// The numbers 0, 1, 2, … n−1.
 pub(crate) fn arange(gpu: &Arc<Gpu>, n: usize, dtype: DType) -> Result<Array> {
     let out = Array::uninit_on(gpu, &[n], dtype)?;
     launch_elementwise(gpu, "move", &format!("arange_{}", suffix(dtype)), n, |l| l.array(&out).val(n as i64))?;
     Ok(out)
 }
 
-/// Converted to another dtype.
+/// The values converted to another dtype.
 pub(crate) fn cast(gpu: &Arc<Gpu>, a: &Array, dtype: DType) -> Result<Array> {
     if a.dtype() == dtype {
         return Ok(a.clone());
@@ -168,8 +169,8 @@ pub(crate) fn add_in_place(gpu: &Arc<Gpu>, y: &mut Array, x: &Array) -> Result<(
     })
 }
 
-/// Ids (u32 or i64, on the GPU) as u32 below `below`; one outside is read as 0, and is an error when the host next reads
-/// something. `what` names the thing they point into.
+/// Ids (u32 or i64, on the GPU) as u32 below `below`. An id out of range is replaced by 0, and is reported as an error when the host next
+/// reads from the device. `what` names the table that the ids index, for the error.
 pub(crate) fn ids_below(gpu: &Arc<Gpu>, ids: &Array, below: usize, what: &str) -> Result<Array> {
     let ids = ids.contiguous();
     let name = match ids.dtype() {
@@ -191,7 +192,7 @@ pub(crate) fn ids_below(gpu: &Arc<Gpu>, ids: &Array, below: usize, what: &str) -
 pub(crate) trait Arguments<'a> {
     /// A pointer argument: the first element of an array on this GPU.
     fn array(self, a: &'a Array) -> Self;
-    /// The same, or null.
+    /// The same, or a null pointer.
     fn optional(self, a: Option<&'a Array>) -> Self;
 }
 
@@ -210,14 +211,14 @@ impl<'a> Arguments<'a> for Launch<'a> {
     }
 }
 
-/// Arrays as arguments of a [`Launch`], for the kernels of a [`CudaModule`](crate::device::cuda::CudaModule). The kernel gets a
-/// pointer to the first element; sizes go as plain values ([`Launch::val`]). An array that does not fit is an error of
-/// [`Launch::run`], which names the kernel and the argument.
+/// Arrays as arguments of a [`Launch`], for the kernels of a [`CudaModule`](crate::device::cuda::CudaModule). The kernel receives a pointer
+/// to the first element; sizes are passed as plain values ([`Launch::val`]). For an array that does not match, [`Launch::run`] returns an
+/// error that names the kernel and the argument.
 pub trait ArrayArguments<'a>: Sized {
     /// An array that the kernel reads: contiguous, of element type `T`, on the GPU of the launch.
     fn input<T: Element>(self, a: &'a Array) -> Self;
-    /// An array that the kernel writes, of the same kind. Where other handles share its memory, it is copied first, so that
-    /// none of them sees its value change; what the array held before is there for the kernel to read.
+    /// An array that the kernel writes, with the same requirements. If other handles share its memory, it is copied first, so that none of
+    /// them sees its values change; the kernel can read the array's previous contents.
     fn output<T: Element>(self, a: &'a mut Array) -> Self;
 }
 

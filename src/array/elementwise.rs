@@ -7,7 +7,7 @@ use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use half::bf16;
 
-/// Element by element sum into `dst`.
+/// Adds `src` to `dst` element by element.
 pub fn add_assign<T: Element>(dst: &mut [T], src: &[T]) {
     fn go<T: Element>(dst: &mut [T], src: &[T], f: impl Fn(T, T) -> T + Sync + Copy) {
         let n = dst.len();

@@ -1,4 +1,4 @@
-//! Data without history: [`Array`] is shape, strides and dtype over shared storage on a device.
+//! Arrays without autograd history: [`Array`] is shape, strides and dtype over shared storage on a device.
 
 #[allow(clippy::module_inception)]
 mod array;

@@ -1,24 +1,24 @@
-//! Shapes, strides, broadcasting, and the loop nest that walks strided operands.
+//! Shapes, strides, broadcasting, and the loop nest that visits strided operands.
 
 use crate::base::{Error, Result};
 use smallvec::SmallVec;
 
-/// Sizes or strides of the dimensions, outermost first. Up to six need no allocation.
+/// Sizes or strides of the dimensions, outermost first. Up to six need no heap allocation.
 pub type Dims = SmallVec<[usize; 6]>;
 
 /// Product of the sizes; 1 for a scalar.
 pub fn numel(shape: &[usize]) -> usize {
     match shape.contains(&0) {
         true => 0,
-        // A number that no memory holds and that no slice has as its length, where the product has none.
+        // If the product overflows, this returns a number that exceeds any memory and any slice length.
         false => shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).unwrap_or(usize::MAX),
     }
 }
 
-/// Bytes of an array that is stored as a whole.
+/// Bytes of a contiguous array.
 ///
 /// # Panics
-/// Where no memory can hold them: what comes from files and configurations is checked before this.
+/// If the number is too large for any memory; sizes from files and configurations are validated before this call.
 pub fn bytes(shape: &[usize], size: usize) -> usize {
     match numel(shape).checked_mul(size).filter(|b| *b <= isize::MAX as usize) {
         Some(bytes) => bytes,
@@ -35,7 +35,7 @@ pub fn contiguous_strides(shape: &[usize]) -> Dims {
     strides
 }
 
-/// The shape two operands broadcast to: aligned at the last dimension, sizes equal or 1.
+/// The shape to which two operands broadcast: shapes are aligned at the last dimension, and sizes must be equal or 1.
 pub fn broadcast(op: &'static str, a: &[usize], b: &[usize]) -> Result<Dims> {
     let n = a.len().max(b.len());
     let at = |s: &[usize], d: usize| if d + s.len() >= n { s[d + s.len() - n] } else { 1 };
@@ -57,7 +57,7 @@ pub fn broadcast(op: &'static str, a: &[usize], b: &[usize]) -> Result<Dims> {
     Ok(out)
 }
 
-/// Strides of an operand of `shape`/`strides` seen as `target` (stride 0 where it is repeated).
+/// Strides of an operand of `shape` and `strides` broadcast to `target` (stride 0 along repeated dimensions).
 pub fn broadcast_strides(op: &'static str, shape: &[usize], strides: &[usize], target: &[usize]) -> Result<Dims> {
     let bad = || Error::shape(op, format!("{shape:?} cannot be expanded to {target:?}"));
     if shape.len() > target.len() {
@@ -75,7 +75,7 @@ pub fn broadcast_strides(op: &'static str, shape: &[usize], strides: &[usize], t
     Ok(out)
 }
 
-/// Resolves a dimension given from the front (0…) or the back (−1…).
+/// Resolves a dimension counted from the front (0…) or from the back (−1…).
 pub fn dim(op: &'static str, d: isize, rank: usize) -> Result<usize> {
     let r = rank as isize;
     if d < -r || d >= r {
@@ -84,8 +84,8 @@ pub fn dim(op: &'static str, d: isize, rank: usize) -> Result<usize> {
     Ok(if d < 0 { (d + r) as usize } else { d as usize })
 }
 
-/// A loop nest over `N` strided operands of one shape, with adjacent dimensions merged where every operand allows it.
-/// The innermost dimension is left to the caller as a run of `inner` elements at fixed steps.
+/// A loop nest over `N` strided operands of one shape. Adjacent dimensions are merged where every operand allows it. The innermost
+/// dimension is left to the caller as a run of `inner` elements at fixed steps.
 pub struct Nest<const N: usize> {
     outer: SmallVec<[(usize, [usize; N]); 6]>,
     rows: usize,

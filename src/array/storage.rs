@@ -1,4 +1,4 @@
-//! Where an array's bytes are.
+//! The memory that holds an array's bytes.
 
 use crate::base::{Error, Result};
 use crate::device::Device;
@@ -11,8 +11,8 @@ use std::sync::Arc;
 pub(crate) enum Storage {
     Cpu(Arc<Buffer>),
     Cuda(Arc<Block>),
-    /// A copy or conversion on a GPU that failed (out of memory, a lost device) where no error could be returned: any use of
-    /// it returns the error.
+    /// A creation, copy or conversion on a GPU that failed (out of memory, a lost device) where no error could be returned: any use of it
+    /// returns the error.
     Failed(Arc<Failure>),
 }
 
@@ -42,7 +42,7 @@ impl Storage {
             Storage::Failed(failure) => Some(&failure.gpu),
         }
     }
-    /// Memory of a GPU; an error names the op that needed it there.
+    /// The GPU memory block; the error names the op that needed it on a GPU.
     pub fn block(&self, op: &str) -> Result<&Block> {
         match self {
             Storage::Cuda(block) => Ok(block),
@@ -64,7 +64,7 @@ impl Storage {
             _ => false,
         }
     }
-    /// The bytes on the CPU; of a GPU's memory, an error that says how to get them there.
+    /// The bytes on the CPU; for GPU memory, an error that says how to transfer them.
     pub fn host(&self) -> Result<&Buffer> {
         match self {
             Storage::Cpu(b) => Ok(b),

@@ -1,8 +1,8 @@
-//! The walk back.
+//! The backward pass.
 //!
-//! Nodes are visited by descending creation order, from a heap, without recursion. A node's gradient is complete when
-//! it is popped, because everything computed from it is younger. A parameter is handed over as soon as its last use has
-//! delivered its factor: exactly once each, in an order that depends only on the graph.
+//! Nodes are visited by descending creation order, from a heap, without recursion. A node's gradient is complete when it is popped, because
+//! everything computed from the node was created later. A parameter's gradient is delivered as soon as its last use has returned its
+//! factor: exactly once each, in an order that depends only on the graph.
 
 use super::owner::Following;
 use super::rule::{Cotangents, Rule};
@@ -15,10 +15,10 @@ use smallvec::SmallVec;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
-/// Receives gradients in delivery order. The open end for research code: closures
+/// Receives gradients in delivery order. Research code can implement it to process gradients during the backward pass; closures
 /// `FnMut(&Param, ParamGrad) -> Result<()>` are hooks.
 pub trait GradHook {
-    /// A parameter's gradient, all uses together, still factored. Called once per parameter reached.
+    /// A parameter's gradient, summed over all uses, still factored. Called once per parameter reached.
     fn param(&mut self, param: &Param, grad: ParamGrad) -> Result<()>;
     /// The gradient of a leaf tensor, by its id.
     fn leaf(&mut self, _id: u64, _grad: Array) {}
@@ -26,13 +26,13 @@ pub trait GradHook {
     fn follows_samples(&self) -> bool {
         false
     }
-    /// An operation mixes samples: called before the gradients that come from it. An error ends the backward pass.
+    /// Called if an operation mixes samples, before the gradients that come from it. An error ends the backward pass.
     fn mixing(&mut self, _found: Mixing) -> Result<()> {
         Ok(())
     }
-    /// Whose the elements of a leaf tensor are, by its id, if every operation on the way has said so.
+    /// The owners of the elements of a leaf tensor, by its id, if every operation on the way declared them.
     fn whose(&mut self, _leaf: u64, _owner: &Owner) {}
-    /// Called after each operation of the backward pass: the place to watch memory or time from.
+    /// Called after each operation of the backward pass, so that memory or time can be monitored.
     fn visited(&mut self) {}
 }
 
@@ -42,7 +42,7 @@ impl<F: FnMut(&Param, ParamGrad) -> Result<()>> GradHook for F {
     }
 }
 
-/// Everything a backward pass found: leaf gradients, and factored parameter gradients in delivery order.
+/// All results of a backward pass: leaf gradients, and factored parameter gradients in delivery order.
 #[derive(Default)]
 pub struct Gradients {
     leaves: HashMap<u64, Array>,
@@ -77,19 +77,19 @@ impl GradHook for Gradients {
 }
 
 impl Tensor {
-    /// Gradients of the sum of this tensor's elements. For a vector of losses, one per sample, that is each sample's
-    /// gradient of its own loss. Frees the history as it goes.
+    /// Gradients of the sum of this tensor's elements. For a vector of losses, one per sample, that is each sample's gradient of its own
+    /// loss. The history is freed during the pass.
     pub fn backward(&self) -> Result<Gradients> {
         let mut all = Gradients::default();
         self.backward_into(&mut all)?;
         Ok(all)
     }
-    /// As [`Tensor::backward`], handing each gradient to `hook` as soon as it is complete.
+    /// As [`Tensor::backward`], but passes each gradient to `hook` as soon as it is complete.
     pub fn backward_into(&self, hook: &mut dyn GradHook) -> Result<()> {
         self.backward_from(Array::full(self.shape(), 1.0, (self.dtype(), &self.device())), false, hook)
     }
-    /// As [`Tensor::backward_into`], seeded with `seed` (the gradient of this tensor; its shape and dtype), keeping the
-    /// history for another pass if `keep`.
+    /// As [`Tensor::backward_into`], but starts from `seed` (the gradient of this tensor, with its shape and dtype), and retains the graph
+    /// for another pass if `keep`.
     pub fn backward_from(&self, seed: Array, keep: bool, hook: &mut dyn GradHook) -> Result<()> {
         if seed.shape() != self.shape() || seed.dtype() != self.dtype() {
             return Err(Error::shape(
@@ -142,7 +142,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
     let follow = hook.follows_samples() && samples > 1 && root.shape.len() == 1;
     let mut following = follow.then(|| Following::from(root.id, samples));
     while let Some(ById(node)) = heap.pop() {
-        // A user's own rule may have left it elsewhere.
+        // A custom rule may have returned the gradient on another device.
         let grad = grads.remove(&node.id).map(|g| g.to(&node.device)).transpose()?;
         queued.remove(&node.id);
         if node.leaf {
@@ -167,7 +167,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
         };
         let wanted: SmallVec<[bool; 3]> = node.parents.iter().map(|p| p.is_some()).collect();
         let mut back = Cotangents::new(wanted);
-        // A node that was reached only through inputs with no gradient gives none on.
+        // A node that was reached only through inputs without a gradient passes none on.
         if let Some(g) = grad {
             let name = rule.info().name;
             let _op = spans::span(spans::Kind::Backward, name);
@@ -215,7 +215,7 @@ fn walk(root: &Arc<Node>, seed: Array, samples: usize, keep: bool, hook: &mut dy
     Ok(())
 }
 
-/// Asks a node's rule whose its inputs are, and compares that with their other uses and with its factors.
+/// Gets the owners of a node's inputs from its rule, and compares them with those of their other uses and of its factors.
 fn follow_samples(
     node: &Node,
     rule: &dyn Rule,
@@ -248,7 +248,7 @@ fn follow_samples(
     Ok(())
 }
 
-/// How often each parameter is used in the history.
+/// The number of uses of each parameter in the history.
 fn count_uses(root: &Arc<Node>) -> HashMap<u64, usize> {
     let mut uses = HashMap::new();
     let mut seen = HashSet::from([root.id]);

@@ -1,33 +1,33 @@
-//! Random inputs and the functions to check on them.
+//! Random inputs for checks, and the functions to check on them.
 
 use crate::array::Array;
 use crate::base::{DType, Result};
 use crate::{Device, Param, Tensor};
 
-/// What a [`Gen`] makes of a case's sizes and values. A case is written once; its modes take it to the places where devices
-/// part: borders of blocks, nothing at all, steps in memory, values that are no ordinary numbers, and equal ones.
+/// The kind of sizes and values that a [`Gen`] chooses for a case. A case is written once; the modes vary it towards inputs on which
+/// devices may differ: block boundaries, empty arrays, non-contiguous memory, special floating-point values, and ties.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Mode {
     /// Small sizes, any layout, ordinary values.
     #[default]
     Small,
-    /// Some extents beside a border of a warp, a tile or a block.
+    /// Some extents just beside a boundary of a warp, a tile or a block.
     Large,
     /// Extents of 0 and 1.
     Empty,
-    /// No array lies in one piece: permuted, stepped through, or expanded with steps of 0.
+    /// No contiguous arrays: they are permuted, sliced with a step, or expanded with strides of 0.
     Strided,
-    /// NaN, infinities, zeros of both signs, subnormal and very large numbers in between.
+    /// Ordinary values mixed with NaN, infinities, zeros of both signs, subnormal and very large numbers.
     Special,
-    /// A handful of different values.
+    /// Only a few distinct values.
     Ties,
 }
 
-/// Extents beside borders: of a warp (32), a tile (64, 128), a block (256), a row of the row rule (1024).
+/// Extents beside the boundaries of a warp (32), a tile (64, 128), a block (256), and of rows that take one warp (1024).
 const BORDERS: [&[usize]; 3] = [&[31, 32, 33], &[65, 127, 129, 257], &[1025]];
-/// The product of the extents of a case stays below this.
+/// Upper limit on the product of a case's extents.
 const ROOM: usize = 6_000;
-/// What ties are made of.
+/// The values of [`Mode::Ties`].
 const TIES: [f64; 6] = [-0.5, -0.0, 0.0, 0.5, 1.0, 1.5];
 
 /// A small deterministic source of random shapes, strides and values for cases (SplitMix64).
@@ -41,26 +41,26 @@ pub struct Gen {
 }
 
 impl Gen {
-    /// Same seed, same case; f64.
+    /// A generator with this seed and f64 values; equal seeds give equal cases.
     pub fn new(seed: u64) -> Gen {
         Gen::with_dtype(seed, DType::F64)
     }
-    /// Same seed, same case, its values rounded to a float dtype.
+    /// A generator with this seed whose values are rounded to a float dtype.
     pub fn with_dtype(seed: u64, dtype: DType) -> Gen {
         let state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
         Gen { state, dtype, mode: Mode::Small, device: Device::Cpu, extents: 1 }
     }
-    /// The same in another mode.
+    /// The same generator in another mode.
     pub fn mode(mut self, mode: Mode) -> Gen {
         self.mode = mode;
         self
     }
-    /// The same with its arrays on a device, in the layouts that they have on the CPU.
+    /// The same generator with its arrays on a device, in the layouts that they have on the CPU.
     pub fn on(mut self, device: &Device) -> Gen {
         self.device = device.clone();
         self
     }
-    /// The dtype of the arrays it makes.
+    /// The dtype of the arrays.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -89,17 +89,16 @@ impl Gen {
         let (u, v) = (1.0 - self.uniform(), self.uniform());
         (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
     }
-    /// An extent that may be of any size, `low..=high` where nothing else is asked for: beside a border in
-    /// [`Mode::Large`], at most 1 in [`Mode::Empty`]. With a `low` of 0 it may be 0, in that mode alone. What must stay small,
-    /// such as the width of a window, is a [`Gen::size`].
+    /// An extent that may have any size: `low..=high` in general, beside a boundary in [`Mode::Large`], at most 1 in [`Mode::Empty`]. With
+    /// `low` = 0 it may be 0, but only in that mode. A size that must stay small, such as the width of a window, is a [`Gen::size`].
     pub fn extent(&mut self, low: usize, high: usize) -> usize {
         self.extent_within(low, high, ROOM)
     }
-    /// An extent whose square is work, as the positions of attention are.
+    /// An extent whose cost is quadratic, such as the positions of attention.
     pub fn side(&mut self, low: usize, high: usize) -> usize {
         self.extent_within(low, high, 130)
     }
-    /// How many samples, images or the like: as an extent, but never many, since each is a product of its own.
+    /// The number of samples, images or similar units: an extent that is never large, since each unit is a separate product.
     pub fn count(&mut self, low: usize, high: usize) -> usize {
         self.extent_within(low, high, 0)
     }
@@ -112,7 +111,7 @@ impl Gen {
                 let near = borders[self.size(0, borders.len() - 1)];
                 near[self.size(0, near.iter().filter(|&&b| b <= room).count() - 1)]
             }
-            // So that a special value or an equal one is also met by another thread.
+            // Large enough that several threads also meet special values and ties.
             Mode::Special | Mode::Ties if room > 130 && self.chance(0.2) => self.size(30, 130),
             Mode::Empty if low > 1 => low,
             Mode::Empty => self.size(low, 1),
@@ -121,11 +120,11 @@ impl Gen {
         self.extents *= extent.max(1);
         extent
     }
-    /// A shape of `rank` extents of 1 to 4, which may be empty.
+    /// A shape of `rank` extents of 1 to 4; it may be empty in [`Mode::Empty`].
     pub fn shape(&mut self, rank: usize) -> Vec<usize> {
         (0..rank).map(|_| self.extent(0, 4)).collect()
     }
-    /// The lengths of `low..=high` runs of rows, some of them 0: one may be long in [`Mode::Large`], or there are many.
+    /// The lengths of `low..=high` runs of rows, some of them 0; in [`Mode::Large`] one run may be long, or there are many runs.
     pub fn lengths(&mut self, low: usize, high: usize) -> Vec<usize> {
         let mode = self.mode;
         let longest = match mode {
@@ -144,14 +143,14 @@ impl Gen {
         }
         lengths
     }
-    /// Normal values in a random layout: contiguous, permuted, or cut out of something larger. They are smaller in
-    /// [`Mode::Large`], so that what follows a long sum of products does not lose its digits.
+    /// Normally distributed values in a random layout: contiguous, permuted, or a slice of a larger array. They are smaller in
+    /// [`Mode::Large`], so that results after a long sum of products keep their digits.
     pub fn array(&mut self, shape: &[usize]) -> Array {
         let scale = if self.mode == Mode::Large { 0.25 } else { 1.0 };
         self.array_of(shape, |g| scale * g.normal())
     }
-    /// Normal values in every mode, in a random layout: for factors such as a norm's gain, with which an infinity would become
-    /// one or NaN by the order of operations.
+    /// Normally distributed values in every mode, in a random layout: for factors such as a norm's gain, where the order of operations
+    /// would decide whether an infinity stays one or becomes NaN.
     pub fn ordinary(&mut self, shape: &[usize]) -> Array {
         let mode = std::mem::replace(&mut self.mode, Mode::Small);
         let made = self.array(shape);
@@ -161,13 +160,13 @@ impl Gen {
     /// Values in `low..high` in a random layout.
     pub fn array_in(&mut self, shape: &[usize], low: f64, high: f64) -> Array {
         self.array_of(shape, |g| match g.mode == Mode::Special && g.chance(0.03) {
-            // Functions of one element may also be asked for what no sum of products would survive.
+            // Functions of one element are also tested with values that would overflow in a sum of products.
             true => g.limits().1 * if g.chance(0.5) { 1.0 } else { -1.0 },
             false => low + (high - low) * g.uniform(),
         })
     }
-    /// Values in −1..1 at least 2e-4 apart (before rounding to the dtype), in a random layout: for ops that pick, whose central differences would
-    /// step over a tie. In [`Mode::Ties`] there are ties.
+    /// Values in −1..1 at least 2e-4 apart (before rounding to the dtype), in a random layout: for ops that select elements, whose central
+    /// differences would step over a tie. In [`Mode::Ties`] there are ties.
     pub fn distinct(&mut self, shape: &[usize]) -> Array {
         let mut k = self.size(0, 10_000);
         self.array_of(shape, |_| {
@@ -175,7 +174,7 @@ impl Gen {
             (k * 7919 % 10_007) as f64 / 5003.5 - 1.0
         })
     }
-    /// Values from `f` in a random layout, but for what [`Mode::Special`] and [`Mode::Ties`] put in their place.
+    /// Values from `f` in a random layout, some of which [`Mode::Special`] and [`Mode::Ties`] replace.
     pub fn array_of(&mut self, shape: &[usize], mut f: impl FnMut(&mut Gen) -> f64) -> Array {
         self.laid_out(shape, |g, stored| {
             let v: Vec<f64> = (0..stored.iter().product())
@@ -187,7 +186,7 @@ impl Gen {
             Ok(Array::from_slice(&v, stored)?.cast(g.dtype))
         })
     }
-    /// The smallest normal number of the dtype, and its largest.
+    /// The smallest normal and the largest number of the dtype.
     fn limits(&self) -> (f64, f64) {
         match self.dtype {
             DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
@@ -196,7 +195,7 @@ impl Gen {
             _ => (f32::MIN_POSITIVE as f64, f32::MAX as f64),
         }
     }
-    /// What the mode puts in the place of an ordinary value.
+    /// The value that the mode substitutes for an ordinary value.
     fn replaced(&mut self, x: f64) -> f64 {
         let least = self.limits().0;
         let mode = self.mode;
@@ -208,12 +207,12 @@ impl Gen {
             _ => x,
         }
     }
-    /// An array of `shape` in a random layout, from one that `make` has made in the order in which it is stored.
+    /// An array of `shape` in a random layout; `make` makes the stored array.
     fn laid_out(&mut self, shape: &[usize], make: impl FnOnce(&mut Gen, &[usize]) -> Result<Array>) -> Array {
         let make = |g: &mut Gen, stored: &[usize]| make(g, stored).and_then(|a| a.to(&g.device));
         let strided = self.mode == Mode::Strided;
         let made = match self.size(strided as usize, 3) {
-            // Stored in another order of dimensions.
+            // The dimensions are stored in another order.
             1 if shape.len() >= 2 => {
                 let mut order: Vec<usize> = (0..shape.len()).collect();
                 for i in (1..order.len()).rev() {
@@ -223,13 +222,13 @@ impl Gen {
                 order.iter().enumerate().for_each(|(d, &o)| stored[o] = shape[d]);
                 make(self, &stored).and_then(|a| a.permute(&order))
             }
-            // One slice for all of a dimension.
+            // One slice is expanded along a whole dimension.
             3 if strided && !shape.is_empty() => {
                 let mut stored = shape.to_vec();
                 stored[self.size(0, shape.len() - 1)] = 1;
                 make(self, &stored).and_then(|a| a.expand(shape))
             }
-            // A window into a larger array.
+            // A slice of a larger array.
             n if (n == 2 || strided) && !shape.is_empty() => {
                 let d = self.size(0, shape.len() - 1);
                 let mut stored = shape.to_vec();
@@ -256,7 +255,7 @@ impl Gen {
 
 type Function = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
 
-/// A function of float tensors and parameters, with inputs to check it on.
+/// A function of float tensors and parameters, with inputs on which to check it.
 pub struct Case {
     /// Differentiable inputs, f64, in any layout.
     pub inputs: Vec<Array>,
@@ -278,7 +277,7 @@ impl Case {
         self.params = params;
         self
     }
-    /// The same with inputs and parameters on a device.
+    /// The same case with inputs and parameters on a device.
     pub fn to(mut self, device: &Device) -> Result<Case> {
         self.inputs = self.inputs.iter().map(|a| a.to(device)).collect::<Result<_>>()?;
         self.params.iter().try_for_each(|p| p.to(device))?;

@@ -1,4 +1,4 @@
-//! History and the walk back: [`Tensor`], backward rules, factored parameter gradients, samples.
+//! Reverse-mode automatic differentiation: [`Tensor`], backward rules, factored parameter gradients, samples.
 
 mod backward;
 mod case;

@@ -1,9 +1,9 @@
-//! Whose an element is: how the samples are followed through the history, from the losses back to the parameters.
+//! Owners of elements: how samples are followed through the history, from the losses back to the parameters.
 //!
-//! Loss i belongs to sample i. From there the backward pass asks each rule which sample's each element of its inputs must be for
-//! that to be true ([`Rule::owners`](super::Rule::owners)). The answers depend on shapes and indices alone, never on values. Where
-//! one element has to belong to two samples, or a parameter's factor says another sample than the losses do, samples are mixed:
-//! then one sample moves the gradients of others, and clipping does not bound what it does.
+//! Loss i belongs to sample i. From there the backward pass calls each rule ([`Rule::owners`](super::Rule::owners)) to find the sample to
+//! which each element of its inputs must belong for that to be true. The results depend on shapes and indices alone, never on values. If
+//! one element would have to belong to two samples, or the owners of a parameter's factor differ from those derived from the losses,
+//! samples are mixed: then one sample influences the gradients of others, and clipping does not bound its effect.
 
 use super::tensor::Node;
 use super::{Factor, Samples};
@@ -12,46 +12,46 @@ use crate::base::Error;
 use smallvec::SmallVec;
 use std::collections::HashMap;
 
-/// Whose the elements of one tensor are.
+/// The owners (samples) of the elements of one tensor.
 #[derive(Clone, Debug)]
 pub enum Owner {
-    /// Every sample uses all of them: they must not depend on any sample.
+    /// Every sample uses all elements: they must not depend on any sample.
     All,
-    /// Element i, in row-major order, belongs to sample (i / run) mod the number of samples. `[B, T, d]` has runs of T·d,
+    /// Element i, in row-major order, belongs to sample (i / run) mod the number of samples. `[B, T, d]` has runs of T·d elements,
     /// `[T, B, d]` runs of d.
     Every {
-        /// Elements of one sample that follow each other.
+        /// Number of consecutive elements of one sample.
         run: usize,
     },
-    /// Row r, of `width` elements that follow each other, belongs to sample `samples.owner(r)`.
+    /// Row r, of `width` consecutive elements, belongs to sample `samples.owner(r)`.
     Rows {
-        /// Whose the rows are.
+        /// The owners of the rows.
         samples: Samples,
         /// Elements of a row.
         width: usize,
     },
-    /// One row for each choice that a router made for a token, in the router's order. A token belongs to whom the elements of a
-    /// `[tokens, 1]` with this owner would.
+    /// One row for each choice of an expert by a router, in the router's order. A token has the owner that the elements of a `[tokens, 1]`
+    /// tensor with the inner owner would have.
     Routed(Box<Owner>),
     /// An element belongs to several samples.
     Mixed,
-    /// The operation does not say.
+    /// The operation does not declare owners.
     Unknown,
 }
 
-/// An operation in whose inputs samples are mixed.
+/// An operation that mixes samples.
 #[derive(Clone, Debug)]
 pub struct Mixing {
     /// Name of the operation.
     pub op: &'static str,
     /// Number of operations that this thread had recorded before it.
     pub place: u64,
-    /// The parameter whose factor says other samples than the losses do; `None` if it is the operation itself.
+    /// The parameter whose factor has other owners than those derived from the losses; `None` if the operation itself mixes samples.
     pub param: Option<String>,
 }
 
 impl Mixing {
-    /// The refusal of a private step. `line` is where in the program the operation stands.
+    /// The error with which a private step refuses it. `line` is the line of the program that called the operation.
     pub(crate) fn refusal(&self, line: Option<&str>) -> Error {
         let op = format!("{}{}", self.op, line.map(|l| format!(", called at {l},")).unwrap_or_default());
         let what = match &self.param {
@@ -68,19 +68,19 @@ impl Mixing {
     }
 }
 
-/// What [`Rule::owners`](super::Rule::owners) is asked.
+/// The argument of [`Rule::owners`](super::Rule::owners): the owners of an operation's output.
 pub struct Whose<'a> {
-    /// Whose the elements of the output are.
+    /// Owners of the elements of the output.
     pub owner: &'a Owner,
     /// Number of samples.
     pub count: usize,
     /// Shape of the output.
     pub shape: &'a [usize],
-    /// Of each input, whether it has a history; the others are data.
+    /// For each input, whether it has a history; inputs without one are data.
     pub history: &'a [bool],
 }
 
-/// A part of the sample's number that is read off one dimension: (index / div) mod count.
+/// A digit of the sample number that one dimension determines: (index / div) mod count.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Digit {
     dim: usize,
@@ -88,7 +88,8 @@ struct Digit {
     count: usize,
 }
 
-/// The digits of (i / run) mod count of a row-major shape, the fastest first; `None` where runs do not end with those of a dimension.
+/// The digits of (i / run) mod count of a row-major shape, the fastest-varying first; `None` if runs do not end at the boundaries of
+/// dimensions.
 fn digits(shape: &[usize], run: usize, count: usize) -> Option<SmallVec<[Digit; 3]>> {
     let mut found: SmallVec<[Digit; 3]> = SmallVec::new();
     let (mut stride, end) = (1, run * count);
@@ -109,7 +110,7 @@ fn digits(shape: &[usize], run: usize, count: usize) -> Option<SmallVec<[Digit; 
     (all == count).then_some(found)
 }
 
-/// The run for which `digits` are those of a shape.
+/// The run whose digits for a shape are `digits`.
 fn run_of(digits: &[Digit], shape: &[usize], count: usize) -> Option<usize> {
     let first = digits.first()?;
     let run = shape[first.dim + 1..].iter().product::<usize>() * first.div;
@@ -118,15 +119,15 @@ fn run_of(digits: &[Digit], shape: &[usize], count: usize) -> Option<usize> {
 }
 
 impl Owner {
-    /// Rows of `width` elements whose samples are these.
+    /// The owner of rows of `width` elements with these samples.
     pub fn rows(samples: &Samples, width: usize) -> Owner {
         match samples {
             Samples::Uniform { each, .. } => Owner::Every { run: each * width },
             Samples::Ragged(_) => Owner::Rows { samples: samples.clone(), width },
         }
     }
-    /// Of `count` samples, the owner of each of the `rows` equal stretches of a tensor of `numel` elements. `None` unless each stretch
-    /// belongs to one sample, and the host knows to which.
+    /// The owner, among `count` samples, of each of the `rows` equal stretches of a tensor of `numel` elements. `None` unless each stretch
+    /// belongs to one sample that can be determined on the host.
     pub fn of_rows(&self, rows: usize, numel: usize, count: usize) -> Option<Vec<u32>> {
         let width = numel.checked_div(rows).filter(|w| w * rows == numel && *w > 0)?;
         match self {
@@ -139,7 +140,7 @@ impl Owner {
             _ => None,
         }
     }
-    /// Both at once; [`Owner::Mixed`] where they differ.
+    /// Combines two requirements on one tensor; [`Owner::Mixed`] if they differ.
     fn and(self, other: Owner, numel: usize, count: usize) -> Owner {
         match (&self, &other) {
             (Owner::Mixed, _) | (_, Owner::Unknown) => self,
@@ -166,7 +167,7 @@ impl Owner {
                 match (a.of_rows(numel / width, numel, count), b.of_rows(numel / width, numel, count)) {
                     (Some(x), Some(y)) if x != y => Owner::Mixed,
                     (Some(_), Some(_)) => self,
-                    // Runs that do not fit into each other are two different axes.
+                    // Runs that are not multiples of each other belong to two different axes.
                     _ if matches!((a, b), (Owner::Every { .. }, Owner::Every { .. })) => Owner::Mixed,
                     _ => self,
                 }
@@ -179,19 +180,19 @@ impl Whose<'_> {
     fn numel(&self) -> usize {
         numel(self.shape)
     }
-    /// An input of the output's shape, element for element.
+    /// For an input of the output's shape, element for element.
     pub fn same(&self) -> Owner {
         self.owner.clone()
     }
-    /// An input of as many elements in the same row-major order.
+    /// For an input with the same elements in the same row-major order.
     pub fn reshaped(&self) -> Owner {
         match self.owner {
             Owner::Routed(_) => Owner::Unknown,
             o => o.clone(),
         }
     }
-    /// An input of this shape, dimension d of the output being its dimension `from(d)`, at the same index. `None` for a dimension
-    /// along which the input is the same. Other dimensions of the input are those that the operation adds up or mixes.
+    /// For an input of this shape, where dimension d of the output is the input's dimension `from(d)` with the same index; `from` is `None`
+    /// for a dimension along which the input is constant. The remaining dimensions of the input are those that the operation sums or mixes.
     pub fn along(&self, input: &[usize], from: impl Fn(usize) -> Option<usize>) -> Owner {
         match self.owner {
             Owner::All => Owner::All,
@@ -201,9 +202,9 @@ impl Whose<'_> {
                     own.iter().filter_map(|d| from(d.dim).map(|dim| Digit { dim, ..*d })).collect();
                 match moved.len() {
                     0 => Owner::All,
-                    // Some samples share an element, others do not.
+                    // Some samples share an element and others do not.
                     n if n < own.len() => Owner::Mixed,
-                    // A dimension of another size has other indices.
+                    // A dimension of another size is indexed differently.
                     _ if own.iter().zip(&moved).any(|(a, b)| self.shape[a.dim] != input[b.dim]) => Owner::Unknown,
                     _ => run_of(&moved, input, self.count).map_or(Owner::Unknown, |run| Owner::Every { run }),
                 }
@@ -227,7 +228,7 @@ impl Whose<'_> {
     fn lead(&self, rows: usize, width: usize) -> Option<usize> {
         (0..=self.shape.len()).rev().find(|&k| numel(&self.shape[..k]) == rows && numel(&self.shape[k..]) == width)
     }
-    /// An input that was broadcast to the output's shape.
+    /// For an input that was broadcast to the output's shape.
     pub fn broadcast(&self, input: &[usize]) -> Owner {
         if input == self.shape {
             return self.same();
@@ -235,8 +236,8 @@ impl Whose<'_> {
         let new = self.shape.len() - input.len();
         self.along(input, |d| d.checked_sub(new).filter(|&i| input[i] == self.shape[d]))
     }
-    /// What is asked of one factor of a product whose other factor is input `other`. Data may be zero wherever two samples would meet,
-    /// as a matrix or a mask that picks each sample's rows is: where a factor would belong to all, nothing is said then.
+    /// For one factor of a product whose other factor is input `other`. Data may be zero wherever two samples would meet, as in a matrix or
+    /// a mask that selects each sample's rows: where a factor would belong to all samples, the result is then unknown.
     pub fn times(&self, other: usize, owner: Owner) -> Owner {
         let data = self.history.get(other) == Some(&false);
         match owner {
@@ -244,8 +245,8 @@ impl Whose<'_> {
             o => o,
         }
     }
-    /// An input of the output's shape, or one that differs along `dim` only, whose elements along `dim` all reach the output's
-    /// elements along it.
+    /// For an input of the output's shape, or one that differs along `dim` only, where every element along `dim` influences all elements of
+    /// the output along it.
     pub fn mixing(&self, dim: usize, input: &[usize]) -> Owner {
         if let Owner::Every { run } = self.owner {
             match digits(self.shape, *run, self.count) {
@@ -263,50 +264,52 @@ impl Whose<'_> {
         }
         self.along(input, Some)
     }
-    /// As [`Whose::mixing`] where a sample's elements along `dim` may be those of one sample all the same: nothing is said then.
+    /// As [`Whose::mixing`], but unknown where the elements along `dim` that influence each other may still belong to one sample.
     pub fn picking(&self, dim: usize, input: &[usize]) -> Owner {
         match self.mixing(dim, input) {
             Owner::Mixed => Owner::Unknown,
             o => o,
         }
     }
-    /// As [`Whose::along`], where no sample is told apart by `dim`; nothing is said otherwise.
+    /// As [`Whose::along`] if samples are not separated by `dim`; unknown otherwise.
     pub fn apart_from(&self, dim: usize, input: &[usize], from: impl Fn(usize) -> Option<usize>) -> Owner {
         match self.mixing(dim, self.shape) {
             Owner::Every { .. } | Owner::All => self.along(input, from),
             _ => Owner::Unknown,
         }
     }
-    /// An output of other dimensions, as many elements in the same order: a dimension of size 1 left out or put in.
+    /// The output viewed in another shape with the same elements in the same order: a dimension of size 1 removed or inserted.
     pub fn reading<'a>(&'a self, shape: &'a [usize]) -> Whose<'a> {
         Whose { shape, ..*self }
     }
-    /// An input of images or sequences, dimension 0, that are the output's. Nothing is said where several samples are in one.
+    /// For an input of images or sequences along dimension 0, which are those of the output. Unknown if one of them holds several samples.
     pub fn images(&self, input: &[usize]) -> Owner {
         match self.by_leading(input) {
             Owner::Mixed => Owner::Unknown,
             o => o,
         }
     }
-    /// The same of an image's planes, `[B, C, …]`.
+    /// The same for the planes of an image, `[B, C, …]`.
     pub fn planes(&self, input: &[usize]) -> Owner {
         match self.by_rows(numel(&input[..2]), numel(input)) {
             Owner::Mixed => Owner::Unknown,
             o => o,
         }
     }
-    /// An input whose dimension 0 is the output's, row for row, each row of it reaching the output's row whole: images, sequences.
+    /// For an input whose dimension 0 is the output's: every element of a row of the input influences the whole row of the output (images,
+    /// sequences).
     pub fn by_leading(&self, input: &[usize]) -> Owner {
         self.by_rows(self.shape.first().copied().unwrap_or(1), numel(input))
     }
-    /// An input of `to` elements in as many rows as the output, `rows`; each row reaches the output's row whole.
+    /// For an input of `to` elements in the same number of `rows` as the output: every element of a row influences the whole row of the
+    /// output.
     pub fn by_rows(&self, rows: usize, to: usize) -> Owner {
         let (Some(width), Some(wide)) = (self.numel().checked_div(rows), to.checked_div(rows)) else {
             return self.owner.clone();
         };
         match self.owner {
             Owner::Every { run } if width > 0 && run.is_multiple_of(width) => Owner::Every { run: run / width * wide },
-            // A sample has less than a row, in which all elements meet.
+            // A sample has less than a row, and the elements of a row are mixed.
             Owner::Every { .. } if self.count > 1 && self.numel() > 0 => Owner::Mixed,
             Owner::Rows { samples, width: w } if width > 0 && w.is_multiple_of(width) => {
                 Owner::Rows { samples: samples.clone(), width: w / width * wide }
@@ -316,11 +319,11 @@ impl Whose<'_> {
             _ => Owner::Unknown,
         }
     }
-    /// The owner of each of the output's `rows` equal stretches, where each has one and the host knows it.
+    /// The owner of each of the output's `rows` equal stretches, if each has one that can be determined on the host.
     pub fn owners_of(&self, rows: usize) -> Option<Vec<u32>> {
         self.owner.of_rows(rows, self.numel(), self.count)
     }
-    /// An input of rows of `width` elements, each of which reaches the output's row `to[r]` alone; the output has `rows` of them.
+    /// For an input of rows of `width` elements, where row r influences only the output's row `to[r]`; the output has `rows` rows.
     pub fn sent(&self, rows: usize, to: &[u32], width: usize) -> Owner {
         match (self.owner, self.owners_of(rows)) {
             (Owner::All, _) => Owner::All,
@@ -331,8 +334,8 @@ impl Whose<'_> {
             _ => Owner::Unknown,
         }
     }
-    /// An input of `n` rows of `width` elements, of which row `from[r]` reaches the output's row r. Rows that reach two samples' are
-    /// [`Owner::Mixed`]; where one reaches nobody's, nothing is said.
+    /// For an input of `n` rows of `width` elements, of which row `from[r]` influences the output's row r. Rows that influence rows of two
+    /// samples are [`Owner::Mixed`]; if a row influences no sample's row, the result is unknown.
     pub fn taken(&self, from: &[u32], n: usize, width: usize) -> Owner {
         match (self.owner, self.owners_of(from.len())) {
             (Owner::All, _) => Owner::All,
@@ -350,7 +353,7 @@ impl Whose<'_> {
             _ => Owner::Unknown,
         }
     }
-    /// As seen from tokens: whose each of `tokens` is, of which the output has one row each, for [`Owner::Routed`].
+    /// The owner of each of `tokens`, for which the output has one row each; handles [`Owner::Routed`].
     pub fn tokens(&self, tokens: usize) -> Owner {
         self.by_rows(tokens, tokens)
     }
@@ -365,7 +368,7 @@ impl Whose<'_> {
             | Factor::Lookup { samples, .. }
             | Factor::GroupedOuter { samples, .. } => samples.clone(),
         };
-        // Fewer or more samples than there are losses are refused by themselves.
+        // A number of samples other than that of the losses is refused elsewhere.
         if samples.count() != self.count || self.numel() == 0 {
             return true;
         }
@@ -377,7 +380,8 @@ impl Whose<'_> {
             }
             _ if !samples.is_on_host() => true,
             Owner::Rows { samples: own, .. } if own.is_same(&samples) => true,
-            // Rows of a factor are those of the output, where they divide it; a convolution's do not, unless images are whole rows.
+            // The rows of a factor are those of the output if their number divides the output's elements; for a convolution they are not,
+            // unless each image is one row.
             _ => match (self.owners_of(samples.rows()), samples) {
                 (Some(own), samples) => own == samples.owner_ids(),
                 (None, Samples::Uniform { .. }) => !matches!(self.owner, Owner::Every { .. }),
@@ -390,33 +394,34 @@ impl Whose<'_> {
     }
 }
 
-/// The owners of the history's values during one backward pass.
+/// The owners of the values in the history during one backward pass.
 pub(super) struct Following {
     count: usize,
     owners: HashMap<u64, Owner>,
-    /// For values that all samples use: the operation that made them of many elements, or the last one, and where it was recorded.
+    /// For values that all samples use: the name and position of the operation that reduced many elements to them, or of the last
+    /// operation.
     shared: HashMap<u64, (&'static str, u64, bool)>,
-    /// Whether every operation so far has said whose its inputs are.
+    /// Whether every operation so far declared the owners of its inputs.
     pub complete: bool,
 }
 
 impl Following {
-    /// From a vector of losses.
+    /// Starts from a vector of losses.
     pub fn from(root: u64, count: usize) -> Following {
         Following { count, owners: [(root, Owner::Every { run: 1 })].into(), shared: HashMap::new(), complete: true }
     }
-    /// The owner of a node's value, which all its uses have been asked for.
+    /// The owner of a node's value, after all its uses have been visited.
     pub fn take(&mut self, id: u64) -> Owner {
         self.owners.remove(&id).unwrap_or(Owner::Unknown)
     }
     pub fn whose<'a>(&self, owner: &'a Owner, shape: &'a [usize], history: &'a [bool]) -> Whose<'a> {
         Whose { owner, count: self.count, shape, history }
     }
-    /// An operation, its name, number and value, asks for this owner of an input. The operation that mixes samples, if that contradicts
-    /// another use.
+    /// Adds the owner that operation `op` (its name and its output's node) requires of an input. If it contradicts another use, returns the
+    /// operation that mixes samples.
     pub fn ask(&mut self, op: (&'static str, &Node), input: &Node, owner: Owner) -> Option<(&'static str, u64)> {
         let (name, node) = op;
-        // A value that was broadcast is not to blame for being shared, but what made it of many elements.
+        // A value that was broadcast is not the cause of the mixing; the operation that reduced many elements to it is.
         let broadcast = numel(&input.shape) <= numel(&node.shape) && fits_by_broadcast(&input.shape, &node.shape);
         let mut found = (name, node.place, !broadcast);
         if matches!(owner, Owner::All) {

@@ -1,4 +1,4 @@
-//! Parameters: named, shared, trained.
+//! Trainable parameters: named arrays that models and optimizers share.
 
 use crate::array::{Array, Dims};
 use crate::base::{DType, Error, Result};
@@ -13,17 +13,17 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 #[derive(Clone)]
 pub struct Param(Arc<Inner>);
 
-/// Where the value of a parameter comes from that this rank does not keep.
+/// Supplies the value of a parameter that this rank does not store.
 pub(crate) trait Source: Send + Sync {
-    /// The value, gathered; NaN where that failed, which the source says later.
+    /// Gathers the value; it is NaN if that failed, and the source reports the error later.
     fn fetch(&self, param: &Param) -> Array;
 }
 
-/// A parameter that is not kept alive.
+/// A handle that does not keep the parameter alive.
 pub(crate) struct WeakParam(Weak<Inner>);
 
 impl WeakParam {
-    /// The parameter, if another handle to it is left.
+    /// The parameter, if another handle to it still exists.
     pub fn upgrade(&self) -> Option<Param> {
         self.0.upgrade().map(Param)
     }
@@ -42,7 +42,7 @@ struct Inner {
 }
 
 impl Param {
-    /// A parameter holding `value`.
+    /// A parameter with this name and value.
     pub fn new(name: impl Into<String>, value: Array) -> Param {
         Param::with(name.into(), value.shape().into(), value.dtype(), value.contiguous())
     }
@@ -59,11 +59,12 @@ impl Param {
             merged: AtomicBool::new(false),
         }))
     }
-    /// A parameter without a value, which takes no memory: it has a name and a shape, for plans. [`Param::set`] gives it a value.
+    /// A parameter without a value, which takes no memory: it has a name, a shape and a dtype, for planning. [`Param::set`] gives it a
+    /// value.
     pub fn described(name: impl Into<String>, shape: &[usize], dtype: DType) -> Param {
         Param::with(name.into(), shape.into(), dtype, Array::zeros(&[0], dtype))
     }
-    /// Unique in this process; also the tie-break of every fixed order.
+    /// Unique in this process; fixed orders also use it to break ties.
     pub fn id(&self) -> u64 {
         self.0.id
     }
@@ -83,8 +84,8 @@ impl Param {
     pub fn numel(&self) -> usize {
         self.0.shape.iter().product()
     }
-    /// The value now, sharing storage; a later update does not change what this handle sees. Where ranks share the parameters
-    /// ([`Stage::Parameters`](crate::step::Stage)) it is gathered from them: then every rank reads it.
+    /// The current value, sharing storage; a later update does not change the returned array. If ranks share the parameters
+    /// ([`Stage::Parameters`](crate::step::Stage)), the value is gathered from them, so that every rank must call this together.
     pub fn value(&self) -> Array {
         if let Some(value) = self.held() {
             return value;
@@ -92,24 +93,24 @@ impl Param {
         let source = self.0.source.read().unwrap_or_else(|e| e.into_inner()).clone();
         source.map_or_else(|| Array::zeros(&[0], self.dtype()), |s| s.fetch(self))
     }
-    /// Whether the value is in this rank's memory: it is not while ranks share the parameters and it has not been gathered, and a parameter
-    /// that was only described has none.
+    /// Whether the value is in this rank's memory. It is not if ranks share the parameters and the value has not been gathered, or if the
+    /// parameter was only described.
     pub fn is_here(&self) -> bool {
         self.held().is_some()
     }
-    /// The value, if it is here.
+    /// The value, if it is in this rank's memory.
     pub(crate) fn held(&self) -> Option<Array> {
         let value = self.0.value.read().unwrap_or_else(|e| e.into_inner());
         (value.shape() == self.shape()).then(|| value.clone())
     }
-    /// From now on a value that is not here comes from `source`.
+    /// Sets the source from which values that are not in this rank's memory are fetched.
     pub(crate) fn set_source(&self, source: Arc<dyn Source>) {
         *self.0.source.write().unwrap_or_else(|e| e.into_inner()) = Some(source);
     }
     pub(crate) fn downgrade(&self) -> WeakParam {
         WeakParam(Arc::downgrade(&self.0))
     }
-    /// Replaces the value; shape and dtype must stay.
+    /// Replaces the value; shape and dtype must stay the same.
     pub fn set(&self, value: Array) -> Result<()> {
         if value.shape() != self.shape() || value.dtype() != self.dtype() {
             return Err(Error::shape(
@@ -127,7 +128,7 @@ impl Param {
         *self.0.value.write().unwrap_or_else(|e| e.into_inner()) = value.contiguous();
         Ok(())
     }
-    /// Where the value is.
+    /// The device that holds the value.
     pub fn device(&self) -> Device {
         self.0.value.read().unwrap_or_else(|e| e.into_inner()).device()
     }
@@ -136,32 +137,32 @@ impl Param {
         let value = self.value().to(device)?;
         self.set(value)
     }
-    /// Lets go of the value until the next `set`, so that a flat buffer under it can be updated in place.
+    /// Drops the value until the next `set`, so that the flat buffer that contains it can be updated in place.
     pub(crate) fn release(&self) {
         *self.0.value.write().unwrap_or_else(|e| e.into_inner()) = Array::zeros(&[0], self.dtype());
     }
-    /// Whether gradients are taken and updates applied.
+    /// Whether gradients are computed and updates applied.
     pub fn trainable(&self) -> bool {
         self.0.trainable.load(Ordering::Relaxed)
     }
-    /// Whether this rank alone holds it, as a rank does its own experts: a step with ranks neither takes its value over from another
-    /// rank nor sums its gradient over them.
+    /// Whether only this rank holds the parameter, as a rank holds its own experts: a step with several ranks neither broadcasts its value
+    /// nor sums its gradient over them.
     pub fn placed(&self) -> bool {
         self.0.placed.load(Ordering::Relaxed)
     }
-    /// Says so. To be done before the step is made.
+    /// Sets [`Param::placed`]. Call it before the step is made.
     pub fn set_placed(&self, on: bool) {
         self.0.placed.store(on, Ordering::Relaxed);
     }
-    /// Whether an adapter has been added to the value for the time being: what is saved then is not what the adapter belongs to.
+    /// Whether an adapter is currently merged into the value: a saved value then includes the adapter.
     pub fn merged(&self) -> bool {
         self.0.merged.load(Ordering::Relaxed)
     }
-    /// Says so.
+    /// Sets [`Param::merged`].
     pub(crate) fn set_merged(&self, on: bool) {
         self.0.merged.store(on, Ordering::Relaxed);
     }
-    /// Freezes or thaws.
+    /// Freezes (`false`) or unfreezes (`true`) the parameter.
     pub fn set_trainable(&self, on: bool) {
         self.0.trainable.store(on, Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! [`ParamGrad`]: a parameter's gradient, factored, and what can be asked of it.
+//! [`ParamGrad`]: a parameter's factored gradient and the queries on it.
 
 use super::{Factor, Param};
 use crate::array::Array;
@@ -14,9 +14,9 @@ use crate::with_float;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// The gradient of one parameter over a batch, as the sum of one factor per use.
+/// The gradient of one parameter over a batch, as the sum of one factor per use. The queries and their FLOPs:
 ///
-/// | query | costs (linear layer, N rows of B samples with T rows, d × p) |
+/// | query | cost (linear layer, N rows in B samples of T rows, d × p) |
 /// |---|---|
 /// | [`sum`](ParamGrad::sum) | the ordinary 2·N·d·p |
 /// | [`weighted_sum`](ParamGrad::weighted_sum) | the same |
@@ -38,7 +38,7 @@ impl ParamGrad {
         let device = param.device();
         ParamGrad { param, samples, factors: SmallVec::new(), device }
     }
-    /// Adds one use's factor, moved to where the parameter is.
+    /// Adds the factor of one use, moved to the parameter's device.
     pub fn push(&mut self, factor: Factor) -> Result<()> {
         let factor = factor.checked(self.param.name(), self.param.shape(), self.dtype())?;
         self.factors.push(factor.to(&self.device)?);
@@ -52,7 +52,7 @@ impl ParamGrad {
     pub fn factors(&self) -> &[Factor] {
         &self.factors
     }
-    /// Whether norms and clipped sum can be one pass over its only factor.
+    /// Whether norms and clipped sum can be computed in one pass: possible with a single factor only.
     pub(crate) fn fuses(&self) -> bool {
         matches!(&self.factors[..], [one] if one.fuses())
     }
@@ -77,7 +77,7 @@ impl ParamGrad {
     fn numel(&self) -> usize {
         self.param.numel()
     }
-    /// Fails, naming the parameter, if some factor cannot tell this batch's samples apart.
+    /// Returns an error that names the parameter if some factor cannot separate this batch's samples.
     pub fn expect_samples(&self) -> Result<()> {
         for f in &self.factors {
             match f.samples() {
@@ -115,12 +115,12 @@ impl ParamGrad {
         self.add_on(weights, &out)?;
         out.reshape(self.param.shape())
     }
-    /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to `out [numel]`, on the GPU; `weights [B]` in its dtype.
+    /// Adds Σᵢ wᵢ·gᵢ (or the plain sum) to `out [numel]`, on the GPU; `weights [B]` has the dtype of `out`.
     pub(crate) fn add_on(&self, weights: Option<&Array>, out: &Array) -> Result<()> {
         let gpu = out.gpu().ok_or_else(|| Error::autograd("sum", "the gradient is on the CPU"))?;
         self.factors.iter().try_for_each(|f| f.add_on(gpu, weights, out))
     }
-    /// Upper bounds on |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if there is one.
+    /// Upper bounds on |gᵢ|² per sample in the GPU's memory, `[B]` f64, added to `base` if it is given.
     pub(crate) fn sq_bounds_on(&self, gpu: &Arc<Gpu>, base: Option<Array>) -> Result<Array> {
         self.expect_samples()?;
         gpu_factored::sq_bounds(gpu, &self.factors, (self.samples, self.numel()), base)
@@ -129,7 +129,7 @@ impl ParamGrad {
     pub(crate) fn add_sum<T: Kernels>(&self, weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
         self.factors.iter().try_for_each(|f| f.add_to::<T>(weights, out))
     }
-    /// Σᵢ wᵢ·gᵢ, one weight per sample. A zero weight removes a sample, even a non-finite one.
+    /// Σᵢ wᵢ·gᵢ, one weight per sample, in the parameter's shape. A zero weight removes a sample, even a non-finite one.
     pub fn weighted_sum(&self, weights: &[f64]) -> Result<Array> {
         if let Some(gpu) = self.gpu() {
             self.expect_weights(weights)?;
@@ -153,7 +153,7 @@ impl ParamGrad {
         }
         Ok(())
     }
-    /// |gᵢ|² per sample, exactly, for parameters used twice or tied as well.
+    /// |gᵢ|² per sample, `B` values; exact also for parameters that are used twice or tied.
     pub fn sample_sq_norms(&self) -> Result<Vec<f64>> {
         if let Some(gpu) = self.gpu() {
             self.expect_samples()?;
@@ -164,7 +164,7 @@ impl ParamGrad {
         }
         Ok(self.norms()?.iter().map(|n| if n.sq.value < 0.0 { 0.0 } else { n.sq.value }).collect())
     }
-    /// Squared norms per sample, on the CPU, with what bounds them.
+    /// Squared norms per sample with their error bounds, on the CPU.
     fn norms(&self) -> Result<Vec<Norm>> {
         self.expect_samples()?;
         let factors = self.sorted()?;
@@ -175,8 +175,8 @@ impl ParamGrad {
             })
         })
     }
-    /// The norm of sample `i` of a parameter with several uses: by the inner products of all pairs of them, or of its gradient,
-    /// where that is shorter to form or the inner products cancel.
+    /// The norm of sample `i` of a parameter with several uses: from the inner products of all pairs of uses, or from the gradient if that
+    /// is cheaper to form or the inner products cancel.
     fn norm_of_uses<T: Kernels>(&self, factors: &[Factor], i: usize) -> Result<Norm> {
         let rows: usize = factors.iter().map(|f| f.rows_of(i)).sum();
         let widths = factors.iter().map(Factor::widths).max().unwrap_or(0);
@@ -206,14 +206,14 @@ impl ParamGrad {
         factors.iter().try_for_each(|f| f.sample_add::<T>(i, &mut x))?;
         Ok(Norm { sq: Bounded { value: sum_sq(&x), error: 0.0 }, ..norm })
     }
-    /// Upper bounds on the squared norms of what the samples add to a weighted sum, on the CPU: what clipping has to divide by.
+    /// Upper bounds on the squared norms of the samples' contributions to a weighted sum, on the CPU: the norms by which clipping divides.
     fn sq_bounds(&self) -> Result<Vec<f64>> {
         let chain = self.factors.iter().map(Factor::chain).sum();
         let norms = self.norms()?;
         with_float!("sample_sq_norms", self.dtype(), |T| Ok(norms.iter().map(|n| n.bound::<T>(chain)).collect()))
     }
-    /// Norms and clipped sum in one pass, for a group whose other members' squared norms are already in `base`:
-    /// totalᵢ = baseᵢ + |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
+    /// Norms and clipped sum in one pass, for a clipping group whose other members' squared norms are already in `base`: totalᵢ = baseᵢ +
+    /// |gᵢ|², and Σᵢ clip(totalᵢ)·gᵢ. Returns the sum and the totals.
     pub fn clipped_sum(&self, base: &[f64], clip: &(dyn Fn(f64) -> f64 + Sync)) -> Result<(Array, Vec<f64>)> {
         if let Some(gpu) = self.gpu() {
             self.expect_base(base)?;
@@ -252,12 +252,11 @@ impl ParamGrad {
         }
         Ok(())
     }
-    /// The gradient in the form in which it is best kept until the samples' weights are known, and an upper bound on |gᵢ|² per
-    /// sample.
+    /// The gradient in the form in which it is best kept until the samples' weights are known, and an upper bound on |gᵢ|² per sample.
     ///
-    /// Where the per-sample gradients of a single use take no more memory than its operands, they are formed: the norms
-    /// need them anyway, and the weighted sum is then one pass over them instead of a second product. The same is done for a
-    /// parameter that is used many times.
+    /// If the per-sample gradients of a single use take no more memory than its operands, they are formed: the norms need them anyway, and
+    /// the weighted sum is then one pass over them instead of a second product. The same is done for a parameter that is used several
+    /// times.
     pub(crate) fn kept(self) -> Result<(ParamGrad, Vec<f64>)> {
         let formed = self.samples * self.numel() * self.dtype().size();
         let single = self.factors.len() == 1;
@@ -286,7 +285,7 @@ impl ParamGrad {
         let norms = kept.sq_bounds()?;
         Ok((kept, norms))
     }
-    /// Every sample's gradient: `[B, shape…]`. Costs B times the parameter's memory.
+    /// Every sample's gradient: `[B, shape…]`. Takes B times the parameter's memory.
     pub fn per_sample(&self) -> Result<Array> {
         self.expect_samples()?;
         let shape: Vec<usize> = std::iter::once(self.samples).chain(self.param.shape().iter().copied()).collect();
@@ -308,8 +307,8 @@ impl ParamGrad {
         })?;
         Ok(out)
     }
-    /// ⟨gᵢ, g′ⱼ⟩ for every sample i of this batch and j of `other`'s (the same parameter): `[B, B′]` f64, without
-    /// forming a gradient. Influence and data attribution.
+    /// ⟨gᵢ, g′ⱼ⟩ for every sample i of this batch and j of `other`'s (the same parameter): `[B, B′]` f64, without forming a gradient.
+    /// Influence functions and data attribution use it.
     pub fn gram(&self, other: &ParamGrad) -> Result<Array> {
         if self.param != other.param {
             return Err(Error::invalid("gram", format!("{} against {}", self.param.name(), other.param.name())));

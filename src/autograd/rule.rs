@@ -1,4 +1,4 @@
-//! Backward rules, and what they return.
+//! Backward rules and the gradients they return.
 
 use super::{Factor, Owner, Param, Whose};
 use crate::array::Array;
@@ -6,19 +6,20 @@ use crate::autograd::{Case, Gen};
 use crate::base::Result;
 use smallvec::{SmallVec, smallvec};
 
-/// The backward rule of one recorded operation, with the operands it saved.
+/// The backward rule of one recorded operation, together with the operands it saved.
 ///
-/// Rules compute on [`Array`]s, so a backward pass never builds a graph. They return gradients through [`Cotangents`]; only
-/// the engine adds gradients up.
+/// Rules compute on [`Array`]s, so a backward pass never builds a graph. They return gradients through [`Cotangents`]; only the autograd
+/// engine accumulates gradients.
 pub trait Rule: Send + Sync + 'static {
-    /// The operation's entry in the registry; its name appears in errors.
+    /// The operation's entry in the registry; its name appears in error messages.
     fn info(&self) -> &'static OpInfo;
-    /// Given the gradient of the output, hands over the gradient of each input that needs one and the factor of each
-    /// trainable parameter.
+    /// Given the gradient of the output, returns through `back` the gradient of each input that needs one and the factor of each trainable
+    /// parameter.
     fn backward(&self, grad: Array, back: &mut Cotangents) -> Result<()>;
-    /// Whose each element of each input has to be for the output to be whose `output` says: by this samples are followed from their
-    /// losses to the parameters, and an operation that mixes them is refused in a private step. Without it samples are not followed
-    /// past this operation, and only the numeric check of a private step's first batch can see what it does.
+    /// The owners (samples) that the elements of each input must have if those of the output have the owners in `output`. With this
+    /// information samples are followed from their losses to the parameters, and an operation that mixes them is refused in a private step.
+    /// Without it samples are not followed past this operation, and only the numeric check in the first batch of a private step can detect
+    /// mixing.
     fn owners(&self, _output: &Whose) -> SmallVec<[Owner; 3]> {
         SmallVec::new()
     }
@@ -36,17 +37,17 @@ impl Cotangents {
         let n = wanted.len();
         Cotangents { wanted, inputs: smallvec![None; n], factors: SmallVec::new() }
     }
-    /// Whether input `i` needs a gradient; skip the work otherwise.
+    /// Whether input `i` needs a gradient; if not, skip its computation.
     pub fn needs(&self, i: usize) -> bool {
         self.wanted.get(i).copied().unwrap_or(false)
     }
-    /// Hands over the gradient of input `i`, in the shape and dtype of that input.
+    /// Delivers the gradient of input `i`, in the shape and dtype of that input.
     pub fn input(&mut self, i: usize, grad: Array) {
         if let Some(slot) = self.inputs.get_mut(i) {
             *slot = Some(grad);
         }
     }
-    /// Hands over one use's factor of a parameter; dropped if the parameter is frozen.
+    /// Delivers the factor of one use of a parameter; it is dropped if the parameter is frozen.
     pub fn param(&mut self, param: &Param, factor: Factor) {
         if param.trainable() {
             self.factors.push((param.clone(), factor));
@@ -56,31 +57,31 @@ impl Cotangents {
 
 /// An operation's entry in the registry.
 pub struct OpInfo {
-    /// Name, as it appears in errors and profiles.
+    /// Name, used in errors and profiles.
     pub name: &'static str,
     /// Whether gradients flow through it.
     pub differentiable: Differentiable,
-    /// What its parameters' gradients look like.
+    /// The form of its parameters' gradients.
     pub factor: FactorRule,
-    /// Random cases for the checks: each call builds one.
+    /// Random cases for the checks; each call builds one.
     pub cases: &'static [fn(&mut Gen) -> Result<Case>],
 }
 
 /// Whether an operation has a backward rule.
 pub enum Differentiable {
-    /// It has one.
+    /// The operation has a backward rule.
     Yes,
-    /// It declares that it has none, and why.
+    /// The operation declares that it has none, and why.
     No(&'static str),
 }
 
 /// How the gradients of an operation's parameters are factored.
 pub enum FactorRule {
-    /// Names of the [`Factor`](crate::Factor) kinds it delivers.
+    /// Names of the [`Factor`](crate::Factor) kinds that it returns.
     Kinds(&'static [&'static str]),
-    /// It takes no parameters, and why none would help.
+    /// The operation has no parameters, and the reason.
     None(&'static str),
 }
 
-/// Reason used by operations on plain tensors.
+/// The reason given by operations on plain tensors.
 pub(crate) const NO_PARAMS: FactorRule = FactorRule::None("takes tensors only; parameters enter through factored ops");

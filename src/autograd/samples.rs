@@ -1,4 +1,4 @@
-//! Which rows belong to which sample.
+//! The map from rows to samples.
 
 use crate::array::Array;
 use crate::base::{Error, Result};
@@ -7,8 +7,8 @@ use crate::device::cuda::Gpu;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// Maps rows to samples. A *sample* is the unit whose gradient is told apart: a sequence, an image, a table, all
-/// records of one user. Layers see rows; this says whose they are.
+/// Maps rows to samples. A *sample* is the unit whose gradient is kept apart: a sequence, an image, a table, or all records of one user.
+/// Layers see only rows; this map says to which sample each row belongs.
 ///
 /// ```
 /// use prismgrad::Samples;
@@ -25,11 +25,11 @@ pub enum Samples {
         /// Rows of each.
         each: usize,
     },
-    /// Any number of rows each, in any order.
+    /// Any number of rows per sample, in any order.
     Ragged(Arc<Ragged>),
 }
 
-/// Owner of each row, and the rows sorted by owner. Maps that were made on a GPU stay there until the host asks for them.
+/// The owner of each row, and the rows sorted by owner. A map that was made on a GPU stays there until the host reads it.
 #[derive(Debug)]
 pub struct Ragged {
     count: usize,
@@ -41,7 +41,7 @@ pub struct Ragged {
 #[derive(Debug)]
 struct Host {
     owner: Vec<u32>,
-    /// Rows sorted by owner, each owner's in ascending order; `None` if they are sorted already.
+    /// Rows sorted by owner, ascending within each owner; `None` if the rows are sorted already.
     order: Option<Vec<u32>>,
     offsets: Vec<usize>,
 }
@@ -52,9 +52,9 @@ impl Ragged {
         let host = OnceLock::from(Host { owner, order, offsets });
         Samples::Ragged(Arc::new(Ragged { count, rows, host, on_gpu: Mutex::default() }))
     }
-    /// On the host: read from a GPU, which waits for it, where the map was made there.
+    /// The map on the host. If it was made on a GPU, it is read back, which waits for the GPU.
     ///
-    /// Panics where that reading fails, as [`Array::to_f64`] does.
+    /// Panics if that read fails, as [`Array::to_f64`] does.
     fn host(&self) -> &Host {
         self.host.get_or_init(|| {
             let slot = self.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
@@ -84,8 +84,8 @@ impl Samples {
             offsets.windows(2).enumerate().flat_map(|(i, w)| std::iter::repeat_n(i as u32, w[1] - w[0])).collect();
         Ok(Ragged::from_host(offsets.len() - 1, owner, None, offsets.to_vec()))
     }
-    /// Row `r` belongs to sample `owner[r]`, of `count` samples in all. Rows may come in any order (routed tokens,
-    /// several records of one user); samples may own none.
+    /// Row `r` belongs to sample `owner[r]`, one of `count` samples. Rows may come in any order (routed tokens, several records of one
+    /// user), and a sample may have none.
     pub fn owners(owner: Vec<u32>, count: usize) -> Result<Samples> {
         if let Some(bad) = owner.iter().find(|&&o| o as usize >= count) {
             return Err(Error::invalid("Samples::owners", format!("owner {bad} of only {count} samples")));
@@ -104,13 +104,13 @@ impl Samples {
         });
         Ok(Ragged::from_host(count, owner, order, offsets))
     }
-    /// A map of `rows` rows that was made on a GPU. Nothing is read back for it.
+    /// A map of `rows` rows that was made on a GPU; nothing is read back.
     pub(crate) fn of_gpu(gpu: &Arc<Gpu>, rows: usize, owners: Owners) -> Samples {
         let (count, on_gpu) = (owners.count, Mutex::new(Some((gpu.ordinal(), owners))));
         Samples::Ragged(Arc::new(Ragged { count, rows, host: OnceLock::new(), on_gpu }))
     }
-    /// Dimension 0 is the sample axis; the dimensions before the last `row_dims` count rows.
-    /// `[B, T, d]` with one row dimension is `B` samples of `T` rows.
+    /// The map of a tensor whose dimension 0 is the sample axis and whose dimensions before the last `row_dims` count rows: `[B, T, d]`
+    /// with `row_dims` = 1 is `B` samples of `T` rows.
     pub fn leading(shape: &[usize], row_dims: usize) -> Samples {
         let lead = &shape[..shape.len().saturating_sub(row_dims)];
         match lead.split_first() {
@@ -125,7 +125,7 @@ impl Samples {
             Samples::Ragged(r) => r.count,
         }
     }
-    /// Number of rows in all.
+    /// Total number of rows.
     pub fn rows(&self) -> usize {
         match self {
             Samples::Uniform { count, each } => count * each,
@@ -155,7 +155,7 @@ impl Samples {
             Samples::Ragged(r) => r.host.get().is_some(),
         }
     }
-    /// Whether both are one map. Maps on a GPU are compared by handle alone.
+    /// Whether both are the same map. Maps on a GPU are compared by handle only.
     pub(crate) fn is_same(&self, other: &Samples) -> bool {
         match (self, other) {
             (Samples::Uniform { count: a, each: b }, Samples::Uniform { count: c, each: d }) => (a, b) == (c, d),
@@ -163,14 +163,14 @@ impl Samples {
             (a, b) => a.rows() == b.rows() && a.is_on_host() && b.is_on_host() && a.owner_ids() == b.owner_ids(),
         }
     }
-    /// Every sample's rows are consecutive: [`Samples::range`] works.
+    /// Whether every sample's rows are consecutive, so that [`Samples::range`] gives rows.
     pub fn is_sorted(&self) -> bool {
         match self {
             Samples::Uniform { .. } => true,
             Samples::Ragged(r) => r.host().order.is_none(),
         }
     }
-    /// Places of sample `i` in [`Samples::order`]; its very rows if the samples are sorted.
+    /// Positions of sample `i` in [`Samples::order`]; these are the rows themselves if the samples are sorted.
     pub fn range(&self, i: usize) -> Range<usize> {
         match self {
             Samples::Uniform { each, .. } => i * each..(i + 1) * each,
@@ -184,7 +184,7 @@ impl Samples {
             Samples::Ragged(r) => r.host().order.as_deref(),
         }
     }
-    /// The map in a GPU's memory, copied there once.
+    /// The map in a GPU's memory; it is copied there once.
     pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<Owners> {
         let r = match self {
             Samples::Uniform { count, each } => {
@@ -201,7 +201,7 @@ impl Samples {
         }
         let device = Device::Cuda(gpu.clone());
         let there = match &*slot {
-            // On another GPU.
+            // The stored copy is on another GPU.
             Some((_, there)) => there.clone(),
             None => {
                 let (host, ids) = (r.host(), |v: &[u32]| Array::from_slice(v, &[v.len()]));
@@ -221,7 +221,7 @@ impl Samples {
         *slot = Some((gpu.ordinal(), owners.clone()));
         Ok(owners)
     }
-    /// Each row becomes `k` consecutive rows of the same sample (attention heads, unfolded pixels).
+    /// The map in which each row becomes `k` consecutive rows of the same sample (attention heads, unfolded pixels).
     pub fn repeat_rows(&self, k: usize) -> Result<Samples> {
         match self {
             Samples::Uniform { count, each } => Ok(Samples::uniform(*count, each * k)),
@@ -231,7 +231,7 @@ impl Samples {
             }
         }
     }
-    /// The map of rows taken by index: new row `j` is old row `rows[j]` (dispatch to experts, gathered nodes).
+    /// The map of gathered rows: new row `j` is old row `rows[j]` (dispatch to experts, gathered nodes).
     pub fn select(&self, rows: &[u32]) -> Result<Samples> {
         let n = self.rows();
         if let Some(bad) = rows.iter().find(|&&r| r as usize >= n) {
@@ -239,7 +239,7 @@ impl Samples {
         }
         Samples::owners(rows.iter().map(|&r| self.owner(r as usize) as u32).collect(), self.count())
     }
-    /// The map of two row blocks laid one after the other (a parameter used twice).
+    /// The map of two blocks of rows in sequence (a parameter used twice).
     pub fn concat(&self, other: &Samples) -> Result<Samples> {
         let mut owner = self.owner_ids();
         owner.extend(other.owner_ids());
@@ -247,7 +247,7 @@ impl Samples {
     }
 }
 
-/// A map from rows to samples in a GPU's memory, as the kernels take it.
+/// A map from rows to samples in a GPU's memory, in the form that kernels take.
 #[derive(Clone, Debug)]
 pub(crate) struct Owners {
     /// Rows of each sample where they are uniform; 0 otherwise.
@@ -260,6 +260,6 @@ pub(crate) struct Owners {
     pub owner: Option<Array>,
     /// `[count + 1]` i64; `None` where uniform.
     pub offsets: Option<Array>,
-    /// `[rows]` u32, rows by sample; `None` where they lie that way already.
+    /// `[rows]` u32, rows sorted by sample; `None` if they are sorted already.
     pub order: Option<Array>,
 }

@@ -1,4 +1,4 @@
-//! Runs of rows of any length, and rows in groups.
+//! Segments of consecutive rows of any length, and rows in groups.
 
 use super::Samples;
 use crate::array::Array;
@@ -11,7 +11,7 @@ use crate::kernels::rows;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// Consecutive rows in segments: segment s is rows `offsets[s]..offsets[s + 1]`. Checked once; clones are handles.
+/// Consecutive rows in segments: segment s is rows `offsets[s]..offsets[s + 1]`. The offsets are validated once; clones are handles.
 ///
 /// ```
 /// use prismgrad::ops::segment::Segments;
@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 /// assert!(Segments::new(&[0, 3, 2]).is_err());
 /// ```
 ///
-/// Segments that were made from ids on a GPU ([`Segments::of_sorted_ids`]) stay there: ops on that GPU read nothing back.
+/// Segments that were made from ids on a GPU ([`Segments::of_sorted_ids`]) stay there: ops on that GPU read nothing back to the host.
 #[derive(Clone, Debug)]
 pub struct Segments(Arc<Inner>);
 
@@ -62,7 +62,7 @@ impl Segments {
         let host = OnceLock::from(Host { offsets, ids: Arc::new(ids) });
         Segments(Arc::new(Inner { count, rows, host, on_gpu: Mutex::default() }))
     }
-    /// From offsets `[S + 1]`, which begin with 0 and never fall.
+    /// Segments from offsets `[S + 1]`, which start with 0 and never decrease.
     pub fn new(offsets: &[usize]) -> Result<Segments> {
         if offsets.first() != Some(&0) {
             return Err(Error::invalid("segments", format!("offsets must begin with 0, got {:?}", offsets.first())));
@@ -75,7 +75,7 @@ impl Segments {
         }
         Ok(Segments::from_host(offsets.to_vec()))
     }
-    /// From the number of rows of each segment.
+    /// Segments from the number of rows of each.
     pub fn lengths(lengths: &[usize]) -> Segments {
         let ends = lengths.iter().scan(0, |at, &n| {
             *at += n;
@@ -83,9 +83,9 @@ impl Segments {
         });
         Segments::from_host(std::iter::once(0).chain(ends).collect())
     }
-    /// From the segment of each row, `ids [N]` (u32) in rising order and below `count`. Ids on a GPU stay there: the offsets
-    /// are found by a kernel, and nothing waits for it. One that is not below `count` is read as 0, and is an error when the host
-    /// next reads something; their order is not checked there.
+    /// Segments from the segment of each row, `ids [N]` (u32) in ascending order and below `count`. Ids on a GPU stay there: a kernel
+    /// computes the offsets, and nothing waits for it. There, an id that is not below `count` is replaced by 0 and reported as an error
+    /// when the host next reads from the device; the order of the ids is not checked.
     pub fn of_sorted_ids(ids: &Array, count: usize) -> Result<Segments> {
         if ids.rank() != 1 || ids.dtype() != DType::U32 {
             let message = format!("the segment of each row must be [N] u32, got {:?} {}", ids.shape(), ids.dtype());
@@ -104,7 +104,7 @@ impl Segments {
         ids.iter().for_each(|&id| lengths[id as usize] += 1);
         Ok(Segments::lengths(&lengths))
     }
-    /// From the segment of each row on a GPU, sorted and below `count`.
+    /// Segments from the segment of each row on a GPU, sorted and below `count`.
     pub(crate) fn of_sorted_on(gpu: &Arc<Gpu>, owner: Array, count: usize) -> Result<Segments> {
         let (rows, offsets) = (owner.numel(), rows::cuda::run_starts(gpu, &owner, count)?);
         let on_gpu = Mutex::new(Some(SegmentsOnGpu { offsets, owner }));
@@ -114,7 +114,7 @@ impl Segments {
     pub fn uniform(count: usize, each: usize) -> Segments {
         Segments::lengths(&vec![each; count])
     }
-    /// The segments in a GPU's memory, copied there once.
+    /// The segments in a GPU's memory; they are copied there once.
     pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<SegmentsOnGpu> {
         let mut slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(there) = &*slot
@@ -123,7 +123,7 @@ impl Segments {
             return Ok(there.clone());
         }
         let host = match &*slot {
-            // On another GPU.
+            // The stored copy is on another GPU.
             Some(there) => SegmentsOnGpu { offsets: there.offsets.clone(), owner: there.owner.clone() },
             None => {
                 let host = self.host();
@@ -138,8 +138,8 @@ impl Segments {
         *slot = Some(there.clone());
         Ok(there)
     }
-    /// The segments on the CPU. Those that were made on a GPU are read back at the first call, which waits for it; should the
-    /// GPU fail, there is no way to go on, and the program ends with its message.
+    /// The segments on the CPU. Those that were made on a GPU are read back at the first call, which waits for it. This function cannot
+    /// return an error, so if the GPU fails it panics with the GPU's message.
     fn host(&self) -> &Host {
         self.0.host.get_or_init(|| {
             let slot = self.0.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
@@ -151,7 +151,7 @@ impl Segments {
             read().unwrap_or_else(|e| panic!("{e}"))
         })
     }
-    /// The segment of each row, if the host knows it without waiting for a GPU.
+    /// The segment of each row, if it is available on the host without waiting for a GPU.
     pub(crate) fn known_ids(&self) -> Option<&[u32]> {
         self.0.host.get().map(|h| &h.ids[..])
     }
@@ -159,7 +159,7 @@ impl Segments {
     pub fn count(&self) -> usize {
         self.0.count
     }
-    /// Number of rows in all.
+    /// Total number of rows.
     pub fn rows(&self) -> usize {
         self.0.rows
     }
@@ -176,12 +176,12 @@ impl Segments {
     pub fn ids(&self) -> &Arc<Vec<u32>> {
         &self.host().ids
     }
-    /// The map in which each segment is a sample.
+    /// The sample map in which each segment is a sample.
     pub fn samples(&self) -> Samples {
-        // The offsets were checked when they came in.
+        // The offsets were validated at construction.
         Samples::ragged(self.offsets()).unwrap_or_else(|_| Samples::uniform(0, 0))
     }
-    /// The row map of samples that own whole segments: `samples` maps segments, the result rows.
+    /// The row map of samples that consist of whole segments: `samples` maps segments to samples, the result maps rows.
     pub fn rows_of(&self, samples: &Samples) -> Result<Samples> {
         if samples.rows() != self.count() {
             return Err(Error::shape(
@@ -197,12 +197,12 @@ impl Segments {
         }
         Err(Error::shape(op, format!("the offsets cover {} rows, the input has {rows}", self.rows())))
     }
-    /// Segments of one parallel piece: about [`GRAIN`] elements of rows of `width`.
+    /// Number of segments in one parallel piece: about [`GRAIN`] elements of rows of `width`.
     pub(crate) fn grain(&self, width: usize) -> usize {
         let rows = (self.rows() / self.count().max(1)).max(1);
         (GRAIN / (rows * width.max(1))).max(1)
     }
-    /// Runs `f(segment, its rows of `out`)` for every segment, in parallel pieces; `out` has a row of `width` for each row.
+    /// Runs `f(segment, its rows of out)` for every segment, in parallel pieces; `out` has `width` elements for each row.
     pub(crate) fn par_rows<T: Send>(&self, out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
         let (offsets, out) = (self.offsets(), Shared::new(out));
         par_chunks(self.count(), self.grain(width), |segments| {
@@ -214,11 +214,11 @@ impl Segments {
     }
 }
 
-/// Rows in groups, in any order: which block of a grouped parameter each row belongs to. Clones are handles.
+/// Rows in groups, in any order: the block of a grouped parameter to which each row belongs. Clones are handles.
 #[derive(Clone, Debug)]
 pub struct Groups {
     segments: Segments,
-    /// Where the rows of a group do not lie together.
+    /// Set if the rows of a group are not consecutive.
     scattered: Option<Arc<Scattered>>,
 }
 
@@ -228,16 +228,16 @@ struct Scattered {
     ids: Arc<Vec<u32>>,
     /// Rows sorted by group.
     order: Vec<u32>,
-    /// Both in a GPU's memory.
+    /// Both, in a GPU's memory.
     on_gpu: Mutex<Option<(Array, Array)>>,
 }
 
 impl Groups {
-    /// The rows of segment e are those of group e.
+    /// Groups in which the rows of segment e are those of group e.
     pub fn of_segments(segments: &Segments) -> Groups {
         Groups { segments: segments.clone(), scattered: None }
     }
-    /// The group of each row, in any order, below `count`.
+    /// Groups from the group of each row, in any order, below `count`.
     pub fn of_ids(ids: Vec<u32>, count: usize) -> Result<Groups> {
         if let Some(bad) = ids.iter().find(|&&e| e as usize >= count) {
             return Err(Error::invalid("groups", format!("group {bad} of only {count}")));
@@ -268,16 +268,16 @@ impl Groups {
     pub fn ids(&self) -> &Arc<Vec<u32>> {
         self.scattered.as_ref().map_or_else(|| self.segments.ids(), |s| &s.ids)
     }
-    /// Whether the rows of every group lie together, and the groups in order.
+    /// Whether the rows of every group are consecutive, and the groups in order.
     pub(crate) fn is_sorted(&self) -> bool {
         self.scattered.is_none()
     }
-    /// Whether [`Groups::ids`] need not wait for a GPU.
+    /// Whether [`Groups::ids`] can return without waiting for a GPU.
     pub(crate) fn is_on_host(&self) -> bool {
         self.segments.0.host.get().is_some()
     }
-    /// In a GPU's memory: the group of every row `[N]`, the first of the sorted rows of each group `[count + 1]` i64, and the
-    /// sorted rows `[N]` where they are not in place already.
+    /// The groups in a GPU's memory: the group of every row `[N]`, the start of each group among the sorted rows `[count + 1]` i64, and the
+    /// sorted rows `[N]` if they are not in order already.
     pub(crate) fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<(Array, Array, Option<Array>)> {
         let there = self.segments.on_gpu(gpu)?;
         let Some(scattered) = &self.scattered else { return Ok((there.owner, there.offsets, None)) };
@@ -292,7 +292,7 @@ impl Groups {
         *slot = Some((ids.clone(), order.clone()));
         Ok((ids, there.offsets, Some(order)))
     }
-    /// The groups of rows taken by index: new row j is old row `rows[j]`.
+    /// The groups of gathered rows: new row j is old row `rows[j]`.
     pub(crate) fn select(&self, rows: &[u32]) -> Result<Groups> {
         let ids = self.ids();
         Groups::of_ids(rows.iter().map(|&r| ids[r as usize]).collect(), self.count())

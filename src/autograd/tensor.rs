@@ -1,4 +1,4 @@
-//! [`Tensor`]: an array and the history that leads back from it.
+//! [`Tensor`]: an array together with its autograd history.
 
 use super::rule::Rule;
 use super::{Param, Samples};
@@ -17,19 +17,19 @@ static NEXT: AtomicU64 = AtomicU64::new(1);
 
 thread_local! {
     static RECORDING: Cell<bool> = const { Cell::new(true) };
-    /// Operations recorded so far.
+    /// Number of operations recorded so far.
     static RECORDED: Cell<u64> = const { Cell::new(0) };
     static SOUGHT: Sought = const { Sought { place: Cell::new(u64::MAX), line: RefCell::new(None) } };
 }
 
-/// The operation whose line in the program is looked for.
+/// The operation whose source line is being searched.
 struct Sought {
     place: Cell<u64>,
     line: RefCell<Option<String>>,
 }
 
 impl Sought {
-    /// Takes the line down if this is the operation that is looked for.
+    /// Stores the source line if this is the searched operation.
     fn find(&self) {
         if self.place.get() == RECORDED.with(Cell::get) {
             *self.line.borrow_mut() = caller(&Backtrace::force_capture().to_string());
@@ -37,18 +37,18 @@ impl Sought {
     }
 }
 
-/// File and line of the innermost function outside of this crate and the libraries, where the program has them.
+/// File and line of the innermost function outside of this crate and its dependencies, if the program has line numbers.
 fn caller(backtrace: &str) -> Option<String> {
     let own = file!().strip_suffix("autograd/tensor.rs")?;
     let paths = backtrace.lines().filter_map(|l| l.trim().strip_prefix("at ")).map(|at| at.trim_start_matches("./"));
     let mut outside =
         paths.filter(|at| !at.starts_with(own) && !at.contains("/rustc/") && !at.contains("/registry/src/"));
-    // Without the column.
+    // The column is removed.
     outside.next().map(|at| at.rsplit_once(':').map_or(at, |(line, _)| line).to_string())
 }
 
-/// Runs `f` once more and says in which line of the caller's program the operation was recorded before which `f` records `after`
-/// others on this thread. `None` where the program was built without line numbers.
+/// Runs `f` once more and returns the line of the caller's program that recorded a certain operation: the one before which `f` records
+/// `after` others on this thread. `None` if the program was built without line numbers.
 pub(crate) fn line_of<R>(after: u64, f: impl FnOnce() -> R) -> Option<String> {
     SOUGHT.with(|s| s.place.set(RECORDED.with(Cell::get) + after));
     f();
@@ -63,9 +63,9 @@ pub(crate) fn recorded() -> u64 {
     RECORDED.with(Cell::get)
 }
 
-/// An [`Array`] with the history needed to differentiate it. Cheap to clone.
+/// An [`Array`] with the history that is needed to differentiate it. Cloning it is cheap.
 ///
-/// The history holds only what backward rules saved: an activation that no rule saved is freed when its last handle goes.
+/// The history holds only what the backward rules saved: an activation that no rule saved is freed when its last handle is dropped.
 #[derive(Clone)]
 pub struct Tensor {
     value: Array,
@@ -78,19 +78,19 @@ pub(crate) struct Node {
     pub id: u64,
     pub parents: SmallVec<[Option<Arc<Node>>; 3]>,
     pub params: SmallVec<[Param; 2]>,
-    /// `None` for leaves, and after a backward pass that did not keep the graph.
+    /// `None` for leaves, and after a backward pass that did not retain the graph.
     pub rule: Mutex<Option<Arc<dyn Rule>>>,
     pub leaf: bool,
-    /// Where the value is, and where its gradient goes.
+    /// The device of the value, and of its gradient.
     pub device: Device,
     /// The value's shape.
     pub shape: Dims,
-    /// Number of operations that this thread had recorded before.
+    /// Number of operations that this thread had recorded before this one.
     pub place: u64,
 }
 
 impl Drop for Node {
-    /// Takes long chains apart in a loop: a graph of any depth is dropped without recursion.
+    /// Dismantles long chains in a loop, so that a graph of any depth is dropped without recursion.
     fn drop(&mut self) {
         let mut todo: Vec<Arc<Node>> = self.parents.drain(..).flatten().collect();
         while let Some(node) = todo.pop() {
@@ -101,7 +101,7 @@ impl Drop for Node {
     }
 }
 
-/// Runs `f` without recording: nothing inside is differentiable, nothing is saved.
+/// Runs `f` without recording history: nothing inside is differentiable, and nothing is saved for backward.
 pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
@@ -113,17 +113,17 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Whether operations are recorded here: not inside [`no_grad`].
+/// Whether operations are recorded on this thread; false inside [`no_grad`].
 pub(crate) fn is_recording() -> bool {
     RECORDING.with(|r| r.get())
 }
 
 impl Tensor {
-    /// A tensor without history: data, labels, masks.
+    /// A tensor without history, for data, labels and masks.
     pub fn new(value: Array) -> Tensor {
         Tensor { value, node: None }
     }
-    /// A tensor whose gradient is wanted; read it from [`Gradients::of`](crate::Gradients::of) after backward.
+    /// A tensor that requires a gradient; read it from [`Gradients::of`](crate::Gradients::of) after backward.
     pub fn leaf(value: Array) -> Tensor {
         let node = Node {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -169,7 +169,7 @@ impl Tensor {
     pub fn array(&self) -> &Array {
         &self.value
     }
-    /// The data, giving up the history.
+    /// The data; the history is dropped.
     pub fn into_array(self) -> Array {
         self.value
     }
@@ -193,11 +193,11 @@ impl Tensor {
     pub fn rank(&self) -> usize {
         self.value.rank()
     }
-    /// Whether backward can reach something through this tensor.
+    /// Whether this tensor has a history through which backward can reach a leaf or parameter.
     pub fn requires_grad(&self) -> bool {
         self.node.is_some()
     }
-    /// The device it is on.
+    /// The device that holds the tensor.
     pub fn device(&self) -> Device {
         self.value.device()
     }
@@ -205,7 +205,7 @@ impl Tensor {
     pub fn to(&self, device: &Device) -> Result<Tensor> {
         Ok(Tensor::new(self.value.to(device)?))
     }
-    /// The one element as f64.
+    /// The value of a tensor with one element, as f64.
     pub fn item(&self) -> Result<f64> {
         self.value.item()
     }
@@ -213,16 +213,16 @@ impl Tensor {
         self.node.as_ref()
     }
 
-    /// Whether [`Tensor::record`] would record an operation on these.
+    /// Whether [`Tensor::record`] would record an operation with these parents and parameters.
     pub fn would_record(parents: &[&Tensor], params: &[&Param]) -> bool {
         RECORDING.with(|r| r.get())
             && (parents.iter().any(|p| p.node.is_some()) || params.iter().any(|p| p.trainable()))
     }
-    /// Records an operation: `value` was computed from `parents` and `params`, and `rule` leads back. The rule (and
-    /// with it whatever it saves) is only built if a gradient can be asked for. This is how every op of the crate,
-    /// and every op of a user, enters the history.
+    /// Records an operation: `value` was computed from `parents` and `params`, and `rule` is its backward rule. The rule (and with it
+    /// whatever it saves) is only built if a gradient can be requested. Every op of the crate, and every custom op, enters the history
+    /// through this function.
     ///
-    /// List a parameter once per use, in the order in which the rule hands over its factors.
+    /// List a parameter once per use, in the order in which the rule returns its factors.
     pub fn record<R: Rule>(value: Array, parents: &[&Tensor], params: &[&Param], rule: impl FnOnce() -> R) -> Tensor {
         if !Tensor::would_record(parents, params) {
             return Tensor::new(value);
@@ -260,7 +260,7 @@ impl From<Array> for Tensor {
     }
 }
 
-/// The rows of `x`'s leading dimensions as samples, unless the caller says otherwise.
+/// The leading dimensions of `x` as rows of samples, unless the caller gives `samples`.
 pub(crate) fn samples_or_leading(samples: Option<&Samples>, shape: &[usize], row_dims: usize) -> Samples {
     samples.cloned().unwrap_or_else(|| Samples::leading(shape, row_dims))
 }

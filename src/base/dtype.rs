@@ -5,11 +5,11 @@ use crate::base::{Error, Result};
 use half::{bf16, f16};
 use std::fmt;
 
-/// Element type of an [`Array`](crate::Array). Known at run time; never a type parameter.
+/// Element type of an [`Array`](crate::Array). It is a value at run time, never a type parameter.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DType {
-    /// 32-bit float: the default, and the type of norms, sums and noise.
+    /// 32-bit float: the default, and the type in which norms, sums and noise are computed.
     F32,
     /// bfloat16; computed in f32, stored rounded to nearest even.
     BF16,
@@ -74,7 +74,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// The bf16 nearest to `x`, ties to even; a NaN stays one. Branch-free, so that loops over it are vectorised.
+/// The bf16 nearest to `x`, with ties to even; a NaN stays a NaN. The code is branch-free, so that loops over it are vectorised.
 #[inline(always)]
 pub(crate) fn to_bf16(x: f32) -> bf16 {
     let b = x.to_bits();
@@ -83,7 +83,7 @@ pub(crate) fn to_bf16(x: f32) -> bf16 {
     bf16::from_bits(if b & 0x7fff_ffff > 0x7f80_0000 { nan } else { near } as u16)
 }
 
-/// The same number in f32.
+/// The same number in f32; the conversion is exact.
 #[inline(always)]
 pub(crate) fn of_bf16(x: bf16) -> f32 {
     f32::from_bits((x.to_bits() as u32) << 16)
@@ -95,15 +95,15 @@ pub trait Element: bytemuck::Pod + Send + Sync + PartialOrd + fmt::Debug + Defau
     const DTYPE: DType;
     /// Nearest value of this type (integers: truncated and saturated).
     fn from_f64(v: f64) -> Self;
-    /// Value as f64 (exact but for i64 beyond 2^53).
+    /// Value as f64 (exact, except for i64 values beyond 2^53).
     fn to_f64(self) -> f64;
 }
 
-/// An element that loops on the CPU read and write, with the float they compute in.
+/// An element type that CPU loops read and write directly, together with the float type in which they compute.
 pub trait Computed: Element {
-    /// f32 for bf16, else the element itself.
+    /// The type of the computation: f32 for bf16, otherwise the element type itself.
     type Wide: Float;
-    /// The same number.
+    /// The same number in [`Computed::Wide`].
     fn wide(self) -> Self::Wide;
     /// The nearest element, ties to even.
     fn rounded(x: Self::Wide) -> Self;
@@ -149,7 +149,7 @@ element! {
     u8, U8, |v| v as u8, |s| s as f64;
 }
 
-/// A type arithmetic is done in: f32 or f64.
+/// A type in which arithmetic is done: f32 or f64.
 pub trait Float:
     Element
     + std::ops::Add<Output = Self>
@@ -313,8 +313,8 @@ macro_rules! float {
 float!(f32, math32);
 float!(f64, math64);
 
-/// Runs the body with `$t` bound to the Rust type of a compute dtype (f32 or f64); the halves must have been cast.
-/// The body is a [`Result`](crate::Result); any other dtype is an error that names `$op`.
+/// Runs the body with `$t` bound to the Rust type of a compute dtype (f32 or f64); 16-bit operands must have been cast before. The body
+/// returns a [`Result`](crate::Result); any other dtype is an error that names `$op`.
 #[macro_export]
 macro_rules! with_float {
     ($op:expr, $dtype:expr, |$t:ident| $body:expr) => {
@@ -335,7 +335,7 @@ macro_rules! with_float {
     };
 }
 
-/// Runs the body with `$t` bound to f32, f64 or bf16: what loops on the CPU read and write, [`Computed`](crate::base::Computed).
+/// Runs the body with `$t` bound to f32, f64 or bf16, the types that CPU loops read and write: [`Computed`](crate::base::Computed).
 #[macro_export]
 #[doc(hidden)]
 macro_rules! with_computed {

@@ -1,6 +1,6 @@
 //! One error type for the whole crate.
 //!
-//! Every message names the operation, what it was given, and what to do about it. User input never panics.
+//! Every message names the operation, what it was given, and how to correct it. Invalid input from the user gives an error, never a panic.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, in which operation, and what to do.
+/// Describes which operation failed, why, and what to do about it.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -16,24 +16,24 @@ pub enum Error {
     Shape {
         /// Operation or function.
         op: &'static str,
-        /// What was given and what was wanted.
+        /// What was given and what was expected.
         message: String,
     },
-    /// An element type the operation does not take.
+    /// An element type that the operation does not accept.
     DType {
         /// Operation or function.
         op: &'static str,
-        /// What was given and what was wanted.
+        /// What was given and what was expected.
         message: String,
     },
     /// An argument outside its domain.
     Invalid {
         /// Operation or function.
         op: &'static str,
-        /// What was given and what was wanted.
+        /// What was given and what was expected.
         message: String,
     },
-    /// A gradient was asked for where there is none.
+    /// A gradient was requested where there is none.
     Autograd {
         /// Operation or function.
         op: &'static str,
@@ -68,16 +68,16 @@ pub enum Error {
         /// The system's own error.
         source: std::io::Error,
     },
-    /// A file that is not what it should be.
+    /// A file whose contents do not have the expected format.
     Format {
         /// The file.
         path: PathBuf,
         /// What is wrong with it and what to do.
         message: String,
     },
-    /// The run was asked to stop (Ctrl-C); its state has been saved.
+    /// The run was interrupted (Ctrl-C); its state has been saved.
     Interrupted {
-        /// How to go on.
+        /// How to resume.
         message: String,
     },
 }

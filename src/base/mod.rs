@@ -1,5 +1,5 @@
-//! The ground of the crate: errors, element types, elementary functions, counter-based random bits, names. It imports
-//! nothing of the crate.
+//! The lowest layer of the crate: errors, element types, elementary functions, counter-based random bits, names. It imports no other module
+//! of the crate.
 
 pub mod dtype;
 mod error;

@@ -1,4 +1,4 @@
-//! Philox 4×32-10 (Salmon et al. 2011), for everything that is not privacy.
+//! Philox 4×32-10 (Salmon et al. 2011): the generator of all random numbers that are not part of a privacy mechanism.
 
 /// Ten rounds on a 128-bit counter under a 64-bit key.
 #[inline(always)]
@@ -32,8 +32,8 @@ pub fn uniform(seed: u64, stream: u64, index: u64) -> f64 {
     (bits(seed, stream, index) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Standard normal by Box and Muller; logarithm, sine and cosine are written out, so that every machine and every GPU
-/// (`cuda/random.cu`) has the same bits.
+/// Standard normal by the Box–Muller transform. Logarithm, sine and cosine are written out here, so that every machine and every GPU
+/// (`cuda/random.cu`) produces the same bits.
 pub fn normal(seed: u64, stream: u64, index: u64) -> f64 {
     let k = |i| bits(seed, stream, i) >> 11;
     let pair = index / 2;
@@ -46,18 +46,18 @@ pub fn normal(seed: u64, stream: u64, index: u64) -> f64 {
 /// ln u for u in (0, 1]: u = 2ᵉ·(1 + m) with 1 + m around 1, ln(1 + m) = 2·artanh(m / (2 + m)), twelve terms.
 fn ln_unit(u: f64) -> f64 {
     let bits = u.to_bits();
-    // Beside the bits of √½.
+    // The exponent of u relative to √½, from the bits of both.
     let e = bits.wrapping_sub(0x3fe6_a09e_667f_3bcd) as i64 >> 52;
     let m = f64::from_bits(bits.wrapping_sub((e as u64) << 52)) - 1.0;
     let s = m / (2.0 + m);
     let z = s * s;
     let p = (0..=10).rev().fold(1.0 / 23.0, |p, k| 1.0 / (2 * k + 1) as f64 + z * p);
     let e = e as f64;
-    // ln 2 in two parts, the first exact in 32 bits.
+    // ln 2 in two parts, of which the first is exact in 32 bits.
     e * 0.693_147_180_369_123_8 + (e * 1.908_214_929_270_587_7e-10 + 2.0 * s * p)
 }
 
-/// Sine and cosine of k/2⁵³ of a turn: to the nearest quarter, and the series on an eighth of a turn either side.
+/// Sine and cosine of k/2⁵³ of a turn: reduced to the nearest quarter turn, then a series on at most an eighth of a turn to either side.
 fn sin_cos_turn(k: u64) -> (f64, f64) {
     let q = (k + (1 << 50)) >> 51;
     let t = (k as i64 - (q << 51) as i64) as f64 * (std::f64::consts::TAU / (1u64 << 53) as f64);
@@ -74,13 +74,13 @@ fn sin_cos_turn(k: u64) -> (f64, f64) {
     (if q & 2 == 0 { a } else { -a }, if (q + 1) & 2 == 0 { d } else { -d })
 }
 
-/// Uniform in [0, 1) with 24 bits for dropout: one block serves four elements.
+/// Uniform in [0, 1) with 24 bits, for dropout: one Philox block serves four elements.
 #[inline(always)]
 pub fn dropout_uniform(seed: u64, index: u64) -> f32 {
     (block(seed, 0x6472_6f70, index / 4)[(index % 4) as usize] >> 8) as f32 / (1u32 << 24) as f32
 }
 
-/// A sequence of random numbers: shuffles, choices, text.
+/// A sequence of random numbers for shuffles, choices and sampled text.
 #[derive(Clone, Debug)]
 pub struct Rng {
     seed: u64,
@@ -88,7 +88,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// Same seed, same sequence.
+    /// A generator with this seed; equal seeds give equal sequences.
     pub fn new(seed: u64) -> Rng {
         Rng { seed, at: 0 }
     }

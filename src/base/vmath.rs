@@ -1,6 +1,6 @@
-//! Elementary functions. The f32 forms are branch-free and vectorise; the f64 forms are the library's, for checks.
+//! Elementary functions. The f32 forms are branch-free and vectorise; the f64 forms call the libraries and serve as references in checks.
 //!
-//! Multiply-adds are fused where the code says so and nowhere else, so a value has the same bits at every vector width.
+//! Multiply-adds are fused only where the code says so, so that a value has the same bits at every vector width.
 
 // Constants are written with the digits that define them.
 #![allow(clippy::excessive_precision)]
@@ -26,7 +26,7 @@ pub mod f32 {
     /// eˣ, within 2 ulp; 0 below −86.99, ∞ above 88.72.
     #[inline(always)]
     pub fn exp(x: f32) -> f32 {
-        // Both ends round to the result they stand for, and NaN passes through clamp and every step.
+        // Inputs outside the clamp give 0 or ∞, which are the correct results there; NaN passes through clamp and every later step.
         let c = x.clamp(-87.0, 89.0);
         let t = c.mul_add(std::f32::consts::LOG2_E, MAGIC);
         let n = t - MAGIC;
@@ -131,7 +131,7 @@ pub mod f32 {
     #[inline(always)]
     pub fn gelu_erf(x: f32) -> f32 {
         let positive = if x < 0.0 { 0.0 } else { x };
-        // Beyond, the tail is 0, and infinity must not meet it.
+        // Far from 0 the tail is 0, and 0·∞ would be NaN: the clamp keeps |x| finite.
         let near = if x < 100.0 { x } else { 100.0 };
         (-near.abs()).mul_add(normal_tail(near).1, positive)
     }
@@ -157,7 +157,7 @@ pub mod f32 {
     }
 }
 
-/// f64, exact to the last places.
+/// f64 forms, exact up to the last digits.
 pub mod f64 {
     /// eˣ.
     #[inline(always)]
@@ -212,7 +212,7 @@ pub mod f64 {
 mod tests {
     use super::{f32 as m, f64 as d};
 
-    /// A pair of forms, and the tolerated relative and absolute error.
+    /// The f32 and the f64 form of a function, and the tolerated relative and absolute error.
     type Row = (&'static str, fn(f32) -> f32, fn(f64) -> f64, f64, f64);
 
     #[test]

@@ -1,10 +1,10 @@
-//! One body, every device.
+//! Running one test body on every device.
 
 use crate::Device;
 
-/// Runs `body` on the CPU, and on the first GPU where one can be used. Built with the feature `emulator` it runs on the
-/// emulated device instead, with all checks on, under four schedules (in program order; two adverse ones; one that
-/// switches threads between accesses), unless `PRISMGRAD_ON_CARD=1` asks for the card.
+/// Runs `body` on the CPU, and on the first GPU if one can be used. In a build with the feature `emulator`, it runs on the emulated device
+/// instead of a GPU, with all checks on, under four schedules (one in program order, two adverse ones, and one that switches threads
+/// between accesses), unless `PRISMGRAD_ON_CARD=1` selects the GPU.
 pub fn on_every_device(body: impl Fn(&Device)) {
     body(&Device::Cpu);
     #[cfg(feature = "emulator")]
@@ -23,7 +23,7 @@ pub fn on_every_device(body: impl Fn(&Device)) {
     }
 }
 
-/// Tests whose bodies take a device and run on all of them: see [`check::on_every_device`](crate::check::on_every_device).
+/// Defines tests whose bodies take a device and run on all devices: see [`check::on_every_device`](crate::check::on_every_device).
 ///
 /// ```
 /// prismgrad::device_tests! {

@@ -1,11 +1,11 @@
-//! Backward rules against central differences.
+//! A check of backward rules against central differences.
 
 use super::{Case, Gen};
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
 use crate::{Gradients, Tensor};
 
-/// The worst disagreement found.
+/// The largest disagreement found.
 #[derive(Debug, Clone)]
 pub struct GradientReport {
     /// max over directions of |analytic − numeric| / (1 + |numeric|).
@@ -16,8 +16,9 @@ pub struct GradientReport {
 
 /// Compares backward with central differences along `directions` random directions per input and parameter, in f64.
 ///
-/// For output y = f(x), a random v shaped like y and a random direction u: backward's ⟨vᵀ∂f/∂x, u⟩ must equal
-/// the derivative of s ↦ ⟨v, f(x + su)⟩ at 0 by central differences of fourth order. Fails, naming the input, where the difference exceeds `tolerance`.
+/// For output y = f(x), a random v shaped like y and a random direction u, the backward pass's ⟨vᵀ∂f/∂x, u⟩ must equal the derivative of s
+/// ↦ ⟨v, f(x + su)⟩ at 0, computed by central differences of fourth order. Returns an error that names the input if the difference exceeds
+/// `tolerance`.
 pub fn gradients(case: &Case, seed: u64, directions: usize, tolerance: f64) -> Result<GradientReport> {
     let mut g = Gen::new(seed ^ 0x5eed);
     let leaves: Vec<Tensor> = case.inputs.iter().map(|a| Tensor::leaf(a.clone())).collect();
@@ -96,7 +97,7 @@ pub fn gradients(case: &Case, seed: u64, directions: usize, tolerance: f64) -> R
     Ok(report)
 }
 
-/// f′(0) from four points: the error falls with the fourth power of the step.
+/// f′(0) from four points: the error decreases with the fourth power of the step.
 fn derivative(f: impl Fn(f64) -> Result<f64>) -> Result<f64> {
     let h = 1e-4;
     let near = f(h)? - f(-h)?;

@@ -1,10 +1,10 @@
-//! Checks for users' own ops and models, and the ones this crate's tests run.
+//! Checks for custom ops and models, which this crate's own tests use as well.
 //!
-//! * [`gradients`]: backward rules against central differences in f64, in random directions.
-//! * [`per_sample`]: factored gradients against each sample's loss differentiated alone.
-//! * [`on_every_device`], and the macro [`device_tests`](crate::device_tests): a body run on the CPU, on the emulated CUDA
-//!   device under several schedules, and on a card where there is one.
-//! * [`independence`]: does changing sample j move sample i's loss?
+//! * [`gradients`]: compares backward rules with central differences in f64, in random directions.
+//! * [`per_sample`]: compares factored gradients with the gradient of each sample's loss alone.
+//! * [`on_every_device`], and the macro [`device_tests`](crate::device_tests): run a body on the CPU, on the emulated CUDA
+//!   device under several schedules, and on a GPU if there is one.
+//! * [`independence`]: measures whether changing sample j changes sample i's loss.
 
 mod devices;
 mod gradient;

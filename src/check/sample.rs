@@ -1,36 +1,37 @@
-//! Per-sample gradients against each sample's loss alone, and whether samples stay apart.
+//! Checks of per-sample gradients against each sample's loss alone, and of the independence of samples.
 
 use super::{Case, Gen};
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::{Gradients, Param, Tensor};
 
-/// The worst disagreement found, relative to the largest entry of the true per-sample gradients.
+/// The largest disagreements found, relative to the largest entry of the true per-sample gradients.
 #[derive(Debug, Clone, Default)]
 pub struct PerSampleReport {
-    /// Of `per_sample`.
+    /// Error of `per_sample`.
     pub per_sample: f64,
-    /// Of `sample_sq_norms`.
+    /// Error of `sample_sq_norms`.
     pub sq_norms: f64,
-    /// Of `weighted_sum`.
+    /// Error of `weighted_sum`.
     pub weighted_sum: f64,
-    /// Of `gram` of the batch with itself.
+    /// Error of `gram` of the batch with itself.
     pub gram: f64,
-    /// Of `clipped_sum`, the fused norm-and-sum.
+    /// Error of `clipped_sum`, which fuses norms and sum.
     pub clipped_sum: f64,
 }
 
 impl PerSampleReport {
-    /// The worst of all.
+    /// The largest of all.
     pub fn worst(&self) -> f64 {
         [self.per_sample, self.sq_norms, self.weighted_sum, self.gram, self.clipped_sum].into_iter().fold(0.0, f64::max)
     }
 }
 
-/// Compares every query of every parameter's factored gradient with the gradient of each sample's loss taken alone
-/// (a backward pass seeded with that sample only, then an ordinary sum).
+/// Compares every query of every parameter's factored gradient with the gradient of each sample's loss alone (a backward pass seeded with
+/// that sample only, then an ordinary sum).
 ///
-/// `losses` runs the model and returns one loss per sample. Fails, naming parameter and query, beyond `tolerance`.
+/// `losses` runs the model and returns one loss per sample. Returns an error that names the parameter and the query if a difference exceeds
+/// `tolerance`.
 pub fn per_sample(
     losses: &dyn Fn() -> Result<Tensor>,
     params: &[Param],
@@ -45,7 +46,7 @@ pub fn per_sample(
     let b = y.shape()[0];
     let all = y.backward()?;
     let mut report = PerSampleReport::default();
-    // Truth: sample by sample.
+    // The reference, computed sample by sample.
     let mut alone: Vec<Vec<Vec<f64>>> = vec![Vec::new(); params.len()];
     for i in 0..b {
         let y = losses()?;
@@ -110,7 +111,7 @@ pub fn per_sample(
 }
 
 impl Case {
-    /// Losses for the per-sample check: the output weighted at random and summed within each sample.
+    /// Losses for the per-sample check: the output with random weights, summed within each sample.
     pub fn losses(&self, seed: u64) -> Result<Tensor> {
         let inputs: Vec<Tensor> = self.inputs.iter().map(|a| Tensor::new(a.clone())).collect();
         let y = (self.run)(&inputs)?;
@@ -123,9 +124,9 @@ impl Case {
     }
 }
 
-/// Whether changing sample `j` of the batch can move sample `i`'s loss: the numeric guard against anything that couples
-/// samples (batch norm, batch-wide balance losses). `losses(x)` maps inputs with the sample axis first to one loss per
-/// sample. Returns the largest movement of a loss whose own sample did not change, relative to 1 + |loss|.
+/// Measures whether changing sample `j` of the batch changes sample `i`'s loss: a numeric check for anything that couples samples (batch
+/// norm, batch-wide balance losses). `losses(x)` maps inputs with the sample axis first to one loss per sample. Returns the largest change
+/// of a loss whose own sample did not change, relative to 1 + |loss|.
 pub fn independence(losses: &dyn Fn(&Tensor) -> Result<Tensor>, inputs: &Array, seed: u64) -> Result<f64> {
     let mut g = Gen::new(seed ^ 0x1de9);
     let base = crate::autograd::no_grad(|| losses(&Tensor::new(inputs.clone())))?.array().to_f64();

@@ -12,18 +12,17 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::Once;
 
-/// A device. Cheap to clone.
+/// A device on which arrays are stored and ops run. Cloning it is cheap.
 #[derive(Clone)]
 pub enum Device {
     /// The machine's processors and memory.
     Cpu,
-    /// A GPU of NVIDIA's, or its emulator.
+    /// An NVIDIA GPU, or its emulator.
     Cuda(Arc<cuda::Gpu>),
 }
 
 impl Device {
-    /// The first GPU if it can be used, else the CPU. Where there is a GPU that cannot be used, the reason is said once on
-    /// standard error.
+    /// The first GPU if it can be used, else the CPU. If there is a GPU that cannot be used, the reason is printed once to standard error.
     pub fn best() -> Device {
         if cuda::driver().is_err() {
             return Device::Cpu;
@@ -43,9 +42,8 @@ impl Device {
         Device::Cpu
     }
 
-    /// The GPU with this ordinal, counted among the visible ones. An error says in a sentence what is missing: a driver, a
-    /// GPU, or the kernel compiler. Built with the feature `emulator`, where there is no driver this is the emulated
-    /// device; [`Device::best`] never is.
+    /// The GPU with this ordinal among the visible ones. The error says what is missing: a driver, a GPU, or the kernel compiler. In a
+    /// build with the feature `emulator` on a machine without a driver this returns the emulated device; [`Device::best`] never returns it.
     pub fn cuda(ordinal: usize) -> Result<Device> {
         #[cfg(feature = "emulator")]
         if !cuda::driver_present() {
@@ -56,7 +54,8 @@ impl Device {
         Ok(Device::Cuda(gpu))
     }
 
-    /// The device named by `PRISMGRAD_DEVICE`, in the form of [`Device::parse`]; [`Device::best`] when it is not set.
+    /// The device named by the environment variable `PRISMGRAD_DEVICE`, in the form of [`Device::parse`]; [`Device::best`] when it is not
+    /// set.
     pub fn from_env() -> Result<Device> {
         match std::env::var("PRISMGRAD_DEVICE") {
             Err(std::env::VarError::NotPresent) => Ok(Device::best()),
@@ -66,7 +65,7 @@ impl Device {
         }
     }
 
-    /// `cpu`, `cuda` (the first GPU) or `cuda:1`.
+    /// Parses a device name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
     pub fn parse(name: &str) -> Result<Device> {
         match name.split_once(':') {
             None if name == "cpu" => Ok(Device::Cpu),
@@ -88,7 +87,7 @@ impl Device {
         matches!(self, Device::Cuda(_))
     }
 
-    /// The GPU, if it is one.
+    /// The GPU, if the device is one.
     pub fn gpu(&self) -> Option<&Arc<cuda::Gpu>> {
         match self {
             Device::Cpu => None,
@@ -96,12 +95,12 @@ impl Device {
         }
     }
 
-    /// Bytes of its memory in use now, and the most that were in use since this was last called.
+    /// Bytes of the device's memory in use now, and the most that were in use since the last call.
     pub(crate) fn watermark(&self) -> (usize, usize) {
         self.gpu().map_or_else(cpu::pool::watermark, |gpu| gpu.watermark())
     }
 
-    /// Waits until everything queued has run; nothing to wait for on the CPU.
+    /// Waits until all queued work has run; on the CPU it returns at once.
     pub fn synchronize(&self) -> Result<()> {
         self.gpu().map_or(Ok(()), |gpu| gpu.synchronize())
     }

@@ -1,6 +1,8 @@
-//! Spans of ops, layers and phases on the host, and kernels on a GPU: what [`profile`](crate::profile) makes tables of.
+//! Timed spans of ops, layers and phases on the host, and of kernels on a GPU: the records from which [`profile`](crate::profile) makes
+//! tables.
 //!
-//! Off, a span costs one relaxed load. On, two clock readings and a lock; on a GPU two events around every kernel.
+//! While no profile is taken, a span costs one relaxed atomic load. While one is taken, it costs two clock readings and a lock, and on a
+//! GPU two events around every kernel.
 
 use crate::device::cuda::{Gpu, Stream, TimedEvent};
 use std::borrow::Cow;
@@ -20,16 +22,16 @@ static STATE: Mutex<Option<State>> = Mutex::new(None);
 
 static THREADS: AtomicU64 = AtomicU64::new(0);
 
-/// What a span is about.
+/// The kind of work that a span covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// Part of a training step.
     Phase,
     /// A layer of a model.
     Layer,
-    /// An op, forwards.
+    /// The forward pass of an op.
     Forward,
-    /// An op, backwards.
+    /// The backward pass of an op.
     Backward,
 }
 
@@ -48,9 +50,9 @@ pub(crate) struct Open {
     pub(crate) kind: Kind,
     pub(crate) name: Cow<'static, str>,
     pub(crate) start: Instant,
-    /// FLOPs and bytes that code inside said it takes.
+    /// FLOPs and bytes reported by [`cost`] inside the span.
     pub(crate) cost: [f64; 2],
-    /// Time of ops inside it, which is theirs.
+    /// Time of the ops inside it, which is counted for those ops.
     pub(crate) inner: f64,
 }
 
@@ -58,7 +60,7 @@ pub(crate) struct Done {
     pub(crate) kind: Kind,
     pub(crate) name: Cow<'static, str>,
     pub(crate) thread: u64,
-    /// Seconds since the session began, in all, and without the ops inside.
+    /// Seconds from the start of the session to the start of the span, its whole duration, and its duration without the ops inside.
     pub(crate) start: f64,
     pub(crate) length: f64,
     pub(crate) own: f64,
@@ -125,7 +127,7 @@ pub fn is_on() -> bool {
     ON.load(Relaxed)
 }
 
-/// FLOPs and bytes that the span around this takes at least: for the table's share of the ceiling.
+/// Reports the least FLOPs and bytes that the surrounding op needs, from which the table computes its share of the measured ceiling.
 #[inline]
 pub(crate) fn cost(flops: f64, bytes: f64) {
     if ON.load(Relaxed) {
@@ -154,7 +156,7 @@ fn close() {
         let Some(span) = open.pop() else { return };
         let length = (now - span.start).as_secs_f64();
         let is_op = |k| matches!(k, Kind::Forward | Kind::Backward);
-        // Ops made of ops: each has what is its own.
+        // For an op that calls other ops, each is charged only its own time.
         if let Some(outer) = open.iter_mut().rev().find(|o| is_op(o.kind))
             && is_op(span.kind)
         {
@@ -182,7 +184,7 @@ fn close() {
     });
 }
 
-/// Marks the device's time before a kernel, if kernels are being timed.
+/// Records the device's time before a kernel, if kernels are being timed.
 pub(crate) fn before_kernel(gpu: &Arc<Gpu>, stream: Stream) -> Option<TimedEvent> {
     if !ON.load(Relaxed) || gpu.is_capturing() {
         return None;
@@ -190,7 +192,7 @@ pub(crate) fn before_kernel(gpu: &Arc<Gpu>, stream: Stream) -> Option<TimedEvent
     gpu.record_timed(stream).ok()
 }
 
-/// Marks it after the kernel.
+/// Records the device's time after the kernel.
 pub(crate) fn after_kernel(gpu: &Arc<Gpu>, stream: Stream, kernel: &'static str, from: Option<TimedEvent>) {
     let Some(from) = from else { return };
     let Ok(to) = gpu.record_timed(stream) else { return };

@@ -1,4 +1,4 @@
-//! Activations that a product can end with.
+//! Activations that can be fused into a product.
 
 use crate::base::Float;
 

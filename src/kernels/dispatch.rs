@@ -1,4 +1,4 @@
-//! Where an op runs, and in which precision: the one place that decides.
+//! The choice of the device and the precision in which an op runs.
 
 use crate::array::Array;
 use crate::array::cuda::on;
@@ -6,26 +6,26 @@ use crate::base::{DType, Result};
 use crate::device::cuda::Gpu;
 use std::sync::Arc;
 
-/// What happens to operands of 16 bits (bf16 and f16).
+/// The treatment of 16-bit operands (bf16 and f16).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Half {
-    /// The kernels read and write 16 bits and compute in f32. The loops on the CPU take f32: operands are widened before
-    /// them and results rounded after them.
+    /// The GPU kernels read and write 16 bits and compute in f32. The CPU loops take f32: operands are widened before them and results are
+    /// rounded after them.
     Native,
-    /// The loops on the CPU read and write bf16, too; f16 is widened there.
+    /// As [`Half::Native`], but the CPU loops read and write bf16, too; f16 is widened for them.
     Bf16,
     /// Operands are widened to f32 and results rounded back on both devices.
     Widen,
-    /// Elements are moved or compared, not computed with: neither widened nor rounded on either device.
+    /// Elements are moved or compared, not computed with: they are neither widened nor rounded on either device.
     Move,
 }
 
-/// Runs `cpu` or `cuda` on the inputs of `half`'s precision.
+/// Runs `cpu` or `cuda` on the inputs, in the precision that `half` selects.
 ///
-/// If any input is on a GPU, `cuda` runs there and receives all inputs on that GPU; else `cpu` runs. The results of an op on
-/// 16-bit inputs are rounded to the dtype of its first float input, but for what is wrapped in [`Exact`].
+/// If any input is on a GPU, `cuda` runs there and receives all inputs on that GPU; otherwise `cpu` runs. The results of an op on 16-bit
+/// inputs are rounded to the dtype of its first float input, except for results wrapped in [`Exact`].
 ///
-/// Inputs come by value: an array whose last handle is given here may be overwritten with the result.
+/// Inputs are passed by value: if the last handle on an array is passed, the array may be overwritten with the result.
 pub(crate) fn dispatch<const N: usize, R: Results>(
     mut inputs: [Array; N],
     half: Half,
@@ -40,8 +40,8 @@ pub(crate) fn dispatch<const N: usize, R: Results>(
     Ok(rounded_to(rounded, results))
 }
 
-/// Puts the inputs where the op runs, in the precision it computes in. Returns the GPU, if it runs on one, and the dtype its results
-/// are rounded to. (Not part of [`dispatch`], so that it is compiled once.)
+/// Moves the inputs to the op's device and converts them to its precision. Returns the GPU, if the op runs on one, and the dtype to which
+/// its results are rounded. (Separate from [`dispatch`], so that it is compiled once.)
 fn prepare(inputs: &mut [Array], half: Half) -> Result<(Option<Arc<Gpu>>, Option<DType>)> {
     let gpu = inputs.iter().find_map(|a| a.gpu().cloned());
     let dtype = inputs.iter().map(Array::dtype).find(|d| d.is_float());
@@ -61,7 +61,7 @@ fn prepare(inputs: &mut [Array], half: Half) -> Result<(Option<Arc<Gpu>>, Option
     Ok((gpu, dtype.filter(|d| d.is_half() && half != Half::Move)))
 }
 
-/// [`dispatch`] for as many inputs as there are.
+/// [`dispatch`] for any number of inputs.
 pub(crate) fn dispatch_all<R: Results>(
     mut inputs: Vec<Array>,
     half: Half,
@@ -83,13 +83,13 @@ fn rounded_to<R: Results>(dtype: Option<DType>, results: R) -> R {
     }
 }
 
-/// What an op returns, rounded to the dtype of its operands where it was computed in f32.
+/// The results of an op, which are rounded to the dtype of its operands if it was computed in f32.
 pub(crate) trait Results: Sized {
-    /// The float arrays among them in `dtype`.
+    /// The results with their float arrays converted to `dtype`.
     fn rounded(self, dtype: DType) -> Self;
 }
 
-/// A result that keeps the precision it was computed in: statistics, factors of gradients, losses.
+/// A result that keeps the precision in which it was computed: statistics, factors of gradients, losses.
 pub(crate) struct Exact<T>(pub T);
 
 impl<T> Results for Exact<T> {

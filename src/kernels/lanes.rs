@@ -1,4 +1,4 @@
-//! Row kernels of the norms, softmax and cross-entropy: one pass over memory forward, one backward.
+//! Row kernels of the norms, softmax and cross-entropy, which pass over memory once forward and once backward.
 
 use crate::base::Float;
 use crate::base::dtype::{of_bf16, to_bf16};
@@ -9,14 +9,14 @@ use crate::device::cpu::simd::simd;
 use half::bf16;
 use std::ops::Range;
 
-/// Partial sums, one vector of them.
+/// Number of partial sums: one vector.
 const LANES: usize = 16;
-/// Elements after which the partial sums start anew: no element of a long row goes through as many additions as the row has vectors.
+/// Elements after which new partial sums start, so that the number of additions per element does not grow with the row.
 const STRETCH: usize = 64 * LANES;
 
-/// Σ f(x₀[i], x₁[i], …) over slices of one length, for the `M` results of f: lanes of stretches, the stretches in order, then the lanes in
-/// order, then what is left over. Whole vectors are taken as arrays, because an index that might be out of bounds stops the compiler
-/// from vectorising.
+/// Σ f(x₀[i], x₁[i], …) over slices of one length, for the `M` results of f. Each stretch is summed in lanes, the stretches are added in
+/// order, then the lanes in order, then the remaining elements. Whole vectors are read as arrays, because an index that might be out of
+/// bounds stops the compiler from vectorising.
 #[inline(always)]
 pub(crate) fn lanes_of<T: Float, const N: usize, const M: usize>(x: [&[T]; N], f: impl Fn([T; N]) -> [T; M]) -> [T; M] {
     let n = x.iter().map(|x| x.len()).min().unwrap_or(0);
@@ -74,7 +74,7 @@ pub(crate) fn lanes<T: Float, const N: usize>(x: [&[T]; N], f: impl Fn([T; N]) -
     )[0]
 }
 
-/// max of a row, in lanes; NaN is left to show up in what follows.
+/// Maximum of a row, in lanes; it may skip NaN, which the later computation propagates.
 #[inline(always)]
 pub(crate) fn max_of<T: Float>(x: &[T]) -> T {
     let mut acc = [T::NEG_INFINITY; LANES];
@@ -88,7 +88,7 @@ pub(crate) fn max_of<T: Float>(x: &[T]) -> T {
     acc.iter().chain(tail).fold(T::NEG_INFINITY, |m, &x| if x > m { x } else { m })
 }
 
-/// Runs `f` on every row number, in parallel pieces of about a grain of elements.
+/// Runs `f` on every row number, in parallel pieces of about one grain of elements.
 pub(crate) fn rows(n: usize, d: usize, f: impl Fn(usize) + Sync) {
     par_chunks(n, (GRAIN / d.max(1)).max(1), |r| {
         simd(
@@ -102,8 +102,8 @@ pub(crate) fn rows(n: usize, d: usize, f: impl Fn(usize) + Sync) {
     });
 }
 
-/// Rows of bf16 read and written by a loop over f32 rows, a block at a time, so that the f32 rows stay in the cache: `f(rows, ins, out)`
-/// receives these rows of each input in f32 and f32 rows to fill, which are rounded into the output, if there is one. Rows have `d` elements.
+/// Applies a loop over f32 rows to rows of bf16, a block at a time, so that the f32 rows stay in the cache: `f(rows, ins, out)` receives
+/// these rows of each input in f32, and f32 rows to fill, which are rounded into the output, if there is one. Rows have `d` elements.
 pub(crate) fn bf16_blocks<const N: usize>(
     d: usize,
     inputs: [&[bf16]; N],

@@ -1,5 +1,4 @@
-//! Loops and launches that several operations share, the CPU's and the GPU's side by side: products, elementwise maps, sums
-//! of rows and columns, rows by index.
+//! CPU loops and GPU launches that several operations share: products, elementwise maps, sums of rows and columns, rows by index.
 
 mod activation;
 mod dispatch;

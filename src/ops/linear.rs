@@ -1,6 +1,6 @@
-//! The factored linear map, with bias and activation: the op that most parameters of a model belong to.
+//! The factored linear map with bias and activation, which holds most parameters of a model.
 //!
-//! y = act(x·Wᵀ + b). FLOPs 2·N·d·p forward; backward 2·N·d·p for x, and the weight's gradient stays an outer factor.
+//! y = act(x·Wᵀ + b). FLOPs 2·N·d·p forward; backward takes 2·N·d·p for x, and the weight's gradient stays an outer factor.
 
 use super::{Differentiable, FactorRule, OpInfo};
 use crate::array::Array;
@@ -16,7 +16,7 @@ use crate::ops::unary;
 use crate::{Param, Samples, Tensor, with_float};
 use smallvec::SmallVec;
 
-/// How a weight lies in memory.
+/// The memory layout of a weight.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Layout {
     /// `[out, in]`, as in PyTorch's `Linear`.
@@ -57,7 +57,7 @@ static LINEAR: OpInfo = OpInfo {
             let x = g.array(&[b, t, d]);
             Ok(Case::new(vec![x], move |x| linear(&x[0], &w, layout, Some(&bias), act, None)).params(params).samples(b))
         },
-        // Ragged samples in any order, some empty; the weight used twice.
+        // Ragged samples in any order, some empty; the weight is used twice.
         |g: &mut Gen| {
             let (n, d, b) = (g.extent(0, 6), g.extent(1, 4), g.size(1, 4));
             let w = Param::new("weight", g.array(&[d, d]));
@@ -78,7 +78,7 @@ static LINEAR: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&LINEAR];
 
 struct Back {
@@ -107,7 +107,7 @@ impl Rule for Back {
         }
         if back.needs(0) {
             spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + d * p) * dz.dtype().size()) as f64);
-            // Fetched again, not kept: a gathered weight is in memory only while it is used.
+            // The weight is fetched again, not kept: a gathered weight is in memory only while it is used.
             let (layout, shape) = (self.layout, self.x.shape());
             let dx = dispatch(
                 [dz.clone(), self.w.value()],
@@ -135,7 +135,7 @@ impl Rule for Back {
             )?;
             back.input(0, dx);
         }
-        // Sums and norms are f32 or f64. On the CPU they are taken of bf16 operands; elsewhere the operands are widened.
+        // Sums and norms are f32 or f64. On the CPU they are computed from bf16 operands; on a GPU the operands are widened.
         let half = dz.gpu().is_none() && (dz.dtype(), self.x.dtype()) == (DType::BF16, DType::BF16);
         let dz = if half { dz } else { dz.cast(dz.dtype().compute()) };
         if self.w.trainable() {
@@ -159,7 +159,7 @@ fn weight<T: Element>(w: &Array, layout: Layout, d: usize, p: usize) -> Result<M
     })
 }
 
-/// A weight as products of bf16 numbers take it.
+/// A weight in the form in which products of bf16 numbers take it: f32 or bf16.
 pub(crate) fn f32_or_bf16(w: Array) -> Array {
     if w.dtype() == DType::BF16 { w } else { w.cast(DType::F32) }
 }
@@ -174,9 +174,9 @@ fn rounded_weight(w: &Array, layout: Layout, d: usize, p: usize) -> Result<Opera
 
 /// y = act(x·Wᵀ + b) over the last dimension of `x [B, …, d]`, giving `[B, …, p]`.
 ///
-/// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. With bf16 inputs the weight is rounded to bf16, too,
-/// products are summed in f32 (on a GPU by the tensor cores, on the CPU by [`half`]) and the result is rounded;
-/// f16 on the CPU is computed in f32.
+/// Dimension 0 counts samples, the rest rows, unless `samples` maps the rows otherwise. With bf16 inputs the weight is rounded to bf16,
+/// too, products are summed in f32 (on a GPU by the tensor cores, on the CPU by [`half`]) and the result is rounded; f16 on the CPU is
+/// computed in f32.
 pub fn linear(
     x: &Tensor,
     w: &Param,

@@ -18,7 +18,7 @@ static MATMUL: OpInfo = OpInfo {
     differentiable: Differentiable::Yes,
     factor: NO_PARAMS,
     cases: &[
-        // A contraction so long that it is cut.
+        // A contraction so long that it is split.
         |g: &mut Gen| {
             let (m, k, n) = (g.size(1, 2), g.size(1030, 1060), g.size(1, 2));
             Ok(Case::new(vec![g.array(&[m, k]), g.array(&[k, n])], |t| t[0].matmul(&t[1])?.mul_scalar(0.03)))
@@ -44,7 +44,7 @@ static MATMUL: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&MATMUL];
 
 struct Back {
@@ -58,7 +58,7 @@ impl Rule for Back {
     }
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
         let rank = y.shape.len();
-        // Leading dimensions are aligned at their right ends; of the last two one is the output's.
+        // Leading dimensions are aligned at their right ends; one of the last two dimensions is the output's.
         let side = |shape: &[usize], kept: usize| {
             let new = rank - shape.len();
             y.along(shape, |d| match d + 2 < rank {
@@ -81,7 +81,7 @@ impl Rule for Back {
     }
 }
 
-/// Products over broadcast leading dimensions, on any strides.
+/// Products over broadcast leading dimensions, for operands of any strides.
 fn batched(a: &Array, b: &Array) -> Result<Array> {
     let (ra, rb) = (a.rank() - 2, b.rank() - 2);
     let lead = broadcast("matmul", &a.shape()[..ra], &b.shape()[..rb])?;
@@ -106,7 +106,7 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
             if m * n == 0 {
                 return Ok(out);
             }
-            // Where the operands of the i-th product begin.
+            // Start of the operands of the i-th product.
             let start = |i: usize| {
                 let (mut at, mut oa, mut ob) = (i, 0, 0);
                 for d in (0..r).rev() {
@@ -158,7 +158,7 @@ fn batched(a: &Array, b: &Array) -> Result<Array> {
 }
 
 impl Tensor {
-    /// Matrix product over the last two dimensions, `[…, m, k]·[…, k, n]`; leading dimensions broadcast. Transposed and
+    /// Matrix product over the last two dimensions, `[…, m, k]·[…, k, n]` to `[…, m, n]`; leading dimensions broadcast. Transposed and
     /// sliced operands are read in place. 2·m·k·n FLOPs per product.
     pub fn matmul(&self, other: &Tensor) -> Result<Tensor> {
         let _op = spans::op("matmul");

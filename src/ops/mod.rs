@@ -1,7 +1,7 @@
-//! The operations, one file or folder per family: shape rule, backward rule, factor rule or the reason there is none, cases
-//! for the checks, and the loops and launches that only this family has. [`REGISTRY`] lists them all; a test walks it.
+//! The operations, one file or folder per family: shape rule, backward rule, factor rule or the reason there is none, cases for the checks,
+//! and the loops and launches that only this family has. [`REGISTRY`] lists them all, and a test visits every entry.
 //!
-//! The two lists below are the folder's files. After adding one, `PRISMGRAD_WRITE_LISTS=1 cargo test --test house` writes them.
+//! The two lists below are the folder's files. After adding one, run `PRISMGRAD_WRITE_LISTS=1 cargo test --test house`, which updates them.
 
 pub(crate) use crate::autograd::NO_PARAMS;
 pub use crate::autograd::{Differentiable, FactorRule, OpInfo};
@@ -61,7 +61,7 @@ pub static REGISTRY: &[&[&OpInfo]] = &[
     view::OPS,
 ];
 
-/// All registry entries in a row.
+/// All registry entries in sequence.
 pub fn registry() -> impl Iterator<Item = &'static OpInfo> {
     REGISTRY.iter().flat_map(|family| family.iter().copied())
 }

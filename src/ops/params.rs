@@ -7,7 +7,7 @@ use crate::autograd::{Case, Cotangents, Factor, Rule, Segments};
 use crate::base::Result;
 use crate::{Param, Samples, Tensor};
 
-/// Entry of all uses.
+/// The registry entry of all of them.
 pub static INFO: OpInfo = OpInfo {
     name: "param",
     differentiable: Differentiable::Yes,
@@ -28,7 +28,7 @@ pub static INFO: OpInfo = OpInfo {
             let p = w.clone();
             Ok(Case::new(vec![x], move |t| t[0].mul(&p.dense())).params(vec![w]))
         },
-        // A parameter for each row, samples of any number of rows.
+        // A parameter repeated for each row, with samples of any number of rows.
         |g| {
             let (rows, d) = (Samples::ragged(Segments::lengths(&g.lengths(1, 4)).offsets())?, g.size(1, 5));
             let w = Param::new("w", g.array(&[d]));
@@ -42,19 +42,19 @@ pub static INFO: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&INFO];
 
 impl Param {
-    /// The parameter repeated along a new sample axis: `[count, shape…]` without a copy. Its gradient stays apart per
-    /// sample, whatever is done with the tensor afterwards, as long as that keeps samples apart. Exact for any op.
+    /// The parameter repeated along a new sample axis: `[count, shape…]` without a copy. Its gradient stays separate per sample, whatever
+    /// ops are applied to the tensor afterwards, as long as they keep samples apart. It is exact for any op.
     pub fn per_sample(&self, count: usize) -> Result<Tensor> {
         let shape: Vec<usize> = std::iter::once(count).chain(self.shape().iter().copied()).collect();
         let value = self.value().expand(&shape)?;
         Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), kept: Kept::PerSample }))
     }
-    /// The parameter repeated for each row: `[rows, shape…]` without a copy. `samples` says whose the rows are, and each row's gradient
-    /// is kept: what is done with a row must stay in its sample. Where samples have several rows this takes the place of
+    /// The parameter repeated for each row: `[rows, shape…]` without a copy. `samples` maps the rows to samples, and each row's gradient is
+    /// kept: ops applied to a row must not mix it with rows of other samples. If samples have several rows, this replaces
     /// [`Param::per_sample`] followed by a gather.
     pub fn per_row(&self, samples: &Samples) -> Result<Tensor> {
         let shape: Vec<usize> = std::iter::once(samples.rows()).chain(self.shape().iter().copied()).collect();
@@ -62,20 +62,20 @@ impl Param {
         let kept = Kept::PerRow(samples.clone());
         Ok(Tensor::record(value, &[], &[self], || LeafUse { param: self.clone(), kept }))
     }
-    /// The parameter as a plain tensor. Its gradient has no per-sample meaning: plain training works, private training
-    /// refuses it by name. Prefer the factored layers, or [`Param::per_sample`].
+    /// The parameter as a plain tensor. Its gradient cannot be separated by sample: plain training works, but private training refuses it
+    /// with an error that names it. Prefer the factored layers, or [`Param::per_sample`].
     pub fn dense(&self) -> Tensor {
         Tensor::record(self.value(), &[], &[self], || LeafUse { param: self.clone(), kept: Kept::Sum })
     }
 }
 
-/// A parameter entering the history as a tensor.
+/// The use of a parameter as a tensor in the history.
 struct LeafUse {
     param: Param,
     kept: Kept,
 }
 
-/// What stays apart of its gradient.
+/// How far its gradient is kept separate.
 enum Kept {
     PerSample,
     PerRow(Samples),

@@ -1,5 +1,5 @@
-//! Views: other shapes and strides over the same data. Forward costs nothing; so does backward, but for sums over what
-//! was expanded and zeros around what was cut out.
+//! Views: other shapes and strides over the same data. The forward pass copies nothing; the backward pass sums over expanded dimensions and
+//! pads slices with zeros, and otherwise copies nothing either.
 
 use super::{Differentiable, NO_PARAMS, OpInfo};
 use crate::array::shape::Dims;
@@ -58,10 +58,10 @@ info!(PAD, "pad", |g: &mut Gen| {
     Ok(Case::new(vec![g.array(&s)], move |t| t[0].pad(1, lo, hi)))
 });
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&RESHAPE, &PERMUTE, &EXPAND, &SLICE, &CONCAT, &PAD];
 
-/// A view op's rule: how the gradient goes back.
+/// The backward rule of a view op.
 struct Back {
     info: &'static OpInfo,
     back: Undo,
@@ -71,9 +71,9 @@ enum Undo {
     Reshape(Dims),
     Permute(Vec<usize>),
     SumTo(Dims),
-    /// Zeros of this shape with the gradient at `start` of the dimension.
+    /// Zeros of this shape with the gradient at this start of the dimension.
     Embed(Dims, usize, usize),
-    /// Parts of the dimension, one per input.
+    /// Slices of the gradient along the dimension, one per input.
     Cut(usize, Vec<Range<usize>>),
 }
 
@@ -119,14 +119,14 @@ impl Rule for Back {
     }
 }
 
-/// Zeros of `shape` with `part` at `start` of dimension `d`.
+/// Zeros of `shape`, with `part` from index `start` of dimension `d` on.
 fn embed(part: &Array, shape: &[usize], d: usize, start: usize) -> Result<Array> {
     let mut out = Array::zeros(shape, (part.dtype(), &part.device()));
     out = with_part(out, part, d, start)?;
     Ok(out)
 }
 
-/// `out`, a fresh contiguous array, with `part` copied to `start` of dimension `d`.
+/// `out`, a newly created contiguous array, with `part` copied to index `start` of dimension `d`.
 fn with_part(out: Array, part: &Array, d: usize, start: usize) -> Result<Array> {
     dispatch(
         [out, part.clone()],
@@ -154,7 +154,7 @@ fn with_part(out: Array, part: &Array, d: usize, start: usize) -> Result<Array> 
 }
 
 impl Tensor {
-    /// The dimensions from `from` on in one: `[B, C, H, W]` flattened from 1 is `[B, C·H·W]`.
+    /// Merges the dimensions from `from` on: `[B, C, H, W]` flattened from 1 is `[B, C·H·W]`.
     pub fn flatten(&self, from: usize) -> Result<Tensor> {
         if from >= self.rank().max(1) {
             return Err(Error::shape("flatten", format!("from dimension {from} of {:?}", self.shape())));
@@ -166,7 +166,7 @@ impl Tensor {
     fn view(&self, value: Array, info: &'static OpInfo, back: impl FnOnce() -> Undo) -> Tensor {
         Tensor::record(value, &[self], &[], || Back { info, back: back() })
     }
-    /// Another shape with as many elements; no copy where the strides allow it.
+    /// Another shape with the same number of elements; no copy where the strides allow it.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         let y = self.array().reshape(shape)?;
         Ok(self.view(y, &RESHAPE, || Undo::Reshape(self.shape().into())))
@@ -180,24 +180,24 @@ impl Tensor {
             Undo::Permute(back)
         }))
     }
-    /// Two dimensions exchanged; negative counts from the end; no copy.
+    /// Exchanges two dimensions; negative numbers count from the end; no copy.
     pub fn transpose(&self, a: isize, b: isize) -> Result<Tensor> {
         let (a, b) = (shape::dim("transpose", a, self.rank())?, shape::dim("transpose", b, self.rank())?);
         let mut order: Vec<usize> = (0..self.rank()).collect();
         order.swap(a, b);
         self.permute(&order)
     }
-    /// Repeated along dimensions of size 1 and new leading ones; no copy.
+    /// Repeats along dimensions of size 1 and new leading ones; no copy.
     pub fn expand(&self, shape: &[usize]) -> Result<Tensor> {
         let y = self.array().expand(shape)?;
         Ok(self.view(y, &EXPAND, || Undo::SumTo(self.shape().into())))
     }
-    /// A dimension of size 1 put in at `dim`.
+    /// Inserts a dimension of size 1 at `dim`.
     pub fn unsqueeze(&self, dim: isize) -> Result<Tensor> {
         let y = self.array().unsqueeze(dim)?;
         Ok(self.view(y, &RESHAPE, || Undo::Reshape(self.shape().into())))
     }
-    /// A dimension of size 1 taken out.
+    /// Removes dimension `dim`, of size 1.
     pub fn squeeze(&self, dim: isize) -> Result<Tensor> {
         let d = shape::dim("squeeze", dim, self.rank())?;
         if self.shape()[d] != 1 {
@@ -212,7 +212,7 @@ impl Tensor {
         let y = self.array().slice(dim, range.clone())?;
         Ok(self.view(y, &SLICE, || Undo::Embed(self.shape().into(), d, range.start)))
     }
-    /// Cut along a dimension into parts of the given sizes, which must add up to it.
+    /// Splits along a dimension into parts of the given sizes, which must add up to its size.
     pub fn split(&self, sizes: &[usize], dim: isize) -> Result<Vec<Tensor>> {
         let d = shape::dim("split", dim, self.rank())?;
         if sizes.iter().sum::<usize>() != self.shape()[d] {
@@ -227,7 +227,7 @@ impl Tensor {
             })
             .collect()
     }
-    /// Laid one after another along a dimension; all other sizes and dtypes equal.
+    /// Concatenates along a dimension; all other sizes and the dtypes must be equal.
     pub fn concat(parts: &[&Tensor], dim: isize) -> Result<Tensor> {
         let _op = spans::op("concat");
         let Some(first) = parts.first() else {
@@ -263,12 +263,12 @@ impl Tensor {
         }
         Ok(Tensor::record(out, parts, &[], || Back { info: &CONCAT, back: Undo::Cut(d, ranges) }))
     }
-    /// Same-shaped tensors stacked along a new dimension.
+    /// Stacks tensors of one shape along a new dimension.
     pub fn stack(parts: &[&Tensor], dim: isize) -> Result<Tensor> {
         let up = parts.iter().map(|p| p.unsqueeze(dim)).collect::<Result<Vec<_>>>()?;
         Tensor::concat(&up.iter().collect::<Vec<_>>(), dim)
     }
-    /// Zeros added before and after along a dimension.
+    /// Pads with zeros before and after along a dimension.
     pub fn pad(&self, dim: isize, before: usize, after: usize) -> Result<Tensor> {
         let _op = spans::op("pad");
         let d = shape::dim("pad", dim, self.rank())?;
@@ -281,7 +281,7 @@ impl Tensor {
             back: Undo::Cut(d, std::iter::once(before..before + n).collect()),
         }))
     }
-    /// The same values under row-major strides, copied only if needed.
+    /// The same values with row-major strides, copied only if needed.
     pub fn contiguous(&self) -> Result<Tensor> {
         if self.array().is_contiguous() {
             return Ok(self.clone());

@@ -10,16 +10,16 @@ use crate::with_float;
 
 /// Adam with decoupled weight decay.
 ///
-/// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², p ← p − lr·(m̂/(√v̂ + ε) + λp). Reads 16 and writes 12 bytes per f32 parameter.
+/// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², p ← p − lr·(m̂/(√v̂ + ε) + λp). A step reads 16 and writes 12 bytes per f32 parameter.
 #[derive(Clone, Debug)]
 pub struct AdamW {
-    /// Decay of the first moment.
+    /// β₁, the decay rate of the first moment.
     pub beta1: f64,
-    /// Decay of the second moment.
+    /// β₂, the decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the square root of the second moment.
     pub eps: f64,
-    /// λ, applied to matrices only.
+    /// Weight decay λ, applied only to parameters with two or more dimensions.
     pub weight_decay: f64,
 }
 

@@ -8,8 +8,8 @@ use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
 impl Update<'_> {
-    /// A launch of `name` of `cuda/optim.cu`; `buffers` in the order of its arguments, `more` puts what follows the table
-    /// of pieces.
+    /// A launch of `name` of `cuda/optim.cu`; `buffers` are in the order of its arguments, and `more` adds the arguments after the table of
+    /// pieces.
     pub(super) fn launch<'l>(
         &'l self,
         gpu: &'l Arc<Gpu>,

@@ -1,7 +1,7 @@
 //! Optimizers over flat parameters, and learning-rate schedules.
 //!
-//! An optimizer sees one flat buffer holding every parameter of one dtype, its gradient in the same layout, and which
-//! stretches are decayed. One pass over memory per step, whatever the number of parameters.
+//! An optimizer receives one flat buffer that holds every parameter of one dtype, its gradient in the same layout, and the stretches to
+//! which weight decay applies. A step is one pass over memory, whatever the number of parameters.
 
 mod adamw;
 mod cuda;
@@ -22,23 +22,23 @@ use std::sync::{Arc, OnceLock};
 /// A stretch of the flat buffer: one parameter.
 #[derive(Clone, Debug)]
 pub struct Segment {
-    /// Elements of the flat buffer.
+    /// Its elements in the flat buffer.
     pub range: Range<usize>,
-    /// Whether weight decay applies: matrices and larger, not biases and norm gains.
+    /// Whether weight decay applies: to matrices and higher ranks, not to biases and norm gains.
     pub decay: bool,
 }
 
-/// Which stretches the flat buffer is made of.
+/// The stretches of a flat buffer.
 #[derive(Debug)]
 pub struct FlatLayout {
     segments: Vec<Segment>,
     pieces: Vec<(Range<usize>, bool)>,
-    /// Ends (i64) and decays (u8) of the pieces, in a GPU's memory.
+    /// End (i64) and decay flag (u8) of each piece, in a GPU's memory.
     table: OnceLock<(Array, Array)>,
 }
 
 impl FlatLayout {
-    /// Segments one after the other, in all `n` elements; what they leave out at the end is not decayed.
+    /// Consecutive segments in a buffer of `n` elements; elements after the last segment are not decayed.
     pub fn new(segments: Vec<Segment>, n: usize) -> FlatLayout {
         let pieces = pieces(n, &segments);
         FlatLayout { segments, pieces, table: OnceLock::new() }
@@ -47,7 +47,7 @@ impl FlatLayout {
     pub fn segments(&self) -> &[Segment] {
         &self.segments
     }
-    /// The longest stretches over which decay does not change: (elements, decayed).
+    /// The longest stretches over which the decay flag is constant: (elements, decayed).
     pub fn pieces(&self) -> &[(Range<usize>, bool)] {
         &self.pieces
     }
@@ -64,30 +64,29 @@ impl FlatLayout {
     }
 }
 
-/// One update: what an optimizer reads and writes. `params`, `grads` and every buffer of `state` are flat, of one size,
-/// dtype (f32 or f64) and device.
+/// The arguments of one update. `params`, `grads` and every buffer of `state` are flat, of one size, dtype (f32 or f64) and device.
 pub struct Update<'a> {
-    /// Counts from 1.
+    /// Number of the step, counted from 1.
     pub step: u64,
     /// Learning rate.
     pub lr: f64,
-    /// Changed in place.
+    /// The parameters, changed in place.
     pub params: &'a mut Array,
-    /// Their gradient.
+    /// The gradient.
     pub grads: &'a Array,
     /// The optimizer's own buffers, in the order of [`Optimizer::slots`].
     pub state: &'a mut [Array],
-    /// Where each parameter lies.
+    /// The position of each parameter.
     pub layout: &'a FlatLayout,
     pub(crate) gpu: GpuUpdate<'a>,
 }
 
-/// What concerns an update on a GPU only.
+/// The parts of an update that only a GPU uses.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct GpuUpdate<'a> {
-    /// What [`Optimizer::step_scalars`] gives for this step, in the GPU's memory, so that a recorded step can be replayed.
+    /// The values of [`Optimizer::step_scalars`] for this step, in the GPU's memory, so that a captured step can be replayed.
     pub scalars: Option<&'a Array>,
-    /// Nothing is updated where this is not 0.
+    /// A flag in GPU memory: if it is not 0, nothing is updated.
     pub stop: Option<&'a Array>,
 }
 
@@ -102,7 +101,7 @@ impl<'a> Update<'a> {
     ) -> Self {
         Update { step, lr, params, grads, state, layout, gpu: GpuUpdate::default() }
     }
-    /// Checks the buffers against each other; the GPU they are on, if they are.
+    /// Checks the buffers against each other; returns their GPU, if they are on one.
     fn expect(&self, op: &'static str, state: &[&'static str]) -> Result<Option<Arc<Gpu>>> {
         let alike = |a: &Array| {
             a.shape() == self.params.shape() && a.dtype() == self.params.dtype() && a.device() == self.params.device()
@@ -126,24 +125,25 @@ impl<'a> Update<'a> {
 
 /// Updates flat parameters from flat gradients.
 pub trait Optimizer: Send {
-    /// Name and hyper-parameters, for run folders.
+    /// Name and hyper-parameters, which run folders record.
     fn describe(&self) -> String;
-    /// Refuses hyper-parameters that make no sense, by name and with their range. A step asks when it is made: before anything is counted.
+    /// Returns an error for invalid hyper-parameters that names them and their valid range. A step calls it when it is made, before
+    /// anything is counted.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
-    /// Names of the state buffers of the parameters' size.
+    /// Names of the state buffers; each has the size of the parameters.
     fn slots(&self) -> &'static [&'static str];
-    /// One step.
+    /// Performs one step.
     fn update(&self, u: Update) -> Result<()>;
-    /// The numbers that change from step to step, as the optimizer's kernel reads them from memory when a recorded step
-    /// is replayed; an optimizer without such a kernel cannot be recorded and gives none.
+    /// The numbers that change from step to step; the optimizer's kernel reads them from memory when a captured step is replayed. An
+    /// optimizer without such a kernel returns `None`, and its steps cannot be captured.
     fn step_scalars(&self, _step: u64, _lr: f64) -> Option<Vec<f64>> {
         None
     }
 }
 
-/// Cuts `0..n` so that no piece crosses a change of decay: (piece, decayed).
+/// Splits `0..n` so that the decay flag is constant in each piece: (piece, decayed).
 fn pieces(n: usize, segments: &[Segment]) -> Vec<(Range<usize>, bool)> {
     let mut out: Vec<(Range<usize>, bool)> = Vec::new();
     for s in segments {
@@ -158,7 +158,7 @@ fn pieces(n: usize, segments: &[Segment]) -> Vec<(Range<usize>, bool)> {
     out
 }
 
-/// Refuses a hyper-parameter unless it is `ok`; `range` says when it is.
+/// Returns an error for a hyper-parameter unless it is `ok`; `range` describes the valid range.
 pub(crate) fn check(op: &'static str, name: &str, v: f64, ok: bool, range: &str) -> Result<()> {
     if ok { Ok(()) } else { Err(Error::invalid(op, format!("{name} = {v} is out of range; it must {range}"))) }
 }

@@ -3,7 +3,7 @@
 use crate::base::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// Learning rate by step (counted from 0).
+/// Learning rate as a function of the step (counted from 0).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Schedule {
@@ -32,7 +32,7 @@ pub enum Schedule {
         /// Step at which 0 is reached.
         total: u64,
     },
-    /// One rate, then another: a public phase, then a private one.
+    /// One rate, then another, such as for a public and a private phase.
     Switch {
         /// Learning rate of the steps before `at`.
         lr: f64,
@@ -74,7 +74,7 @@ impl Schedule {
             }
         }
     }
-    /// Refuses rates that are not positive and finite, and a floor outside of [0, 1].
+    /// Returns an error for rates that are not positive and finite, and for a floor outside of [0, 1].
     pub fn validate(&self) -> Result<()> {
         let rates = match *self {
             Schedule::Constant { lr } | Schedule::Cosine { lr, .. } | Schedule::Linear { lr, .. } => [lr; 2],

@@ -10,9 +10,9 @@ use crate::with_float;
 /// SGD with momentum and decoupled weight decay: b ← μb + g, p ← p − lr·(b + λp).
 #[derive(Clone, Debug, Default)]
 pub struct Sgd {
-    /// μ; 0 for none.
+    /// Momentum μ; 0 for none.
     pub momentum: f64,
-    /// λ, applied to matrices only.
+    /// Weight decay λ, applied only to parameters with two or more dimensions.
     pub weight_decay: f64,
 }
 

@@ -1,32 +1,32 @@
-//! Auditing a private run from one run (Steinke, Nasr, Jagielski 2023): canaries are put in or left out by coin flips, guessed
-//! from what the run released, and the number of right guesses bounds ε from below.
+//! Privacy auditing with one training run (Steinke, Nasr, Jagielski 2023): coin flips decide which canaries are included, their inclusion
+//! is guessed from what the run released, and the number of correct guesses gives a lower bound of ε.
 //!
-//! If the run is (ε, δ)-private, each guess is right with probability at most e^ε/(1 + e^ε), whatever the others are. A bound
-//! above the accountant's ε means that something is wrong: noise left out, samples not clipped, a sampler that is not Poisson.
+//! If the run is (ε, δ)-differentially private, each guess is correct with probability at most about e^ε/(1 + e^ε), whatever the others
+//! are. A lower bound above the accountant's ε shows an error: missing noise, unclipped samples, or a sampler that is not Poisson.
 
 use crate::base::{Error, Result};
 use crate::random::NoiseKey;
 
-/// Which canaries are in the data: a fair coin each, from the key.
+/// Which canaries are in the data: a fair coin flip each, derived from the key.
 pub fn coins(key: &NoiseKey, canaries: usize) -> Vec<bool> {
     key.uniforms(u64::MAX, canaries).into_iter().map(|u| u < 0.5).collect()
 }
 
-/// What an audit found.
+/// The result of an audit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Audit {
-    /// Canaries whose inclusion was a coin flip.
+    /// Number of canaries whose inclusion was decided by a coin flip.
     pub canaries: usize,
-    /// Guesses made; the others were abstained from.
+    /// Number of guesses made; no guess was made for the other canaries.
     pub guesses: usize,
-    /// Right ones.
+    /// Number of correct guesses.
     pub correct: usize,
-    /// ε is at least this, at the confidence asked for.
+    /// The lower bound of ε at the requested confidence.
     pub epsilon: f64,
 }
 
-/// Guesses that the canaries with the highest `scores` were in and those with the lowest were not, `guesses` in all, and
-/// bounds ε at `delta` from below with this `confidence` (such as 0.95). The number of guesses must not depend on the scores.
+/// Guesses that the canaries with the highest `scores` were included and those with the lowest were not, `guesses` in total, and returns a
+/// lower bound of ε at `delta` with this `confidence` (such as 0.95). The number of guesses must not depend on the scores.
 pub fn one_run(scores: &[f64], included: &[bool], guesses: usize, delta: f64, confidence: f64) -> Result<Audit> {
     let m = scores.len();
     if included.len() != m || guesses == 0 || guesses > m {
@@ -51,7 +51,7 @@ pub fn one_run(scores: &[f64], included: &[bool], guesses: usize, delta: f64, co
     Ok(Audit { canaries: m, guesses, correct, epsilon })
 }
 
-/// The largest ε that `correct` right guesses of `guesses`, over `canaries`, refute at this confidence.
+/// The largest ε that `correct` correct guesses out of `guesses`, with `canaries` canaries, reject at this confidence.
 pub fn lower_bound(canaries: usize, guesses: usize, correct: usize, delta: f64, confidence: f64) -> f64 {
     let refuted = |epsilon: f64| p_value(epsilon, canaries, guesses, correct, delta) < 1.0 - confidence;
     if !refuted(0.0) {
@@ -65,8 +65,8 @@ pub fn lower_bound(canaries: usize, guesses: usize, correct: usize, delta: f64, 
     low
 }
 
-/// The probability of so many right guesses under (ε, δ) is at most this (theorem 5.2 of the paper, in its computed form):
-/// P[B ≥ v] + 2mδ·maxᵢ (P[B ≥ v − i] − P[B ≥ v])/i, B binomial with r trials at e^ε/(1 + e^ε).
+/// An upper bound of the probability of this many correct guesses under (ε, δ) (theorem 5.2 of the paper, in its computable form):
+/// P[B ≥ v] + 2mδ·maxᵢ (P[B ≥ v − i] − P[B ≥ v])/i, where B is binomial with r trials of probability e^ε/(1 + e^ε).
 fn p_value(epsilon: f64, canaries: usize, guesses: usize, correct: usize, delta: f64) -> f64 {
     let q = 1.0 / (1.0 + (-epsilon).exp());
     // P[B = k], from logarithms of factorials.
@@ -97,14 +97,14 @@ mod tests {
 
     #[test]
     fn bounds_of_known_counts() {
-        // Without δ the bound inverts a binomial tail: 100 of 100 right refutes e^ε/(1+e^ε) below 0.05^(1/100).
+        // Without δ the bound inverts a binomial tail: 100 of 100 correct guesses reject e^ε/(1+e^ε) below 0.05^(1/100).
         let p = 0.05f64.powf(0.01);
         assert!((lower_bound(100, 100, 100, 0.0, 0.95) - (p / (1.0 - p)).ln()).abs() < 1e-9);
         assert_eq!(lower_bound(100, 100, 50, 0.0, 0.95), 0.0);
         let (without, with) = (lower_bound(1000, 100, 95, 0.0, 0.95), lower_bound(1000, 100, 95, 1e-5, 0.95));
         assert!(with < without && with > 0.9 * without, "{with} {without}");
         assert!(lower_bound(1000, 100, 95, 1e-2, 0.95) < with);
-        // Fair guesses are accused at most as often as the confidence says.
+        // Random guesses are flagged at most as often as the confidence allows.
         let key = NoiseKey::from_seed_for_tests(4);
         let accused = (0..200u64).filter(|&t| {
             let (a, b) = (key.uniforms(2 * t, 100), key.uniforms(2 * t + 1, 100));

@@ -3,22 +3,22 @@
 use crate::base::matches;
 use serde::{Deserialize, Serialize};
 
-/// How a per-sample gradient of norm n is scaled under a threshold R.
+/// The factor by which a per-sample gradient of norm n is scaled, given a clipping threshold R.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ClipFn {
     /// min(1, R/n) (Abadi et al. 2016).
     Abadi,
-    /// min(1/n, 1/R): Abadi's divided by R, so that R no longer scales the learning rate (De et al. 2022).
+    /// min(1/n, 1/R): Abadi's factor divided by R, so that R no longer scales the learning rate (De et al. 2022).
     Reparameterised,
-    /// R/n: every gradient has norm R (Bu et al. 2023); a zero gradient stays zero.
+    /// R/n, which gives every gradient norm R (Bu et al. 2023); a zero gradient stays zero.
     AutoV,
-    /// R/(n + γ): normalisation that leaves small gradients small (Bu et al. 2023).
+    /// R/(n + γ): normalisation that keeps small gradients small (AUTO-S, Bu et al. 2023).
     AutoS {
-        /// Stabiliser, such as 0.01.
+        /// The stabiliser γ, such as 0.01.
         gamma: f64,
     },
-    /// 1 if n ≤ R, else 0: large gradients are left out.
+    /// 1 if n ≤ R, else 0: samples with larger gradients are dropped.
     Global,
 }
 
@@ -29,7 +29,7 @@ impl Default for ClipFn {
 }
 
 impl ClipFn {
-    /// The factor for a squared norm. A norm that is not finite gives 0: such a sample is left out.
+    /// The factor for a squared norm. A non-finite norm gives 0, which drops the sample.
     pub fn factor(self, norm_sq: f64, threshold: f64) -> f64 {
         let n = norm_sq.sqrt();
         if !n.is_finite() {
@@ -40,13 +40,13 @@ impl ClipFn {
             ClipFn::Abadi => threshold / n,
             ClipFn::Reparameterised => 1.0 / n.max(threshold),
             ClipFn::AutoV if n == 0.0 => 0.0,
-            // A factor that f32 can hold: a tiny gradient stays shorter than R instead of becoming infinite.
+            // The factor is limited to what f32 can hold: a tiny gradient stays shorter than R instead of becoming infinite.
             ClipFn::AutoV => (threshold / n).min(1e30),
             ClipFn::AutoS { gamma } => threshold / (n + gamma),
             ClipFn::Global => (n <= threshold) as u8 as f64,
         }
     }
-    /// Refuses parameters under which the stated sensitivity would not hold.
+    /// Returns an error for parameters with which the stated sensitivity would not hold.
     pub fn validate(self) -> crate::Result<()> {
         match self {
             ClipFn::AutoS { gamma } if !(gamma.is_finite() && gamma > 0.0) => Err(crate::Error::privacy(format!(
@@ -64,25 +64,25 @@ impl ClipFn {
     }
 }
 
-/// Which parameters are clipped together (He et al. 2023; Bu et al. 2023, group-wise clipping). Each group has a threshold
-/// R_m of its own; together they compose to R = √(Σ R_m²), the most a sample can contribute.
+/// The clipping groups: which parameters are clipped together (He et al. 2023; Bu et al. 2023, group-wise clipping). Each group has its own
+/// threshold R_m; together they compose to R = √(Σ R_m²), the largest norm of a sample's contribution.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ClipStyle {
-    /// All of them: one norm per sample.
+    /// All parameters in one group: one norm per sample.
     AllLayer,
-    /// Each layer's weight and bias.
+    /// One group for each layer's weight and bias.
     LayerWise,
-    /// Each tensor by itself.
+    /// One group for each tensor.
     ParameterWise,
-    /// This number of groups, each of consecutive layers, with about equally many layers in each.
+    /// This number of groups of consecutive layers, with about the same number of layers in each.
     Uniform(usize),
-    /// By name: a parameter belongs to the first pattern that matches (`*` stands for any characters, as in `h.0.*`); those
+    /// Groups by name: a parameter belongs to the first pattern that matches (`*` stands for any characters, as in `h.0.*`); parameters
     /// that match none form one more group.
     Named(Vec<String>),
 }
 
-/// How the total threshold is split over the groups.
+/// The division of the total threshold among the groups.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum Thresholds {
@@ -91,16 +91,16 @@ pub enum Thresholds {
     Equal,
     /// R_m = R·w_m/√(Σ w²), one positive weight per group in the order in which parameters are given to the step.
     Weighted(Vec<f64>),
-    /// Towards a quantile of each group's norms (Andrew et al. 2021): after every step
-    /// R_m ← R_m·exp(−rate·(b_m − quantile)), where b_m is the share of the expected batch whose norm was at most R_m, with
-    /// Gaussian noise of standard deviation `noise`·B in the count. R is the start. The counts are released with the gradient:
-    /// its noise multiplier is z = (σ⁻² − M/(2·noise·B)²)^(−½) instead of σ, so that both together cost what σ does.
+    /// Thresholds that follow a quantile of each group's norms (Andrew et al. 2021): after every step R_m ← R_m·exp(−rate·(b_m −
+    /// quantile)), where b_m is the share of the expected batch B whose norm was at most R_m, with Gaussian noise of standard deviation
+    /// `noise`·B added to the count. R is the initial value. The counts are released with the gradient: its noise multiplier is z = (σ⁻² −
+    /// M/(2·noise·B)²)^(−½) instead of σ, so that both together cost what σ costs.
     Adaptive {
-        /// The share of samples to leave unclipped, such as 0.5.
+        /// The share of samples that should stay unclipped, such as 0.5.
         quantile: f64,
         /// Learning rate of ln R_m, such as 0.2.
         rate: f64,
-        /// Standard deviation of the counts' noise over the expected batch, such as 0.05.
+        /// Standard deviation of the noise in the counts, divided by the expected batch size, such as 0.05.
         noise: f64,
     },
 }
@@ -118,7 +118,7 @@ impl ClipStyle {
             })
             .collect()
         }
-        // Weight and bias of one layer share everything but the last part of the name.
+        // Weight and bias of one layer differ only in the last part of the name.
         let layers = || numbered(names.iter().map(|n| n.rsplit_once('.').map_or(*n, |(layer, _)| layer)));
         Ok(match self {
             ClipStyle::AllLayer => vec![0; names.len()],
@@ -146,7 +146,7 @@ impl ClipStyle {
 }
 
 impl Thresholds {
-    /// Each group's threshold; √(Σ R_m²) = `total`.
+    /// Each group's threshold, such that √(Σ R_m²) = `total`.
     pub fn split(&self, total: f64, groups: usize) -> crate::Result<Vec<f64>> {
         match self {
             Thresholds::Equal | Thresholds::Adaptive { .. } => Ok(vec![total / (groups.max(1) as f64).sqrt(); groups]),
@@ -161,7 +161,7 @@ impl Thresholds {
             }
         }
     }
-    /// Refuses what the accounting does not hold for.
+    /// Returns an error for settings for which the accounting does not hold.
     pub fn validate(&self, clip: ClipFn) -> crate::Result<()> {
         let Thresholds::Adaptive { quantile, rate, noise } = self else { return Ok(()) };
         let fine = |x: f64, high: f64| x > 0.0 && x < high;

@@ -1,29 +1,29 @@
-//! Continual private pre-training with limited public data (Bu et al. 2024): what curvature says about batch size, noise and
-//! public share, measured while training.
+//! Continual private pre-training with limited public data (Bu et al. 2024): curvature measured during training, and what it implies for
+//! batch size, noise and the share of public data.
 //!
-//! A private gradient is g = (Σ Cᵢgᵢ + σ·N(0, I))/B. With c = E(Cᵢ), G the mean gradient, H the Hessian of the mean loss and Σ
-//! the covariance of the gᵢ, the best step of size η gains per sample
+//! A private gradient is g = (Σ Cᵢgᵢ + σ·N(0, I))/B. With c = E(Cᵢ), G the mean gradient, H the Hessian of the mean loss and Σ the
+//! covariance of the gᵢ, the gain per sample of a step with the best learning rate is
 //!
 //! J(B) = ½·|G|⁴/(B·GᵀHG + tr(HΣ) + D(B)), D(B) = σ²·tr(H)/(B·c²),
 //!
-//! where D, the *decelerator*, is all that noise changes. The best batch is B* = √(σ²·tr(H)/(c²·GᵀHG)). Public training lowers
-//! tr(H) faster than GᵀHG, after which private training runs at nearly the speed of training without privacy.
+//! where D, the *decelerator*, is the only term that depends on the noise. The best batch size is B* = √(σ²·tr(H)/(c²·GᵀHG)). Public
+//! training decreases tr(H) faster than GᵀHG; afterwards private training is nearly as fast as training without privacy.
 
 use crate::array::Array;
 use crate::autograd::{GradHook, Param, ParamGrad, Tensor};
 use crate::base::{Error, Result, philox};
 use crate::privacy::ClipFn;
 
-/// How traces are taken.
+/// The method that estimates traces.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Probes {
     /// Every coordinate and every sample: exact, for small models.
     Exact,
-    /// Hutchinson's estimate from so many random sign vectors, seeded.
+    /// Hutchinson's estimate from this number of random sign vectors, with this seed.
     Random(usize, u64),
 }
 
-/// Curvature of a loss where the parameters are now. Public data give it for nothing; on private data it is not private.
+/// Curvature of a loss at the current parameters. Measured on public data it costs no privacy; measured on private data it is not private.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Curvature {
     /// Mean loss.
@@ -32,32 +32,32 @@ pub struct Curvature {
     pub grad_sq: f64,
     /// GᵀHG.
     pub ghg: f64,
-    /// tr(H), and its standard error where it is an estimate.
+    /// tr(H), and its standard error if it is an estimate.
     pub trace_h: (f64, f64),
-    /// tr(HΣ), and its standard error.
+    /// tr(HΣ), and its standard error if it is an estimate.
     pub trace_h_sigma: (f64, f64),
     /// c, the mean clip factor.
     pub clip: f64,
-    /// E|gᵢ|.
+    /// E|gᵢ|, the mean norm of per-sample gradients.
     pub mean_norm: f64,
 }
 
 impl Curvature {
-    /// D(B) = σ²·tr(H)/(B·c²).
+    /// The decelerator D(B) = σ²·tr(H)/(B·c²).
     pub fn decelerator(&self, sigma: f64, batch: f64) -> f64 {
         sigma * sigma * self.trace_h.0 / (batch * self.clip * self.clip)
     }
-    /// B* = √(σ²·tr(H)/(c²·GᵀHG)), σ held fixed: the private batch with the best gain per sample. NaN where GᵀHG or tr(H) is
-    /// negative: there is none then.
+    /// B* = √(σ²·tr(H)/(c²·GᵀHG)) at fixed σ: the private batch size with the best gain per sample. It is NaN if GᵀHG or tr(H) is negative:
+    /// then there is none.
     pub fn best_batch(&self, sigma: f64) -> f64 {
         (sigma * sigma * self.trace_h.0 / (self.clip * self.clip * self.ghg)).sqrt()
     }
-    /// B* and its standard error, from that of tr(H).
+    /// B* and its standard error, computed from that of tr(H).
     pub fn best_batch_with_error(&self, sigma: f64) -> (f64, f64) {
         let b = self.best_batch(sigma);
         (b, 0.5 * b * self.trace_h.1 / self.trace_h.0)
     }
-    /// Gain per sample of a private step at its best learning rate.
+    /// J(B), the gain per sample of a private step at its best learning rate.
     pub fn gain_private(&self, sigma: f64, batch: f64) -> f64 {
         0.5 * self.grad_sq.powi(2) / (self.without_noise(batch) + self.decelerator(sigma, batch))
     }
@@ -65,11 +65,11 @@ impl Curvature {
     pub fn gain_public(&self, batch: f64) -> f64 {
         0.5 * self.grad_sq.powi(2) / self.without_noise(batch)
     }
-    /// How many times the samples that a step without noise would need.
+    /// The factor by which a private step needs more samples than a step without noise.
     pub fn slowdown(&self, sigma: f64, batch: f64) -> f64 {
         1.0 + self.decelerator(sigma, batch) / self.without_noise(batch)
     }
-    /// The learning rate with the best gain of a private step, for sums divided by B.
+    /// The learning rate with the best gain of a private step, for sums that are divided by B.
     pub fn best_lr(&self, sigma: f64, batch: f64) -> f64 {
         self.grad_sq * batch / (self.clip * (self.without_noise(batch) + self.decelerator(sigma, batch)))
     }
@@ -78,11 +78,11 @@ impl Curvature {
     }
 }
 
-/// Curvature of the mean of `losses` (one per sample, the same samples at every call) over the trainable `params`, with `clip`
-/// at threshold `r` for c.
+/// Measures the curvature of the mean of `losses` (one per sample, the same samples at every call) with respect to the trainable `params`;
+/// c is the mean factor of `clip` at threshold `r`.
 ///
-/// Hessian-vector products are central differences of gradients along the vector, with a step that moves the parameters by
-/// 10⁻³ of their size in f32 and 10⁻⁵ in f64: two gradients each. Exact traces need one per coordinate and one per sample.
+/// Hessian-vector products are central differences of gradients along the vector, with a step that changes the parameters by 10⁻³ of their
+/// size in f32 and 10⁻⁵ in f64. Each takes two gradients. Exact traces need one product per coordinate and one per sample.
 pub fn curvature(
     losses: &dyn Fn() -> Result<Tensor>,
     params: &[Param],
@@ -156,7 +156,7 @@ pub fn curvature(
         (m, if x.len() > 1 { (var / x.len() as f64).sqrt() } else { 0.0 })
     };
     let (second, error) = estimate(&hs);
-    // Σ is about the mean: E[gᵢᵀHgᵢ] − GᵀHG.
+    // Σ is the covariance about the mean: E[gᵢᵀHgᵢ] − GᵀHG.
     Ok(Curvature { loss, grad_sq, ghg, trace_h: estimate(&h), trace_h_sigma: (second - ghg, error), clip, mean_norm })
 }
 
@@ -217,7 +217,7 @@ impl Model<'_> {
             self.gradient()
         };
         let both = at(h).and_then(|up| Ok((up, at(-h)?)));
-        // Whatever happened, the parameters are what they were.
+        // The parameters are restored, even after an error.
         for (p, a) in self.params.iter().zip(before) {
             p.set(a)?;
         }
@@ -226,7 +226,7 @@ impl Model<'_> {
     }
 }
 
-/// When to go from public to private data: a decision from public losses alone, which therefore costs nothing.
+/// The decision when to switch from public to private data. It depends on public losses alone and therefore costs no privacy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Switch {
     patience: usize,
@@ -235,11 +235,11 @@ pub struct Switch {
 }
 
 impl Switch {
-    /// After `patience` public validation losses in a row that are no better than the best before them.
+    /// Switches after `patience` consecutive public validation losses that do not improve on the best one before them.
     pub fn new(patience: usize) -> Switch {
         Switch { patience: patience.max(1), best: f64::INFINITY, since: 0 }
     }
-    /// Takes the next public validation loss; true if it is time.
+    /// Adds the next public validation loss; returns true if it is time to switch.
     pub fn observe(&mut self, public_loss: crate::privacy::Public<f64>) -> bool {
         if public_loss.0 < self.best {
             (self.best, self.since) = (public_loss.0, 0);

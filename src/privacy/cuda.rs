@@ -7,8 +7,8 @@ use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::privacy::ClipFn;
 use std::sync::Arc;
 
-/// Clip factors of squared norms `sq [B]` (f64) in `dtype`; `stats` (i64, three) counts samples, clipped ones, and ones
-/// whose norm is not finite.
+/// Clip factors of squared norms `sq [B]` (f64) in `dtype`; `stats` (three i64) counts the samples, the clipped ones, and those whose norm
+/// is not finite.
 pub(crate) fn clip_weights(
     gpu: &Arc<Gpu>,
     sq: &Array,

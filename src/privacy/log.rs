@@ -1,5 +1,5 @@
-//! A write-ahead log of private steps: each is on disk before it touches the parameters, so that a killed process can only have
-//! counted too much.
+//! A write-ahead log of private steps: each step is on disk before it changes the parameters, so that a killed process can only have
+//! counted too many steps.
 
 use crate::base::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -12,20 +12,19 @@ use std::path::{Path, PathBuf};
 struct Line {
     step: u64,
     key: String,
-    /// Name of what was released; none where it was not known before the step (on a GPU).
+    /// Name of the release; `None` if it was not known before the step (on a GPU).
     release: Option<String>,
     sigma: f64,
     rate: f64,
 }
 
-/// The log of one private run, a JSON line per step, in a file that only grows; or in memory alone, where it sees what this
-/// process does.
+/// The log of one private run: one JSON line per step, in an append-only file, or in memory alone, where it covers only this process.
 ///
-/// The file is locked while it is open: a second run that opens it is refused, because each would hide the other's steps.
+/// The file is locked while it is open: a second run that opens it is refused, because each run would miss the other's steps.
 ///
-/// What counts is a release: the noised sum of one step. A step that a resumed process takes again counts once if it releases
-/// the same bits, which the name of the release tells. Other sums of the same step carry other noise, but come from the same
-/// Poisson batch: together they tell as much about it as one sum with the noise multiplier (Σ σᵢ⁻²)^(−½), and count as that.
+/// The log counts releases; a release is the noised sum of one step. A step that a resumed process repeats counts once if it releases the
+/// same bits, which the name of the release shows. Other sums of the same step have other noise but come from the same Poisson batch:
+/// together they reveal as much about it as one sum with the noise multiplier (Σ σᵢ⁻²)^(−½), and count as such.
 #[derive(Debug)]
 pub struct StepLog {
     file: Option<(File, PathBuf)>,
@@ -37,13 +36,13 @@ pub struct StepLog {
 /// The releases of one step under one key.
 #[derive(Clone, Debug)]
 struct Taken {
-    /// Names of the releases that have one, and σ of all.
+    /// Name of each release, if it has one, and its σ.
     releases: Vec<(Option<String>, f64)>,
     rate: f64,
 }
 
 impl Taken {
-    /// σ of a single release that tells as much.
+    /// σ of a single release that reveals as much.
     fn sigma(&self) -> f64 {
         match &self.releases[..] {
             [(_, sigma)] => *sigma,
@@ -56,11 +55,11 @@ impl Taken {
 }
 
 impl StepLog {
-    /// A log without a file. `key` is a number that follows from the key and from which the key does not follow.
+    /// A log without a file. `key` identifies the noise key: it is computed from the key, but the key cannot be computed from it.
     pub fn in_memory(key: String) -> StepLog {
         StepLog { file: None, key, seen: BTreeMap::new() }
     }
-    /// Opens or creates a log. A last line that was cut off by a kill is a step that was not taken.
+    /// Opens or creates a log. An incomplete last line, left by a killed process, is a step that was not taken.
     pub fn open(path: impl AsRef<Path>, key: String) -> Result<StepLog> {
         let path = path.as_ref().to_path_buf();
         let fail = |e| Error::io("open the log of private steps", &path, e);
@@ -76,7 +75,7 @@ impl StepLog {
             }
             Err(TryLockError::Error(e)) => return Err(Error::io("lock the log of private steps", &path, e)),
         }
-        // The file's name has to outlive a power cut, too.
+        // The folder is synced, so that the file's name survives a power failure, too.
         #[cfg(unix)]
         File::open(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))
             .and_then(|folder| folder.sync_all())
@@ -99,14 +98,14 @@ impl StepLog {
         let taken = self.seen.entry((l.step, l.key)).or_insert_with(|| Taken { releases: Vec::new(), rate: l.rate });
         if !taken.has(l.release.as_deref()) {
             taken.releases.push((l.release, l.sigma));
-            // A log that other versions or hands have written: the larger rate is the safe one.
+            // If another version or an editor wrote the log, rates may differ: the larger one is the safe one.
             taken.rate = taken.rate.max(l.rate);
         }
     }
     fn own(&self, step: u64) -> Option<&Taken> {
         self.seen.get(&(step, self.key.clone()))
     }
-    /// Whether this step has released something under this key; an error if from a batch that was drawn at another rate.
+    /// Whether this step has released something under this key; an error if its batch was drawn at another rate.
     pub fn has(&self, step: u64, rate: f64) -> Result<bool> {
         match self.own(step) {
             None => Ok(false),
@@ -118,11 +117,11 @@ impl StepLog {
             ))),
         }
     }
-    /// Whether this very release of a step is in the log.
+    /// Whether the log contains this same release of a step.
     pub fn has_release(&self, step: u64, release: Option<&str>) -> bool {
         self.own(step).is_some_and(|t| t.has(release))
     }
-    /// Writes a release down, and returns once it is on disk.
+    /// Writes a release to the log, and returns once it is on disk.
     pub fn write(&mut self, step: u64, release: Option<String>, sigma: f64, rate: f64) -> Result<()> {
         let line = Line { step, key: self.key.clone(), release, sigma, rate };
         if let Some((file, path)) = &mut self.file {
@@ -136,11 +135,11 @@ impl StepLog {
         self.add(line);
         Ok(())
     }
-    /// Steps under this log's own key.
+    /// Number of steps under this log's own key.
     pub fn own_steps(&self) -> u64 {
         self.seen.keys().filter(|(_, key)| *key == self.key).count() as u64
     }
-    /// σ and q of every step, with one more release of a step under this log's own key if there is `more` (its σ and q).
+    /// σ and q of every step; `more`, if given, adds one more release (step, σ, q) under this log's own key.
     pub fn history(&self, more: Option<(u64, f64, f64)>) -> Vec<(f64, f64)> {
         let mut all = self.seen.clone();
         if let Some((step, sigma, rate)) = more {

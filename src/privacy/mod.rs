@@ -1,5 +1,5 @@
-//! What private training is made of: clip functions and styles, the accountant, Poisson sampling.
-//! [`step::Privacy`](crate::step::Privacy) ties them together.
+//! The components of private training: clip functions and styles, the accountant, Poisson sampling. [`step::Privacy`](crate::step::Privacy)
+//! combines them.
 
 pub mod accountant;
 pub mod audit;

@@ -3,8 +3,8 @@
 use crate::base::{Error, Result};
 use crate::random::NoiseKey;
 
-/// Takes each record with the same probability, independently, at every step: the sampling the accountant assumes.
-/// Whether a record is in depends on (key, step, record) alone: any partition of the records over workers, and a
+/// Includes each record with the same probability, independently, at every step: the sampling that the accountant assumes. Whether a record
+/// is included depends on (key, step, record) alone: any partition of the records over workers, and a resumed run, draw the same batches.
 /// resumed run, draw the same batches.
 #[derive(Clone, Debug)]
 pub struct PoissonSampler {
@@ -14,7 +14,7 @@ pub struct PoissonSampler {
 }
 
 impl PoissonSampler {
-    /// `records` records at rate q = `rate`.
+    /// A sampler of `records` records at rate q = `rate`.
     pub fn new(records: usize, rate: f64, key: NoiseKey) -> Result<PoissonSampler> {
         if !(rate > 0.0 && rate <= 1.0) {
             return Err(Error::privacy(format!("a sampling rate of {rate}; it must lie in (0, 1]")));
@@ -25,7 +25,7 @@ impl PoissonSampler {
     pub fn includes(&self, step: u64, i: usize) -> bool {
         self.key.uniform(step, i as u64) < self.rate
     }
-    /// The batch of `step`, in ascending order. May be empty; the step is taken all the same.
+    /// The batch of `step`, in ascending order. It may be empty; an empty batch is a step all the same.
     pub fn batch(&self, step: u64) -> Vec<usize> {
         let u = self.key.uniforms(step, self.records);
         (0..self.records).filter(|&i| u[i] < self.rate).collect()
@@ -44,7 +44,7 @@ mod tests {
         // Standard error √(2000·0.1·0.9/50) ≈ 1.9.
         assert!((mean - 200.0).abs() < 8.0, "{mean}");
         assert_ne!(s.batch(0), s.batch(1));
-        // Record by record, in any partition, the draw is the same.
+        // The draw is the same record by record, in any partition.
         let apart: Vec<usize> = (0..2000).rev().filter(|&i| s.includes(3, i)).collect();
         assert_eq!(s.batch(3), apart.into_iter().rev().collect::<Vec<_>>());
     }

@@ -1,16 +1,16 @@
 //! ChaCha20 (RFC 8439) as a counter-based source of Gaussian noise for privacy.
 //!
-//! The noise of element e at step s is a function of (key, s, e). Block b of step s is the ChaCha20 block with counter b
-//! and nonce (domain, s); its 16 words give 8 Box–Muller pairs: 16 normals. A radius takes one word, and where that is below
-//! 2¹⁶ another word of a second block, so that |z| reaches √(2·ln 2⁶⁵) ≈ 9.49 with a density that is right to 2⁻¹⁶ everywhere.
+//! The noise of element e at step s is a function of (key, s, e). Block b of step s is the ChaCha20 block with counter b and nonce (domain,
+//! s); its 16 words give 8 Box–Muller pairs, which are 16 normals. A radius uses one word and, if that is below 2¹⁶, another word of a
+//! second block, so that |z| reaches √(2·ln 2⁶⁵) ≈ 9.49 with a density that is accurate to 2⁻¹⁶ everywhere.
 //!
-//! Floating-point numbers have gaps, and a sum of an f32 and an f32 noise shows which side of a gap the true value was on
-//! (Mironov 2012). Here a normal is the exact product of two f32 numbers, 48 bits, and value + noise is taken in f64 and
-//! rounded to a [`Grid`] that depends on the standard deviation alone. Every multiple of the grid is reached from about 2²⁴ pairs
-//! of factors, whatever the value, and a finer part of the value is never visible.
+//! Floating-point numbers have gaps, and a sum of an f32 value and f32 noise can reveal on which side of a gap the true value was (Mironov
+//! 2012). Here a normal is the exact product of two f32 numbers with 48 bits, and value + noise is computed in f64 and rounded to a
+//! [`Grid`] that depends on the standard deviation alone. Every multiple of the grid is reached from about 2²⁴ pairs of factors, whatever
+//! the value, and no finer part of the value is visible.
 //!
-//! Only additions, multiplications, divisions, square roots and integer operations are used, in a fixed order and never
-//! fused: the same bits at every vector width and on every device.
+//! Only additions, multiplications, divisions, square roots and integer operations are used, in a fixed order and never fused, so that the
+//! bits are the same at every vector width and on every device.
 
 use crate::base::{Error, Float, Result};
 use crate::device::cpu::par::par_chunks;
@@ -18,16 +18,16 @@ use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 use std::fmt;
 
-/// The secret of a private run: anyone who knows it can subtract the noise. Never logged, never printed.
+/// The secret key of a private run: anyone who has it can subtract the noise. It is never logged or printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct NoiseKey {
     bytes: [u8; 32],
-    /// Anybody can compute it.
+    /// Whether the key is public, so that anyone can compute it.
     test: bool,
 }
 
 impl NoiseKey {
-    /// A fresh key from the operating system.
+    /// A fresh key from the operating system's random generator.
     pub fn from_os() -> Result<NoiseKey> {
         let mut key = [0u8; 32];
         let path = "/dev/urandom";
@@ -36,7 +36,7 @@ impl NoiseKey {
             .map_err(|e| Error::io("draw a noise key from", path, e))?;
         Ok(NoiseKey::from_bytes(key))
     }
-    /// A key anyone can compute: repeatable runs and tests, no privacy.
+    /// A key that anyone can compute: for repeatable runs and tests, without any privacy.
     pub fn from_seed_for_tests(seed: u64) -> NoiseKey {
         let mut key = [0u8; 32];
         for (i, chunk) in key.chunks_exact_mut(8).enumerate() {
@@ -44,15 +44,15 @@ impl NoiseKey {
         }
         NoiseKey { bytes: key, test: true }
     }
-    /// Whether it was made by [`NoiseKey::from_seed_for_tests`]: a run with it is not private.
+    /// Whether the key was made by [`NoiseKey::from_seed_for_tests`]: a run with it is not private.
     pub fn is_for_tests(&self) -> bool {
         self.test
     }
-    /// From 32 bytes kept elsewhere.
+    /// A key from 32 bytes that were stored elsewhere.
     pub fn from_bytes(bytes: [u8; 32]) -> NoiseKey {
         NoiseKey { bytes, test: false }
     }
-    /// The bytes, to be kept as secret as the data.
+    /// The bytes of the key, which must be kept as secret as the data.
     pub fn to_bytes(&self) -> [u8; 32] {
         self.bytes
     }
@@ -61,7 +61,7 @@ impl NoiseKey {
             u32::from_le_bytes([self.bytes[4 * i], self.bytes[4 * i + 1], self.bytes[4 * i + 2], self.bytes[4 * i + 3]])
         })
     }
-    /// Uniforms in [0, 1) of (step, 0..n), in a stream apart from the noise: Poisson sampling.
+    /// Uniform numbers in [0, 1) for (step, 0..n), in a stream separate from the noise: for Poisson sampling.
     pub fn uniforms(&self, step: u64, n: usize) -> Vec<f64> {
         let (words, mut out) = (self.words(), Vec::with_capacity(n.next_multiple_of(8)));
         for block in 0..n.div_ceil(8) as u64 {
@@ -72,12 +72,11 @@ impl NoiseKey {
         out.truncate(n);
         out
     }
-    /// The key of one release: noise that is made from it is shared only by releases that agree in the step, in `context` (what
-    /// scales the noise) and in `digest` (what it is added to). Each is absorbed by one ChaCha20 block under the key so far, as
-    /// in HChaCha20.
+    /// The key of one release: two releases share noise only if they have the same step, the same `context` (the scale of the noise) and
+    /// the same `digest` (of the sum to which it is added). Each is absorbed by one ChaCha20 block under the key so far, as in HChaCha20.
     ///
-    /// A test key ignores the digest: its noise depends on the step and the element alone, so that runs on other devices or
-    /// numbers of ranks, whose sums differ in the last bits, can be compared with each other.
+    /// A test key ignores the digest: its noise depends on the step and the element alone, so that runs on other devices or numbers of
+    /// ranks, whose sums differ in the last bits, can be compared with each other.
     pub fn for_release(&self, step: u64, context: [u32; 4], digest: [u32; 4]) -> NoiseKey {
         let digest = if self.test { [0; 4] } else { digest };
         let bytes_of = |words: [u32; 8]| {
@@ -88,7 +87,7 @@ impl NoiseKey {
         let first = absorb(&self.words(), [0, DERIVE, step as u32, (step >> 32) as u32]);
         NoiseKey { bytes: bytes_of(absorb(&absorb(&first, context), digest)), test: self.test }
     }
-    /// `n` words of a stream of their own, for the digest of what noise is added to.
+    /// `n` words of a separate stream, which key the digest of the sums.
     pub(crate) fn digest_words(&self, n: usize) -> Vec<u32> {
         let words = self.words();
         let mut out = Vec::with_capacity(n.next_multiple_of(16));
@@ -100,7 +99,7 @@ impl NoiseKey {
         out.truncate(n);
         out
     }
-    /// One of [`NoiseKey::uniforms`].
+    /// One element of [`NoiseKey::uniforms`].
     pub fn uniform(&self, step: u64, index: u64) -> f64 {
         let mut out = [[0u32; 1]; 16];
         blocks::<1>(&self.words(), [index / 8], SAMPLING, step, &mut out);
@@ -124,11 +123,11 @@ const TAIL: u32 = 0x7461_696c;
 const SAMPLING: u32 = 0x7361_6d70;
 const DERIVE: u32 = 0x6465_7269;
 const DIGEST: u32 = 0x6469_6765;
-/// Blocks computed side by side.
+/// Number of blocks that are computed in parallel lanes.
 const LANES: usize = 16;
 
-/// `L` ChaCha20 blocks side by side: word w of block l in out[w][l]. The 96-bit nonce is (high counter bits ^ domain,
-/// step); the counter's low 32 bits are the block counter.
+/// `L` ChaCha20 blocks in parallel: word w of block l is out[w][l]. The 96-bit nonce is (high counter bits ^ domain, step); the counter's
+/// low 32 bits are the block counter.
 #[inline(always)]
 fn blocks<const L: usize>(key: &[u32; 8], counter: [u64; L], domain: u32, step: u64, out: &mut [[u32; L]; 16]) {
     let mut init = [[0u32; L]; 16];
@@ -170,8 +169,8 @@ fn blocks<const L: usize>(key: &[u32; 8], counter: [u64; L], domain: u32, step: 
         quarter!(2, 7, 8, 13);
         quarter!(3, 4, 9, 14);
     }
-    // Row by row with constant numbers of the rows: as a loop over the rows, this becomes stores of single elements, which take as
-    // long as all that is above.
+    // The rows have constant numbers: written as a loop over the rows, this would compile to stores of single elements, which take as long
+    // as all of the code above.
     macro_rules! rows {
         ($($w:literal)*) => {
             $({
@@ -185,7 +184,7 @@ fn blocks<const L: usize>(key: &[u32; 8], counter: [u64; L], domain: u32, step: 
     rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
 }
 
-/// Eight words of the block whose last four input words are `input`.
+/// Eight words of the block whose last four input words are `input`: the absorbing step of HChaCha20.
 fn absorb(key: &[u32; 8], input: [u32; 4]) -> [u32; 8] {
     let counter = input[0] as u64;
     let mut x = [[0u32; 1]; 16];
@@ -193,7 +192,7 @@ fn absorb(key: &[u32; 8], input: [u32; 4]) -> [u32; 8] {
     std::array::from_fn(|i| x[i][0])
 }
 
-/// A word of a radius below this takes further bits from a second word.
+/// If the first word of a radius is below this, a second word supplies further bits.
 const RARE: u32 = 1 << 16;
 
 /// (a + ½)/2³², rounded.
@@ -206,17 +205,17 @@ fn unit(a: u32) -> f32 {
 #[inline(always)]
 fn radius(a: u32) -> f32 {
     let near_one = a >= 0xc000_0000;
-    // Near 1 the logarithm is taken from 1 − u, which the complement of `a` gives without rounding.
+    // Near 1 the logarithm is computed from 1 − u, which the complement of `a` gives without rounding.
     (-2.0 * ln(unit(a), near_one, unit(!a))).sqrt()
 }
 
-/// √(−2·ln u) for u = (2³²·a + b + ½)/2⁶⁴: the tail.
+/// √(−2·ln u) for u = (2³²·a + b + ½)/2⁶⁴: the radius in the tail.
 fn rare_radius(a: u32, b: u32) -> f32 {
     let u = ((a as u64) << 32 | b as u64) as f32 * f32::from_bits(0x1f80_0000) + f32::from_bits(0x1f00_0000);
     (-2.0 * ln(u, false, 0.0)).sqrt()
 }
 
-/// ln u, or ln(1 − rest) where u is near one; relative error about 10⁻⁷.
+/// ln u, or ln(1 − rest) if u is near one; relative error about 10⁻⁷.
 #[inline(always)]
 fn ln(u: f32, near_one: bool, rest: f32) -> f32 {
     // u = 2ᵉ·(1 + m) with 1 + m in [√½, √2).
@@ -225,18 +224,18 @@ fn ln(u: f32, near_one: bool, rest: f32) -> f32 {
     let m = f32::from_bits((bits - (e << 23)) as u32) - 1.0;
     let m = if near_one { -rest } else { m };
     let e = if near_one { 0.0 } else { e as f32 };
-    // ln(1 + m) = 2·artanh(s) with s = m/(2 + m), |s| ≤ 0.172: the next term of the series is 10⁻⁹.
+    // ln(1 + m) = 2·artanh(s) with s = m/(2 + m), |s| ≤ 0.172: the first omitted term of the series is 10⁻⁹.
     let s = m / (2.0 + m);
     let z = s * s;
     let p = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0))));
-    // ln 2 in two parts, the first exact in nine bits.
+    // ln 2 in two parts, of which the first is exact in nine bits.
     e * 0.693_359_4 + (e * -2.121_944_4e-4 + 2.0 * s * p)
 }
 
-/// Sine and cosine of b/2³² of a turn, by their series on an eighth of a turn either side.
+/// Sine and cosine of b/2³² of a turn, by their series on at most an eighth of a turn to either side.
 #[inline(always)]
 fn sin_cos_turn(b: u32) -> (f32, f32) {
-    // Quarter turns to the nearest, remainder in [−⅛, ⅛) of a turn, exactly.
+    // The nearest number of quarter turns, and the exact remainder in [−⅛, ⅛) of a turn.
     let q = b.wrapping_add(1 << 29) >> 30;
     let rest = b.wrapping_sub(q << 30) as i32;
     let t = rest as f32 * (std::f32::consts::TAU / 4_294_967_296.0);
@@ -249,10 +248,10 @@ fn sin_cos_turn(b: u32) -> (f32, f32) {
     (a, d)
 }
 
-/// The multiples of 2^(⌊log₂ std⌋ − 20): what carries noise of this standard deviation is rounded to them.
+/// The multiples of 2^(⌊log₂ std⌋ − 20), to which sums with noise of this standard deviation are rounded.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid {
-    /// Adding it in f64 and taking it away again rounds to a multiple of the step: 1.5·2⁵² steps.
+    /// Adding this in f64 and subtracting it again rounds to a multiple of the step: 1.5·2⁵² steps.
     pub(crate) magic: f64,
 }
 
@@ -262,23 +261,23 @@ impl Grid {
         let exponent = (std.to_bits() >> 52 & 0x7ff) as i32 - 1023 - 20;
         Grid { magic: 1.5 * 2f64.powi(52 + exponent) }
     }
-    /// Distance between neighbours.
+    /// Distance between neighbouring multiples.
     pub fn step(self) -> f64 {
         self.magic / 1.5 / 2f64.powi(52)
     }
-    /// The nearest multiple; ties go to the even one. From 2⁵¹ steps on, where f64 has no finer numbers than half a step, the
-    /// result is a neighbour of `x`; infinities and NaN stay.
+    /// The nearest multiple; ties go to the even one. From 2⁵¹ steps on, where f64 cannot represent half a step, the result is a neighbour
+    /// of `x`; infinities and NaN are unchanged.
     #[inline(always)]
     pub fn round(self, x: f64) -> f64 {
         (x + self.magic) - self.magic
     }
 }
 
-/// `out[i] ← grid(out[i] + std·z(key, step, first + i))`, the sum in f64; see the module's page for the [`Grid`].
-/// About 6 ns per sixteen elements and core with 512-bit vectors.
+/// `out[i] ← grid(out[i] + std·z(key, step, first + i))`, with the sum in f64; see the module's page for the [`Grid`]. It takes about 6 ns
+/// per sixteen elements and core with 512-bit vectors.
 pub fn add_gaussian<T: Float>(key: &NoiseKey, step: u64, first: u64, std: f64, out: &mut [T]) {
     let (words, grid) = (key.words(), Grid::of(std));
-    // Aligned groups of LANES blocks, 16 normals each; the pieces at both ends use part of a group.
+    // Aligned groups of LANES blocks with 16 normals each; the pieces at both ends use part of a group.
     const GROUP: usize = LANES * 16;
     let end = first + out.len() as u64;
     let (g0, g1) = (first / GROUP as u64, end.div_ceil(GROUP as u64));
@@ -291,7 +290,7 @@ pub fn add_gaussian<T: Float>(key: &NoiseKey, step: u64, first: u64, std: f64, o
             let o = unsafe { dst.slice((lo - first) as usize..(hi - first) as usize) };
             let counter: [u64; LANES] = std::array::from_fn(|l| start / 16 + l as u64);
             let mut x = [[0u32; LANES]; 16];
-            // Within a group elements lie word by word, lane by lane: a fixed order like any other, and no shuffles.
+            // Within a group elements are stored word by word, and lane by lane within a word: a fixed order that needs no shuffles.
             let done = simd(
                 #[inline(always)]
                 || {
@@ -315,7 +314,7 @@ pub fn add_gaussian<T: Float>(key: &NoiseKey, step: u64, first: u64, std: f64, o
             if done {
                 continue;
             }
-            // A part of a group, or one with a radius that takes a second word: the same, element by element.
+            // Part of a group, or a group with a radius that uses a second word: the same computation, element by element.
             let mut more = [[0u32; LANES]; 16];
             blocks::<LANES>(&words, counter, TAIL, step, &mut more);
             for (pair, l) in (0..8).flat_map(|pair| (0..LANES).map(move |l| (pair, l))) {
@@ -384,7 +383,7 @@ mod tests {
 
     #[test]
     fn the_tail_reaches_past_nine_and_joins_without_a_step() {
-        // The two ways to take a radius agree where they meet, and the last one ends at √(2·ln 2⁶⁵).
+        // The two computations of a radius agree where they meet, and the second one ends at √(2·ln 2⁶⁵).
         for a in [1u32, 77, RARE - 1, RARE] {
             let (coarse, fine) = (radius(a), rare_radius(a, 1 << 31));
             assert!((coarse - fine).abs() < 1e-6 * fine, "{a}: {coarse} {fine}");
@@ -396,8 +395,8 @@ mod tests {
         assert!(rare_radius(0, 0) > 9.49);
     }
 
-    /// Draws in whole groups past 6.7637 standard deviations, where the noise would end if a radius took one word alone. Their places were
-    /// found by a search for radii whose first word is 0, and their values computed apart in double precision.
+    /// Draws in whole groups beyond 6.7637 standard deviations, where the noise would end if a radius used one word only. Their positions
+    /// were found by a search for radii whose first word is 0, and their values were computed separately in double precision.
     #[test]
     fn draws_past_the_end_of_one_word() {
         const GROUP: usize = LANES * 16;
@@ -409,8 +408,8 @@ mod tests {
         }
     }
 
-    /// 10⁸ draws against the normal law: Kolmogorov and Smirnov at 65,536 points, six moments, the mass of the tail. The radius of
-    /// one draw in 2¹⁶, beyond 4.71, takes a second word.
+    /// Compares 10⁸ draws with the normal distribution: Kolmogorov–Smirnov at 65,536 points, six moments, the mass of the tail. The radius
+    /// of one draw in 2¹⁶, beyond 4.71, uses a second word.
     #[test]
     fn the_law_is_normal_over_a_hundred_million_draws() {
         const N: usize = 100;
@@ -439,7 +438,7 @@ mod tests {
         let (mut below, mut far) = (0, 0f64);
         for (i, c) in counts.iter().enumerate() {
             below += c;
-            // Draws are on a grid of 2⁻²⁰, edges of bins belong to the bin above.
+            // Draws are on a grid of 2⁻²⁰; values on the edges of bins belong to the bin above.
             let edge = (i + 1) as f64 / BINS as f64 * 16.0 - 8.0 - 2f64.powi(-21);
             far = far.max((below as f64 / n - 0.5 * libm::erfc(-edge / std::f64::consts::SQRT_2)).abs());
         }
@@ -469,7 +468,7 @@ mod tests {
                 let mut v = vec![below; 3000];
                 add_gaussian(&NoiseKey::from_bytes([7; 32]), 0, 0, std, &mut v);
                 assert!(v.iter().all(|x| (x / grid.step()).fract() == 0.0), "{std} {below}");
-                // No step of the grid is preferred: the last bits of the multiples are evenly spread.
+                // No step of the grid is preferred: the last bits of the multiples are evenly distributed.
                 let ones = |bit: i64| v.iter().filter(|x| (**x / grid.step()) as i64 >> bit & 1 == 1).count() as f64;
                 for bit in 0..12 {
                     assert!((ones(bit) - 1500.0).abs() < 4.5 * 750f64.sqrt(), "{std} {below} bit {bit}: {}", ones(bit));

@@ -1,4 +1,4 @@
-//! The launches of the noise and of its key, of `cuda/random.cu`.
+//! Launches of the kernels for the noise and its key (`cuda/random.cu`).
 
 use super::chacha::Grid;
 use super::digest::{CHUNK, KEY};
@@ -15,7 +15,7 @@ pub(crate) fn digest_key(gpu: &Arc<Gpu>, key: &NoiseKey) -> Result<Array> {
     Array::from_slice(&words, &[words.len()])?.to(&crate::Device::Cuda(gpu.clone()))
 }
 
-/// The digest of the words of `grads` as the CPU takes it, `[4]` u32, in the GPU's memory.
+/// The digest of the words of `grads`, with the same bits as on the CPU: `[4]` u32, in the GPU's memory.
 fn digest_of(gpu: &Arc<Gpu>, key: &Array, grads: &Array) -> Result<Array> {
     let (mut words, mut from): (usize, Array) = (grads.numel() * grads.dtype().size() / 4, grads.clone());
     let mut level = 0;
@@ -37,8 +37,8 @@ fn digest_of(gpu: &Arc<Gpu>, key: &Array, grads: &Array) -> Result<Array> {
     }
 }
 
-/// Adds the noise of a release to `grads`, bit for bit as the CPU does: derives the release's key from `key`, the step, `context`
-/// and, unless `digest_key` is `None`, the digest of `grads`. The number of the step is `step`, or is read from `live`.
+/// Adds the noise of a release to `grads`, with the same bits as on the CPU: derives the release's key from `key`, the step, `context` and,
+/// unless `digest_key` is `None`, the digest of `grads`. The number of the step is `step`, or is read from `live`.
 pub(crate) fn release(
     gpu: &Arc<Gpu>,
     (key, digest_key): (&NoiseKey, Option<&Array>),
@@ -63,7 +63,7 @@ pub(crate) fn release(
         .run()?;
     let n = grads.numel();
     let l = Launch::new(gpu, "random", &format!("chacha_gaussian_{}", suffix(grads.dtype())))?;
-    // 16 threads make a group of 256 normals.
+    // 16 threads process a group of 256 normals.
     let l = l.grid((16 * n.div_ceil(256)).div_ceil(256), 1, 1).array(grads).val(n as i64);
     l.array(&own).val(step).val(0u64).val(std).val(Grid::of(std).magic).optional(live).run()
 }

@@ -1,31 +1,32 @@
-//! A digest of a clipped sum under a secret key, from which the noise that is added to it is derived.
+//! A digest of a clipped sum under a secret key. The noise that is added to the sum is derived from it.
 //!
-//! Words are hashed in chunks of [`CHUNK`] by NH (Black et al. 1999, UMAC): Σ (wᵢ + kᵢ)·(wⱼ + kⱼ) over pairs of words, with the inner
-//! sums mod 2³² and the outer one mod 2⁶⁴, twice, the second time with the key moved on by a block. A block is 32 words, and pairs the
-//! word i of its first half with the word i of its second half, so that both are read in order. The four words of every chunk are hashed in the same way with further words of the key, until one chunk is left. Two different sums of the same length
-//! have equal digests with probability at most levels·2⁻⁶⁴ over the key. Integer sums do not depend on an order: the digest has the same
-//! bits on every device. One pass over the data; it is never released.
+//! Words are hashed in chunks of [`CHUNK`] by NH (Black et al. 1999, UMAC): Σ (wᵢ + kᵢ)·(wⱼ + kⱼ) over pairs of words, with the inner sums
+//! mod 2³² and the outer one mod 2⁶⁴. This is done twice, the second time with the key shifted by one block. A block is 32 words, and word
+//! i of its first half is paired with word i of its second half, so that both are read in order. The four resulting words of every chunk
+//! are hashed in the same way with further words of the key, until one chunk is left. Two different sums of the same length have equal
+//! digests with probability at most levels·2⁻⁶⁴ over the key. Integer sums do not depend on the order: the digest has the same bits on
+//! every device. It takes one pass over the data and is never released.
 
 use super::NoiseKey;
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 
-/// Words hashed together.
+/// Number of words that are hashed together.
 pub(crate) const CHUNK: usize = 2048;
-/// Words of a block.
+/// Number of words of a block.
 const BLOCK: usize = 32;
-/// Words of the key for one level.
+/// Number of key words for one level.
 pub(crate) const KEY: usize = CHUNK + BLOCK;
-/// Levels: enough for 2⁶⁴ words.
+/// Number of levels, which is enough for 2⁶⁴ words.
 pub(crate) const LEVELS: usize = 8;
 
-/// The words of the hash's key.
+/// The words of the hash key.
 pub(crate) fn key(key: &NoiseKey) -> Vec<u32> {
     key.digest_words(KEY * LEVELS)
 }
 
-/// NH of at most [`CHUNK`] words, twice; words that are missing from the last block are zeros.
+/// NH of at most [`CHUNK`] words, computed twice; missing words of the last block count as zeros.
 fn chunk(words: &[u32], key: &[u32]) -> [u64; 2] {
     const HALF: usize = BLOCK / 2;
     simd(
@@ -54,17 +55,18 @@ fn chunk(words: &[u32], key: &[u32]) -> [u64; 2] {
     )
 }
 
-/// The digest of `words` under [`key`]'s words.
+/// The digest of `words` under the words of [`key`].
 pub(crate) fn digest(key: &[u32], words: &[u32]) -> [u32; 4] {
     finish(key, first_level(key, words))
 }
 
-/// Four words for each chunk of `words`. The levels of stretches that begin with a chunk, one after the other, are that of the whole.
+/// Four words for each chunk of `words`. If a sequence is divided at chunk boundaries, the concatenated levels of its parts are the level
+/// of the whole.
 pub(crate) fn first_level(key: &[u32], words: &[u32]) -> Vec<u32> {
     hashed(&key[..KEY], words)
 }
 
-/// The digest of what has this first level.
+/// The digest of the data with this first level.
 pub(crate) fn finish(key: &[u32], mut level: Vec<u32>) -> [u32; 4] {
     let mut at = KEY;
     while level.len() > 4 {
@@ -74,7 +76,7 @@ pub(crate) fn finish(key: &[u32], mut level: Vec<u32>) -> [u32; 4] {
     [level[0], level[1], level[2], level[3]]
 }
 
-/// One level: four words for each chunk; no words are a chunk as well.
+/// One level: four words for each chunk; an empty input counts as one chunk.
 fn hashed(key: &[u32], words: &[u32]) -> Vec<u32> {
     let mut out = vec![0u32; 4 * words.len().div_ceil(CHUNK).max(1)];
     let to = Shared::new(&mut out);
@@ -93,7 +95,7 @@ fn hashed(key: &[u32], words: &[u32]) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    /// The definition, word by word.
+    /// The definition of the hash, word by word.
     fn plain(key: &[u32], words: &[u32]) -> [u32; 4] {
         let (mut level, mut at): (Vec<u32>, usize) = (words.to_vec(), 0);
         loop {

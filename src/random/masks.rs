@@ -1,20 +1,20 @@
-//! Where the masks of dropout, and other random factors, come from while a private step runs its forward pass.
+//! The source of dropout masks and other random factors during the forward pass of a private step.
 //!
-//! A record's mask must not depend on who else is in the batch. Masks follow the place in the batch, so that taking one record out
-//! gives the others the masks of their neighbours; that is no loss of privacy as long as masks are independent of each other and
-//! nobody knows them: exchanging them changes no probability. A seed that the caller gives is known, such as the step's number. A
-//! private step therefore mixes it with a secret of its own, which follows from the noise key and the step.
+//! A record's mask must not depend on the other records of the batch. Masks depend on the position in the batch, so that removing one
+//! record shifts the masks of the records after it. That loses no privacy as long as masks are independent of each other and secret:
+//! exchanging them then changes no probability. A seed given by the caller, such as the step's number, is not secret. A private step
+//! therefore combines it with a secret of its own, which is derived from the noise key and the step.
 
 use super::philox;
 use std::cell::Cell;
 
 #[derive(Clone, Copy)]
 enum Masks {
-    /// Of the caller's seed alone.
+    /// Masks depend on the caller's seed alone.
     Known,
-    /// Of the caller's seed and this.
+    /// Masks depend on the caller's seed and this secret.
     Secret(u64),
-    /// None: nothing is random.
+    /// No masks: dropout is disabled.
     Off,
 }
 
@@ -22,7 +22,7 @@ thread_local! {
     static MASKS: Cell<Masks> = const { Cell::new(Masks::Known) };
 }
 
-/// Puts back what was there before, also after a panic.
+/// Restores the previous state, also after a panic.
 struct Scope(Masks);
 
 impl Drop for Scope {
@@ -31,7 +31,7 @@ impl Drop for Scope {
     }
 }
 
-/// Runs `f` with masks that nobody knows without `secret`.
+/// Runs `f` with masks that cannot be computed without `secret`.
 pub(crate) fn secret<R>(secret: u64, f: impl FnOnce() -> R) -> R {
     let _scope = Scope(MASKS.replace(Masks::Secret(secret)));
     f()
@@ -43,12 +43,12 @@ pub(crate) fn off<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Whether this is the forward pass of a private step: layers then refuse what mixes samples.
+/// Whether this is the forward pass of a private step: layers then refuse operations that mix samples.
 pub(crate) fn in_private_step() -> bool {
     !matches!(MASKS.get(), Masks::Known)
 }
 
-/// The seed of a mask for the caller's seed; `None` where there is to be no dropout.
+/// The seed of a mask for the caller's seed; `None` if dropout is disabled.
 pub(crate) fn seed(given: u64) -> Option<u64> {
     match MASKS.get() {
         Masks::Known => Some(given),

@@ -1,7 +1,7 @@
-//! Counter-based randomness: element i of a stream is a function of (key, i), so that any split of the work, any number
-//! of threads and any device give the same bits.
+//! Counter-based randomness: element i of a stream is a function of (key, i), so that any division of the work, any number of threads and
+//! any device give the same bits.
 //!
-//! [`philox`] for initial values, dropout and shuffling; [`chacha`] for privacy.
+//! [`philox`] generates initial values, dropout masks and shuffles; [`chacha`] generates the randomness of privacy mechanisms.
 
 pub mod chacha;
 pub(crate) mod cuda;

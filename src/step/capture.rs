@@ -1,4 +1,4 @@
-//! Steps captured as a CUDA graph and replayed: one launch instead of hundreds.
+//! Steps captured as a CUDA graph and replayed with one launch instead of hundreds.
 
 use super::core::Core;
 use crate::array::Array;
@@ -6,13 +6,13 @@ use crate::base::{DType, Error, Result};
 use crate::device::Device;
 use crate::device::cuda::Graph;
 
-/// The numbers that change from step to step, in the GPU's memory, where a captured step reads them.
+/// The numbers that change from step to step, in the GPU's memory, from which a captured step reads them.
 pub(super) struct StepScalars {
-    /// Steps before this one (u64 in i64): the noise's counter.
+    /// Number of steps before this one (u64 in i64): the counter of the noise.
     pub before: Array,
     /// Number of this step, from 1.
     pub number: Array,
-    /// The optimizer's numbers, f64.
+    /// The optimizer's scalars, f64.
     pub optimizer: Array,
 }
 
@@ -22,27 +22,27 @@ pub struct CapturedStep(pub(super) Capture);
 /// A step captured by [`PrivateStep::capture`](super::PrivateStep::capture).
 pub struct CapturedPrivateStep {
     pub(super) capture: Capture,
-    /// 1 for the places that hold a record of the batch, 0 for padding.
+    /// 1 for positions that hold a record of the batch, 0 for padding.
     pub(super) mask: Array,
 }
 
 impl CapturedStep {
-    /// Kernels in the capture.
+    /// Number of kernels in the capture.
     pub fn kernels(&self) -> u64 {
         self.0.graph.kernels()
     }
-    /// Samples of each replay.
+    /// Number of samples of each replay.
     pub fn samples(&self) -> usize {
         self.0.samples
     }
 }
 
 impl CapturedPrivateStep {
-    /// Kernels in the capture.
+    /// Number of kernels in the capture.
     pub fn kernels(&self) -> u64 {
         self.capture.graph.kernels()
     }
-    /// Records that a replay takes at most.
+    /// The most records that a replay can take.
     pub fn capacity(&self) -> usize {
         self.capture.samples
     }
@@ -52,12 +52,12 @@ pub(super) struct Capture {
     graph: Graph,
     scalars: StepScalars,
     pub samples: usize,
-    /// Where the buffers lay when it was captured.
+    /// Addresses of the buffers at the time of the capture.
     places: Vec<u64>,
 }
 
 impl Capture {
-    /// Captures what `queue` launches; it returns the number of samples.
+    /// Captures the launches of `queue`, which returns the number of samples.
     pub fn new(core: &mut Core, queue: impl FnOnce(&mut Core, &StepScalars) -> Result<usize>) -> Result<Capture> {
         let op = "capture";
         let Device::Cuda(gpu) = core.flat.device() else {
@@ -78,7 +78,7 @@ impl Capture {
         let (graph, samples) = gpu.capture(|| queue(core, &scalars))?;
         Ok(Capture { graph, scalars, samples, places })
     }
-    /// Fails where a buffer no longer lies where it was captured.
+    /// Returns an error if a buffer's address has changed since the capture.
     pub fn expect_places(&self, core: &mut Core) -> Result<()> {
         if core.places()? == self.places {
             return Ok(());
@@ -101,7 +101,7 @@ impl Capture {
 }
 
 impl Core {
-    /// Where gradients, optimizer buffers and parameters lie, after making sure that nothing else holds them.
+    /// Addresses of gradients, optimizer buffers and parameters, after making sure that no other handles share them.
     fn places(&mut self) -> Result<Vec<u64>> {
         self.flat.update(|_, _| Ok(()))?;
         self.grads.own()?;

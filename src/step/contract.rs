@@ -1,4 +1,4 @@
-//! The contracting slot: a factored gradient becomes a stretch of the flat gradient, samples weighted as it is formed.
+//! The contract slot: contracts a factored gradient into its stretch of the flat gradient, with the samples' weights applied on the way.
 
 use super::shard::Buckets;
 use crate::array::Array;
@@ -10,11 +10,11 @@ use crate::with_float;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Where gradients are added up.
+/// The target to which gradients are added.
 pub(super) enum Target<'a> {
-    /// In one flat buffer.
+    /// One flat buffer.
     Whole(&'a mut Array),
-    /// In buckets, each of which is summed over the ranks and freed as soon as it is complete.
+    /// Buckets, each of which is summed over the ranks and freed as soon as it is complete.
     Buckets(Buckets<'a>),
 }
 
@@ -31,21 +31,21 @@ impl Target<'_> {
             Target::Buckets(buckets) => buckets.dtype(),
         }
     }
-    /// Adds the gradient of the parameter that lies at `range`; returns the norms' totals of the fused form.
+    /// Adds the gradient of the parameter at `range`; returns the totals of the squared norms in the fused form.
     pub fn add(&mut self, range: &Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
         match self {
             Target::Whole(grads) => add(grads, range, grad, w),
             Target::Buckets(buckets) => buckets.add(grad.param(), |grads, range| add(grads, range, grad, w)),
         }
     }
-    /// Takes part in a microbatch of other ranks, of which this one has none.
+    /// Takes part in a microbatch of other ranks when this rank has none.
     pub fn idle(&mut self) -> Result<()> {
         match self {
             Target::Whole(_) => Ok(()),
             Target::Buckets(buckets) => buckets.idle(),
         }
     }
-    /// The backward pass of a microbatch is over: nothing more comes.
+    /// Ends the backward pass of a microbatch: no more gradients follow.
     pub fn finish(&mut self) -> Result<()> {
         match self {
             Target::Whole(_) => Ok(()),
@@ -56,17 +56,17 @@ impl Target<'_> {
 
 /// The weights of the samples.
 pub(super) enum Weights<'a> {
-    /// All 1.
+    /// All weights are 1.
     None,
-    /// One per sample.
+    /// One weight per sample.
     Given(&'a [f64]),
-    /// The clip factor of the sample's squared norm, which is that of this gradient and of what is given together.
+    /// The clip factor of each sample's squared norm, which is the sum of that of this gradient and the given one.
     Clip(&'a [f64], &'a (dyn Fn(f64) -> f64 + Sync)),
-    /// One per sample, in a GPU's memory.
+    /// One weight per sample, in a GPU's memory.
     OnGpu(&'a Array),
 }
 
-/// Adds a gradient to its stretch of the flat buffer; returns the norms' totals of the fused form.
+/// Adds a gradient to its stretch of the flat buffer; returns the totals of the squared norms in the fused form.
 fn add(grads: &mut Array, range: &Range<usize>, grad: &ParamGrad, w: Weights) -> Result<Vec<f64>> {
     spans::cost(grad.sum_flops(), grad.bytes() as f64);
     if grads.device().is_cuda() {

@@ -1,4 +1,4 @@
-//! What plain and private steps share: the buffers, and the slots collect, contract, accumulate, reduce and update.
+//! The common parts of plain and private steps: the buffers, and the slots collect, contract, accumulate, reduce and update.
 
 use super::capture::StepScalars;
 use super::contract::Target;
@@ -19,7 +19,7 @@ use crate::dist::{Communicator, Shared};
 use crate::optim::{Optimizer, Schedule};
 use std::time::Instant;
 
-/// Seconds of the host for each phase of a step.
+/// Host time in seconds for each phase of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Phases {
     /// Forward passes of all microbatches.
@@ -34,25 +34,25 @@ pub struct Phases {
     pub update: f64,
 }
 
-/// The last samples of a microbatch that are public: all from number `from` on, each with this weight instead of a clip factor.
+/// The public samples of a microbatch: all from number `from` on, each with this weight instead of a clip factor.
 #[derive(Clone, Copy)]
 pub(super) struct PublicPart {
     pub from: usize,
     pub weight: f64,
 }
 
-/// What a forward pass gave: one loss per sample, and which of the samples are public.
+/// The result of a forward pass: one loss per sample, and which of the samples are public.
 pub(super) struct Microbatch {
     pub losses: Tensor,
     pub public: Option<PublicPart>,
 }
 
-/// The weighting slot: what becomes of the samples' gradients before they are summed. [`Plain`](super::plain::Plain) sums them
-/// as they are, [`Clipping`](super::plan::Clipping) gives each a clip factor.
+/// The weigh slot: how samples' gradients are weighted before they are summed. [`Plain`](super::plain::Plain) sums them unchanged,
+/// [`Clipping`](super::plan::Clipping) gives each a clip factor.
 pub(super) trait Weighting {
-    /// Whether a loss that is not finite ends the step. A private step gives such a sample weight 0 instead.
+    /// Whether a non-finite loss ends the step. A private step gives such a sample weight 0 instead.
     const STOPS: bool;
-    /// What does it for the length of one step.
+    /// The type that does this during one step.
     type Collector<'a>: Collect
     where
         Self: 'a;
@@ -60,24 +60,24 @@ pub(super) trait Weighting {
     fn collector<'a>(&'a self, step: Context<'a>) -> Self::Collector<'a>;
 }
 
-/// What a collector works on.
+/// The inputs of a collector.
 pub(super) struct Context<'a> {
     pub flat: &'a Flat,
     pub plan: &'a Plan,
     pub counters: Option<&'a Counters>,
-    /// Where the gradient is added up.
+    /// The target to which gradients are added.
     pub grads: Target<'a>,
 }
 
-/// Takes each parameter's factored gradient as backward delivers it, and adds the samples' weighted sum to the flat gradient.
+/// Receives each parameter's factored gradient as backward delivers it, and adds the samples' weighted sum to the flat gradient.
 pub(super) trait Collect: GradHook {
-    /// A microbatch of `samples` samples is about to be differentiated.
+    /// Called before a microbatch of `samples` samples is differentiated.
     fn begin(&mut self, samples: usize, public: Option<PublicPart>);
-    /// Other ranks have a microbatch, and this one has none.
+    /// Called if other ranks have a microbatch and this one has none.
     fn idle(&mut self) -> Result<()>;
-    /// The backward pass of the microbatch is over.
+    /// Called after the backward pass of the microbatch.
     fn finish(&mut self) -> Result<()>;
-    /// Clipped pairs on the CPU, and per clipping group the private samples with a norm of at most the threshold.
+    /// Clipped pairs on the CPU, and for each clipping group the number of private samples with a norm of at most the threshold.
     fn counts(&self) -> (Tally, Vec<u64>);
 }
 
@@ -107,8 +107,8 @@ pub(super) struct Core {
     pub schedule: Schedule,
     pub steps: u64,
     pub ranks: Option<Shared>,
-    /// What this rank keeps of its own where the ranks share the model's state; then `grads` is of no use after the ranks have summed
-    /// it, and has no elements at stage 2.
+    /// This rank's shard, if the ranks share the model's state; `grads` is then not valid after the ranks have summed it, and is empty at
+    /// stage 2.
     pub shard: Option<Shard>,
     pub plan: Plan,
     pub phases: Phases,
@@ -138,7 +138,7 @@ impl Core {
         let (ranks, shard, phases) = (None, None, Phases::default());
         Ok(Core { flat, grads, state, counters, optimizer, schedule, steps: 0, ranks, shard, plan, phases, before: 0 })
     }
-    /// Makes this rank one of several, which share what the stage says.
+    /// Makes this rank one of several, which share the state that the stage selects.
     pub fn with_zero(&mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<()> {
         if self.ranks.is_some() || self.steps > 0 {
             return Err(Error::invalid("with_zero", "ranks are given to a new step, once"));
@@ -172,16 +172,16 @@ impl Core {
         self.ranks = Some(ranks);
         Ok(())
     }
-    /// The gradient of the last step as the optimizer saw it: of the whole, or of this rank's stretch.
+    /// The gradient of the last step as the optimizer received it: all of it, or this rank's stretch.
     pub fn last_gradient(&self) -> &Array {
         self.shard.as_ref().map_or(&self.grads, |s| &s.grads)
     }
-    /// Zeros instead of every sum that has no noise yet.
+    /// Overwrites every sum without noise with zeros.
     pub fn erase(&mut self) -> Result<()> {
         zero(&mut self.grads)?;
         self.shard.as_mut().map_or(Ok(()), |s| zero(&mut s.grads))
     }
-    /// What a failed step leaves: no sum without its noise, and no rank that waits for this one.
+    /// Cleans up after a failed step: no sum remains without its noise, and no other rank waits for this one.
     pub fn failed(&mut self, e: Error) -> Error {
         let e = match e {
             Error::Invalid { op: op @ "collective", message } => {
@@ -197,13 +197,13 @@ impl Core {
             Err(worse) => worse,
         }
     }
-    /// Starts a step's measurement.
+    /// Starts the measurement of a step.
     pub fn begin(&mut self) {
         self.phases = Phases::default();
         self.before = self.flat.device().watermark().0;
     }
-    /// Collects, weighs, contracts and accumulates over the microbatches, then reduces over the ranks. With `scalars`, what
-    /// changes from step to step is read from memory.
+    /// Collects, weighs, contracts and accumulates over the microbatches, then reduces over the ranks. With `scalars`, the numbers that
+    /// change from step to step are read from memory.
     pub fn accumulate<B, W: Weighting>(
         &mut self,
         weighting: &W,
@@ -232,7 +232,7 @@ impl Core {
         let mut collect = weighting.collector(Context { flat: &self.flat, plan: &self.plan, counters, grads });
         loop {
             let next = microbatches.next();
-            // Ranks sum their buckets in every microbatch of any of them: those that have none left take part with zeros.
+            // Ranks sum their buckets in every microbatch that any of them has: ranks without one take part with zeros.
             if let Some(ranks) = meets {
                 let some = Array::full(&[1], next.is_some() as u8 as f64, DType::F64);
                 if ranks.all_reduce("microbatches", &some)?.item()? > 0.0 && next.is_none() {
@@ -295,7 +295,7 @@ impl Core {
             (Some(shard), Some(ranks)) => {
                 if shard.stage == Stage::Optimizer {
                     shard.reduce_whole(ranks, self.plan.buckets(), &self.grads)?;
-                    // What is left of the own samples' sum has no noise, and is of no use.
+                    // The sum of this rank's own samples has no noise and is not needed any more.
                     zero(&mut self.grads)?;
                 }
                 reduce(Some(ranks), &[], &mut self.grads, own)?
@@ -325,7 +325,7 @@ impl Core {
         self.phases.update += start.elapsed().as_secs_f64();
         Ok(())
     }
-    /// The step is taken: its learning rate, and what it found in the data.
+    /// Ends a step; returns its learning rate, and the losses and counts over all ranks.
     pub fn end(&mut self, here: Found) -> Result<(f64, Found)> {
         let lr = self.schedule.at(self.steps);
         self.steps += 1;
@@ -337,8 +337,8 @@ impl Core {
         };
         Ok((lr, found))
     }
-    /// Runs forward and backward on an eighth and on a quarter of `samples` samples (of `most`, if there are no more), and predicts
-    /// from that what a microbatch of `samples` needs. The gradient that this leaves is erased.
+    /// Runs forward and backward on an eighth and on a quarter of `samples` samples (at most `most`), and predicts from them what a
+    /// microbatch of `samples` needs. The resulting gradient is erased.
     pub fn predict<W: Weighting>(
         &mut self,
         weighting: &W,
@@ -352,7 +352,7 @@ impl Core {
         let (few, more) = if samples <= 2 * few { (samples, samples) } else { (few, 2 * few) };
         let (few, more) = (few.min(most), more.min(most));
         let traced = (|| {
-            // Threads keep scratch memory once they have some; the first trace gives it to them.
+            // Threads keep their scratch memory once allocated; the first trace makes them allocate it.
             self.trace(weighting, more, &mut forward)?;
             let a = self.trace(weighting, few, &mut forward)?;
             let b = if few == more { a.clone() } else { self.trace(weighting, more, &mut forward)? };
@@ -370,7 +370,7 @@ impl Core {
     ) -> Result<Trace> {
         let device = self.flat.device();
         let counters = self.counters.as_ref();
-        // A trace is of this rank alone; at stage 2 it needs a gradient of its own.
+        // A trace runs on this rank alone; at stage 2 it needs a gradient buffer of its own.
         let mut own = None;
         let grads = match self.grads.numel() == self.flat.numel() {
             true => &mut self.grads,
@@ -405,7 +405,7 @@ impl Core {
     pub fn state(&self) -> Vec<(&'static str, Array)> {
         self.optimizer.slots().iter().copied().zip(self.state.iter().cloned()).collect()
     }
-    /// The optimizer's buffers, whole, on every rank.
+    /// The complete optimizer buffers, on every rank.
     pub fn whole_state(&self) -> Result<Vec<(&'static str, Array)>> {
         let (Some(shard), Some(ranks)) = (&self.shard, self.ranks.as_ref()) else { return Ok(self.state()) };
         let whole = |(name, own): (&'static str, Array)| {
@@ -415,14 +415,14 @@ impl Core {
         };
         self.state().into_iter().map(whole).collect()
     }
-    /// Takes over the optimizer's buffers and the number of steps of a checkpoint.
+    /// Restores the optimizer's buffers and the number of steps from a checkpoint.
     pub fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()> {
         let mut buffers = Vec::new();
         for (slot, buffer) in self.optimizer.slots().iter().zip(&self.state) {
             let found = state.iter().find(|(n, _)| n == slot).ok_or_else(|| {
                 Error::invalid("restore", format!("the checkpoint has no {slot}; was it another optimizer?"))
             })?;
-            // A rank that keeps a stretch takes it out of the whole.
+            // A rank that keeps a stretch extracts it from the complete buffers.
             let whole = [self.flat.numel()];
             let part = match &self.shard {
                 Some(shard) if found.1.shape() == whole => found.1.slice(0, shard.own())?,
@@ -441,7 +441,7 @@ impl Core {
     }
 }
 
-/// A collector that writes down what each event of a backward pass needs.
+/// A collector that records the memory use at each event of a backward pass.
 struct Tracing<'a, C> {
     inner: C,
     flat: &'a Flat,

@@ -1,5 +1,5 @@
-//! Losses and clipped pairs of a step. A GPU sums them up in its own memory (`cuda/step.cu`), so that no step waits for the
-//! device: they are read when a report is asked for them.
+//! Losses and clipped pairs of a step. A GPU sums them in its own memory (`cuda/step.cu`), so that no step waits for the device; they are
+//! read when a report's methods are called.
 
 use super::cuda;
 use crate::array::Array;
@@ -8,12 +8,12 @@ use crate::device::cuda::{Gpu, layouts};
 use std::mem::offset_of;
 use std::sync::{Arc, OnceLock};
 
-/// Words of the counters, and where some of them are.
+/// Number of words of the counters, and the positions of some of them.
 const WORDS: usize = size_of::<layouts::StepCounters>() / 8;
 const STOP: usize = offset_of!(layouts::StepCounters, stop) / 8;
 const TALLY: usize = offset_of!(layouts::StepCounters, pairs) / 8;
 
-/// Clipped (sample, group) pairs.
+/// Counts of clipped (sample, group) pairs.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Tally {
     pub pairs: u64,
@@ -35,7 +35,7 @@ impl Counters {
     pub fn new(gpu: &Arc<Gpu>) -> Result<Counters> {
         Ok(Counters(Array::zeros(&[WORDS], (DType::I64, gpu))))
     }
-    /// A step begins: nothing summed, nothing counted. A stop stays.
+    /// Clears sums and counts at the start of a step. A stop flag is kept.
     pub fn begin(&self) -> Result<()> {
         let (block, at) = self.0.block("step")?;
         block.gpu().fill(block, at, 8, 0)?;
@@ -45,12 +45,12 @@ impl Counters {
     pub fn tally(&self) -> Result<Array> {
         self.0.slice(0, TALLY..TALLY + 3)
     }
-    /// Not 0 after a loss that was not finite.
+    /// The stop flag, which is not 0 after a non-finite loss.
     pub fn stop(&self) -> Result<Array> {
         self.0.slice(0, STOP..STOP + 1)
     }
-    /// Adds the losses of a microbatch that begins with sample `before`; with `guard`, one that is not finite stops
-    /// training. The step's number is `step`, or is read from `number` where a captured step is replayed.
+    /// Adds the losses of a microbatch whose first sample is number `before`; with `guard`, a non-finite loss stops training. The step's
+    /// number is `step`, or is read from `number` if a captured step is replayed.
     pub fn losses(
         &self,
         losses: &Array,
@@ -63,7 +63,7 @@ impl Counters {
         };
         cuda::losses(gpu, &losses.contiguous(), before, &self.0, (step, number), guard)
     }
-    /// A copy of the counters as they will be when everything queued so far has run.
+    /// A copy of the counters as they will be when all work queued so far has run.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let (from, at) = self.0.block("step")?;
         let copy = Array::uninit_on(from.gpu(), &[WORDS], DType::I64)?;
@@ -73,7 +73,7 @@ impl Counters {
     }
 }
 
-/// The counters as a step left them, read on demand.
+/// The counters after a step, read on demand.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
     copy: Array,
@@ -81,7 +81,7 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// Sum of the losses and what was clipped. Waits for the step. A loss that was not finite is an error from then on.
+    /// The sum of the losses and the counts of clipped pairs. Waits for the step. After a non-finite loss it returns an error from then on.
     pub fn read(&self) -> Result<(f64, Tally)> {
         let w = match self.words.get() {
             Some(w) => w,
@@ -99,7 +99,7 @@ impl Snapshot {
     }
 }
 
-/// A plain step met a loss that is not finite.
+/// The error for a non-finite loss in a plain step.
 pub(crate) fn not_finite(step: u64, sample: usize, value: f64) -> Error {
     Error::invalid(
         "run",

@@ -6,8 +6,8 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// Adds up `losses` (contiguous; the first is of sample `before`) in `counters`; with `guard`, one that is not
-/// finite stops training. The number of the step is `step`, or is read from `number`.
+/// Adds `losses` (contiguous; the first is that of sample `before`) to `counters`; with `guard`, a non-finite loss stops training. The
+/// number of the step is `step`, or is read from `number`.
 pub(crate) fn losses(
     gpu: &Arc<Gpu>,
     losses: &Array,

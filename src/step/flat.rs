@@ -11,19 +11,19 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; a handle on an
-/// older value keeps that value (the buffer is then copied once).
+/// Trainable parameters as views into one flat buffer, in the order given. Updates happen in place; an older handle on a value keeps that
+/// value (the buffer is then copied once).
 pub struct Flat {
     params: Vec<Param>,
     layout: FlatLayout,
     at: HashMap<u64, usize>,
     buffer: Array,
-    /// Where the parameters are if ranks share them; then the buffer has no elements.
+    /// The shared parameters, if ranks share them; the buffer is then empty.
     units: Option<Arc<Units>>,
 }
 
 impl Flat {
-    /// Gathers the trainable ones of `params`, which must share a dtype, f32 or f64.
+    /// Collects the trainable parameters among `params`, which must share a dtype, f32 or f64.
     pub fn new(params: &[Param]) -> Result<Flat> {
         let params: Vec<Param> = params.iter().filter(|p| p.trainable()).cloned().collect();
         let Some(first) = params.first() else {
@@ -77,8 +77,8 @@ impl Flat {
         }
         Ok(())
     }
-    /// Changes the buffer in place. Parameters set from outside since the last update are taken over first.
-    /// Where ranks share the parameters, `f` gets the own stretch of them.
+    /// Changes the buffer in place. Values that were set from outside since the last update are copied into it first. If ranks share the
+    /// parameters, `f` receives this rank's stretch of them.
     pub(crate) fn update(&mut self, f: impl FnOnce(&mut Array, &FlatLayout) -> Result<()>) -> Result<()> {
         if let Some(units) = &self.units {
             return units.update(|own| f(own, &self.layout));
@@ -94,7 +94,7 @@ impl Flat {
         self.attach()?;
         done
     }
-    /// From now on the parameters come from `units`.
+    /// From now on the parameters are stored in `units`.
     pub(super) fn leave_to(&mut self, units: Arc<Units>) {
         for p in &self.params {
             p.set_source(units.clone());
@@ -103,15 +103,15 @@ impl Flat {
         self.buffer = Array::zeros(&[0], self.buffer.dtype());
         self.units = Some(units);
     }
-    /// Where the parameters are if ranks share them.
+    /// The shared parameters, if ranks share them.
     pub(super) fn units(&self) -> Option<&Arc<Units>> {
         self.units.as_ref()
     }
-    /// All parameters, flat.
+    /// The buffer of all parameters.
     pub(crate) fn buffer(&self) -> &Array {
         &self.buffer
     }
-    /// Where the buffer lies in a GPU's memory.
+    /// The address of the buffer in a GPU's memory.
     pub(crate) fn address(&self) -> Result<u64> {
         self.buffer.address()
     }
@@ -119,7 +119,7 @@ impl Flat {
     pub fn params(&self) -> &[Param] {
         &self.params
     }
-    /// Where each parameter lies.
+    /// The position of each parameter.
     pub fn segments(&self) -> &[Segment] {
         self.layout.segments()
     }
@@ -127,11 +127,11 @@ impl Flat {
     pub fn index(&self, p: &Param) -> Option<usize> {
         self.at.get(&p.id()).copied()
     }
-    /// Where one parameter lies.
+    /// The stretch of one parameter.
     pub fn range(&self, p: &Param) -> Option<Range<usize>> {
         self.index(p).map(|i| self.layout.segments()[i].range.clone())
     }
-    /// The stretches of the buffer that the ranks share: all but the placed parameters ([`Param::placed`]).
+    /// The stretches of the buffer that the ranks have in common: all except the placed parameters ([`Param::placed`]).
     pub(crate) fn shared(&self) -> Vec<Range<usize>> {
         let mut out: Vec<Range<usize>> = Vec::new();
         for (p, s) in self.params.iter().zip(self.layout.segments()) {
@@ -147,11 +147,11 @@ impl Flat {
     pub fn numel(&self) -> usize {
         self.layout.segments().last().map_or(0, |s| s.range.end)
     }
-    /// Where the parameters are.
+    /// The device of the parameters.
     pub fn device(&self) -> Device {
         self.buffer.device()
     }
-    /// f32 or f64.
+    /// The dtype of the parameters: f32 or f64.
     pub fn dtype(&self) -> DType {
         self.buffer.dtype()
     }

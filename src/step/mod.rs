@@ -5,9 +5,9 @@
 //! (norms)   (clip)   (GEMM)     (microbatch) (ranks)  (once)   (flat)
 //! ```
 //!
-//! [`PlainStep`] and [`PrivateStep`] fix that order: there is no way to put noise before the clip, or the clip after the sum.
-//! Gradients are added to one flat buffer as soon as they are delivered, so that nothing is copied between backward and the
-//! optimizer. What is settled before the first step is in the step's [`Plan`].
+//! [`PlainStep`] and [`PrivateStep`] fix that order: noise cannot be added before clipping, and clipping cannot follow the sum. Gradients
+//! are added to one flat buffer as soon as they are delivered, so that nothing is copied between backward and the optimizer. Everything
+//! that is determined before the first step is in the step's [`Plan`].
 
 mod capture;
 mod contract;
@@ -47,40 +47,40 @@ use contract::Target;
 use counters::Counters;
 use plan::Clipping;
 
-/// What [`PlainStep`] and [`PrivateStep`] have in common, for code that works with either.
+/// The common interface of [`PlainStep`] and [`PrivateStep`], for code that works with either.
 pub trait TrainStep {
-    /// Steps taken.
+    /// Number of steps taken.
     fn steps(&self) -> u64;
-    /// The parameters, flat.
+    /// The flat parameters.
     fn flat(&self) -> &Flat;
-    /// What was settled before the first step.
+    /// The plan, which is determined before the first step.
     fn plan(&self) -> &Plan;
-    /// The gradient of the last step as the optimizer saw it, flat; of this rank's stretch where ranks share the model's state.
+    /// The gradient of the last step as the optimizer received it, flat; only this rank's stretch if ranks share the model's state.
     fn last_gradient(&self) -> &Array;
     /// Sets the optimizer's first moment (its first buffer: Adam's m, SGD's momentum) to zero and keeps the rest, which is
     /// recommended when training goes from public to private data (Bu et al. 2024).
     fn reset_first_moment(&mut self) -> Result<()>;
-    /// The ranks that take the steps together, if there are several.
+    /// The ranks that perform the steps together, if there are several.
     fn ranks(&self) -> Option<&dyn Communicator>;
     /// The privacy of a private step; `None` for a plain one.
     fn accounting(&self) -> Option<&Privacy> {
         None
     }
-    /// Everything a checkpoint needs besides the parameters: named flat buffers.
+    /// All state that a checkpoint needs besides the parameters: named flat buffers.
     fn state(&self) -> Vec<(&'static str, Array)>;
-    /// [`TrainStep::state`] with the optimizer's buffers whole where the ranks share them; every rank must call it. A checkpoint of it
-    /// can be gone on from at any number of ranks and any [`Stage`].
+    /// [`TrainStep::state`] with complete optimizer buffers if the ranks share them; every rank must call it. A checkpoint of it can be
+    /// resumed at any number of ranks and any [`Stage`].
     fn whole_state(&self) -> Result<Vec<(&'static str, Array)>>;
-    /// Gathers all parameters where ranks share them ([`Stage::Parameters`]): they stay whole on every rank until the next step. Every
-    /// rank must call it, before one of them saves or evaluates the model alone. Elsewhere they are whole already.
+    /// Gathers all parameters if ranks share them ([`Stage::Parameters`]): they stay complete on every rank until the next step. Every rank
+    /// must call it before one of them saves or evaluates the model alone. At other stages it does nothing.
     fn gather_parameters(&self) -> Result<()>;
-    /// Goes on from a checkpoint taken after `steps` steps, with what [`TrainStep::state`] or [`TrainStep::whole_state`] gave then.
+    /// Resumes from a checkpoint taken after `steps` steps, with the result of [`TrainStep::state`] or [`TrainStep::whole_state`] at that
+    /// time.
     fn restore(&mut self, steps: u64, state: &[(String, Array)]) -> Result<()>;
 }
 
-/// The sum of clipped per-sample gradients of `losses` (one per sample), without noise: what a private step computes
-/// before it adds any. For research and checks; it is not private. Returns one gradient per trainable parameter, in
-/// the order given.
+/// The sum of clipped per-sample gradients of `losses` (one per sample), without noise: what a private step computes before it adds noise.
+/// It is not private, and meant for research and checks. Returns one gradient per trainable parameter, in the order given.
 pub fn clipped_gradient(
     losses: &Tensor,
     params: &[Param],

@@ -11,7 +11,7 @@ use crate::base::{Error, Result};
 use crate::dist::Communicator;
 use crate::optim::{Optimizer, Schedule};
 
-/// Gradients of the mean loss over all samples of the step, then one update.
+/// A training step: gradients of the mean loss over all samples of the step, then one update.
 ///
 /// ```
 /// use prismgrad::nn::{Init, Params};
@@ -30,7 +30,7 @@ use crate::optim::{Optimizer, Schedule};
 /// # Ok(()) }
 /// ```
 ///
-/// It has no private method, so that nothing private can fail on it at run time:
+/// It has no method that concerns privacy, so that such calls fail at compile time and not at run time:
 ///
 /// ```compile_fail
 /// # fn f(step: &mut prismgrad::step::PlainStep) {
@@ -41,7 +41,7 @@ pub struct PlainStep {
     core: Box<Core>,
 }
 
-/// What a plain step did.
+/// The result of a plain step.
 ///
 /// On a GPU the step is only queued when [`PlainStep::run`] returns. The loss is then read from the device by [`Report::loss`],
 /// which waits for the step: call it every few steps, not after every one.
@@ -49,7 +49,7 @@ pub struct PlainStep {
 pub struct Report {
     /// Steps taken so far, this one included.
     pub step: u64,
-    /// Samples of this step.
+    /// Number of samples of this step.
     pub samples: usize,
     /// Learning rate used.
     pub lr: f64,
@@ -59,34 +59,33 @@ pub struct Report {
 impl Report {
     /// Mean loss over the samples of this step.
     ///
-    /// On a GPU, a step that met a loss which is not finite is an error here, for this report and all later ones: nothing has
-    /// been updated since that step.
+    /// On a GPU, if a step had a non-finite loss, this report and all later ones return an error: nothing has been updated since that step.
     pub fn loss(&self) -> Result<f64> {
         Ok(self.found.read()?.0 / self.samples as f64)
     }
 }
 
 impl PlainStep {
-    /// A step over the trainable ones of `params`, which share a dtype (f32 or f64) and a device.
+    /// A step over the trainable parameters among `params`, which must share a dtype (f32 or f64) and a device.
     pub fn new(params: &[Param], optimizer: impl Optimizer + 'static, schedule: Schedule) -> Result<PlainStep> {
         let plan = |flat: &Flat, slots| Ok(Plan::new(flat, None, slots));
         Ok(PlainStep { core: Box::new(Core::new(params, Box::new(optimizer), schedule, plan)?) })
     }
-    /// Makes this one of several ranks that take every step together, each on its part of the batch (data parallelism, ZeRO
-    /// stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order, so that the
-    /// update is the same on each; the mean is over all ranks' samples, and so are the losses in reports. On the CPU.
+    /// Makes this rank one of several that perform every step together, each on its part of the batch (data parallelism, ZeRO stage 0). The
+    /// parameters are copied from rank 0 now. Gradients are summed over the ranks in their order, so that the update is the same on each;
+    /// the mean is over all ranks' samples, and so are the losses in reports. CPU only.
     pub fn with_ranks(self, ranks: Box<dyn Communicator>) -> Result<PlainStep> {
         self.with_zero(ranks, Stage::Replicated)
     }
-    /// [`PlainStep::with_ranks`], and the ranks share the model's state (Rajbhandari et al. 2020): with [`Stage::Optimizer`] each rank
-    /// keeps its stretch of the optimizer's buffers, with [`Stage::Gradients`] of the gradient as well, and with
-    /// [`Stage::Parameters`] of the parameters.
+    /// As [`PlainStep::with_ranks`], but the ranks share the model's state (Rajbhandari et al. 2020): with [`Stage::Optimizer`] each rank
+    /// keeps its stretch of the optimizer's buffers, with [`Stage::Gradients`] of the gradient as well, and with [`Stage::Parameters`] also
+    /// of the parameters.
     pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PlainStep> {
         self.core.with_zero(ranks, stage)?;
         Ok(self)
     }
-    /// Runs `forward` on each microbatch (it returns one loss per sample), and updates the parameters once. A loss that is not
-    /// finite ends the step with an error that names the sample, before anything is changed.
+    /// Runs `forward` on each microbatch (it returns one loss per sample), and updates the parameters once. A non-finite loss on the CPU
+    /// ends the step with an error that names the sample, before anything is changed; on a GPU the error comes from [`Report::loss`].
     pub fn run<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
@@ -105,18 +104,18 @@ impl PlainStep {
     pub fn run_one(&mut self, forward: impl FnOnce() -> Result<Tensor>) -> Result<Report> {
         self.run([forward], |forward| forward())
     }
-    /// Runs forward and backward on a quarter of `samples` samples and enters into the plan what a microbatch of `samples` samples is expected to
-    /// need. `forward(n)` returns the losses of any n samples. Nothing is updated.
+    /// Runs forward and backward on an eighth and on a quarter of `samples` samples, and stores in the plan what a microbatch of `samples`
+    /// samples is expected to need. `forward(n)` returns the losses of any n samples. Nothing is updated.
     pub fn predict(&mut self, samples: usize, forward: impl FnMut(usize) -> Result<Tensor>) -> Result<&Plan> {
         self.core.predict(&Plain, (samples, usize::MAX), forward)?;
         Ok(&self.core.plan)
     }
-    /// Captures a step as a CUDA graph instead of taking it, the update included. Take at least one ordinary step first, so
-    /// that kernels are compiled and memory is allocated.
+    /// Captures a step as a CUDA graph, including the update, instead of performing it. Run at least one ordinary step first, so that
+    /// kernels are compiled and memory is allocated.
     ///
-    /// The forward pass runs once, now: its data must be on the GPU already ([`Array::to`]), and whatever the host decides in it
-    /// is decided for all replays. Dropout is refused, because its mask would be the same in every replay. An optimizer can be
-    /// captured if it gives [`step_scalars`](Optimizer::step_scalars).
+    /// The forward pass runs once, now: its data must be on the GPU already ([`Array::to`]), and every decision of the host in it holds for
+    /// all replays. Dropout is refused, because its mask would be the same in every replay. An optimizer can be captured if it implements
+    /// [`step_scalars`](Optimizer::step_scalars).
     pub fn capture<B>(
         &mut self,
         microbatches: impl IntoIterator<Item = B>,
@@ -130,8 +129,8 @@ impl PlainStep {
         })?;
         Ok(CapturedStep(capture))
     }
-    /// Takes a captured step with one launch. It reads its data from the arrays that the captured forward pass read: write the
-    /// next batch there with [`Array::refill`] first. The schedule goes on; captured and ordinary steps may follow each other.
+    /// Performs a captured step with one launch. It reads its data from the same arrays as the captured forward pass: write the next batch
+    /// into them with [`Array::refill`] first. The schedule continues; captured and ordinary steps may be mixed.
     pub fn replay(&mut self, captured: &mut CapturedStep) -> Result<Report> {
         self.core.begin();
         captured.0.launch(&mut self.core)?;

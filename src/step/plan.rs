@@ -1,7 +1,8 @@
-//! The plan of a step: what is settled before it is first taken.
+//! The plan of a step, which is determined before the first step.
 //!
-//! Clipping groups and thresholds, when each parameter's factors are contracted, the buckets in which gradients are summed over
-//! ranks, and, once the step was traced on a few samples, the order in which gradients are delivered and the memory it needs.
+//! It contains the clipping groups and thresholds, the time at which each parameter's factors are contracted, and the buckets in which
+//! gradients are summed over ranks. After the step was traced on a few samples, it also has the order in which gradients are delivered and
+//! the memory that the step needs.
 
 use super::core::Phases;
 use super::flat::Flat;
@@ -12,7 +13,7 @@ use crate::privacy::{ClipFn, ClipStyle, Thresholds};
 use std::fmt::{self, Write};
 use std::ops::Range;
 
-/// The clipping groups over the parameters of a step: who belongs where, and each group's share of the threshold.
+/// The clipping groups over the parameters of a step: the group of each parameter, and the threshold of each group.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Clipping {
     pub clip: ClipFn,
@@ -20,12 +21,12 @@ pub(super) struct Clipping {
     pub groups: Vec<(f64, usize)>,
     /// The group of each parameter.
     pub group_of: Vec<usize>,
-    /// The most one sample can move the clipped sum.
+    /// The largest norm of one sample's contribution to the clipped sum.
     pub sensitivity: f64,
 }
 
 impl Clipping {
-    /// Groups by `style`; thresholds that compose to R = `threshold`.
+    /// Groups according to `style`, with thresholds that compose to R = `threshold`.
     pub fn new(
         style: &ClipStyle,
         clip: ClipFn,
@@ -50,24 +51,23 @@ impl Clipping {
     pub fn thresholds(&self) -> Vec<f64> {
         self.groups.iter().map(|g| g.0).collect()
     }
-    /// Sets each group's threshold, and the sensitivity that follows from them.
+    /// Sets each group's threshold and updates the sensitivity.
     pub fn set_thresholds(&mut self, thresholds: &[f64]) {
         self.groups.iter_mut().zip(thresholds).for_each(|(g, r)| g.0 = *r);
         self.compose();
     }
 }
 
-/// When a parameter's factors become a part of the gradient.
+/// The time at which a parameter's factors are contracted into the gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retain {
     /// On delivery: the factors are contracted and freed at once. Plain steps do this for every parameter.
     Sum,
-    /// The samples' norms are taken on delivery, and the factors are kept until the norms of the whole clipping group are
-    /// known.
+    /// The samples' norms are computed on delivery, and the factors are kept until the norms of the whole clipping group are complete.
     Factors,
-    /// The factors are kept until the other members of the clipping group are delivered; norms and clipped sum are then one
-    /// pass over them. One parameter of a group can have this, its largest matrix. It falls back to [`Retain::Factors`] where
-    /// its gradient has no such pass: it is used more than once, or some samples of the microbatch are public.
+    /// The factors are kept until the other members of the clipping group are delivered; norms and clipped sum are then computed in one
+    /// pass over them. One parameter of a group can use this, its largest matrix. It falls back to [`Retain::Factors`] if its gradient has
+    /// no such pass: if it is used more than once, or if some samples of the microbatch are public.
     Fused,
 }
 
@@ -90,37 +90,37 @@ pub struct PlannedParam {
     pub shape: Vec<usize>,
     /// Its stretch of the flat gradient.
     pub range: Range<usize>,
-    /// When its factors are contracted.
+    /// The time at which its factors are contracted.
     pub retain: Retain,
     /// Its clipping group, in a private step.
     pub group: Option<usize>,
 }
 
-/// What a traced step is expected to need, for some number of samples in a microbatch.
+/// The predicted needs of a step, for a number of samples per microbatch.
 #[derive(Clone, Debug)]
 pub struct Prediction {
-    /// Samples of the microbatch.
+    /// Number of samples of the microbatch.
     pub samples: usize,
     /// Indices of [`Plan::params`] in the order in which backward delivers their gradients.
     pub order: Vec<usize>,
     /// Bytes of the factors of each parameter, in the order of [`Plan::params`].
     pub factor_bytes: Vec<usize>,
-    /// Most bytes of activations, factors and scratch that are in use at once.
+    /// The most bytes of activations, factors and scratch memory in use at once.
     pub working_bytes: usize,
     /// Seconds of a forward and backward pass.
     pub seconds: f64,
 }
 
-/// What the last step took.
+/// Measurements of the last step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measurement {
-    /// Most bytes of activations, factors and scratch that were in use at once.
+    /// The most bytes of activations, factors and scratch memory in use at once.
     pub working_bytes: usize,
     /// Seconds that each phase took on the host. On a GPU the work is only queued in this time.
     pub phases: Phases,
 }
 
-/// What is settled before the first step. [`Plan::explain`] prints it as a table.
+/// The plan of a step. [`Plan::explain`] prints it as a table.
 #[derive(Clone, Debug)]
 pub struct Plan {
     params: Vec<PlannedParam>,
@@ -132,7 +132,7 @@ pub struct Plan {
     pub(super) measured: Option<Measurement>,
 }
 
-/// Elements of the flat gradient that are summed over the ranks at once.
+/// Number of elements of the flat gradient that are summed over the ranks at once.
 pub(super) const BUCKET: usize = 4 << 20;
 
 impl Plan {
@@ -168,16 +168,16 @@ impl Plan {
             measured: None,
         }
     }
-    /// The bytes of parameters, gradients and the optimizer's buffers that this rank keeps of its own.
+    /// Sets the bytes of parameters, gradients and optimizer buffers that this rank keeps.
     pub(super) fn keeps(&mut self, bytes: [usize; 3]) {
         self.bytes.iter_mut().zip(bytes).for_each(|(b, own)| b.1 = own);
     }
-    /// The bytes that stay from step to step on this rank: parameters, gradients, and the optimizer's buffers.
+    /// The bytes that persist from step to step on this rank: parameters, gradients, and the optimizer's buffers.
     pub fn bytes(&self) -> &[(&'static str, usize); 3] {
         &self.bytes
     }
-    /// Where ranks share the parameters ([`Stage::Parameters`](super::Stage)), the most bytes of them that are gathered at once: those of
-    /// the module in use, and as many again for the one on its way. They come on top of [`Plan::bytes`].
+    /// If ranks share the parameters ([`Stage::Parameters`](super::Stage)), the most bytes of them that are gathered at once: those of the
+    /// module in use, and of the next module, which is gathered in the background. They come on top of [`Plan::bytes`].
     pub fn gathered_bytes(&self) -> usize {
         self.gathered
     }
@@ -185,12 +185,12 @@ impl Plan {
     pub fn params(&self) -> &[PlannedParam] {
         &self.params
     }
-    /// Threshold and number of members of each clipping group; none in a plain step. Adaptive thresholds are here as they
-    /// were at the start.
+    /// Threshold and number of members of each clipping group; none in a plain step. Adaptive thresholds are listed with their initial
+    /// values.
     pub fn groups(&self) -> &[(f64, usize)] {
         &self.groups
     }
-    /// The stretches of the flat gradient that are summed over the ranks one after the other; placed parameters are in none.
+    /// The stretches of the flat gradient that are summed over the ranks one after the other; they contain no placed parameters.
     pub fn buckets(&self) -> &[Range<usize>] {
         &self.buckets
     }
@@ -198,15 +198,15 @@ impl Plan {
     pub fn fixed_bytes(&self) -> usize {
         self.bytes.iter().map(|b| b.1).sum()
     }
-    /// What the traced step is expected to need; `None` before `predict` was called.
+    /// The predicted needs of the step; `None` before `predict` was called.
     pub fn predicted(&self) -> Option<&Prediction> {
         self.predicted.as_ref()
     }
-    /// What the last step took; `None` before the first.
+    /// Measurements of the last step; `None` before the first.
     pub fn measured(&self) -> Option<&Measurement> {
         self.measured.as_ref()
     }
-    /// The plan as a table: each parameter with its group and what is kept of it, then memory and time, predicted and measured.
+    /// The plan as a table: each parameter with its group and how it is retained, then predicted and measured memory and time.
     pub fn explain(&self) -> String {
         let mut out = String::new();
         // Writing into a string does not fail.
@@ -298,8 +298,8 @@ fn largest_matrices(flat: &Flat, clipping: &Clipping) -> Vec<Option<usize>> {
     best
 }
 
-/// What one traced microbatch showed: for each event of the backward pass, in order, the parameter delivered, the bytes of its
-/// factors, and the most bytes in use since the event before.
+/// The trace of one microbatch: for each event of the backward pass, in order, the parameter delivered, the bytes of its factors, and the
+/// most bytes in use since the previous event.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Trace {
     pub samples: usize,
@@ -316,8 +316,8 @@ pub(super) struct Event {
 }
 
 impl Prediction {
-    /// Two traces of the same step with different numbers of samples, continued in a straight line to `samples`: between two
-    /// events the bytes in use are linear in the number of samples, and the peak is the largest of them.
+    /// A prediction from two traces of the same step with different numbers of samples, extrapolated linearly to `samples`: the bytes in
+    /// use between two events are linear in the number of samples, and the peak is their maximum.
     pub(super) fn from(a: &Trace, b: &Trace, samples: usize, params: usize) -> Result<Prediction> {
         let same = a.events.len() == b.events.len() && a.events.iter().zip(&b.events).all(|(x, y)| x.param == y.param);
         if !same {

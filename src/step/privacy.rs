@@ -1,4 +1,4 @@
-//! Sampler, clipper, noise and accountant as one object, so that they cannot disagree.
+//! Sampler, clipper, noise and accountant as one object, so that their settings always agree.
 
 use super::plan::Clipping;
 use crate::array::Array;
@@ -11,7 +11,7 @@ use crate::random::NoiseKey;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, OnceLock};
 
-/// The target of private training. Everything else follows from it.
+/// The target of private training and its settings.
 ///
 /// ```
 /// use prismgrad::privacy::{ClipFn, ClipStyle};
@@ -23,30 +23,30 @@ use std::sync::{Arc, OnceLock};
 /// ```
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 pub struct PrivacyConfig {
-    /// Target ε. A step that would exceed it is refused.
+    /// Target ε, the privacy budget. A step that would exceed it is refused.
     pub epsilon: f64,
-    /// δ; below 1/records.
+    /// δ; it must be below 1/records.
     pub delta: f64,
-    /// Number of records, the units protected. Each has one loss.
+    /// Number of records, which are the units of protection. Each has one loss.
     pub records: usize,
     /// Expected size of a Poisson batch; the sampling rate is `expected_batch / records`.
     pub expected_batch: f64,
     /// Planned number of steps.
     pub steps: u64,
-    /// Clipping groups; a group per layer by default.
+    /// Clipping groups; one group per layer by default.
     pub style: ClipStyle,
     /// Clip function; AUTO-S by default.
     pub clip: ClipFn,
-    /// R, the largest norm of a sample's clipped gradient over all groups; 1 by default. The groups' thresholds compose to it:
-    /// √(Σ R_m²) = R.
+    /// R, the largest norm of a sample's clipped gradient over all groups; 1 by default. The groups' thresholds compose to it: √(Σ R_m²) =
+    /// R.
     pub max_grad_norm: f64,
-    /// How R is split over the groups; equally by default.
+    /// The division of R among the groups; equal by default.
     #[serde(default)]
     pub thresholds: Thresholds,
-    /// Which data sets must be hard to tell apart; add or remove one record by default.
+    /// The neighbouring relation; adding or removing one record by default.
     #[serde(default)]
     pub neighbouring: Neighbouring,
-    /// Noise multiplier; calibrated to ε, δ and the plan if not given.
+    /// Noise multiplier; if it is not given, it is calibrated to ε, δ and the planned steps.
     pub noise_multiplier: Option<f64>,
 }
 
@@ -61,10 +61,10 @@ macro_rules! setters {
 }
 
 impl PrivacyConfig {
-    /// (ε, δ). The number of records, the expected batch and the number of steps still have to be given.
+    /// A configuration with this (ε, δ). The number of records, the expected batch size and the number of steps must be set as well.
     ///
-    /// The defaults work without tuning: a clipping group per layer and AUTO-S (Bu et al. 2023), whose factor R/(|g| + γ)
-    /// makes the learning rate the only scale. Opacus takes one group for all layers and Abadi's factor instead.
+    /// The defaults work without tuning: one clipping group per layer and AUTO-S (Bu et al. 2023), whose factor R/(|g| + γ) leaves the
+    /// learning rate as the only scale. Opacus uses one group for all layers and Abadi's factor instead.
     pub fn target(epsilon: f64, delta: f64) -> PrivacyConfig {
         PrivacyConfig {
             epsilon,
@@ -93,17 +93,17 @@ impl PrivacyConfig {
         clip: ClipFn;
         /// Sets R, the largest norm of a sample's clipped gradient.
         max_grad_norm: f64;
-        /// Sets how R is split over the groups.
+        /// Sets the division of R among the groups.
         thresholds: Thresholds;
-        /// Sets which data sets must be hard to tell apart.
+        /// Sets the neighbouring relation.
         neighbouring: Neighbouring;
     }
-    /// Sets the noise multiplier instead of having it calibrated to (ε, δ).
+    /// Sets the noise multiplier instead of calibrating it to (ε, δ).
     pub fn noise_multiplier(mut self, sigma: f64) -> PrivacyConfig {
         self.noise_multiplier = Some(sigma);
         self
     }
-    /// Refuses what makes no sense, naming it; done again wherever the configuration is used.
+    /// Returns an error for invalid settings that names them; it is called again wherever the configuration is used.
     pub fn check(&self) -> Result<()> {
         let need = |ok: bool, what: String| if ok { Ok(()) } else { Err(Error::privacy(what)) };
         need(self.epsilon.is_finite() && self.epsilon > 0.0, format!("ε = {}; it must be positive", self.epsilon))?;
@@ -139,28 +139,27 @@ impl PrivacyConfig {
     }
 }
 
-/// The private half of a [`PrivateStep`](super::PrivateStep): Poisson sampler, clipper, noise and accountant.
+/// The privacy components of a [`PrivateStep`](super::PrivateStep): Poisson sampler, clipper, noise and accountant.
 pub struct Privacy {
     config: PrivacyConfig,
     sigma: f64,
     pub(super) key: NoiseKey,
     sampler: PoissonSampler,
     accountant: Accountant,
-    /// (Number of steps, ε after them), in ascending order. A number of steps between two entries is reported with the ε of
-    /// the larger one.
+    /// (Number of steps, ε after them), in ascending order. For a number of steps between two entries, the ε of the larger one is reported.
     epsilon_table: Vec<(u64, f64)>,
     pub(super) clipping: Clipping,
-    /// What this process has released, and with a file what earlier ones have.
+    /// The releases of this process and, if there is a log file, those of earlier ones.
     log: StepLog,
-    /// Own steps that a checkpoint knows of and the log does not.
+    /// Number of this run's steps that a checkpoint contains and the log does not.
     unlogged: u64,
     digest_key: OnceLock<Vec<u32>>,
     digest_key_on_gpu: OnceLock<Array>,
 }
 
 impl Privacy {
-    /// Validates the target and calibrates the noise. `key` must be secret and fresh for every run
-    /// ([`NoiseKey::from_os`]); sampling and noise are derived from it.
+    /// Validates the configuration and calibrates the noise. `key` must be secret and fresh for every run ([`NoiseKey::from_os`]); sampling
+    /// and noise are derived from it.
     pub fn new(config: PrivacyConfig, key: NoiseKey) -> Result<Privacy> {
         config.check()?;
         let q = config.expected_batch / config.records as f64;
@@ -194,8 +193,8 @@ impl Privacy {
             config,
         })
     }
-    /// Writes every private step to this file, and to disk, before it is taken; what is in the file already has been spent,
-    /// whatever a checkpoint says. A step that a resumed run takes again in the same bits is counted once.
+    /// Writes every private step to this file, and syncs it to disk, before the step is taken. Steps that are in the file already count as
+    /// spent, whatever a checkpoint says. A step that a resumed run repeats with the same bits is counted once.
     pub fn log_to(mut self, path: impl AsRef<std::path::Path>) -> Result<Privacy> {
         if self.steps() > 0 {
             return Err(Error::privacy("log_to after the first step: the steps taken before would not be in the file"));
@@ -240,7 +239,7 @@ impl Privacy {
     pub fn groups(&self) -> usize {
         self.clipping.thresholds().len()
     }
-    /// The clipping groups' thresholds as they are now.
+    /// The current thresholds of the clipping groups.
     pub fn thresholds(&self) -> Vec<f64> {
         self.clipping.thresholds()
     }
@@ -248,8 +247,8 @@ impl Privacy {
     pub(super) fn set_thresholds(&mut self, thresholds: &[f64]) {
         self.clipping.set_thresholds(thresholds);
     }
-    /// Standard deviation of the gradient's noise over its sensitivity: the noise multiplier, or more where adaptive
-    /// thresholds take their share of it.
+    /// Standard deviation of the gradient's noise divided by its sensitivity: the noise multiplier, or more if adaptive thresholds use part
+    /// of the budget.
     pub fn gradient_noise_multiplier(&self) -> f64 {
         match self.config.thresholds {
             Thresholds::Adaptive { noise, .. } => {
@@ -262,15 +261,15 @@ impl Privacy {
     pub(super) fn clipping(&self) -> &Clipping {
         &self.clipping
     }
-    /// The target.
+    /// The configuration.
     pub fn config(&self) -> &PrivacyConfig {
         &self.config
     }
-    /// Noise multiplier: standard deviation of the noise over the sensitivity of the clipped sum.
+    /// Noise multiplier: standard deviation of the noise divided by the sensitivity of the clipped sum.
     pub fn noise_multiplier(&self) -> f64 {
         self.sigma
     }
-    /// The most one record can move the clipped sum (add or remove), composed over the groups.
+    /// Sensitivity: the largest change of the clipped sum when one record is added or removed, composed over the groups.
     pub fn sensitivity(&self) -> f64 {
         self.clipping.sensitivity
     }
@@ -282,14 +281,14 @@ impl Privacy {
     pub fn rate(&self) -> f64 {
         self.config.expected_batch / self.config.records as f64
     }
-    /// What a step's dropout masks are drawn from besides the caller's seed.
+    /// The secret that, together with the caller's seed, determines a step's dropout masks.
     pub(super) fn mask_secret(&self, step: u64) -> u64 {
         self.key.uniform(step, 1 << 40).to_bits()
     }
     pub(super) fn batch(&self, step: u64) -> Vec<usize> {
         self.sampler.batch(step)
     }
-    /// ε spent after `steps` steps at the configured δ, to the accountant's full resolution.
+    /// ε after `steps` steps of this run's kind at the configured δ, at the accountant's full resolution.
     pub fn epsilon(&self, steps: u64) -> Result<f64> {
         if steps == 0 {
             return Ok(0.0);
@@ -298,8 +297,8 @@ impl Privacy {
         a.record(self.sigma, self.rate(), steps)?;
         a.epsilon(self.config.delta)
     }
-    /// An upper bound on ε with `more` steps taken. It costs nothing where all steps were of this run's kind: the next larger
-    /// value of a table made at the start.
+    /// An upper bound on ε after `more` further steps. If all steps were of this run's kind, it is the next larger value of a table
+    /// computed at the start, at no cost.
     fn bound(&self, more: u64) -> Result<f64> {
         let steps = self.steps() + more;
         if steps == 0 {
@@ -318,15 +317,15 @@ impl Privacy {
         a.record(self.sigma, self.rate(), more)?;
         a.epsilon(self.config.delta)
     }
-    /// Private steps taken so far: those that touched private data, or would have, had the batch not been empty.
+    /// Number of private steps taken so far, including those with an empty batch.
     pub fn steps(&self) -> u64 {
         self.accountant.steps()
     }
-    /// (An upper bound of) ε spent so far.
+    /// An upper bound of the ε spent so far.
     pub fn spent(&self) -> Result<f64> {
         self.bound(0)
     }
-    /// The accountant of everything in the log, with one more release of this run's kind at a step if that is given.
+    /// The accountant of everything in the log, with one more release of this run's kind at step `more`, if given.
     fn accounted(&self, more: Option<u64>) -> Result<Accountant> {
         let mut all = Accountant::under(self.config.neighbouring);
         for (sigma, rate) in self.log.history(more.map(|step| (step, self.sigma, self.rate()))) {
@@ -337,16 +336,16 @@ impl Privacy {
         }
         Ok(all)
     }
-    /// Refuses a step that would exceed the budget, or that cannot be counted, before any work is done for it.
+    /// Refuses a step that would exceed the budget or cannot be counted, before any work is done for it.
     pub(super) fn admit(&self, step: u64) -> Result<()> {
         match self.log.has(step, self.rate())? {
-            // It may be the same release again; otherwise it is refused when its sum is there.
+            // It may be a repetition of the same release; otherwise it is refused once its sum is known.
             true => self.within(self.spent()?, || self.exactly(0)).map(|_| ()),
             false => self.within(self.bound(1)?, || self.exactly(1)).map(|_| ()),
         }
     }
-    /// Records a release that is about to be made, or refuses it. Returns (an upper bound of) ε with it included. `release` is
-    /// its name, or none on a GPU, where reading the sum would wait for the device: then a step that is taken again counts again.
+    /// Records a release before it is made, or refuses it. Returns an upper bound of ε that includes it. `release` is its name, or `None`
+    /// on a GPU, where reading the sum would wait for the device: there a repeated step is counted again.
     pub(super) fn commit(&mut self, step: u64, release: Option<String>) -> Result<f64> {
         let rate = self.rate();
         if self.log.has_release(step, release.as_deref()) {
@@ -366,7 +365,7 @@ impl Privacy {
         self.accountant.record(self.sigma, rate, 1)?;
         Ok(epsilon)
     }
-    /// `bound`, or the exact ε where the bound is above the budget; an error where that is above it, too.
+    /// Returns `bound`, or the exact ε if the bound is above the budget; an error if the exact ε is above it, too.
     fn within(&self, bound: f64, exact: impl FnOnce() -> Result<f64>) -> Result<f64> {
         let budget = self.config.epsilon;
         let over = |e: f64| e > budget * (1.0 + 1e-9);
@@ -378,8 +377,8 @@ impl Privacy {
             _ => Ok(bound),
         }
     }
-    /// Takes over the number of private steps of a checkpoint, which were taken under this key and configuration. What the log
-    /// has of them is not counted twice, and what was counted before stays counted: the count never falls.
+    /// Restores the number of private steps of a checkpoint, which were taken under this key and configuration. Steps that the log contains
+    /// are not counted twice, and the count never decreases.
     pub(super) fn restore(&mut self, steps: u64) -> Result<()> {
         let known = self.log.own_steps() + self.unlogged;
         if steps > known {
@@ -388,26 +387,26 @@ impl Privacy {
         }
         Ok(())
     }
-    /// Whether the key is one that anybody can compute ([`NoiseKey::from_seed_for_tests`]): such a run is not private.
+    /// Whether the key is a test key that anyone can compute ([`NoiseKey::from_seed_for_tests`]): such a run is not private.
     pub fn has_test_key(&self) -> bool {
         self.key.is_for_tests()
     }
-    /// Numbers that follow from key and configuration, and from which the key does not follow: all ranks must have the same.
+    /// Numbers computed from key and configuration that do not reveal the key; they must be equal on all ranks.
     pub(super) fn fingerprint(&self) -> Result<[f64; 3]> {
         let key = self.key.uniform(u64::MAX, 1 << 32).to_bits();
         Ok([(key >> 32) as f64, (key & 0xffff_ffff) as f64, self.digest()? as f64])
     }
-    /// A checksum of everything that was configured.
+    /// A checksum of the whole configuration.
     fn digest(&self) -> Result<u32> {
         let config = serde_json::to_string(&(&self.config, self.sigma))
             .map_err(|e| Error::privacy(format!("the configuration cannot be written down: {e}")))?;
         Ok(crc32fast::hash(config.as_bytes()))
     }
-    /// The words with which sums are digested, made when they are first needed.
+    /// The key words with which sums are digested, generated when first needed.
     pub(super) fn digest_key(&self) -> &[u32] {
         self.digest_key.get_or_init(|| crate::random::digest::key(&self.key))
     }
-    /// The same in the memory of the GPU that the step is on.
+    /// The same words in the memory of the step's GPU.
     pub(super) fn digest_key_on(&self, gpu: &Arc<Gpu>) -> Result<&Array> {
         if let Some(key) = self.digest_key_on_gpu.get() {
             return Ok(key);
@@ -417,7 +416,7 @@ impl Privacy {
     }
 }
 
-/// Stands for a key in a log: it follows from the key, and the key does not follow from it.
+/// An identifier of a key for the log: it is computed from the key, but the key cannot be computed from it.
 pub(super) fn fingerprint(key: &NoiseKey) -> String {
     format!("{:016x}", key.uniform(u64::MAX, 1 << 32).to_bits())
 }

@@ -16,15 +16,15 @@ use crate::random::{digest, masks};
 use std::fmt;
 use std::ops::Range;
 
-/// Name of the adaptive thresholds among a step's buffers.
+/// Name of the adaptive thresholds in a step's state.
 const THRESHOLDS: &str = "clipping thresholds";
-/// Name of the number of private steps among them.
+/// Name of the number of private steps in a step's state.
 const PRIVATE_STEPS: &str = "private steps";
 
-/// Per-sample gradients of a Poisson batch, clipped, summed, noised once and divided by the expected batch size; then one update
-/// (Abadi et al. 2016, algorithm 1).
+/// A private training step (DP-SGD, Abadi et al. 2016, algorithm 1): per-sample gradients of a Poisson batch are clipped, summed, noised
+/// once and divided by the expected batch size; then the parameters are updated once.
 ///
-/// The step draws its own batch, so that sampling is what the accountant assumes. There is no way to hand it another one:
+/// The step draws its own batch, so that the sampling is what the accountant assumes. It does not accept a batch from the caller:
 ///
 /// ```compile_fail
 /// # use prismgrad::{step::PrivateStep, Result, Tensor};
@@ -36,30 +36,30 @@ const PRIVATE_STEPS: &str = "private steps";
 pub struct PrivateStep {
     core: Box<Core>,
     privacy: Box<Privacy>,
-    /// Whether the losses have been seen to depend on their own records alone.
+    /// Whether the check that losses depend on their own records alone has passed.
     checked: bool,
 }
 
-/// What a private step did.
+/// The result of a private step.
 ///
-/// Only ε, the step's number and the learning rate may be published: whatever else is read from a report looks at the data.
-/// On a GPU the step is only queued when [`PrivateStep::run`] returns; the other figures are read from the device on demand,
-/// which waits for the step.
+/// Only ε, the step's number and the learning rate may be published: all other figures of a report depend on the data and are not private.
+/// On a GPU the step is only queued when [`PrivateStep::run`] returns; the other figures are read from the device on demand, which waits
+/// for the step.
 #[derive(Clone, Debug)]
 pub struct PrivateReport {
     /// Steps taken so far, this one included.
     pub step: u64,
-    /// Samples of this step, private and public.
+    /// Number of samples of this step, private and public.
     pub samples: usize,
     /// Learning rate used.
     pub lr: f64,
-    /// ε spent so far at the configured δ, rounded up; [`Privacy::epsilon`] is exact.
+    /// Upper bound of the ε spent so far at the configured δ; [`Privacy::epsilon`] computes it exactly.
     pub epsilon: f64,
-    /// Whether the noise came from a key that anybody can compute ([`NoiseKey::from_seed_for_tests`](crate::random::NoiseKey)):
-    /// then the step was not private, whatever ε says.
+    /// Whether the noise came from a test key that anyone can compute ([`NoiseKey::from_seed_for_tests`](crate::random::NoiseKey)): then
+    /// the step was not private, whatever `epsilon` is.
     pub test_key: bool,
     found: Found,
-    /// (Sample, group) pairs that a replayed step counted although their samples were padding.
+    /// Number of (sample, group) pairs of padding samples, which a replayed step counts as well.
     padding: u64,
 }
 
@@ -75,11 +75,11 @@ impl fmt::Display for PrivateReport {
 }
 
 impl PrivateReport {
-    /// Mean loss over the samples of this step; NaN if there were none. It looks at the data and is not private.
+    /// Mean loss over the samples of this step; NaN if there were none. It depends on the data and is not private.
     pub fn loss(&self) -> Result<f64> {
         Ok(self.found.read()?.0 / self.samples as f64)
     }
-    /// Samples whose gradient was not finite and that were left out.
+    /// Number of samples that were dropped because their gradient was not finite.
     pub fn non_finite(&self) -> Result<usize> {
         Ok(self.found.read()?.1.non_finite as usize)
     }
@@ -92,7 +92,7 @@ impl PrivateReport {
 }
 
 impl PrivateStep {
-    /// A step over the trainable ones of `params`, which share a dtype (f32 or f64) and a device.
+    /// A step over the trainable parameters among `params`, which must share a dtype (f32 or f64) and a device.
     pub fn new(
         params: &[Param],
         mut privacy: Privacy,
@@ -105,17 +105,18 @@ impl PrivateStep {
         })?;
         Ok(PrivateStep { core: Box::new(core), privacy: Box::new(privacy), checked: false })
     }
-    /// Makes this one of several ranks that take every step together, each on its own records of the one Poisson batch (data
-    /// parallelism, ZeRO stage 0). Parameters are taken over from rank 0 now. Gradients are summed over the ranks in their order,
-    /// and noise is added once to the sum, the same bits on each rank. Losses and counts in reports are over all
-    /// ranks. All must be given the same key, model and settings. On the CPU.
+    /// Makes this rank one of several that perform every step together, each on its own records of the one Poisson batch (data parallelism,
+    /// ZeRO stage 0). The parameters are copied from rank 0 now. Gradients are summed over the ranks in their order, and noise with the
+    /// same bits on each rank is added once to the sum. Losses and counts in reports are over all ranks. All ranks must have the same key,
+    /// model and settings. CPU only.
     pub fn with_ranks(self, ranks: Box<dyn Communicator>) -> Result<PrivateStep> {
         self.with_zero(ranks, Stage::Replicated)
     }
-    /// [`PrivateStep::with_ranks`], and the ranks share the model's state (Bu et al. 2023, DP-ZeRO): from
-    /// [`Stage::Optimizer`] on each rank keeps its stretch of the optimizer's buffers, of the gradient, and of the parameters. The norms of a record are its
-    /// own rank's; noise is drawn once, by the owner of each stretch, the same bits at every stage and number of ranks. Private training
-    /// sends what plain training sends, and the digest of the sum besides, 1/512 of it.
+    /// As [`PrivateStep::with_ranks`], but the ranks share the model's state (Bu et al. 2023, DP-ZeRO): from [`Stage::Optimizer`] on each
+    /// rank keeps its stretch of the optimizer's buffers, from [`Stage::Gradients`] on also of the gradient, and with [`Stage::Parameters`]
+    /// also of the parameters. The norms of a record are computed on its own rank; noise is drawn once, by the owner of each stretch, with
+    /// the same bits at every stage and number of ranks. Private training sends what plain training sends, plus the digest of the sum,
+    /// which is 1/512 of it.
     pub fn with_zero(mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<PrivateStep> {
         let own = self.privacy.fingerprint()?;
         let all = ranks.all_gather("key and configuration", &Array::from_slice(&own, &[3])?)?.to_f64();
@@ -133,16 +134,16 @@ impl PrivateStep {
     pub fn privacy(&self) -> &Privacy {
         &self.privacy
     }
-    /// Draws the next Poisson batch, runs `forward` on at most `physical_batch` of its records at a time, and updates the
-    /// parameters once. `forward` gets the numbers of the records, from 0 to the configured number of records, and returns one
-    /// loss for each, in their order. It is not called for an empty batch, which is a step all the same.
+    /// Draws the next Poisson batch, runs `forward` on at most `physical_batch` of its records at a time, and updates the parameters once.
+    /// `forward` receives the indices of the records, from 0 to the configured number of records, and returns one loss for each, in the
+    /// same order. It is not called for an empty batch, which is a step all the same.
     ///
-    /// The step is recorded with the accountant before the parameters are touched, and refused where the budget would be
-    /// exceeded. A sample whose gradient is not finite gets weight zero and is counted.
+    /// The step is recorded with the accountant before the parameters are changed, and refused if the budget would be exceeded. A sample
+    /// whose gradient is not finite gets weight zero and is counted.
     ///
-    /// Each loss must depend on its own record alone. On the first batch of two or more records, `forward` is called twice more, on
-    /// a few of them and on half of these, without dropout: a record's loss and its gradients must not depend on who else is there.
-    /// An operation that mixes records, such as a batch norm, is refused in this way before anything is released.
+    /// Each loss must depend on its own record alone. On the first batch of two or more records, `forward` is called twice more, on a few
+    /// of the records and on half of these, without dropout: a record's loss and its gradients must not depend on the other records of the
+    /// batch. An operation that mixes records, such as a batch norm, is refused in this way before anything is released.
     pub fn run(
         &mut self,
         physical_batch: usize,
@@ -155,11 +156,10 @@ impl PrivateStep {
     ///
     /// g = α·(Σ clip(gᵢ) + noise)/B₁ + (1 − α)·(mean of the public gradients),
     ///
-    /// B₁ being the expected private batch. Both kinds go through one forward and one backward pass: `forward` gets private
-    /// records and public samples, and returns their losses in that order, `[private + public]`; at most `physical_batch` of both
-    /// at a time. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0
-    /// no private record is drawn and no budget is spent; with α = 1 the public data are left out. The loss in the report is
-    /// over both.
+    /// where B₁ is the expected private batch size. Both kinds go through one forward and one backward pass: `forward` receives private
+    /// records and public samples, at most `physical_batch` of both together at a time, and returns their losses in that order,
+    /// `[private + public]`. Noise is calibrated to the private part alone, and public samples are neither clipped nor counted. With α = 0
+    /// no private record is drawn and no budget is spent; with α = 1 the public data are not used. The loss in the report covers both.
     pub fn run_coupled<Q>(
         &mut self,
         physical_batch: usize,
@@ -186,7 +186,7 @@ impl PrivateStep {
                 format!("no public samples, but a public weight of {}", weight.of_public()),
             ));
         }
-        // Values set from outside, as by a checkpoint, are in the buffer from here on.
+        // Copies values that were set from outside, such as from a checkpoint, into the buffer.
         self.core.flat.update(|_, _| Ok(()))?;
         let records = if share == 0.0 {
             Vec::new()
@@ -197,10 +197,10 @@ impl PrivateStep {
         let shown = &public[..public.len().min(physical_batch)];
         let first = &records[..records.len().min(physical_batch)];
         self.expect_independence(first, shown.len(), |records| forward(records, shown))?;
-        // What that took is not the step's.
+        // The memory used by the check does not count towards the step.
         self.core.begin();
         let secret = self.privacy.mask_secret(self.core.steps);
-        // Public gradients are scaled so that what scales the private sum in the end makes the weighted mean of both.
+        // Public gradients are scaled such that the final scaling of the private sum gives the weighted mean of both.
         let expected = self.privacy.expected_batch();
         let mean = weight.of_public() / public.len().max(1) as f64;
         let scale = if share == 0.0 { 1.0 } else { mean * expected / share };
@@ -229,8 +229,9 @@ impl PrivateStep {
             Err(e) => Err(self.core.failed(e)),
         }
     }
-    /// Runs forward and backward on the first records, a quarter of a microbatch, and enters into the plan what a microbatch of `physical_batch` records
-    /// is expected to need. Nothing is updated or released; the figures depend on the records' sizes where those differ.
+    /// Runs forward and backward on the first records, up to a quarter of a microbatch, and stores in the plan what a microbatch of
+    /// `physical_batch` records is expected to need. Nothing is updated or released; the figures depend on the records' sizes if those
+    /// differ.
     pub fn predict(
         &mut self,
         physical_batch: usize,
@@ -242,9 +243,9 @@ impl PrivateStep {
         self.core.predict(self.privacy.clipping(), most, |n| masks::secret(secret, || forward(&records[..n])))?;
         Ok(&self.core.plan)
     }
-    /// Captures a step of up to `capacity` records as a CUDA graph instead of taking it, noise and update included. `forward`
-    /// returns `capacity` losses, of records that it reads from arrays on the GPU. Take at least one ordinary step first, so that
-    /// kernels are compiled and memory is allocated. What [`PlainStep::capture`](super::PlainStep::capture) says holds here, too.
+    /// Captures a step of up to `capacity` records as a CUDA graph, including noise and update, instead of performing it. `forward` returns
+    /// `capacity` losses of records that it reads from arrays on the GPU. Run at least one ordinary step first, so that kernels are
+    /// compiled and memory is allocated. The requirements of [`PlainStep::capture`](super::PlainStep::capture) apply here, too.
     pub fn capture(
         &mut self,
         capacity: usize,
@@ -253,14 +254,15 @@ impl PrivateStep {
         let device = self.core.flat.device();
         let mask = Array::zeros(&[capacity], (self.core.flat.dtype(), &device));
         let masked = Tensor::new(mask.clone());
-        // The kernels that mask the losses are loaded before the capture, in which none can be loaded.
+        // The kernels that mask the losses are loaded before the capture, because none can be loaded during it.
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
             Tensor::leaf(mask.cast(dtype)).mul(&masked.cast(dtype)?)?.backward()?;
         }
         let privacy = &self.privacy;
         let scale = 1.0 / privacy.expected_batch();
-        // All of it once outside of the capture, so that the pool has blocks of these sizes. Nothing is released: the sum is erased.
-        // The numbers that the capture reads from memory take the places of a few small arrays that are held meanwhile.
+        // Everything runs once outside of the capture, so that the pool has blocks of these sizes. Nothing is released: the sum is erased.
+        // A few small arrays are held meanwhile and then dropped, so that the pool has blocks for the step numbers that the capture reads
+        // from memory.
         let held: Vec<Array> = (0..8).map(|_| Array::zeros(&[1], (DType::I64, &device))).collect();
         let secret = privacy.mask_secret(self.core.steps);
         let mut microbatch = |_| {
@@ -282,10 +284,9 @@ impl PrivateStep {
         zero(&mut self.core.grads)?;
         Ok(CapturedPrivateStep { capture: capture?, mask })
     }
-    /// Takes a captured step with one launch: draws the next Poisson batch, lets `fill` write its records into the first places
-    /// of the arrays that the captured forward pass reads ([`Array::refill`]), and masks the losses of the places that are left
-    /// over. A batch that is larger than the capacity is refused before anything is spent: take that step with
-    /// [`PrivateStep::run`].
+    /// Performs a captured step with one launch: draws the next Poisson batch, calls `fill` to write its records into the first positions
+    /// of the arrays that the captured forward pass reads ([`Array::refill`]), and masks the losses of the remaining positions. A batch
+    /// that is larger than the capacity is refused before anything is spent: perform that step with [`PrivateStep::run`].
     pub fn replay(
         &mut self,
         captured: &mut CapturedPrivateStep,
@@ -310,8 +311,8 @@ impl PrivateStep {
         let padding = ((capacity - records.len()) * self.privacy.groups()) as u64;
         self.report(records.len(), epsilon, Found::Here(0.0, Default::default()), padding)
     }
-    /// Refuses losses or gradients of records that depend on which other records are in the batch, as far as the history says so or
-    /// two forward and backward passes over a few of `records` show it. Once; not on several ranks, where the others would wait.
+    /// Refuses losses or gradients that depend on the other records of the batch, as far as the history or two forward and backward passes
+    /// over a few of `records` show it. It runs once, and not with several ranks, where the other ranks would wait.
     fn expect_independence(
         &mut self,
         records: &[usize],
@@ -322,10 +323,10 @@ impl PrivateStep {
             return Ok(());
         }
         let all = &records[..records.len().min(8)];
-        // Half of them, the other way round: neither company nor place may matter.
+        // Half of them, in reverse order: neither the other records nor the position may matter.
         let few: Vec<usize> = all[..all.len() / 2].iter().rev().copied().collect();
         let mut look = |records: &[usize]| Look::at(records, self.core.flat.params(), &mut forward, public);
-        // A forward pass that does not follow the number of records fails on the batch itself, where that is another one.
+        // If the forward pass returns the wrong number of losses here, the error comes from the batch itself.
         let part = look(&few)?;
         let whole = if part.is_some() { look(all)? } else { None };
         if let Some((mixing, after)) = whole.as_ref().and_then(|w| w.mixing.clone()) {
@@ -335,7 +336,7 @@ impl PrivateStep {
         if let (Some(part), Some(whole)) = (part, whole)
             && let Some(what) = whole.difference(&part)
         {
-            // A forward pass that draws random numbers of its own differs from call to call, and shows nothing.
+            // A forward pass that draws random numbers of its own differs from call to call, so that the comparison shows nothing.
             if look(all)?.is_some_and(|again| whole.difference(&again).is_none()) {
                 return Err(Error::privacy(format!(
                     "{what} depends on which other records are in the batch: some operation mixes records, such as a batch norm, a \
@@ -348,7 +349,7 @@ impl PrivateStep {
         self.checked = true;
         Ok(())
     }
-    /// The records of the next batch. On several ranks, this rank's part of it: whose record it is follows from its number.
+    /// The records of the next batch. With several ranks, this rank's part of it, which the index of the record determines.
     fn next_batch(&self) -> Vec<usize> {
         let mut all = self.privacy.batch(self.core.steps);
         if let Some(r) = &self.core.ranks {
@@ -356,7 +357,7 @@ impl PrivateStep {
         }
         all
     }
-    /// Records the release of the summed gradient and adds its noise; adaptive thresholds move. Returns ε with it included.
+    /// Records the release of the summed gradient, adds its noise, and updates adaptive thresholds. Returns ε including this release.
     fn release(&mut self, counts: &Counts) -> Result<f64> {
         let _phase = crate::device::spans::span(crate::device::spans::Kind::Phase, "noise");
         let start = std::time::Instant::now();
@@ -392,7 +393,7 @@ impl PrivateStep {
         let test_key = self.privacy.has_test_key();
         Ok(PrivateReport { step: self.core.steps, samples, lr, epsilon, test_key, found, padding })
     }
-    /// What a checkpoint needs besides the optimizer's buffers; the same on every rank.
+    /// The state that a checkpoint needs besides the optimizer's buffers; the same on every rank.
     fn counts(&self) -> Vec<(&'static str, Array)> {
         let steps = self.privacy.steps();
         let mut all = vec![(PRIVATE_STEPS, Array::generate(&[1], DType::I64, |_| steps as f64))];
@@ -407,20 +408,20 @@ impl PrivateStep {
     }
 }
 
-/// What records' losses and gradients were in one forward and backward pass.
+/// The losses and gradient norms of records in one forward and backward pass.
 struct Look {
     records: Vec<usize>,
     /// Losses of the records, then of public samples.
     losses: Vec<f64>,
-    /// Of each parameter its name and, per record and public sample, the squared norm of the gradient.
+    /// For each parameter its name and the squared norms of the gradients of the records and public samples.
     norms: Vec<(String, Vec<f64>)>,
-    /// Relative difference that rounding may make.
+    /// Relative difference that rounding may cause.
     tolerance: f64,
-    /// The first operation that mixes samples, and how many operations the forward pass had recorded before it.
+    /// The first operation that mixes samples, and the number of operations that the forward pass had recorded before it.
     mixing: Option<(Mixing, u64)>,
 }
 
-/// Gradients, and the operations that mix samples.
+/// Collects gradients, and the operations that mix samples.
 #[derive(Default)]
 struct Followed {
     grads: Gradients,
@@ -441,7 +442,7 @@ impl GradHook for Followed {
 }
 
 impl Look {
-    /// `None` where the number of losses is not that of the records and of `public` samples.
+    /// `None` if the number of losses is not that of the records and of `public` samples.
     fn at(
         records: &[usize],
         params: &[Param],
@@ -470,10 +471,10 @@ impl Look {
         }
         Ok(Some(Look { records: records.to_vec(), losses: losses.array().to_f64(), norms, tolerance, mixing }))
     }
-    /// What differs for a record, or a public sample, that both have; `other` has some of the records in any order.
+    /// Describes a difference for a record, or a public sample, that both have; `other` has some of the records in any order.
     fn difference(&self, other: &Look) -> Option<String> {
         let differ = |a: &[f64], b: &[f64]| {
-            // Numbers that are small beside the largest are what rounding left.
+            // Numbers that are small relative to the largest may be rounding errors.
             let floor = a.iter().filter(|x| x.is_finite()).fold(0f64, |m, x| m.max(x.abs()));
             let apart = |a: f64, b: f64| match a.is_finite() && b.is_finite() {
                 true => (a - b).abs() > self.tolerance * (a.abs() + b.abs() + 1e-2 * floor),
@@ -502,7 +503,7 @@ impl Look {
     }
 }
 
-/// One loss per record: with more, one record's gradient would be clipped in several pieces.
+/// Checks that there is one loss per record: with more, one record's gradient would be clipped in several pieces.
 fn expect_losses(losses: &Tensor, private: usize, public: usize) -> Result<()> {
     if losses.shape() == [private + public] {
         return Ok(());
@@ -517,7 +518,7 @@ fn expect_losses(losses: &Tensor, private: usize, public: usize) -> Result<()> {
     )))
 }
 
-/// Microbatches of at most `physical` samples, private and public ones in proportion.
+/// Microbatches of at most `physical` samples, with private and public ones in proportion.
 fn parts(private: usize, public: usize, physical: usize) -> Vec<(Range<usize>, Range<usize>)> {
     if public == 0 {
         return (0..private.div_ceil(physical))
@@ -579,7 +580,7 @@ impl TrainStep for PrivateStep {
                 return Err(Error::invalid("restore", message));
             }
         }
-        // Every step was private unless the checkpoint says otherwise.
+        // All steps count as private unless the checkpoint says otherwise.
         let spent = state.iter().find(|(n, _)| n == PRIVATE_STEPS).and_then(|(_, a)| a.to_f64().first().copied());
         if let Some(spent) = spent.filter(|s| !(*s >= 0.0 && *s <= 9e15)) {
             let message = format!("the checkpoint counts {spent} private steps; that is no number of steps");

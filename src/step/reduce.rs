@@ -1,4 +1,4 @@
-//! The reducing slot: sums over the ranks, in their order, so that they have the same bits on each.
+//! The reduce slot: sums over the ranks, in the order of the ranks, so that the result has the same bits on each.
 
 use super::counters::Tally;
 use crate::array::Array;
@@ -7,21 +7,21 @@ use crate::device::spans::{self, Kind};
 use crate::dist::Communicator;
 use std::ops::Range;
 
-/// What a step counts, besides the gradient.
+/// The counts of a step, besides the gradient.
 pub(super) struct Counts {
     /// Samples, private or public.
     pub samples: usize,
     /// Private samples among them.
     pub private: usize,
-    /// Sum of the losses (0 on a GPU, which keeps its own).
+    /// Sum of the losses (0 on a GPU, where counters in device memory hold it).
     pub loss: f64,
-    /// Clipped pairs (none on a GPU, which keeps its own).
+    /// Clipped pairs (none on a GPU, where counters in device memory hold them).
     pub tally: Tally,
-    /// Per clipping group, private samples with a norm of at most the threshold.
+    /// For each clipping group, the number of private samples with a norm of at most the threshold.
     pub below: Vec<u64>,
 }
 
-/// Sums gradients, bucket by bucket, and counts over all ranks.
+/// Sums the gradient, bucket by bucket, and the counts over all ranks.
 pub(super) fn reduce(
     ranks: Option<&dyn Communicator>,
     buckets: &[Range<usize>],

@@ -1,12 +1,13 @@
-//! ZeRO (Rajbhandari et al. 2020): the ranks share the model's state instead of each keeping all of it.
+//! ZeRO (Rajbhandari et al. 2020): the ranks share the model's state instead of each keeping a full copy.
 //!
-//! The flat buffers are cut into one stretch for each rank, of equal length but for the last ones; the rank *owns* it. A rank keeps the
-//! optimizer's buffers of its own stretch alone (stage 1), and the gradient's, too (stage 2): then the gradient is added up in buckets,
-//! each of which is summed over the ranks and freed as soon as backward has delivered it. Noise is drawn by the owner, from the place in
-//! the flat buffer, so that it has the same bits at any number of ranks and at any stage. After the update every rank gets all parameters.
+//! The flat buffers are divided into one stretch for each rank, of equal length except for the last ones; the rank *owns* it. A rank keeps
+//! the optimizer's buffers of its own stretch only (stage 1), and also the gradient's (stage 2): then the gradient is accumulated in
+//! buckets, each of which is summed over the ranks and freed as soon as backward has delivered it. The owner draws the noise according to
+//! the position in the flat buffer, so that it has the same bits at any number of ranks and at any stage. After the update every rank
+//! receives all parameters.
 //!
-//! Bytes of a rank for Ψ parameters in f32 with AdamW: 16Ψ, 8Ψ + 8Ψ/N and 4Ψ + 12Ψ/N, and one bucket. Sent by a rank in a step:
-//! Ψ·(N − 1)/N elements of gradients, and as many of parameters; with k microbatches stage 2 sends gradients k times.
+//! Bytes of a rank for Ψ parameters in f32 with AdamW: 16Ψ, 8Ψ + 8Ψ/N and 4Ψ + 12Ψ/N at stages 0, 1 and 2, plus one bucket. A rank sends
+//! Ψ·(N − 1)/N elements of gradients in a step, and as many of parameters; with k microbatches stage 2 sends gradients k times.
 
 use super::flat::Flat;
 use super::units::{Next, Units};
@@ -23,36 +24,37 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// What the ranks share of the model's state (Rajbhandari et al. 2020, section 5).
+/// The part of the model's state that the ranks share (Rajbhandari et al. 2020, section 5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Stage 0, data parallelism: every rank keeps all of it.
+    /// Stage 0, data parallelism: every rank keeps a full copy.
     #[default]
     Replicated,
     /// Stage 1: each rank keeps its part of the optimizer's buffers.
     Optimizer,
-    /// Stage 2: and its part of the gradient.
+    /// Stage 2: each rank also keeps only its part of the gradient.
     Gradients,
-    /// Stage 3: and its part of the parameters, which are gathered module by module when they are read.
+    /// Stage 3: each rank also keeps only its part of the parameters, which are gathered module by module when they are read.
     Parameters,
 }
 
-/// Elements that a rank's stretch is a multiple of: a chunk of the digest, whose first level is then made by the owners.
+/// A rank's stretch is a multiple of this number of elements: a chunk of the digest, so that the owners can compute its first level.
 const GRAIN: usize = digest::CHUNK;
-/// Elements of what is sent of the parameters at once.
+/// Number of elements of the parameters that are sent at once.
 const PIECE: usize = 4 << 20;
-/// Elements of the buckets of stages 2 and 3, unless a parameter has more: few enough that most of them are on their way while backward
-/// goes on.
+/// Number of elements of the buckets of stages 2 and 3, unless a parameter has more: few enough that most buckets are in transit while
+/// backward continues.
 const BUCKET: usize = 1 << 20;
 
-/// The stretch of each of `size` ranks, of `n` elements.
+/// The stretch of each of `size` ranks, for `n` elements.
 pub(super) fn stretches(n: usize, size: usize) -> Vec<Range<usize>> {
     let each = n.div_ceil(size).next_multiple_of(GRAIN);
     (0..size).map(|r| n.min(r * each)..n.min((r + 1) * each)).collect()
 }
 
-/// The parameters of each bucket by number, from the lengths of the parameters: the last ones first, as backward delivers them.
+/// The parameters of each bucket, by index, from the lengths of the parameters: the last ones first, in the order in which backward
+/// delivers them.
 pub(super) fn buckets(lengths: &[usize]) -> Vec<Range<usize>> {
     let mut buckets: Vec<Range<usize>> = Vec::new();
     let mut held = 0;
@@ -69,17 +71,17 @@ pub(super) fn buckets(lengths: &[usize]) -> Vec<Range<usize>> {
     buckets
 }
 
-/// The stretches of the ranks, and what this rank keeps of its own.
+/// The stretches of the ranks, and the state that this rank keeps.
 pub(super) struct Shard {
     pub stage: Stage,
     pub rank: usize,
     /// The stretch of each rank.
     pub stretches: Vec<Range<usize>>,
-    /// The own stretch of the gradient: of the step in work, then of the last one.
+    /// This rank's stretch of the gradient: of the step in progress, then of the last one.
     pub grads: Array,
-    /// The parameters in the own stretch.
+    /// The parameters in this rank's stretch.
     pub layout: FlatLayout,
-    /// The parameters of each bucket by number, in the order in which buckets are sent.
+    /// The parameters of each bucket, by index, in the order in which buckets are sent.
     buckets: Vec<Range<usize>>,
 }
 
@@ -108,11 +110,11 @@ impl Shard {
         let layout = FlatLayout::new(segments.collect(), own.len());
         Ok(Shard { stage, rank, stretches: stretches.clone(), grads, layout, buckets })
     }
-    /// The own stretch.
+    /// This rank's stretch.
     pub fn own(&self) -> Range<usize> {
         self.stretches[self.rank].clone()
     }
-    /// Begins to sum a stretch of the gradient over the ranks; of a bucket, if so, on which they agree first.
+    /// Starts to sum a stretch of the gradient over the ranks; for a bucket, the ranks agree on it first.
     fn begin(&self, ranks: &Shared, at: usize, part: Array, agree: Option<Next>) -> Pending {
         let end = at + part.numel();
         let pieces: Vec<usize> =
@@ -124,7 +126,7 @@ impl Shard {
             ranks.reduce_scatter_parts("gradients", &part, &pieces)
         })
     }
-    /// Adds the own part of the sum, once it is here.
+    /// Adds this rank's part of the sum, once it has arrived.
     fn reduced(&mut self, at: usize, sum: Pending) -> Result<()> {
         let _phase = spans::span(Kind::Phase, "reduce");
         let sum = sum.wait()?;
@@ -136,7 +138,7 @@ impl Shard {
         }
         Ok(())
     }
-    /// The own stretch of the sum of all ranks' gradients, bucket by bucket (stage 1).
+    /// Computes this rank's stretch of the sum of all ranks' gradients, bucket by bucket (stage 1).
     pub fn reduce_whole(&mut self, ranks: &Shared, buckets: &[Range<usize>], grads: &Array) -> Result<()> {
         buckets.iter().try_for_each(|b| {
             let part = grads.slice(0, b.clone())?.contiguous();
@@ -144,7 +146,7 @@ impl Shard {
             self.reduced(b.start, sum)
         })
     }
-    /// The digest's first level of the whole sum, from those of the owners.
+    /// The digest's first level of the whole sum, from the levels that the owners computed.
     pub fn first_level(&self, ranks: &dyn Communicator, key: &[u32]) -> Result<Vec<u32>> {
         let words = |elements: usize| elements * self.grads.dtype().size() / 4;
         let level = |elements: usize| 4 * words(elements).div_ceil(digest::CHUNK);
@@ -152,17 +154,17 @@ impl Shard {
             let words = bytemuck::cast_slice::<T, u32>(self.grads.as_slice::<T>()?);
             Ok(if words.is_empty() { Vec::new() } else { digest::first_level(key, words) })
         })?;
-        // Equal parts for the collective; what is filled up is left out again.
+        // The collective needs equal parts; the padding is removed again.
         let most = self.stretches.iter().map(|s| level(s.len())).max().unwrap_or(0);
         let mut part = own;
         part.resize(most, 0);
         let all = ranks.all_gather("digest of the gradients", &Array::from_slice(&part, &[most])?)?.to_vec::<u32>()?;
         let of = |(r, s): (usize, &Range<usize>)| all[r * most..r * most + level(s.len())].to_vec();
         let all: Vec<u32> = self.stretches.iter().enumerate().flat_map(of).collect();
-        // No parameters at all are a chunk as well.
+        // An empty parameter list counts as one chunk, too.
         Ok(if all.is_empty() { digest::first_level(key, &[]) } else { all })
     }
-    /// Gives every rank the whole of a buffer, of which each owner has its stretch: `put` gets pieces of it and their places.
+    /// Sends every rank the whole of a buffer, of which each owner has its stretch: `put` receives pieces of it and their positions.
     pub fn gather(
         &self,
         ranks: &dyn Communicator,
@@ -192,21 +194,21 @@ impl Shard {
     }
 }
 
-/// Buckets that may be on their way at once, besides the one that is filled.
+/// Number of buckets that may be in transit at once, besides the one that is being filled.
 const AHEAD: usize = 2;
 
-/// The gradients of one step while they are added up in buckets (stages 2 and 3).
+/// The gradients of one step while they are accumulated in buckets (stages 2 and 3).
 pub(super) struct Buckets<'a> {
     shard: &'a mut Shard,
     ranks: &'a Shared,
     flat: &'a Flat,
-    /// At stage 3, where the parameters are.
+    /// The shared parameters, at stage 3.
     units: Option<Arc<Units>>,
-    /// Buckets that are being summed, and their places.
+    /// Buckets that are being summed, and their positions.
     sums: VecDeque<(usize, Pending)>,
-    /// What is there of each bucket.
+    /// The memory of each bucket that is being filled.
     open: Vec<Option<Array>>,
-    /// Of each bucket, parameters that are not there yet.
+    /// For each bucket, the number of parameters that have not been delivered yet.
     left: Vec<usize>,
     /// The bucket that is sent next: the order is the same on every rank, whatever their graphs deliver.
     next: usize,
@@ -221,16 +223,16 @@ impl<'a> Buckets<'a> {
     pub fn dtype(&self) -> DType {
         self.shard.grads.dtype()
     }
-    /// The stretch of the flat buffer of a bucket.
+    /// The stretch of a bucket in the flat buffer.
     fn range(&self, bucket: usize) -> Range<usize> {
         let (params, segments) = (&self.shard.buckets[bucket], self.flat.segments());
         segments[params.start].range.start..segments[params.end - 1].range.end
     }
-    /// Calls `add` with a bucket, which is zeros at first, and the place of a parameter in it.
+    /// Calls `add` with a bucket, which is zeros at first, and the position of a parameter in it.
     pub fn add<R>(&mut self, param: &Param, add: impl FnOnce(&mut Array, &Range<usize>) -> Result<R>) -> Result<R> {
         let found = self.flat.index(param);
         let bucket = found.and_then(|i| self.shard.buckets.iter().position(|b| b.contains(&i)));
-        // Its bucket is still here: a parameter is contracted once in a microbatch.
+        // The bucket has not been sent yet, because a parameter is contracted once in a microbatch.
         let (Some(index), Some(bucket)) = (found, bucket.filter(|b| *b >= self.next)) else {
             let message = format!("{} was delivered after its bucket was sent, or is not of this step", param.name());
             return Err(Error::autograd("run", message));
@@ -249,13 +251,13 @@ impl<'a> Buckets<'a> {
         }
         Ok(done)
     }
-    /// Sends what is left, also of parameters that were not reached.
+    /// Sends the remaining buckets, including parameters that were not reached.
     pub fn finish(&mut self) -> Result<()> {
         while self.next < self.left.len() {
             self.send()?;
         }
         self.drain(0)?;
-        // For the next microbatch.
+        // Reset for the next microbatch.
         self.next = 0;
         self.left = self.shard.buckets.iter().map(Range::len).collect();
         self.units.as_ref().map_or(Ok(()), |units| units.end())
@@ -265,12 +267,12 @@ impl<'a> Buckets<'a> {
         let Some(units) = self.units.clone() else { return self.finish() };
         units.serve(|bucket| {
             let range = self.range(bucket);
-            // The others have agreed on the bucket with this rank.
+            // This rank has already agreed on the bucket with the others.
             let sum = self.shard.begin(self.ranks, range.start, Array::zeros(&[range.len()], self.dtype()), None);
             self.shard.reduced(range.start, sum)
         })
     }
-    /// Waits until no more than so many buckets are on their way.
+    /// Waits until at most `most` buckets are in transit.
     fn drain(&mut self, most: usize) -> Result<()> {
         while self.sums.len() > most {
             if let Some((at, sum)) = self.sums.pop_front() {

@@ -1,10 +1,10 @@
-//! Parameters that the ranks share (ZeRO stage 3): each keeps its stretch, and a unit of them is gathered when one of its parameters is
-//! first read, in the forward pass and again in the backward pass, and freed when the next unit is read.
+//! Parameters that the ranks share (ZeRO stage 3). Each rank keeps its stretch. A unit of parameters is gathered when one of them is first
+//! read, in the forward pass and again in the backward pass, and freed when the next unit is read.
 //!
-//! A unit is a run of parameters of one module, such as a block of a transformer. The order in which units are read is written down in
-//! each microbatch; in the next one, the unit that followed is gathered in the background while this one computes. Before each collective
-//! of a microbatch the ranks say what they are about to do, which costs eight bytes: a rank that has no microbatch left receives what the
-//! others need of it, and ranks that read their parameters in different orders fail with a sentence that says so.
+//! A unit is a run of parameters of one module, such as a block of a transformer. The order in which units are read is recorded in each
+//! microbatch; in the next microbatch, the following unit is gathered in the background while the current one computes. Before each
+//! collective of a microbatch the ranks exchange eight bytes that say which operation comes next: a rank without a microbatch of its own
+//! then takes part in the others' collectives, and ranks that read their parameters in different orders get an error that says so.
 
 use super::flat::Flat;
 use crate::array::Array;
@@ -17,16 +17,16 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What a rank is about to do with the others.
+/// The next operation of a rank in a microbatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Whatever the others do: it has no microbatch left.
+    /// Any operation of the other ranks: this rank has no microbatch left.
     Idle,
-    /// The microbatch is over.
+    /// The end of the microbatch.
     End,
-    /// The parameters of a unit are gathered.
+    /// A gather of the parameters of a unit.
     Gather(usize),
-    /// A bucket of gradients is summed.
+    /// A sum of a bucket of gradients.
     Reduce(usize),
 }
 
@@ -47,7 +47,7 @@ impl Next {
             c => Next::Reduce((c as usize - 3) / 2),
         }
     }
-    /// Agrees with the other ranks on what comes next; an idle rank receives it.
+    /// Agrees with the other ranks on the next operation, which an idle rank receives from them.
     pub fn agree(self, ranks: &dyn Communicator) -> Result<Next> {
         let all = ranks.all_gather("what comes next", &Array::from_slice(&[self.code()], &[1])?)?.to_vec::<i64>()?;
         let mut busy = all.iter().enumerate().filter(|c| *c.1 != 0);
@@ -64,13 +64,13 @@ impl Next {
     }
 }
 
-/// The own stretch of the parameters, and what is gathered of the rest.
+/// This rank's stretch of the parameters, and the gathered values of the others.
 pub(super) struct Units {
     ranks: Shared,
     params: Vec<WeakParam>,
-    /// Where each parameter lies in the flat buffer.
+    /// The stretch of each parameter in the flat buffer.
     segments: Vec<Range<usize>>,
-    /// The parameters of each unit by number.
+    /// The parameters of each unit, by index.
     units: Vec<Range<usize>>,
     names: Vec<String>,
     unit_of: HashMap<u64, usize>,
@@ -80,26 +80,26 @@ pub(super) struct Units {
 }
 
 struct State {
-    /// The own stretch.
+    /// This rank's stretch.
     own: Array,
-    /// What was gathered of each parameter.
+    /// The gathered value of each parameter.
     given: Vec<Option<Array>>,
-    /// The units that are here, the oldest first.
+    /// The units that are currently gathered, the oldest first.
     here: Vec<usize>,
-    /// The unit that is on its way.
+    /// The unit that is being gathered in the background.
     coming: Option<(usize, Pending)>,
-    /// The units that were gathered in the last microbatch, in this order, and those that were in this one so far; the same on every
-    /// rank, whether it had a microbatch or served those of others.
+    /// The units that were gathered in the last microbatch, in this order, and those gathered in this one so far; the same on every rank,
+    /// whether it had a microbatch or took part in those of others.
     order: Vec<usize>,
     gathered: Vec<usize>,
-    /// Whether a microbatch is in work.
+    /// Whether a microbatch is in progress.
     busy: bool,
-    /// Whether all units stay until the next step.
+    /// Whether all units stay gathered until the next step.
     whole: bool,
     failed: Option<Error>,
 }
 
-/// The module of a parameter: its name up to the first number, or up to the last dot.
+/// The module of a parameter: its name up to and including the first number, or else up to the last dot.
 fn module(name: &str) -> &str {
     let mut at = 0;
     for part in name.split('.') {
@@ -111,7 +111,7 @@ fn module(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(module, _)| module)
 }
 
-/// The parameters of each module by number, and the modules' names.
+/// The parameters of each module, by index, and the modules' names.
 pub(super) fn modules(params: &[&str]) -> (Vec<Range<usize>>, Vec<String>) {
     let (mut units, mut names) = (Vec::<Range<usize>>::new(), Vec::<String>::new());
     for (i, name) in params.iter().enumerate() {
@@ -163,16 +163,16 @@ impl Units {
     fn own(&self) -> Range<usize> {
         self.stretches[self.ranks.rank()].clone()
     }
-    /// The stretch of the flat buffer of a unit.
+    /// The stretch of a unit in the flat buffer.
     fn range(&self, unit: usize) -> Range<usize> {
         let params = &self.units[unit];
         self.segments[params.start].start..self.segments[params.end - 1].end
     }
-    /// Elements of the largest unit.
+    /// Number of elements of the largest unit.
     pub fn largest(&self) -> usize {
         (0..self.units.len()).map(|u| self.range(u).len()).max().unwrap_or(0)
     }
-    /// Takes over what was set from outside since the unit was gathered, or while it was not here.
+    /// Copies values into this rank's stretch that were set from outside since their unit was gathered, or while it was not gathered.
     fn take_over(&self, state: &mut State, params: Range<usize>) -> Result<()> {
         for i in params {
             let Some(p) = self.params[i].upgrade() else { continue };
@@ -190,7 +190,7 @@ impl Units {
         }
         Ok(())
     }
-    /// Lets go of a unit.
+    /// Frees a gathered unit.
     fn free(&self, state: &mut State, unit: usize) -> Result<()> {
         self.take_over(state, self.units[unit].clone())?;
         for i in self.units[unit].clone() {
@@ -205,7 +205,7 @@ impl Units {
     fn free_all(&self, state: &mut State) -> Result<()> {
         state.here.clone().into_iter().try_for_each(|unit| self.free(state, unit))
     }
-    /// Begins to gather a unit; all ranks do, after they have agreed on it.
+    /// Starts to gather a unit; all ranks do this, after they have agreed on it.
     fn begin(&self, state: &mut State, unit: usize) -> Result<Pending> {
         self.take_over(state, self.units[unit].clone())?;
         state.gathered.push(unit);
@@ -215,7 +215,7 @@ impl Units {
             ranks.all_gather_parts(&what, &own, &parts)
         }))
     }
-    /// What is gathered of a unit, this rank's part of it, and everybody's number of elements.
+    /// The arguments of a unit's gather: its description, this rank's part of it, and the number of elements of each rank's part.
     fn part(&self, state: &State, unit: usize) -> Result<(String, Array, Vec<usize>)> {
         let range = self.range(unit);
         let cut = |s: &Range<usize>| s.start.max(range.start)..s.end.min(range.end).max(s.start.max(range.start));
@@ -223,7 +223,7 @@ impl Units {
         let (own, mine) = (self.own(), cut(&self.own()));
         let part = match mine.is_empty() {
             true => Array::zeros(&[0], self.dtype),
-            // A copy: the stretch may be updated while the part is on its way.
+            // A copy: the stretch may be updated while the part is in transit.
             false => state.own.slice(0, mine.start - own.start..mine.end - own.start)?.copy(),
         };
         Ok((format!("parameters of {}", self.names[unit]), part, parts))
@@ -235,10 +235,10 @@ impl Units {
             let at = &self.segments[i];
             let Some(p) = self.params[i].upgrade() else { continue };
             if state.given[i].is_some() {
-                // It was set from outside, and is what the owners sent.
+                // The value was set from outside, and it is what the owners sent.
                 continue;
             }
-            // Its own memory, so that a handle to a small parameter does not keep the memory of the unit.
+            // The value gets its own memory, so that a handle to a small parameter does not keep the memory of the whole unit alive.
             let value = all.slice(0, at.start - start..at.end - start)?.copy().reshape(p.shape())?;
             p.set(value.clone())?;
             state.given[i] = Some(value);
@@ -246,7 +246,7 @@ impl Units {
         state.here.push(unit);
         Ok(())
     }
-    /// Makes a unit be here, and the one that follows it be on its way.
+    /// Gathers a unit if necessary, and starts to gather the one that follows it.
     fn bring(&self, state: &mut State, unit: usize) -> Result<()> {
         if let Some(e) = &state.failed {
             return Err(Error::invalid("run", e.to_string()));
@@ -268,7 +268,7 @@ impl Units {
             let all = self.begin(state, unit)?.wait()?;
             self.install(state, unit, &all)?;
         }
-        // As long as this microbatch gathers what the last one did, the next unit is known.
+        // While this microbatch gathers the same units as the last one, the next unit is known.
         let n = state.gathered.len();
         if state.busy
             && state.order.get(..n) == Some(&state.gathered[..])
@@ -278,7 +278,7 @@ impl Units {
         }
         Ok(())
     }
-    /// A microbatch begins.
+    /// Starts a microbatch.
     pub fn start(&self) -> Result<()> {
         let mut state = self.lock();
         (state.busy, state.gathered) = (true, Vec::new());
@@ -287,32 +287,32 @@ impl Units {
     fn expect_here(&self, state: &mut State) -> Result<()> {
         state.failed.take().map_or(Ok(()), Err)
     }
-    /// What has failed since the microbatch began: a value that could not be gathered was NaN.
+    /// Returns the error of a gather that failed since the microbatch began; its value was NaN.
     pub fn check(&self) -> Result<()> {
         let mut state = self.lock();
         self.expect_here(&mut state)
     }
-    /// The microbatch is over, on every rank; the ranks agree on that after all else.
+    /// Ends the microbatch on every rank; the ranks agree on that after all other operations.
     pub fn end(&self) -> Result<()> {
         self.close()?;
         self.ranks.begin(|ranks| Next::End.agree(ranks)).wait()?;
         self.over()
     }
-    /// Nothing is on its way any more.
+    /// Waits for a background gather, if there is one.
     fn close(&self) -> Result<()> {
         let mut state = self.lock();
         state.busy = false;
         let coming = state.coming.take();
         coming.map_or(Ok(()), |(_, pending)| pending.wait().map(drop))
     }
-    /// Every microbatch begins with nothing gathered, on every rank.
+    /// Frees all units, so that every microbatch starts with nothing gathered on every rank.
     fn over(&self) -> Result<()> {
         let mut state = self.lock();
         state.order = std::mem::take(&mut state.gathered);
         self.free_all(&mut state)?;
         self.expect_here(&mut state)
     }
-    /// Takes part in a microbatch of other ranks, or in the rest of it; `reduce` is called with the buckets that they sum.
+    /// Takes part in a microbatch of other ranks, or in the rest of it; `reduce` is called for each bucket that they sum.
     pub fn serve(&self, mut reduce: impl FnMut(usize) -> Result<()>) -> Result<()> {
         self.close()?;
         loop {
@@ -331,20 +331,20 @@ impl Units {
             }
         }
     }
-    /// Gathers all units, which stay until the parameters change. Every rank calls it.
+    /// Gathers all units, which stay gathered until the parameters change. Every rank must call it.
     pub fn gather(&self) -> Result<()> {
         let mut state = self.lock();
         state.whole = true;
         (0..self.units.len()).try_for_each(|unit| self.bring(&mut state, unit))
     }
-    /// Takes over what was set from outside, and lets go of all units.
+    /// Copies values that were set from outside into this rank's stretch, and frees all units.
     pub fn settle(&self) -> Result<()> {
         let mut state = self.lock();
         state.whole = false;
         self.take_over(&mut state, 0..self.params.len())?;
         (0..self.units.len()).try_for_each(|unit| self.free(&mut state, unit))
     }
-    /// Changes the own stretch; what was gathered is of no use afterwards.
+    /// Changes this rank's stretch; gathered values become invalid.
     pub fn update(&self, f: impl FnOnce(&mut Array) -> Result<()>) -> Result<()> {
         self.settle()?;
         let mut state = self.lock();
@@ -356,7 +356,7 @@ impl Units {
 impl Source for Units {
     fn fetch(&self, param: &Param) -> Array {
         let mut state = self.lock();
-        // Another thread may have brought it meanwhile.
+        // Another thread may have gathered it in the meantime.
         if let Some(value) = param.held() {
             return value;
         }
@@ -372,7 +372,7 @@ impl Source for Units {
     }
 }
 
-/// Makes the parameters come from the units, of which this rank keeps its stretch.
+/// Stores the parameters in units, of which this rank keeps its stretch.
 pub(super) fn share(flat: &mut Flat, ranks: Shared, stretches: &[Range<usize>]) -> Result<Arc<Units>> {
     let own = {
         let _tag = TagScope::new(Tag::Parameter);

@@ -1,4 +1,4 @@
-//! The updating slot: the gradient is scaled to a mean, and the optimizer changes the parameters.
+//! The update slot: the gradient is scaled to a mean, and the optimizer changes the parameters.
 
 use super::capture::StepScalars;
 use super::counters::Counters;
@@ -13,8 +13,8 @@ use crate::kernels::elementwise::for_each_mut;
 use crate::optim::{GpuUpdate, Optimizer, Update};
 use crate::with_float;
 
-/// One update of the parameters from `scale`·`grads`, as step number `step` (from 1) at learning rate `lr`. Nothing changes
-/// on a GPU whose counters say that a loss was not finite.
+/// One update of the parameters from `scale`·`grads`, as step number `step` (from 1) at learning rate `lr`. On a GPU nothing is changed if
+/// the counters' stop flag is set after a non-finite loss.
 pub(super) fn update(
     (flat, optimizer): (&mut Flat, &dyn Optimizer),
     (grads, scale): (&mut Array, f64),
@@ -34,7 +34,7 @@ pub(super) fn update(
     })
 }
 
-/// One update of this rank's stretch, after which every rank gets all parameters.
+/// One update of this rank's stretch, after which every rank receives all parameters.
 pub(super) fn update_shard(
     ranks: &dyn Communicator,
     (flat, optimizer): (&mut Flat, &dyn Optimizer),
@@ -63,7 +63,7 @@ pub(super) fn update_shard(
     })
 }
 
-/// All zeros, in memory of its own.
+/// Sets an array to zeros, in memory of its own.
 pub(super) fn zero(a: &mut Array) -> Result<()> {
     a.own()?;
     if let Some(gpu) = a.gpu() {

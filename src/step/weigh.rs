@@ -1,9 +1,9 @@
-//! The weighting slot: what happens to a parameter's factored gradient when it is delivered.
+//! The weigh slot: the processing of a parameter's factored gradient when it is delivered.
 //!
-//! [`Plain`] contracts it at once into the flat gradient. [`Clipping`] holds it until its clipping group is complete; then it is
-//! weighted by the group's clip factors and contracted, and the group's factors are freed. With one group (all-layer) every norm
-//! is taken on delivery, while the operands are in the cache, and contraction follows the whole backward pass; with a group per
-//! layer, norm and clipped sum of the layer's large parameter are one pass.
+//! [`Plain`] contracts it at once into the flat gradient. [`Clipping`] holds it until its clipping group is complete; then it is weighted
+//! by the group's clip factors and contracted, and the group's factors are freed. With one group (all-layer) every norm is computed on
+//! delivery, while the operands are in the cache, and contraction follows after the whole backward pass; with one group per layer, norm and
+//! clipped sum of the layer's largest matrix are computed in one pass.
 
 use super::contract::Weights;
 use super::core::{Collect, Context, PublicPart, Weighting};
@@ -28,7 +28,7 @@ fn index_of(step: &Context, param: &Param) -> Result<usize> {
     })
 }
 
-/// The weighting of a plain step: none.
+/// The weighting of a plain step, which has no weights.
 pub(super) struct Plain;
 
 impl Weighting for Plain {
@@ -86,7 +86,7 @@ pub(super) struct Clipper<'a> {
     public: Option<PublicPart>,
 }
 
-/// Squared norms of a group's samples so far, where the gradients are.
+/// Squared norms of a group's samples so far, on the device of the gradients.
 enum SqNorms {
     Cpu(Vec<f64>),
     Gpu(Option<Array>),
@@ -96,13 +96,13 @@ enum SqNorms {
 struct Group {
     threshold: f64,
     members: usize,
-    /// Members with their norms already in `sq`.
+    /// Members whose norms are included in `sq`.
     normed: Vec<ParamGrad>,
-    /// The member whose norm is left for the pass that forms the clipped sum.
+    /// The member whose norm is computed by the pass that forms the clipped sum.
     held: Option<ParamGrad>,
     delivered: usize,
     sq: SqNorms,
-    /// Private samples of this step with a norm of at most the threshold (CPU only).
+    /// Number of private samples of this step with a norm of at most the threshold (CPU only).
     below: u64,
 }
 
@@ -118,7 +118,7 @@ impl Collect for Clipper<'_> {
     fn idle(&mut self) -> Result<()> {
         self.step.grads.idle()
     }
-    /// Groups with members that were never reached close with what they have.
+    /// Closes the groups of which some members were never reached, with the members they have.
     fn finish(&mut self) -> Result<()> {
         for gi in 0..self.groups.len() {
             if self.groups[gi].delivered < self.groups[gi].members && self.groups[gi].delivered > 0 {
@@ -234,7 +234,7 @@ impl Clipper<'_> {
     }
 }
 
-/// Where a gradient goes in the flat one.
+/// The stretch of the flat gradient for a parameter's gradient.
 fn range_of(step: &Context, grad: &ParamGrad) -> Result<std::ops::Range<usize>> {
     step.flat.range(grad.param()).ok_or_else(|| Error::invalid("run", "a parameter outside the step"))
 }

@@ -1,4 +1,5 @@
-//! What a step of several ranks will need, before there is memory for it: bytes of each rank, bytes that it sends, seconds.
+//! A plan of the resources of a training step with several ranks, before any memory is allocated: bytes of each rank, bytes that it sends,
+//! seconds.
 
 use super::plan::BUCKET;
 use super::shard::{Stage, buckets, stretches};
@@ -8,69 +9,68 @@ use crate::base::{DType, Error, Result};
 use serde::Serialize;
 use std::ops::Range;
 
-/// The machine that a step is planned for; rates as measured, not as advertised.
+/// The machine for which a step is planned; give measured rates, not advertised ones.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Machine {
-    /// Ranks.
+    /// Number of ranks.
     pub ranks: usize,
     /// FLOP/s of a rank in a training step.
     pub flops: f64,
     /// Bytes per second that a rank sends and receives.
     pub bandwidth: f64,
-    /// Seconds that a collective takes besides.
+    /// Additional seconds per collective.
     pub latency: f64,
 }
 
-/// What one rank computes in a step.
+/// The work of one rank in a step.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Load {
-    /// Microbatches.
+    /// Number of microbatches.
     pub microbatches: usize,
-    /// FLOPs of the forward pass of a microbatch, such as [`SpanCost::model_flops`](crate::models::SpanCost) times its records. A
-    /// backward pass takes twice as many.
+    /// FLOPs of the forward pass of a microbatch, such as [`SpanCost::model_flops`](crate::models::SpanCost) times its records. A backward
+    /// pass takes twice as many.
     pub forward_flops: f64,
     /// Bytes of activations, factors and scratch, such as [`Prediction::working_bytes`](super::Prediction).
     pub working_bytes: usize,
-    /// Whether gradients are summed as backward delivers them, as in a plain step and in a private one that clips layer by layer, or
-    /// after it, as where all layers are clipped together.
+    /// Whether gradients are summed while backward delivers them, as in a plain step and in a private one that clips layer by layer;
+    /// otherwise they are summed after it, as in a private step that clips all layers together.
     pub gradients_overlap: bool,
 }
 
-/// What a step needs of the rank that needs most.
+/// The resources of a step, for the rank that needs the most.
 #[derive(Clone, Debug, Serialize)]
 pub struct ZeroPlan {
-    /// Bytes that stay from step to step: parameters, gradients, optimizer.
+    /// Bytes that persist from step to step: parameters, gradients, optimizer.
     pub kept: [(&'static str, usize); 3],
-    /// Most bytes of parameters that are gathered at once (stage 3).
+    /// The most bytes of parameters that are gathered at once (stage 3).
     pub gathered: usize,
-    /// Most bytes of the bucket that is filled and of those on their way (stages 2 and 3).
+    /// The most bytes of the bucket being filled and of those in transit (stages 2 and 3).
     pub buckets: usize,
     /// Bytes of activations, factors and scratch.
     pub working: usize,
-    /// Bytes that a rank sends in a step: gradients, parameters.
+    /// Bytes that a rank sends in a step: for gradients, for parameters.
     pub sent: [f64; 2],
-    /// Seconds of computing, and of communicating.
+    /// Seconds of computation.
     pub compute: f64,
-    /// Seconds in which the link is busy.
+    /// Seconds in which the link is in use.
     pub communicate: f64,
-    /// Seconds of a step, with what goes on at the same time.
+    /// Seconds of a step, with computation and communication overlapped.
     pub seconds: f64,
 }
 
 impl ZeroPlan {
-    /// All bytes of the rank.
+    /// Total bytes of the rank.
     pub fn bytes(&self) -> usize {
         self.kept.iter().map(|k| k.1).sum::<usize>() + self.gathered + self.buckets + self.working
     }
 }
 
-/// The plan of a step over `params`, of which names, shapes and dtype are looked at and no value
-/// ([`Params::described`](crate::nn::Params::described) makes them without memory), with `slots` buffers of the optimizer (AdamW has
-/// 2), at a stage.
+/// The plan of a step over `params` at a stage, with `slots` buffers of the optimizer (AdamW has 2). Only the names, shapes and dtypes of
+/// the parameters are used and no values ([`Params::described`](crate::nn::Params::described) makes them without memory).
 ///
-/// Bytes of model state are those of the step itself (Rajbhandari et al. 2020, section 5: 16Ψ, 8Ψ + 8Ψ/N, 4Ψ + 12Ψ/N and 16Ψ/N in f32
-/// with AdamW), to the element. Seconds are a model: a step takes what its computing takes, or what the collectives that go on beside it
-/// take if that is longer, and the collectives that do not.
+/// Bytes of model state are exactly those of the step itself (Rajbhandari et al. 2020, section 5: 16Ψ, 8Ψ + 8Ψ/N, 4Ψ + 12Ψ/N and 16Ψ/N in
+/// f32 with AdamW). Seconds are a model: a step takes the longer of its computation and the collectives that overlap with it, plus the
+/// collectives that do not overlap.
 ///
 /// ```
 /// use prismgrad::models::{Gpt, GptConfig};
@@ -120,7 +120,7 @@ pub fn zero_plan(params: &[Param], slots: usize, stage: Stage, machine: &Machine
     let sums = bytes(&buckets(&lengths));
     let largest = |of: &[usize]| of.iter().copied().max().unwrap_or(0);
     let (shares_grads, shares_params) = (rank_of(stage) >= 2, stage == Stage::Parameters);
-    // In a ring, of whatever there is.
+    // Ring collectives: each rank sends (n − 1)/n of the data.
     let whole = psi as f64 * each as f64 * (n - 1.0) / n;
     let k = load.microbatches as f64;
     let gradients = if shares_grads { k * whole } else { whole };
@@ -128,7 +128,7 @@ pub fn zero_plan(params: &[Param], slots: usize, stage: Stage, machine: &Machine
     let calls = match stage {
         Stage::Replicated | Stage::Optimizer => 2.0 * (psi.div_ceil(BUCKET)) as f64,
         Stage::Gradients => k * sums.len() as f64 + psi.div_ceil(BUCKET) as f64,
-        // Each is agreed on first.
+        // The ranks agree on each collective first.
         Stage::Parameters => 2.0 * k * (2 * modules.len() + sums.len()) as f64,
     };
     let wait = if m.ranks == 1 { 0.0 } else { m.latency * calls };

@@ -1,4 +1,4 @@
-//! [`Change`]: what is done alike to every operand of a factor.
+//! [`Change`]: a transformation that is applied to every operand of a factor.
 
 use crate::array::Array;
 use crate::autograd::{Groups, Samples};
@@ -8,20 +8,20 @@ use crate::kernels::rows;
 use crate::with_dtype;
 use std::ops::Range;
 
-/// What is done to each operand. A kind says which operands it has; this says what becomes of each.
+/// The transformation. Each kind of factor lists its operands; this says what happens to each of them.
 pub(crate) enum Change<'a> {
-    /// What is not contiguous is copied.
+    /// Operands that are not contiguous are copied.
     Contiguous,
-    /// Everything comes to lie on this device; a GPU's sums take what is bf16 as f32.
+    /// Operands are moved to this device; on a GPU bf16 operands become f32, since sums there take f32.
     To(&'a Device),
-    /// New row j is old row `order[j]`; all rows are taken.
+    /// Rows are permuted: new row j is old row `order[j]`.
     Order(&'a [u32]),
-    /// Only these rows are left, as views; they are one sample.
+    /// Only these rows are kept, as views; they form one sample.
     Only(Range<usize>),
 }
 
 impl Change<'_> {
-    /// An array whose first axis is rows, or samples where the kind has no rows.
+    /// Applies it to an array whose first axis is rows, or samples for a kind without rows.
     pub(crate) fn array(&self, a: &Array) -> Result<Array> {
         match self {
             Change::Contiguous => Ok(a.contiguous()),
@@ -31,14 +31,14 @@ impl Change<'_> {
             Change::Only(range) => a.slice(0, range.clone()),
         }
     }
-    /// One index for each row, in an array of any shape.
+    /// Applies it to an array of any shape with one index for each row.
     pub(crate) fn ids(&self, ids: &Array) -> Result<Array> {
         match self {
             Change::Contiguous | Change::To(_) => self.array(ids),
             Change::Order(_) | Change::Only(_) => self.array(&ids.reshape(&[ids.numel()])?),
         }
     }
-    /// The group of each row.
+    /// Applies it to the group of each row.
     pub(crate) fn groups(&self, group: &Groups) -> Result<Groups> {
         match self {
             Change::Contiguous | Change::To(_) => Ok(group.clone()),
@@ -46,7 +46,7 @@ impl Change<'_> {
             Change::Only(range) => Groups::of_ids(group.ids()[range.clone()].to_vec(), group.count()),
         }
     }
-    /// The owner of each row.
+    /// Applies it to the owner of each row.
     pub(crate) fn samples(&self, samples: &Samples) -> Result<Samples> {
         match self {
             Change::Contiguous | Change::To(_) => Ok(samples.clone()),
@@ -56,7 +56,7 @@ impl Change<'_> {
     }
 }
 
-/// The rows of a contiguous array in this order.
+/// The rows of a contiguous array in the given order.
 fn take(a: &Array, order: &[u32]) -> Result<Array> {
     let width = a.shape()[1..].iter().product::<usize>();
     if let Some(gpu) = a.gpu() {

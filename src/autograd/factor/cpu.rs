@@ -20,15 +20,15 @@ pub fn rows<'a, T>(x: &'a [T], width: usize, r: &Range<usize>) -> &'a [T] {
     &x[r.start * width..r.end * width]
 }
 
-/// A bf16 number in f32, zero if it is denormal.
+/// A bf16 number in f32; a denormal number becomes zero.
 #[inline(always)]
 fn widened(x: bf16) -> f32 {
     let x = of_bf16(x);
     if x.to_bits() & 0x7f80_0000 == 0 { 0.0 } else { x }
 }
 
-/// Rows `r` of a matrix in T; a bf16 matrix is widened, its denormal numbers to zeros. Products of bf16 operands take them for zeros, too:
-/// the norm of a sample has to be that of what is added up, whichever of the two ways each of them goes.
+/// Rows `r` of a matrix in T. A bf16 matrix is widened and its denormal numbers become zeros, as in products of bf16 operands: a sample's
+/// norm must be the norm of what is added, whichever of the two methods computes each of them.
 pub fn wide_rows<'a, T: Kernels>(a: &'a Array, r: &Range<usize>) -> Result<Cow<'a, [T]>> {
     let width = a.shape().last().copied().unwrap_or(1);
     if a.dtype() != DType::BF16 {
@@ -41,7 +41,7 @@ pub fn wide_rows<'a, T: Kernels>(a: &'a Array, r: &Range<usize>) -> Result<Cow<'
     )))
 }
 
-/// Weights of samples spread over their rows, if there are any, rounded towards zero.
+/// Per-sample weights, if given, expanded to the rows and rounded towards zero.
 pub fn row_weights<T: Kernels>(weights: Option<&[f64]>, samples: &Samples) -> Option<Vec<T>> {
     weights.map(|w| match samples {
         Samples::Uniform { each, .. } => w.iter().flat_map(|&w| std::iter::repeat_n(toward_zero(w), *each)).collect(),
@@ -64,7 +64,7 @@ pub fn runs(ids: &[u32], range: Range<usize>) -> impl Iterator<Item = Range<usiz
     })
 }
 
-/// `f` of 0…n−1, in parallel, results in order.
+/// The results of `f` for 0…n−1, computed in parallel, in order.
 pub fn collect<R: Default + Send>(n: usize, f: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<R>> {
     let mut out: Vec<Result<R>> = (0..n).map(|_| Ok(R::default())).collect();
     let shared = Shared::new(&mut out);
@@ -96,7 +96,7 @@ pub fn outer_add<T: Kernels>(
             }
             parts
         });
-        // A weight is never rounded into an operand: it multiplies the f32 sum of a sample's rows, where there are enough of them.
+        // A weight is never rounded into an operand: it multiplies the f32 sum of a sample's rows, if there are enough rows.
         if parts.as_ref().is_none_or(|p| halves(all.len(), p.len())) {
             let (l, r) = (matrix(left)?.t(), matrix(right)?);
             let e = half::Epilogue { weights: parts.as_deref(), ..summed() };
@@ -109,22 +109,22 @@ pub fn outer_add<T: Kernels>(
     Ok(())
 }
 
-/// Whether sums of `rows` rows in `parts` parts are taken as products of bf16 operands: a part takes the time of 32 rows at least.
+/// Whether sums of `rows` rows in `parts` parts are computed as products of bf16 operands: a part takes at least the time of 32 rows.
 pub fn halves(rows: usize, parts: usize) -> bool {
     rows >= 16 * parts
 }
 
-/// How sums of gradients are taken of bf16 operands.
+/// The options of products of bf16 operands that sum gradients.
 fn summed<'a>() -> half::Epilogue<'a> {
     half::Epilogue { accumulate: true, denormals_are_zeros: true, ..Default::default() }
 }
 
-/// A bf16 matrix as an operand.
+/// A bf16 matrix as an operand of a product.
 pub fn matrix(a: &Array) -> Result<half::Operand<'_>> {
     Ok(half::Operand::Half(Mat::new(a.as_slice()?, a.shape()[0], a.shape()[1])))
 }
 
-/// Fused norm and clipped sum, where it pays: samples of more than a few sorted rows.
+/// Fused norm and clipped sum, if it pays: for sorted samples of more than a few rows.
 pub fn outer_clipped_add<T: Kernels>(
     left: &Array,
     right: &Array,
@@ -139,7 +139,7 @@ pub fn outer_clipped_add<T: Kernels>(
     let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
     let dims = (left.shape()[1], right.shape()[1]);
     if left.dtype() == DType::BF16 {
-        // Norms of the very sums that are weighted: the same products of the same rows in the same order.
+        // The norms are those of exactly the sums that are weighted: the same products of the same rows in the same order.
         let (l, r) = (matrix(left)?, matrix(right)?);
         let sq = half::sq_norms(l, r, &ranges);
         let totals: Vec<f64> = base.iter().zip(sq).map(|(b, sq)| b + norms::upwards(T::UNIT) * sq).collect();
@@ -152,7 +152,7 @@ pub fn outer_clipped_add<T: Kernels>(
     Ok(Some(norms::clipped_add(left.as_slice()?, right.as_slice()?, dims, &ranges, base, clip, out)))
 }
 
-/// Every sample's lᵀ·g into `out [B, r, c]` and its squared norm, for sorted samples.
+/// Writes every sample's lᵀ·g into `out [B, r, c]` and returns its squared norm, for sorted samples.
 pub fn outer_per_sample<T: Kernels>(left: &Array, right: &Array, samples: &Samples, out: &mut [T]) -> Result<Vec<f64>> {
     let ranges: Vec<Range<usize>> = (0..samples.count()).map(|i| samples.range(i)).collect();
     let dims = (left.shape()[1], right.shape()[1]);
@@ -168,7 +168,7 @@ pub fn outer_per_sample<T: Kernels>(left: &Array, right: &Array, samples: &Sampl
     Ok(norms::per_sample(left.as_slice()?, right.as_slice()?, dims, &ranges, out))
 }
 
-/// Σₙ |gradₙ (⊙ scaleₙ)| over `n` rows: no sum of them, in any order, is longer.
+/// Σₙ |gradₙ (⊙ scaleₙ)| over `n` rows: an upper bound on the norm of their sum in any order.
 pub fn row_reach<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize) -> f64 {
     let p = grad.len() / n.max(1);
     let row = |i: usize| i * p..(i + 1) * p;
@@ -183,7 +183,8 @@ pub fn row_reach<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize) -> f64 {
     }
 }
 
-/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`: four rows at a time are added in a tree, and trees in f64.
+/// Adds columns `col..` of the rows in `range`, weighted and scaled, to `acc`: four rows at a time are added as a tree, and the trees are
+/// added in f64.
 #[inline(always)]
 fn accumulate<T: Kernels>(
     acc: &mut [f64],
@@ -240,14 +241,14 @@ fn part<T>(x: &[T], (p, col): (usize, usize), t: usize, n: usize) -> &[T] {
     &x[t * p + col..t * p + col + n]
 }
 
-/// [`row_sum_add`] of a matrix in T or in bf16, which is widened a block of rows at a time.
+/// [`row_sum_add`] of a matrix in T or in bf16; bf16 is widened one block of rows at a time.
 pub fn rows_add<T: Kernels>(grad: &Array, w: Option<&[T]>, out: &mut [T]) -> Result<()> {
     let (n, p) = (grad.shape()[0], out.len());
     if grad.dtype() != DType::BF16 {
         row_sum_add(grad.as_slice()?, None, n, w, out);
         return Ok(());
     }
-    // Blocks whose rows stay in the cache; their sums are added in order.
+    // Blocks of rows that stay in the cache; their sums are added in order.
     let each = (GRAIN / p.max(1)).max(n.div_ceil(64)).max(8);
     let blocks = n.div_ceil(each);
     let mut part = vec![0f64; blocks * p];
@@ -269,9 +270,9 @@ pub fn rows_add<T: Kernels>(grad: &Array, w: Option<&[T]>, out: &mut [T]) -> Res
     Ok(())
 }
 
-/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, whatever they hold. Reads the operands once.
+/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ). Rows of zero weight are skipped, even if they are not finite. Reads the operands once.
 ///
-/// The sum is f64 and rounded once. Very wide rows are cut into columns, others into at most 64 blocks of rows whose sums are added in
+/// The sum is f64 and rounded once. Very wide rows are split by columns, others into at most 64 blocks of rows whose sums are added in
 /// order: the result depends on the shape only.
 pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Option<&[T]>, out: &mut [T]) {
     let p = out.len();
@@ -311,7 +312,7 @@ pub fn row_sum_add<T: Kernels>(grad: &[T], scale: Option<&[T]>, n: usize, w: Opt
     out.iter_mut().zip(first).for_each(|(o, &mut a)| *o = T::from_f64(o.to_f64() + a));
 }
 
-/// `out[idₙ] += wₙ·gradₙ`, rows of one id in order. Rows of zero weight are skipped.
+/// `out[idₙ] += wₙ·gradₙ`; the rows of one id are added in order. Rows of zero weight are skipped.
 pub fn lookup_add<T: Kernels>(ids: &[u32], grad: &[T], w: Option<&[T]>, out: &mut [T]) {
     if !ids.is_empty() {
         table::add(ids, grad, w, 1, grad.len() / ids.len(), out);
@@ -339,8 +340,8 @@ fn dot<T: Kernels>(x: &[T], y: &[T]) -> (f64, f64) {
     (sum + lanes.iter().sum::<f64>(), size + sizes.iter().sum::<f64>())
 }
 
-/// Σ over pairs with equal ids of g1ₜ·g2ₛ: a sort of the ids, then one pass over the rows. Rows of one id are added up first, in T:
-/// the result is that of the sums as they were rounded.
+/// Σ over pairs with equal ids of g1ₜ·g2ₛ, by a sort of the ids and one pass over the rows. Rows of one id are summed first, in T: the
+/// result is that of the rounded sums.
 pub fn lookup_inner<T: Kernels>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], p: usize) -> Bounded {
     let (mut value, mut size) = (0.0, 0.0);
     let mut add = |x: &[T], y: &[T]| {
@@ -367,9 +368,8 @@ pub fn lookup_inner<T: Kernels>(ids1: &[u32], g1: &[T], ids2: &[u32], g2: &[T], 
     Bounded { value, error: (p + ids1.len() + 64) as f64 * f64::EPSILON * size }
 }
 
-/// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·`leftₛ[idₜ]`: the cross term of an embedding tied to the head.
-/// One product of 2·K·S·p FLOPs for K distinct ids and S rows, K·S memory; `left` has `dims.0` columns (the vocabulary),
-/// `right` `dims.1`.
+/// ⟨lookup gradient, Σₛ leftₛ ⊗ rightₛ⟩ = Σₜₛ (eₜ·rightₛ)·`leftₛ[idₜ]`: the cross term of an embedding tied to the head. One product of
+/// 2·K·S·p FLOPs for K distinct ids and S rows, with K·S memory; `left` has `dims.0` columns (the vocabulary), `right` has `dims.1`.
 pub fn lookup_outer_inner<T: Kernels>(ids: &[u32], e: &[T], left: &[T], right: &[T], dims: (usize, usize)) -> Bounded {
     let (v, p) = dims;
     let n = right.len() / p.max(1);
@@ -379,12 +379,12 @@ pub fn lookup_outer_inner<T: Kernels>(ids: &[u32], e: &[T], left: &[T], right: &
     }
     let mut products = vec![T::ZERO; keys.len() * n];
     matmul(Mat::new(&sums, keys.len(), p), Mat::new(right, n, p).t(), false, &mut products);
-    // A dot product over p columns is off by at most γ times the norms of its rows.
+    // A dot product over p columns has an error of at most γ times the norms of its rows.
     let (gamma, least) =
         ((p.min(crate::kernels::gemm::KC) + p / crate::kernels::gemm::KC + 2) as f64 * T::UNIT, p as f64 * T::LEAST);
     let of_keys: Vec<f64> = sums.chunks_exact(p.max(1)).map(|row| norms::sum_sq(row).sqrt()).collect();
     let (mut value, mut error) = (0.0, 0.0);
-    // Rows of `left` outside: one pass over the columns in use.
+    // The outer loop runs over the rows of `left`: one pass over the columns in use.
     for s in 0..n {
         let row = &left[s * v..(s + 1) * v];
         let mut off = 0.0;

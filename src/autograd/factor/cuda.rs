@@ -17,12 +17,12 @@ use crate::with_float;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Blocks along x of a norm kernel: more tiles than these are walked with a stride.
+/// The most blocks in x of a norm kernel; more tiles than that are covered by a grid-stride loop.
 const MOST_BLOCKS: usize = 1024;
-/// Elements of the per-sample gradients that are formed at a time where nothing shorter exists.
+/// Elements of the per-sample gradients that are formed at a time if there is no faster method.
 const FORMED: usize = 1 << 26;
 
-/// Weights of samples spread over their rows: `[rows]`.
+/// Per-sample weights expanded to the rows: `[rows]`.
 fn row_weights(gpu: &Arc<Gpu>, w: &Array, samples: &Samples) -> Result<Array> {
     let o = samples.on_gpu(gpu)?;
     match &o.owner {
@@ -59,7 +59,7 @@ pub(super) fn lookup_add(
     rows::add_rows(gpu, (grad, &on(gpu, ids)?), w.as_ref(), (1, n, p), out)
 }
 
-/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ) over the rows of `grad [N, p]`; without samples a row is a sample.
+/// out += Σₙ wₙ·gradₙ (⊙ scaleₙ) over the rows of `grad [N, p]`; without `samples`, each row is a sample.
 pub(super) fn row_sum_add(
     gpu: &Arc<Gpu>,
     (grad, scale): (&Array, Option<&Array>),
@@ -104,7 +104,7 @@ pub(super) fn row_sum_add(
         .run()
 }
 
-/// Block e of `out` += Σ over the rows of group e of w·leftₙ ⊗ rightₙ.
+/// Adds Σ over the rows of group e of w·leftₙ ⊗ rightₙ to block e of `out`.
 pub(super) fn grouped_outer_add(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
@@ -118,7 +118,7 @@ pub(super) fn grouped_outer_add(
     if group.rows() == 0 || groups == 0 {
         return Ok(());
     }
-    // Rows of a group that do not lie together are walked by index, their weights put in the order of the walk.
+    // If the rows of a group are not consecutive, they are visited by index, and their weights are put into the same order.
     let (_, offsets, index) = group.on_gpu(gpu)?;
     let w = weights.map(|w| row_weights(gpu, w, samples)).transpose()?;
     let w = match (&w, &index) {
@@ -153,10 +153,10 @@ pub(super) fn grouped_outer_add(
         .run()
 }
 
-/// Partial sums in f64, `[count, width]`: a squared norm or an inner product is the sum of a row.
+/// Partial sums in f64, `[count, width]`: a squared norm or an inner product is the sum of one row.
 pub(crate) struct Parts {
     values: Array,
-    /// The same of a bound on the values' error; none where they are squared norms of gradients that have been formed.
+    /// Partial sums of a bound on the values' error; `None` for squared norms of gradients that were formed.
     errors: Option<Array>,
     width: usize,
 }
@@ -184,7 +184,7 @@ fn row_norms(gpu: &Arc<Gpu>, x: &Array, scale: Option<&Array>) -> Result<Array> 
     Ok(out)
 }
 
-/// Roundings of a dot product over `d` columns of `dtype`, relative to the norms of its rows, and absolutely.
+/// Rounding error of a dot product over `d` columns of `dtype`: relative to the norms of its rows, and absolute.
 fn of_dots(d: i64, dtype: DType) -> (f64, f64) {
     match dtype {
         DType::F64 => ((d + 2) as f64 * f64::UNIT, d as f64 * f64::LEAST),
@@ -192,19 +192,20 @@ fn of_dots(d: i64, dtype: DType) -> (f64, f64) {
     }
 }
 
-/// Share of its value up to which the error of a squared norm by inner products is added to it; beyond, the gradient is formed tile by
-/// tile. Larger than on the CPU, where sums over columns are cut into stretches and have smaller errors.
+/// If the error bound of a squared norm by inner products is at most this share of its value, the bound is added to the value; otherwise
+/// the gradient is formed tile by tile. The share is larger than on the CPU, where sums over columns are split into stretches and have
+/// smaller errors.
 const UNCERTAIN: f64 = 1.0 / 64.0;
 
 /// The operands of one side of a Gram kernel.
 pub(crate) struct Side<'a> {
     /// `[N, …]`.
     pub left: &'a Array,
-    /// `[N, …]`, where each row is a product of two.
+    /// `[N, …]`, if each row is a product of two.
     pub right: Option<&'a Array>,
-    /// An index for each row: only rows of equal index meet. In a gather, the column that is gathered.
+    /// An index for each row: only rows of equal index are paired. For a gather, the column to gather.
     pub ids: Option<Array>,
-    /// Whose rows.
+    /// The sample of each row.
     pub samples: &'a Samples,
 }
 
@@ -216,7 +217,8 @@ impl Side<'_> {
     }
 }
 
-/// How two factors' inner product is taken without forming a gradient: the pairing, and whether they change places.
+/// The method by which two factors' inner product is computed without forming a gradient: the pairing, and whether the factors are
+/// exchanged.
 fn pairing(a: &Factor, b: &Factor) -> Option<(i32, bool)> {
     match a.pairing(b) {
         Some(kind) => Some((kind, false)),
@@ -224,14 +226,14 @@ fn pairing(a: &Factor, b: &Factor) -> Option<(i32, bool)> {
     }
 }
 
-/// The parts of the inner products of `a` and `b`. With `pairs` all of count₁·count₂, else sample i with sample i.
+/// Partial sums of the inner products of `a` and `b`. With `pairs` all count₁·count₂ products, otherwise sample i with sample i.
 fn pair_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, pairs: bool) -> Result<Parts> {
     let Some((kind, swap)) = pairing(a, b) else {
         return Err(Error::invalid("gram", format!("{} against {}", a.kind(), b.kind())));
     };
     let (a, b) = if swap { (b, a) } else { (a, b) };
     let (a, b) = (a.side(gpu, kind, false)?, b.side(gpu, kind, true)?);
-    // What is only looked at needs no bound.
+    // Inner products that are only reported need no error bound.
     let norms = match pairs {
         true => None,
         false => Some((a.row_norms(gpu, kind)?, b.row_norms(gpu, kind)?)),
@@ -239,21 +241,21 @@ fn pair_parts(gpu: &Arc<Gpu>, a: &Factor, b: &Factor, pairs: bool) -> Result<Par
     gram_parts(gpu, kind, (&a, &b), norms.as_ref().map(|(a, b)| (a, b)), false, pairs)
 }
 
-/// The parts of every sample's inner product with itself, which is its squared norm.
+/// Partial sums of every sample's inner product with itself, which is its squared norm.
 pub(super) fn own_gram_parts(gpu: &Arc<Gpu>, kind: i32, side: &Side) -> Result<Parts> {
     let norms = side.row_norms(gpu, kind)?;
     gram_parts(gpu, kind, (side, side), Some((&norms, &norms)), true, false)
 }
 
-/// Whether a squared norm of outer products takes fewer multiply-adds by [`own_gram_parts`] than by [`direct_parts`]:
-/// T²·(r + c) halved by symmetry, against T·r·c, T the rows of a sample.
+/// Whether a squared norm of outer products takes fewer multiply-adds by [`own_gram_parts`] than by [`direct_parts`]: T²·(r + c), halved by
+/// symmetry, against T·r·c, where T is the number of rows of a sample.
 pub(super) fn gram_is_shorter(o: &Owners, left: &Array, right: &Array) -> bool {
     let (rd, cd) = (left.shape()[1], right.shape()[1]);
     o.longest * (rd + cd) <= 2 * rd * cd
 }
 
-/// part[pair, …] for the inner products of two sides. With `pairs` all of count₁·count₂, else sample i with sample i;
-/// `same` where both sides are one. With the norms of the rows, errors are bounded as well.
+/// part[pair, …] for the inner products of two sides. With `pairs` all count₁·count₂ products, otherwise sample i with sample i; `same` if
+/// both sides are one. If the norms of the rows are given, errors are bounded as well.
 fn gram_parts(
     gpu: &Arc<Gpu>,
     kind: i32,
@@ -317,7 +319,7 @@ fn gram_parts(
     Ok(Parts { values, errors, width })
 }
 
-/// sq[i] (+)= factor·Σ part[i, …].
+/// sq[i] = factor·Σ part[i, …], or += with `accumulate`.
 fn sum_parts(gpu: &Arc<Gpu>, parts: &Parts, sq: &Array, factor: f64, accumulate: bool) -> Result<()> {
     sum_rows(gpu, (&parts.values, parts.width), sq, factor, accumulate)
 }
@@ -334,8 +336,8 @@ fn sum_rows(gpu: &Arc<Gpu>, (part, width): (&Array, usize), sq: &Array, factor: 
         .run()
 }
 
-/// The parts of |Σₜ leftₜ ⊗ rightₜ|² by tiles of the gradient; `group` as in [`Factor::GroupedOuter`], a sample's rows of
-/// one group neighbours.
+/// Partial sums of |Σₜ leftₜ ⊗ rightₜ|² by tiles of the gradient; `group` as in [`Factor::GroupedOuter`], where a sample's rows of one
+/// group are consecutive.
 pub(super) fn direct_parts(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
@@ -344,7 +346,7 @@ pub(super) fn direct_parts(
 ) -> Result<Parts> {
     direct_parts_of(gpu, (left, right), group, o, None)
 }
-/// The same; with the norms that other parts gave and their errors, for samples whose errors are too large a share alone.
+/// The same; given norms and errors from other parts, it is computed only for samples whose error is too large a share of the norm.
 fn direct_parts_of(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
@@ -379,7 +381,7 @@ fn direct_parts_of(
     Ok(Parts { values: part, errors: None, width })
 }
 
-/// The parts of |Σₜ gradₜ (⊙ scaleₜ)|² for `grad [N, p]`.
+/// Partial sums of |Σₜ gradₜ (⊙ scaleₜ)|² for `grad [N, p]`.
 pub(super) fn row_parts(gpu: &Arc<Gpu>, (grad, scale): (&Array, Option<&Array>), o: &Owners) -> Result<Parts> {
     let p = grad.shape()[1];
     let width = p.div_ceil(256).clamp(1, MOST_BLOCKS);
@@ -402,18 +404,17 @@ pub(super) fn row_parts(gpu: &Arc<Gpu>, (grad, scale): (&Array, Option<&Array>),
     Ok(Parts { values: part, errors: None, width })
 }
 
-/// The parts of |gradₙ|² for `grad [N, p]`: each row is a sample.
+/// Partial sums of |gradₙ|² for `grad [N, p]`: each row is a sample.
 pub(super) fn each_row_parts(gpu: &Arc<Gpu>, grad: &Array) -> Result<Parts> {
     row_parts(gpu, (grad, None), &each_row(grad.shape()[0]))
 }
 
-/// Each of `n` rows is a sample.
+/// The map in which each of `n` rows is a sample.
 fn each_row(n: usize) -> Owners {
     Owners { each: 1, count: n, longest: 1, owner: None, offsets: None, order: None }
 }
 
-/// Adds to `sq` the squared norms of the samples' gradients, which are formed, some at a time; `accumulate` as in
-/// [`sum_parts`].
+/// Forms the samples' gradients, some at a time, and adds their squared norms to `sq`; `accumulate` as in [`sum_parts`].
 fn add_formed(gpu: &Arc<Gpu>, factors: &[Factor], numel: usize, sq: &Array, accumulate: bool) -> Result<()> {
     let count = sq.numel();
     let each = (FORMED / numel.max(1)).clamp(1, count);
@@ -425,7 +426,7 @@ fn add_formed(gpu: &Arc<Gpu>, factors: &[Factor], numel: usize, sq: &Array, accu
     Ok(())
 }
 
-/// The squared norm of every sample and what bounds it, each `[count]` f64.
+/// The squared norm of every sample and its bounds, each `[count]` f64.
 struct Norms {
     sq: Array,
     /// Bound on the error of `sq`.
@@ -434,7 +435,7 @@ struct Norms {
     reach: Array,
 }
 
-/// Squared norms of every sample. Parameters used several times include their cross terms.
+/// Squared norms of every sample. For parameters used several times they include the cross terms.
 fn norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> Result<Norms> {
     let zeros = || Array::zeros(&[count], (DType::F64, gpu));
     let Norms { sq, error, reach } = Norms { sq: zeros(), error: zeros(), reach: zeros() };
@@ -462,7 +463,7 @@ fn norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usize, usize)) -> 
     for (f, g) in pairs() {
         add(&pair_parts(gpu, f, g, false)?, 2.0)?;
     }
-    // Where inner products may have lost the norm to cancellation, the gradient of the sample is formed.
+    // Where the inner products may have cancelled, the gradient of the sample is formed.
     if let [Factor::Outer { left, right, samples }] = factors {
         let o = samples.on_gpu(gpu)?;
         if gram_is_shorter(&o, left, right) {
@@ -489,8 +490,8 @@ pub(crate) fn sq_norms(gpu: &Arc<Gpu>, factors: &[Factor], (count, numel): (usiz
     Ok(norms(gpu, factors, (count, numel))?.sq)
 }
 
-/// Upper bounds on the squared norms of what the samples add to a weighted sum, `[count]` f64, added to `base` if there is one. As
-/// [`super::Norm::bound`] on the CPU.
+/// Upper bounds on the squared norms of the samples' contributions to a weighted sum, `[count]` f64, added to `base` if it is given. They
+/// correspond to [`super::Norm::bound`] on the CPU.
 pub(crate) fn sq_bounds(
     gpu: &Arc<Gpu>,
     factors: &[Factor],
@@ -507,7 +508,7 @@ pub(crate) fn sq_bounds(
     }
     let Norms { sq, error, reach } = norms(gpu, factors, (count, numel))?;
     let unit = if factors[0].dtype() == DType::F64 { f64::UNIT } else { f32::UNIT };
-    // Rows that a sum may go over while part of a sample is in it.
+    // The most rows that a sum may pass over while it holds a partial sum of a sample.
     let rows: usize = factors.iter().map(|f| f.chain_on_gpu(gpu)).sum::<Result<usize>>()?;
     let widths = factors.iter().map(Factor::widths).max().unwrap_or(0) as f64;
     let shape = layouts::BoundShape {
@@ -528,7 +529,7 @@ pub(crate) fn sq_bounds(
     Ok(out)
 }
 
-/// Adds to `reach` Σₜ |leftₜ|·|rightₜ|, or Σₜ |leftₜ (⊙ scaleₜ)|, over the rows of each sample; without samples a row is one.
+/// Adds to `reach` Σₜ |leftₜ|·|rightₜ|, or Σₜ |leftₜ (⊙ scaleₜ)|, over the rows of each sample; without samples, each row is one.
 pub(super) fn add_reach(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, Option<&Array>),
@@ -555,7 +556,7 @@ pub(super) fn add_reach(
         .run()
 }
 
-/// `out [len, p]` += Σₜ gradₜ (⊙ scaleₜ) over the rows of each sample in `range`, of which each has `each`.
+/// `out [len, p]` += Σₜ gradₜ (⊙ scaleₜ) over the rows of each sample in `range`; every sample has `each` rows.
 pub(super) fn row_sum_form(
     gpu: &Arc<Gpu>,
     (grad, scale): (&Array, Option<&Array>),
@@ -571,7 +572,7 @@ pub(super) fn row_sum_form(
     out.add_in_place(&sums::sum_middle(gpu, &terms, (range.len(), each, out.shape()[1]))?)
 }
 
-/// `out [len, r·c]` += Σₜ leftₜ ⊗ rightₜ over the rows of each sample in `range`, of which each has `each`: a batch of products.
+/// `out [len, r·c]` += Σₜ leftₜ ⊗ rightₜ over the rows of each sample in `range`, as a batched product; every sample has `each` rows.
 pub(super) fn outer_form(
     gpu: &Arc<Gpu>,
     (left, right): (&Array, &Array),
@@ -624,7 +625,7 @@ pub(crate) fn gram(gpu: &Arc<Gpu>, a: &[Factor], b: &[Factor], (n, m): (usize, u
     Ok(out)
 }
 
-/// `weights` on the GPU of `gpu`, rounded to `dtype` towards zero.
+/// `weights` on `gpu`, rounded to `dtype` towards zero.
 pub(crate) fn weights(gpu: &Arc<Gpu>, w: &[f64], dtype: DType) -> Result<Array> {
     let w = with_float!("weights", dtype, |T| {
         Array::from_slice(&w.iter().map(|&w| toward_zero::<T>(w)).collect::<Vec<_>>(), &[w.len()])

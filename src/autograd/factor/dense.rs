@@ -1,5 +1,5 @@
-//! A gradient that is summed already: the factor of a parameter that entered as an ordinary tensor. It tells no samples
-//! apart, so that nothing but its sum is ever asked of it.
+//! A gradient that is already summed: the factor of a parameter that was used as an ordinary tensor. It cannot separate samples, so that
+//! only its sum is available.
 
 use super::change::Change;
 use super::{Factor, Kind, cpu, cuda};
@@ -29,11 +29,11 @@ impl<'a> Kind<'a> for Dense<'a> {
     fn fits(&self, shape: &[usize]) -> bool {
         self.grad.shape() == shape
     }
-    /// Only whole: there are no rows to choose from.
+    /// There are no rows to select, so the gradient is changed as a whole.
     fn changed(&self, change: &Change) -> Result<Factor> {
         Ok(Factor::Dense { grad: change.array(self.grad)? })
     }
-    /// The sum, whatever the weights.
+    /// Adds the sum and ignores the weights.
     fn add<T: Kernels>(&self, _weights: Option<&[f64]>, out: &mut [T]) -> Result<()> {
         cpu::row_sum_add::<T>(self.grad.as_slice()?, None, 1, None, out);
         Ok(())

@@ -22,7 +22,7 @@ pub(super) struct GroupedOuter<'a> {
 }
 
 impl GroupedOuter<'_> {
-    /// ⟨gradient of sample i, gradient of sample j of another grouped product⟩: runs of one group against each other.
+    /// ⟨gradient of sample i, gradient of sample j of another grouped product⟩, computed run by run over equal groups.
     fn inner_with<T: Kernels>(&self, i: usize, other: &GroupedOuter, j: usize) -> Result<Bounded> {
         let (rd, cd) = (width(self.left), width(self.right));
         let (l1, r1) = (self.left.as_slice::<T>()?, self.right.as_slice()?);
@@ -49,13 +49,13 @@ impl GroupedOuter<'_> {
         (width(self.left), width(self.right)) == (width(left), width(right))
     }
 
-    /// Whether the rows of one sample and one group lie together, for every sample and group.
+    /// Whether the rows of each sample and group are consecutive.
     fn groups_are_neighbours(&self) -> bool {
-        // A sample's rows are walked in rising order, and so in the order of groups that are sorted.
+        // A sample's rows are visited in ascending order, and so in the order of groups if these are sorted.
         if self.group.is_sorted() {
             return true;
         }
-        // Groups that are only on a GPU are not read back for this: the general form is right for any.
+        // Groups that exist only on a GPU are not read back for this: the general form is correct for any order.
         if !self.group.is_on_host() {
             return false;
         }
@@ -133,7 +133,7 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         let reach = norms::reach(cpu::rows(left, rd, &range), cpu::rows(right, cd, &range), rows);
         let mut sq = Bounded::default();
         if runs.windows(2).any(|w| group[w[0].start] == group[w[1].start]) {
-            // Rows of one group apart from each other: the general form.
+            // Rows of one group are not consecutive: use the general form.
             sq = self.inner_with::<T>(i, self, i)?;
             if sq.error > UNCERTAIN * sq.value || sq.value < 0.0 {
                 sq = super::formed(numel, |x: &mut [T]| self.sample_add(i, x))?;
@@ -151,7 +151,7 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
     fn chain(&self) -> usize {
         self.samples.rows() / KC + 4 + self.samples.rows().min(KC)
     }
-    /// With another grouped product of the same widths.
+    /// Inner product with another grouped product of the same widths.
     fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         match other {
             Factor::GroupedOuter { left, right, group, samples } if self.has_widths_of(left, right) => {
@@ -173,7 +173,7 @@ impl<'a> Kind<'a> for GroupedOuter<'a> {
         let (group, ..) = self.group.on_gpu(gpu)?;
         cuda::direct_parts(gpu, (self.left, self.right), Some(&group), &o).map(Some)
     }
-    /// With another grouped product of the same widths.
+    /// Pairs with another grouped product of the same widths.
     fn pairing(&self, other: &Factor) -> Option<i32> {
         match other {
             Factor::GroupedOuter { left, right, .. } if self.has_widths_of(left, right) => Some(layouts::PAIR_PRODUCT),

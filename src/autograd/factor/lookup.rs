@@ -64,7 +64,7 @@ impl<'a> Kind<'a> for Lookup<'a> {
     }
     fn norm<T: Kernels>(&self, i: usize, _numel: usize) -> Result<Norm> {
         let (ids, grad) = self.rows_of::<T>(i)?;
-        // Rows of one id are added up before they are squared, as in a sum.
+        // Rows of one id are summed before they are squared, as in the gradient.
         Ok(Norm {
             sq: self.inner_with::<T>(i, self, i)?,
             reach: cpu::row_reach(grad, None, ids.len()),
@@ -74,8 +74,8 @@ impl<'a> Kind<'a> for Lookup<'a> {
     fn widths(&self) -> usize {
         width(self.grad)
     }
-    /// With another lookup, and with an outer product of the same width: an embedding tied to the output head, where left
-    /// holds the logits' gradients and right the head's input.
+    /// Inner product with another lookup, or with an outer product of the same width: an embedding tied to the output head, whose `left`
+    /// holds the logits' gradients and whose `right` holds the head's input.
     fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         match other {
             Factor::Lookup { ids, grad, samples } => {
@@ -103,7 +103,7 @@ impl<'a> Kind<'a> for Lookup<'a> {
         let side = self.side(gpu, layouts::PAIR_ONE, false)?;
         cuda::own_gram_parts(gpu, layouts::PAIR_ONE, &side).map(Some)
     }
-    /// With what [`Lookup::inner`] knows.
+    /// Pairs with the kinds that [`Lookup::inner`] supports.
     fn pairing(&self, other: &Factor) -> Option<i32> {
         match other {
             Factor::Lookup { .. } => Some(layouts::PAIR_ONE),

@@ -62,7 +62,7 @@ impl<'a> Kind<'a> for Outer<'a> {
         };
         // A single term is its own sum.
         let reach = if r.len() == 1 { sq.value.sqrt() } else { norms::reach(left, right, r.len()) };
-        // Products of bf16 operands leave out what is below 2⁻¹²⁶ at each step. The bound takes at least 2⁻²² of the reach.
+        // Products of bf16 operands drop terms below 2⁻¹²⁶ at each step. The bound takes at least 2⁻²² of the reach, hence 2²².
         let lost = (r.len() as f64) * ((width(self.left) * width(self.right)) as f64).sqrt() * 2f64.powi(22 - 126);
         let reach = if self.left.dtype() == DType::BF16 { reach + lost } else { reach };
         Ok(Norm { sq, reach, rows: r.len() })
@@ -74,7 +74,7 @@ impl<'a> Kind<'a> for Outer<'a> {
         let blocks = self.samples.rows() / KC + 4;
         if self.samples.is_sorted() { blocks } else { blocks + self.samples.rows().min(KC) }
     }
-    /// With another outer product of the same widths.
+    /// Inner product with another outer product of the same widths.
     fn inner<T: Kernels>(&self, i: usize, other: &Factor, j: usize) -> Result<Option<Bounded>> {
         let Factor::Outer { left, right, samples } = other else { return Ok(None) };
         if width(self.left) != width(left) {
@@ -100,7 +100,7 @@ impl<'a> Kind<'a> for Outer<'a> {
     fn fuses(&self) -> bool {
         true
     }
-    /// Samples of more than a few rows: their norms are taken of the gradient, tile by tile.
+    /// True for samples of more than a few rows, whose norms are computed from the gradient, tile by tile.
     fn forms_for_norms(&self) -> bool {
         self.samples.is_sorted() && self.samples.rows() >= 16 * self.samples.count()
     }
@@ -119,7 +119,7 @@ impl<'a> Kind<'a> for Outer<'a> {
         }
         cuda::direct_parts(gpu, (self.left, self.right), None, &o).map(Some)
     }
-    /// With another outer product of the same widths.
+    /// Pairs with another outer product of the same widths.
     fn pairing(&self, other: &Factor) -> Option<i32> {
         match other {
             Factor::Outer { left, .. } if width(self.left) == width(left) => Some(layouts::PAIR_PRODUCT),
@@ -127,7 +127,7 @@ impl<'a> Kind<'a> for Outer<'a> {
         }
     }
     fn side(&self, _gpu: &Arc<Gpu>, pairing: i32, second: bool) -> Result<Side<'a>> {
-        // Beside a lookup, the rows of the head's input come first and the logits' gradients are gathered from.
+        // Paired with a lookup, the rows of the head's input come first, and the logits' gradients are the operand that is gathered from.
         let (left, right) =
             if pairing == layouts::PAIR_GATHER && second { (self.right, self.left) } else { (self.left, self.right) };
         Ok(Side { left, right: Some(right), ids: None, samples: self.samples })

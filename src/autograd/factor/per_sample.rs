@@ -1,4 +1,4 @@
-//! Gradients that are apart already: the factor of a parameter that was broadcast over the sample axis.
+//! Gradients that are separate already: the factor of a parameter that was broadcast over the sample axis.
 
 use super::change::Change;
 use super::cuda::{self, Parts};
@@ -47,7 +47,7 @@ impl<'a> Kind<'a> for PerSample<'a> {
         let sq = norms::sum_sq(&self.grads.as_slice::<T>()?[i * numel..(i + 1) * numel]);
         Ok(Norm { sq: Bounded { value: sq, error: 0.0 }, reach: sq.sqrt(), rows: 1 })
     }
-    /// A gradient is added at once.
+    /// A gradient is added in one piece, so there are no partial sums.
     fn chain(&self) -> usize {
         0
     }

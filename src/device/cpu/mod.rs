@@ -1,4 +1,4 @@
-//! The CPU at run time: threads, memory, slices that threads share, vector instructions.
+//! The run-time support of the CPU: threads, memory, slices that threads share, vector instructions.
 pub mod par;
 pub mod pool;
 pub mod shared;

@@ -1,11 +1,11 @@
-//! Parallel loops whose pieces depend only on the length, never on the number of threads.
+//! Parallel loops whose division into pieces depends only on the length, never on the number of threads.
 
 use super::shared::Shared;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Runs `f` on consecutive pieces of `0..len` of `grain` elements (the last may be shorter), in parallel if there are
-/// several. One piece runs on the calling thread without a detour.
+/// Runs `f` on consecutive pieces of `0..len` of `grain` elements (the last may be shorter), in parallel if there are several. A single
+/// piece runs directly on the calling thread.
 pub fn par_chunks(len: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
     if len == 0 {
         return;
@@ -17,7 +17,7 @@ pub fn par_chunks(len: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
     in_parallel(len, grain, &f);
 }
 
-/// The pieces, in parallel. Compiled once, not once for each loop: rayon's share of the code would be half of this crate's.
+/// Runs the pieces in parallel. It is not generic, so that it is compiled once: otherwise rayon's code would be half of this crate's.
 fn in_parallel(len: usize, grain: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
     (0..len.div_ceil(grain)).into_par_iter().for_each(|i| f(i * grain..((i + 1) * grain).min(len)));
 }
@@ -25,8 +25,8 @@ fn in_parallel(len: usize, grain: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
 /// Elements of one parallel chunk.
 pub const GRAIN: usize = 1 << 15;
 
-/// Runs `f(units, their elements)` on consecutive pieces of `out`, which is made of units of `width` elements: `grain` units
-/// a piece, pieces in parallel.
+/// Runs `f(units, their elements)` on consecutive pieces of `out`, which consists of units of `width` elements. A piece has `grain` units,
+/// and pieces run in parallel.
 pub fn par_units<T: Send>(out: &mut [T], width: usize, grain: usize, f: impl Fn(Range<usize>, &mut [T]) + Sync) {
     let units = out.len().checked_div(width).unwrap_or(0);
     let out = Shared::new(out);
@@ -45,7 +45,7 @@ pub fn par_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]
     });
 }
 
-/// [`par_rows`] over two arrays at once, with rows of `width.0` and of `width.1` elements; pieces by the first's.
+/// [`par_rows`] over two arrays at once, with rows of `width.0` and of `width.1` elements; `width.0` determines the pieces.
 pub fn par_rows2<T: Send, U: Send>(
     (a, b): (&mut [T], &mut [U]),
     width: (usize, usize),

@@ -1,7 +1,7 @@
-//! Buffers that are kept and handed out again.
+//! A pool of host buffers that are kept and reused.
 //!
-//! Fresh pages cost several times the work done on them, so freed buffers go to free lists by size class and come back
-//! from there. What is kept idle is bounded by what has been in use at once.
+//! The page faults of fresh memory cost several times the work done on it, so freed buffers go to free lists by size class and are reused
+//! from there. The idle memory is bounded by the peak of memory in use.
 
 use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
@@ -10,12 +10,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 const ALIGN: usize = 64;
-/// Smaller buffers go straight to the system allocator.
+/// Buffers smaller than this go directly to the system allocator.
 const SMALL: usize = 16 << 10;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
-/// The peak since it was last read by [`watermark`].
+/// Peak since the last call of [`watermark`].
 static WINDOW: AtomicUsize = AtomicUsize::new(0);
 static FREE: Mutex<Lists> = Mutex::new(Lists { by_size: BTreeMap::new(), bytes: 0 });
 
@@ -24,7 +24,7 @@ struct Lists {
     bytes: usize,
 }
 
-/// Bytes in use, bytes at most in use so far, and bytes kept for reuse.
+/// Bytes in use, peak bytes in use, and bytes kept for reuse.
 #[derive(Clone, Copy, Debug)]
 pub struct Usage {
     /// In use now.
@@ -35,13 +35,13 @@ pub struct Usage {
     pub idle: usize,
 }
 
-/// What the pool holds.
+/// The current usage of the pool.
 pub fn usage() -> Usage {
     let idle = FREE.lock().unwrap_or_else(|e| e.into_inner()).bytes;
     Usage { live: LIVE.load(Ordering::Relaxed), peak: PEAK.load(Ordering::Relaxed), idle }
 }
 
-/// Bytes in use now, and the most that were in use since this was last called.
+/// Bytes in use now, and the most that were in use since the last call.
 pub fn watermark() -> (usize, usize) {
     let live = LIVE.load(Ordering::Relaxed);
     (live, WINDOW.swap(live, Ordering::Relaxed).max(live))
@@ -54,7 +54,7 @@ fn note(bytes: usize) {
     WINDOW.fetch_max(live, Ordering::Relaxed);
 }
 
-/// Gives everything idle back to the system.
+/// Returns all idle memory to the system.
 pub fn trim() {
     let mut lists = FREE.lock().unwrap_or_else(|e| e.into_inner());
     for (size, blocks) in std::mem::take(&mut lists.by_size) {
@@ -74,7 +74,7 @@ pub struct Buffer {
     bytes: usize,
     /// Allocated size.
     class: usize,
-    /// Bytes of it that count as in use.
+    /// How many of its bytes count as in use.
     counted: usize,
 }
 
@@ -82,7 +82,7 @@ pub struct Buffer {
 unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
-/// Size classes: eighths of powers of two, at most 12.5 % above what was asked.
+/// Size classes: eighths of powers of two, at most 12.5 % above the request.
 fn class(bytes: usize) -> usize {
     let bytes = bytes.max(1).next_multiple_of(ALIGN);
     if bytes <= SMALL {
@@ -93,7 +93,7 @@ fn class(bytes: usize) -> usize {
 }
 
 impl Buffer {
-    /// Unspecified contents; the caller writes before it reads.
+    /// A buffer with unspecified contents; the caller writes before it reads.
     pub fn uninit(bytes: usize) -> Buffer {
         Buffer::take(bytes, false)
     }
@@ -120,7 +120,7 @@ impl Buffer {
         // SAFETY: the size is not zero and the alignment is a power of two.
         let p = unsafe {
             let layout = Layout::from_size_align_unchecked(class, ALIGN);
-            // Fresh memory is zeroed even where that is not asked for: reading it is then always defined.
+            // Fresh memory is zeroed even where that is not requested: reading it is then always defined.
             let p = if zero || class > SMALL { alloc_zeroed(layout) } else { alloc(layout) };
             NonNull::new(p).unwrap_or_else(|| handle_alloc_error(layout))
         };
@@ -130,7 +130,7 @@ impl Buffer {
         }
         b
     }
-    /// Lets only so many bytes count as in use from now on: 0 for a buffer that is kept for later.
+    /// Sets how many bytes count as in use from now on: 0 for a buffer that is only kept for later.
     pub fn count_as(&mut self, bytes: usize) {
         let before = std::mem::replace(&mut self.counted, bytes);
         if bytes < before {
@@ -175,7 +175,7 @@ impl Drop for Buffer {
         let mut lists = FREE.lock().unwrap_or_else(|e| e.into_inner());
         lists.by_size.entry(self.class).or_default().push(p);
         lists.bytes += self.class;
-        // Idle and live together stay near the peak of use: beyond it, the largest idle blocks go first.
+        // The sum of idle and live bytes stays near the peak of use: beyond it, the largest idle blocks are freed first.
         let bound = PEAK.load(Ordering::Relaxed) + PEAK.load(Ordering::Relaxed) / 8;
         while lists.bytes + live > bound {
             let Some(mut last) = lists.by_size.last_entry() else { break };

@@ -1,9 +1,9 @@
-//! A slice that several threads write at disjoint places.
+//! A slice that several threads write at disjoint positions.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// A mutable slice handed to parallel chunks, each of which takes its own range.
+/// A mutable slice passed to parallel chunks, each of which takes its own range.
 #[derive(Clone, Copy)]
 pub struct Shared<'a, T> {
     ptr: *mut T,
@@ -24,7 +24,7 @@ impl<'a, T> Shared<'a, T> {
     pub fn ptr(&self) -> *mut T {
         self.ptr
     }
-    /// One chunk's part.
+    /// The part of one chunk.
     ///
     /// # Safety
     /// No two parts alive at the same time overlap.

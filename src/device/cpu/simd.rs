@@ -1,11 +1,11 @@
-//! Run-time choice of vector instructions.
+//! Choice of vector instructions at run time.
 
 use std::sync::OnceLock;
 
-/// What this machine's vectors can do.
+/// The vector instructions of this machine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Level {
-    /// What the compiler assumes by default.
+    /// The compiler's default target.
     Baseline,
     /// 256-bit vectors and fused multiply-add.
     Avx2,
@@ -24,20 +24,20 @@ pub enum Bf16Products {
     Tiles,
 }
 
-/// The level of this machine, found once.
+/// The level of this machine, determined once.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| detect().min(limit().0))
 }
 
-/// How this machine computes products of bf16 numbers, found once.
+/// How this machine computes products of bf16 numbers, determined once.
 pub fn bf16_products() -> Bf16Products {
     static FOUND: OnceLock<Bf16Products> = OnceLock::new();
     *FOUND.get_or_init(|| if level() < Level::Avx512 { Bf16Products::Emulated } else { detect_bf16(limit().1) })
 }
 
-/// The best that may be used: `PRISMGRAD_CPU` is `amx`, `avx512bf16`, `avx512`, `avx2` or `baseline`, so that tests can run what weaker
-/// processors run. Without it, or with another value, whatever is found.
+/// The best level that may be used. `PRISMGRAD_CPU` limits it to `amx`, `avx512bf16`, `avx512`, `avx2` or `baseline`, so that tests can run
+/// the code for older processors. If it is unset or has another value, there is no limit.
 fn limit() -> (Level, Bf16Products) {
     match std::env::var("PRISMGRAD_CPU").as_deref() {
         Ok("baseline") => (Level::Baseline, Bf16Products::Emulated),
@@ -63,7 +63,7 @@ fn detect_bf16(_: Bf16Products) -> Bf16Products {
     Bf16Products::Emulated
 }
 
-/// Whether the processor has AMX-BF16 and the system lets this process use its registers, which a process has to ask for.
+/// Whether the processor has AMX-BF16 and the operating system grants this process its registers, which each process must request.
 #[cfg(target_arch = "x86_64")]
 fn tiles_granted() -> bool {
     use std::arch::x86_64::__cpuid_count;
@@ -104,9 +104,9 @@ fn detect() -> Level {
     Level::Baseline
 }
 
-/// Runs `f`, compiled for the best vectors this machine has. The closure and what it calls must be inlined (mark it
-/// `#[inline(always)]`). Results do not depend on the level: no operation is contracted or reordered. A build without optimisation
-/// (`opt-level = 0`) compiles `f` once, as it is.
+/// Runs `f`, compiled for the widest vectors of this machine. The closure and the functions it calls must be inlined (mark them
+/// `#[inline(always)]`). Results do not depend on the level: no operation is fused or reordered. A build without optimisation
+/// (`opt-level = 0`) compiles `f` once, for the compiler's default vectors.
 #[inline(always)]
 pub fn simd<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(all(target_arch = "x86_64", optimised))]

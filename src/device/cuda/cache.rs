@@ -1,9 +1,9 @@
-//! Compiled kernels on disk.
+//! A cache of compiled kernels on disk.
 //!
-//! One file per kernel file, architecture and content; `PRISMGRAD_CACHE` names the folder, else `XDG_CACHE_HOME`, else
-//! `~/.cache`. Entries are written aside and renamed, so a reader sees a whole one or none; they carry a checksum, so a
-//! damaged one is compiled anew; only their owner may read or write them, and one that others may write is not used.
-//! Nothing here fails: without a usable folder there is no cache.
+//! There is one file per kernel file, architecture and content. `PRISMGRAD_CACHE` names the folder, else `XDG_CACHE_HOME`, else `~/.cache`.
+//! Entries are written to a temporary file and renamed, so that a reader sees a whole entry or none. They carry a checksum, so that a
+//! damaged one is recompiled. Only their owner may read or write them, and an entry that other users may write is not used. Nothing here
+//! returns an error: without a usable folder there is no cache.
 
 use std::fs;
 use std::io::Write;
@@ -13,17 +13,17 @@ use std::time::{Duration, SystemTime};
 
 const MAGIC: [u8; 4] = *b"PGK1";
 const HEADER: usize = 4 + 8 + 16 + 8 + 4;
-/// Entries of an earlier content of the same file go after this long.
+/// Entries with older contents of the same file are deleted after this time.
 const KEEP: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// What an image was made from, as 128 bits. It guards against accidents, not against others: permissions do that.
+/// A 128-bit hash of the inputs of a compilation. It guards against accidents, not against attackers: file permissions do that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Key(u128);
 
 impl Key {
     /// The key of these texts, in order.
     pub fn of<'a>(parts: impl IntoIterator<Item = &'a str>) -> Key {
-        // FNV-1a, 128 bits, each part ended by its length.
+        // FNV-1a with 128 bits; each part is followed by its length.
         let mut h = 0x6c62272e07bb014262b821756295c58d_u128;
         let mut add = |bytes: &[u8]| {
             for b in bytes {
@@ -45,7 +45,7 @@ pub struct KernelCache {
 }
 
 impl KernelCache {
-    /// The folder that the environment asks for; none when it names no home.
+    /// The folder that the environment variables name; there is no cache when they name none.
     pub fn from_env() -> KernelCache {
         let of = |name| std::env::var_os(name).filter(|v: &std::ffi::OsString| !v.is_empty()).map(PathBuf::from);
         let folder = of("PRISMGRAD_CACHE")
@@ -54,7 +54,7 @@ impl KernelCache {
         KernelCache { folder: folder.map(|f| f.join("kernels")) }
     }
 
-    /// This folder.
+    /// The cache in this folder.
     pub fn at(folder: impl Into<PathBuf>) -> KernelCache {
         KernelCache { folder: Some(folder.into()) }
     }
@@ -68,7 +68,7 @@ impl KernelCache {
         Some(self.folder.as_ref()?.join(format!("{name}-{target}-{:032x}.cubin", key.0)))
     }
 
-    /// The image of this key, made by the NVRTC of this version; of any version where none is given.
+    /// The image of this key made by this NVRTC version; by any version when `version` is `None`.
     pub fn load(&self, name: &str, target: &str, key: Key, version: Option<(u32, u32)>) -> Option<Vec<u8>> {
         let path = self.path(name, target, key)?;
         if !private(&path) || !private(path.parent()?) {
@@ -90,7 +90,7 @@ impl KernelCache {
         Some(bytes)
     }
 
-    /// Keeps an image. False when the folder does not take it.
+    /// Stores an image. Returns false when the folder cannot be written.
     pub fn store(&self, name: &str, target: &str, key: Key, version: (u32, u32), image: &[u8]) -> bool {
         let Some(path) = self.path(name, target, key) else { return false };
         let Some(folder) = path.parent() else { return false };
@@ -126,7 +126,7 @@ fn write(folder: &Path, path: &Path, key: Key, version: (u32, u32), image: &[u8]
         options.mode(0o600);
     }
     builder.create(folder)?;
-    // Unique among the threads and processes that compile at once.
+    // Unique among the threads and processes that compile at the same time.
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let aside = folder.join(format!(".{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
     let done = (|| {
@@ -149,7 +149,7 @@ fn write(folder: &Path, path: &Path, key: Key, version: (u32, u32), image: &[u8]
     done
 }
 
-/// Whether only its owner may write it.
+/// Whether only the owner may write the path.
 #[cfg(unix)]
 fn private(path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -197,7 +197,7 @@ mod tests {
             let mut bad = good.clone();
             bad[i] ^= 1;
             fs::write(&path, &bad).unwrap();
-            // The version is compared, not checksummed.
+            // The version is compared; it is not part of the checksum.
             let expected = if (4..12).contains(&i) { Some((13, 0)) } else { None };
             assert!(cache.load("f", "sm_90a", key, expected).is_none(), "byte {i}");
         }

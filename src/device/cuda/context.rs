@@ -1,4 +1,4 @@
-//! One GPU: its primary context, three streams, events, and the counters that tests hold against promises.
+//! One GPU: its primary context, three streams, events, and the counters that tests compare with the documented limits.
 
 use super::deferred::DeferredErrors;
 use super::errors::{check, explain};
@@ -13,10 +13,10 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// A name that starts so belongs to the emulator: its kernels are compiled in, so images are not looked at.
+/// A device whose name starts so is the emulator: its kernels are compiled in, so kernel images are ignored.
 const EMULATED: &str = "Prismgrad emulated";
 
-/// The three queues of a device. Work on one runs in order; between two, only events order it.
+/// The three queues of a device. Work on one runs in order; between two of them, only events define an order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stream {
     /// Kernels, and the transfers that kernels wait for.
@@ -28,7 +28,7 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// All of them.
+    /// All streams.
     pub const ALL: [Stream; 3] = [Stream::Compute, Stream::Communication, Stream::Copy];
 }
 
@@ -42,24 +42,24 @@ impl fmt::Display for Stream {
     }
 }
 
-/// What has been asked of the device so far. Differences between two readings are what tests look at.
+/// Counts of the calls made to the device so far. Tests look at the difference between two readings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Kernels launched one by one.
     pub launches: u64,
-    /// Products that cuBLASLt (or cuBLAS) computed; they are no kernels of ours, and not among the launches.
+    /// Products computed by cuBLASLt (or cuBLAS); they are not counted among the launches.
     pub library_products: u64,
     /// Captured graphs launched.
     pub graph_launches: u64,
     /// Copies from the host.
     pub uploads: u64,
-    /// Copies to the host; each waits.
+    /// Copies to the host; the host waits for each.
     pub downloads: u64,
-    /// Waits of the host for the device, those of downloads included.
+    /// Waits of the host for the device, including those of downloads.
     pub synchronisations: u64,
-    /// Memory asked of the driver: device blocks and pinned staging buffers.
+    /// Allocations from the driver: device blocks and pinned staging buffers.
     pub driver_allocations: u64,
-    /// Memory given back to the driver.
+    /// Memory returned to the driver.
     pub driver_frees: u64,
     /// Kernel files compiled (not read from the cache).
     pub compiles: u64,
@@ -91,12 +91,12 @@ pub(crate) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Relaxed);
 }
 
-/// A lock that a panic elsewhere does not take away: every state behind one of these is whole between statements.
+/// Locks a mutex even if another thread panicked while holding it: the state behind each of these mutexes is consistent between statements.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// A driver event. Plain handle; who holds it owns it.
+/// A driver event: a plain handle, owned by its holder.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawEvent(pub(crate) sys::CUevent);
 // SAFETY: the driver's functions on events may be called from any thread.
@@ -113,7 +113,7 @@ pub struct Gpu {
     context: sys::CUcontext,
     streams: [sys::CUstream; 3],
     idle_events: Mutex<Vec<RawEvent>>,
-    /// Wait after each launch, so that an error is reported by the launch that caused it.
+    /// Whether to wait after each launch, so that an error is reported by the launch that caused it.
     pub(crate) sync_each: bool,
     tf32: std::sync::atomic::AtomicBool,
     pub(crate) counters: Counters,
@@ -121,7 +121,7 @@ pub struct Gpu {
     pub(crate) staging: Staging,
     pub(crate) modules: Modules,
     pub(crate) deferred: DeferredErrors,
-    /// Room for a library of products, which the code above this folder loads.
+    /// A slot for the matrix-product library (cuBLASLt), which the code above this folder loads.
     pub(crate) products: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
 
@@ -132,9 +132,9 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Lets f32 products of forward passes and of input gradients run on the tensor cores, which round the operands to TF32
-    /// (10 bits of mantissa) and sum in f32. Off at first. Parameters' gradients, and with them norms and clipped sums, are
-    /// computed in f32 all the same.
+    /// Lets f32 products of forward passes and of input gradients run on the tensor cores, which round the operands to TF32 (10 bits of
+    /// mantissa) and sum in f32. Off by default. The gradients of parameters, and with them norms and clipped sums, are always computed in
+    /// full f32.
     pub fn allow_tf32(&self, on: bool) {
         self.tf32.store(on, Relaxed);
     }
@@ -142,7 +142,7 @@ impl Gpu {
     pub fn allows_tf32(&self) -> bool {
         self.tf32.load(Relaxed)
     }
-    /// The GPU with this ordinal, opened at the first call. Never closed: the driver does that at process end.
+    /// The GPU with this ordinal, opened at the first call. It is never closed: the driver does that when the process ends.
     pub fn open(ordinal: usize) -> Result<Arc<Gpu>> {
         static OPEN: Mutex<BTreeMap<usize, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
         let mut open = lock(&OPEN);
@@ -190,7 +190,7 @@ impl Gpu {
             check(&op, sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
             check(&op, sys::cuCtxSetCurrent(context))?;
             for s in &mut streams {
-                // Without implicit ordering against the legacy default stream.
+                // Non-blocking: without implicit ordering against the legacy default stream.
                 let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
                 check(&op, sys::cuStreamCreateWithPriority(s, flags, 0))?;
             }
@@ -222,7 +222,7 @@ impl Gpu {
         self.ordinal
     }
 
-    /// The driver's name for it.
+    /// The name that the driver gives it.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -252,7 +252,7 @@ impl Gpu {
         self.name.starts_with(EMULATED)
     }
 
-    /// What has been asked of the device so far.
+    /// Counts of the calls made to the device so far.
     pub fn counts(&self) -> Counts {
         self.counters.read()
     }
@@ -262,8 +262,8 @@ impl Gpu {
         self.streams[stream as usize]
     }
 
-    /// Makes this GPU's context current on the calling thread. Costs one look-up (tens of nanoseconds) when it already
-    /// is, and is right even when other code on the thread has switched.
+    /// Makes this GPU's context current on the calling thread. Costs one look-up (tens of nanoseconds) when it is current already, and is
+    /// correct even when other code on the thread has switched contexts.
     pub fn bind(&self) -> Result<()> {
         let mut current = std::ptr::null_mut();
         // SAFETY: the context exists as long as the process.
@@ -275,7 +275,7 @@ impl Gpu {
         }
     }
 
-    /// Waits until everything queued on a stream has run. The host waits: not for the inside of a training step.
+    /// Waits until everything queued on a stream has run. The host blocks, so this should not be called inside a training step.
     pub fn synchronize_stream(&self, stream: Stream) -> Result<()> {
         self.refuse_in_capture("wait for the device")?;
         self.bind()?;
@@ -292,12 +292,12 @@ impl Gpu {
         Stream::ALL.into_iter().try_for_each(|s| self.synchronize_stream(s))
     }
 
-    /// [`check`], naming the last kernels where an error of the device itself may be theirs.
+    /// [`check`] that also names the last kernels launched where the error may be a fault of one of them.
     pub(crate) fn check(&self, op: &str, code: CUresult) -> Result<()> {
         if code == CUresult::CUDA_SUCCESS {
             return Ok(());
         }
-        // Results from 700 on are faults of running kernels, reported by whatever call comes next.
+        // Codes from 700 on are faults of running kernels, reported by the next call, whichever it is.
         let mut op = op.to_string();
         if (700..=720).contains(&(code as u32)) {
             let last = self.modules.last_launched();
@@ -325,7 +325,7 @@ impl Gpu {
 
     // ---- events
 
-    /// Marks this point of a stream.
+    /// Records an event at this point of a stream.
     pub fn record(self: &Arc<Self>, stream: Stream) -> Result<Event> {
         let raw = self.record_raw(stream)?;
         Ok(Event { raw, gpu: self.clone() })
@@ -375,7 +375,7 @@ impl Gpu {
         self.check("wait for a CUDA event", unsafe { sys::cuStreamWaitEvent(self.raw_stream(stream), event.0, 0) })
     }
 
-    /// Whether everything before the event has run. An answer other than yes or no counts as no.
+    /// Whether everything before the event has run. Any answer of the driver other than success counts as no.
     pub(crate) fn is_complete(&self, event: RawEvent) -> bool {
         if self.bind().is_err() {
             return false;
@@ -383,7 +383,7 @@ impl Gpu {
         // SAFETY: our event.
         match unsafe { sys::cuEventQuery(event.0) } {
             CUresult::CUDA_SUCCESS => true,
-            // It became an edge of a graph; after the capture there is nothing to wait for.
+            // The event became an edge of a graph; after the capture there is nothing to wait for.
             CUresult::CUDA_ERROR_CAPTURED_EVENT => !self.is_capturing(),
             _ => false,
         }
@@ -396,7 +396,7 @@ impl Gpu {
         self.check("wait for the device", unsafe { sys::cuEventSynchronize(event.0) })
     }
 
-    /// Gives an event back. A stream that already waits for it keeps waiting for what it marked.
+    /// Returns an event for reuse. A stream that already waits for it keeps waiting for the recorded point.
     pub(crate) fn recycle(&self, event: RawEvent) {
         lock(&self.idle_events).push(event);
     }
@@ -428,14 +428,14 @@ impl Drop for Event {
     }
 }
 
-/// A point of a stream with the device's own time on it, for profiling.
+/// A point of a stream with the device's own timestamp, for profiling.
 pub struct TimedEvent {
     raw: RawEvent,
     gpu: Arc<Gpu>,
 }
 
 impl Gpu {
-    /// Marks this point of a stream and has the device note the time (resolution about half a microsecond).
+    /// Records this point of a stream with the device's time (resolution about half a microsecond).
     pub fn record_timed(self: &Arc<Self>, stream: Stream) -> Result<TimedEvent> {
         self.bind()?;
         let mut e = std::ptr::null_mut();
@@ -449,11 +449,11 @@ impl Gpu {
 }
 
 impl TimedEvent {
-    /// Milliseconds of device time from `self` to a later event. Both must have completed: synchronise before.
+    /// Milliseconds of device time from `self` to a later event. Both must have completed: synchronise first.
     pub fn milliseconds_to(&self, later: &TimedEvent) -> Result<f32> {
         self.gpu.bind()?;
         let mut ms = 0f32;
-        // SAFETY: our events; the pointer is to a local. The name with _v2 is that of CUDA 12.8 and later.
+        // SAFETY: our events; the pointer is to a local. The function with the suffix _v2 exists from CUDA 12.8 on.
         let code = unsafe {
             if probe::has_symbols(&["cuEventElapsedTime_v2"]) {
                 sys::cuEventElapsedTime_v2(&mut ms, self.raw.0, later.raw.0)
@@ -472,7 +472,7 @@ impl TimedEvent {
 impl Drop for TimedEvent {
     fn drop(&mut self) {
         if self.gpu.bind().is_ok() {
-            // SAFETY: ours, destroyed once; the driver waits with it until it has completed.
+            // SAFETY: ours, destroyed once; the driver delays the destruction until the event has completed.
             let _ = unsafe { sys::cuEventDestroy_v2(self.raw.0) };
         }
     }

@@ -1,5 +1,5 @@
-//! What kernels find wrong in the data (ids out of range), reported when the host next reads something: no kernel waits for
-//! the host, and no host for a kernel.
+//! Errors in the data that kernels find (ids out of range). They are reported when the host next reads from the device, so that neither the
+//! kernels nor the host waits for the other.
 
 use super::context::lock;
 use super::{Block, Gpu};
@@ -7,21 +7,21 @@ use crate::base::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// Kinds of checks that are told apart; later ones share the last word.
+/// Number of kinds of checks that are told apart; any beyond share the last word.
 const KINDS: usize = 256;
 
-/// The words that checks write to, and what each of them means.
+/// The device words to which checks write, and the meaning of each.
 #[derive(Default)]
 pub(crate) struct DeferredErrors {
-    /// A u64 for each kind of check: all ones while all is well, else the first position that is wrong.
+    /// One u64 per kind of check: all ones as long as every check passed, else the first position that failed.
     words: OnceLock<Block>,
     kinds: Mutex<Vec<String>>,
-    /// Checks have been queued since the words were last read.
+    /// Whether checks have been queued since the words were last read.
     pending: AtomicBool,
 }
 
 impl Gpu {
-    /// The words, made at the first call.
+    /// The words, allocated at the first call.
     pub(crate) fn deferred_words(self: &Arc<Self>) -> Result<&Block> {
         if let Some(words) = self.deferred.words.get() {
             return Ok(words);
@@ -31,7 +31,7 @@ impl Gpu {
         self.fill(&words, 0, 8 * KINDS, 0xff)?;
         Ok(self.deferred.words.get_or_init(|| words))
     }
-    /// The word of a kind of check. The caller queues one next.
+    /// The word of a kind of check. The caller queues such a check next.
     pub(crate) fn deferred_word(self: &Arc<Self>, kind: &str) -> Result<(&Block, usize)> {
         let words = self.deferred_words()?;
         let mut kinds = lock(&self.deferred.kinds);
@@ -45,13 +45,13 @@ impl Gpu {
         Ok((words, 8 * at))
     }
 
-    /// A recorded step may hold checks.
+    /// Called for a replay of a captured step, which may contain checks.
     pub(crate) fn expect_deferred_errors(&self) {
         self.deferred.pending.store(true, Relaxed);
     }
 
-    /// Reads the words if checks have been queued; an error names the first one that failed. Waits: to be called where
-    /// the host waits anyway.
+    /// Reads the words if checks have been queued; the error names the first one that failed. It waits for the device, so it is called only
+    /// where the host waits anyway.
     pub(crate) fn report_deferred_errors(&self) -> Result<()> {
         let Some(words) = self.deferred.words.get() else { return Ok(()) };
         if !self.deferred.pending.swap(false, Relaxed) {

@@ -1,10 +1,10 @@
-//! The driver's result codes, as sentences: what failed, and what to do about it.
+//! The driver's result codes as sentences that say what failed and what to do about it.
 
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use std::ffi::CStr;
 
-/// Turns a driver result into ours. `op` says what was being done.
+/// Turns a driver result into ours. `op` names the operation that was running.
 pub(crate) fn check(op: &str, code: CUresult) -> Result<()> {
     if code == CUresult::CUDA_SUCCESS { Ok(()) } else { Err(explain(op, code)) }
 }
@@ -19,7 +19,7 @@ pub(crate) fn explain(op: &str, code: CUresult) -> Error {
 pub(crate) fn describe(code: CUresult) -> String {
     let text = |get: unsafe fn(CUresult, *mut *const core::ffi::c_char) -> CUresult| {
         let mut p = std::ptr::null();
-        // SAFETY: a result code can only have come from a loaded driver; it answers with a static string or null.
+        // SAFETY: a result code can only have come from a loaded driver; the call returns a static string or null.
         unsafe {
             (get(code, &mut p) == CUresult::CUDA_SUCCESS && !p.is_null())
                 .then(|| CStr::from_ptr(p).to_string_lossy().into_owned())
@@ -32,7 +32,7 @@ pub(crate) fn describe(code: CUresult) -> String {
     }
 }
 
-/// What to do, as a continuation of the sentence.
+/// Advice for a code, as a continuation of the sentence.
 fn advice(code: CUresult) -> &'static str {
     use CUresult::*;
     match code {

@@ -1,12 +1,12 @@
-//! CUDA graphs: what a closure queues on the compute stream, recorded once and launched as one.
+//! CUDA graphs: the work that a closure queues on the compute stream, captured once and launched as a whole.
 //!
-//! A launch of a step with a thousand kernels then costs the host some microseconds instead of milliseconds. The price is
-//! that nothing about it can change: sizes, addresses and values are those of the recording. Inside, nothing waits for the
-//! device and the driver is not asked for memory; both are refused with a sentence. So: run the step once, then record it.
+//! A launch of a step with a thousand kernels then costs the host some microseconds instead of milliseconds. In return nothing about it can
+//! change: sizes, addresses and values are those of the capture. During a capture, waiting for the device and allocating from the driver
+//! are refused with an error. So run the step once first, then capture it.
 //!
-//! **Memory.** Launches of the graph write where the recording wrote. Blocks that the closure allocates, or drops, stay with
-//! the graph until it is dropped; they are not handed out to others. Blocks that existed before and that the graph reads or
-//! writes (parameters, inputs) must outlive it: [`Graph::keep`] holds them.
+//! **Memory.** Launches of the graph write to the same addresses as the capture. Blocks that the closure allocates or drops stay with the
+//! graph until it is dropped, and are not reused for anything else. Blocks that existed before and that the graph reads or writes
+//! (parameters, inputs) must outlive it: [`Graph::keep`] holds them.
 
 use super::context::{Gpu, Stream, count};
 use super::errors::check;
@@ -19,7 +19,7 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// A recorded piece of work of one device.
+/// Captured work of one device.
 pub struct Graph {
     gpu: Arc<Gpu>,
     exec: sys::CUgraphExec,
@@ -30,7 +30,7 @@ pub struct Graph {
 // SAFETY: the handle may be used from any thread, one at a time; `launch` takes `&mut self`.
 unsafe impl Send for Graph {}
 
-/// Ends a capture also when the closure panics.
+/// Ends a capture even when the closure panics.
 struct Capture<'a> {
     gpu: &'a Gpu,
     id: u64,
@@ -64,9 +64,9 @@ impl Drop for Capture<'_> {
 }
 
 impl Gpu {
-    /// Records what `body` queues on the compute stream instead of running it. Waits for the device once, before.
+    /// Captures the work that `body` queues on the compute stream instead of running it. Waits for the device once, before the capture.
     ///
-    /// Only the calling thread may use the device meanwhile.
+    /// Only the calling thread may use the device during the capture.
     pub fn capture<R>(self: &Arc<Self>, body: impl FnOnce() -> Result<R>) -> Result<(Graph, R)> {
         let op = "capture a CUDA graph";
         self.refuse_in_capture("start another capture")?;
@@ -85,7 +85,7 @@ impl Gpu {
         let id = NEXT.fetch_add(1, Relaxed);
         self.pool.begin_capture(self, id);
         let mut capture = Capture { gpu: self, id, open: true };
-        // Relaxed: that nothing unsafe is called inside is seen to here, and event queries must stay possible.
+        // Relaxed mode: this module itself refuses the calls that are unsafe during a capture, and event queries must remain possible.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: our stream.
         let begun = check(op, unsafe { sys::cuStreamBeginCapture_v2(self.raw_stream(Stream::Compute), mode) });
@@ -96,14 +96,14 @@ impl Gpu {
             return Err(e);
         }
         let launches = self.counters.launches.load(Relaxed);
-        // On an error, dropping the capture ends it and gives the memory back.
+        // On an error, dropping the capture ends it and releases the memory.
         let value = body()?;
         let launches = self.counters.launches.load(Relaxed) - launches;
-        // Recorded, not launched.
+        // These launches were captured, not executed.
         self.counters.launches.fetch_sub(launches, Relaxed);
         let graph = capture.end().inspect_err(|_| self.pool.release_graph(self, id))?;
         let mut exec = null_mut();
-        // SAFETY: a finished graph; the executable one does not need it any more.
+        // SAFETY: a finished graph; the executable graph does not need it any more.
         let code = unsafe {
             let code = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0);
             sys::cuGraphDestroy(graph);
@@ -115,7 +115,7 @@ impl Gpu {
 }
 
 impl Graph {
-    /// Queues everything recorded on the compute stream.
+    /// Queues all captured work on the compute stream.
     pub fn launch(&mut self) -> Result<()> {
         self.gpu.refuse_in_capture("launch another graph")?;
         self.gpu.bind()?;
@@ -127,12 +127,12 @@ impl Graph {
         Ok(())
     }
 
-    /// Number of kernels in it.
+    /// Number of kernels in the graph.
     pub fn kernels(&self) -> u64 {
         self.launches
     }
 
-    /// Holds what the graph reads and writes for as long as the graph exists.
+    /// Keeps `what`, which the graph reads or writes, alive as long as the graph.
     pub fn keep(&mut self, what: impl Any + Send) {
         self.kept.push(Box::new(what));
     }

@@ -1,4 +1,4 @@
-//! From a kernel's name to something that can be launched: compile or read from the cache, load, look up; once each.
+//! Looks kernels up by name: each is compiled or read from the cache, loaded and looked up once.
 
 use super::cache::{KernelCache, Key};
 use super::context::{Gpu, count, lock};
@@ -23,9 +23,9 @@ pub(super) struct KernelInfo {
     pub(super) name: String,
     pub(super) function: sys::CUfunction,
     pub(super) ordinal: usize,
-    /// Dynamic shared memory that was set in the driver.
+    /// Dynamic shared memory limit last set in the driver, in bytes.
     pub(super) shared: AtomicUsize,
-    /// Bytes of each parameter, for kernels that are not this crate's: their launches are compared with it.
+    /// Bytes of each parameter, for kernels that are not this crate's: the arguments of a launch are compared with it.
     pub(super) parameters: Option<Vec<u32>>,
 }
 // SAFETY: a function handle is never changed and may be used from any thread.
@@ -50,12 +50,12 @@ pub(super) struct KernelText {
     /// The file's name without `.cu`.
     pub(super) name: &'static str,
     pub(super) text: &'static str,
-    /// Whether it is one of this crate's own, in `cuda/`.
+    /// Whether it is one of this crate's own files in `cuda/`.
     pub(super) own: bool,
 }
 
 impl KernelText {
-    /// Tells texts apart without reading them: a static text stays where it is.
+    /// Identifies a text without reading it: the address of a static text does not change.
     pub(super) fn id(&self) -> usize {
         self.text.as_ptr() as usize
     }
@@ -80,11 +80,11 @@ const RECENT: usize = 8;
 /// The kernels of one device.
 #[derive(Default)]
 pub(crate) struct Modules {
-    /// By kernel name, which is unique in the project.
+    /// Kernels by name; names are unique in the project.
     kernels: RwLock<HashMap<&'static str, Kernel>>,
     /// Kernels of other texts, by text and name.
     pub(super) custom: RwLock<HashMap<(usize, &'static str), Kernel>>,
-    /// By text. Each has its own lock, so that several can compile at once and none twice.
+    /// Modules by text. Each has its own lock, so that several texts can compile at once and none twice.
     files: Mutex<HashMap<usize, ModuleCell>>,
     frozen: AtomicBool,
     recent: [AtomicPtr<KernelInfo>; RECENT],
@@ -92,7 +92,7 @@ pub(crate) struct Modules {
 }
 
 impl Modules {
-    /// Remembers a launch, for the error message of a fault that shows later.
+    /// Records a launch, for the error message of a fault that is reported later.
     pub(super) fn launched(&self, kernel: Kernel) {
         let i = self.next.fetch_add(1, Relaxed) % RECENT;
         self.recent[i].store(std::ptr::from_ref(kernel.0).cast_mut(), Relaxed);
@@ -131,8 +131,8 @@ fn compile(file: KernelText, target: &str, further: &[&str]) -> Result<Compiled>
     Nvrtc::find()?.compile(&format!("{}.cu", file.name), file.text, &[PRELUDE], &options)
 }
 
-/// The target for a compute capability: its own machine code where the compiler knows it, else the newest PTX before it,
-/// which the driver translates. 9.0 gets `sm_90a`, which has Hopper's own instructions.
+/// The compilation target for a compute capability: its own machine code if the compiler supports it, else the newest PTX below it, which
+/// the driver translates. Capability 9.0 gets `sm_90a`, which includes Hopper's architecture-specific instructions.
 pub fn target_for(capability: (u32, u32), known: &[u32]) -> Result<String> {
     let number = capability.0 * 10 + capability.1;
     let own = if capability == (9, 0) { "sm_90a".to_string() } else { format!("sm_{number}") };
@@ -153,7 +153,7 @@ pub fn target_for(capability: (u32, u32), known: &[u32]) -> Result<String> {
     }
 }
 
-/// Target and key of a kernel file for a compute capability, and its image where the cache has it.
+/// Target and key of a kernel file for a compute capability, and its image if the cache has it.
 fn cached_image(
     file: KernelText,
     capability: (u32, u32),
@@ -162,13 +162,13 @@ fn cached_image(
     let nvrtc = Nvrtc::find().ok();
     let target = target_for(capability, nvrtc.map_or(&[], |n| n.architectures()))?;
     let key = Key::of([file.text, PRELUDE.1, target.as_str()].into_iter().chain(OPTIONS));
-    // Without a compiler there is no version to compare with, and any will do.
+    // Without a compiler there is no version to compare with, so an image of any version is accepted.
     let image = cache.load(file.name, &target, key, nvrtc.map(|n| n.version()));
     Ok((target, key, image))
 }
 
-/// The machine code of a kernel file for a compute capability: from the cache, else compiled and put there. The flag says
-/// whether it was compiled.
+/// The machine code of a kernel file for a compute capability, from the cache or else compiled and stored there. The flag says whether it
+/// was compiled.
 fn image_for(file: KernelText, capability: (u32, u32), cache: &KernelCache) -> Result<(Vec<u8>, bool)> {
     let (target, key, cached) = cached_image(file, capability, cache)?;
     if let Some(image) = cached {
@@ -180,8 +180,8 @@ fn image_for(file: KernelText, capability: (u32, u32), cache: &KernelCache) -> R
 }
 
 impl Gpu {
-    /// A kernel by file (without `.cu`) and name. The first use of a file compiles or loads it; later ones cost a look-up
-    /// (tens of nanoseconds).
+    /// A kernel by file (without `.cu`) and name. The first use of a file compiles or loads it; later calls cost a look-up (tens of
+    /// nanoseconds).
     pub fn kernel(&self, file: &str, name: &str) -> Result<Kernel> {
         if let Some(kernel) = self.modules.kernels.read().unwrap_or_else(|e| e.into_inner()).get(name)
             && kernel.file() == file
@@ -221,7 +221,7 @@ impl Gpu {
             CUresult::CUDA_ERROR_NOT_FOUND => return Err(Error::device(op, "the file has no kernel of that name")),
             code => check(&op, code)?,
         }
-        // Lives as long as the process, as its module does; bounded by the number of kernels.
+        // Leaked on purpose: it exists as long as the process, as its module does, and the number of kernels is bounded.
         Ok(Kernel(Box::leak(Box::new(KernelInfo {
             text,
             name: name.to_string(),
@@ -268,18 +268,18 @@ impl Gpu {
         SOURCES.par_iter().try_for_each(|(file, _)| self.module(source(file)?).map(|_| ()))
     }
 
-    /// While on, a kernel file that is not loaded yet is an error instead of a pause in the middle of training.
+    /// While `on`, using a kernel file that is not loaded yet is an error instead of a compilation in the middle of training.
     pub fn assert_no_compile(&self, on: bool) {
         self.modules.frozen.store(on, Relaxed);
     }
 
-    /// Whether kernels can be had: NVRTC is there, or all are in the cache. Else one sentence says what to do.
+    /// Checks that kernels are available: NVRTC is installed, or all of them are in the cache. Otherwise the error says what to do.
     pub fn check_kernels(&self) -> Result<()> {
         if self.is_emulated() {
             return Ok(());
         }
         let missing = match Nvrtc::find() {
-            // Machine code of a newer major version does not load.
+            // The driver does not load machine code made for a newer major version.
             Ok(nvrtc) if nvrtc.version().0 > super::driver()?.version / 1000 => Error::device(
                 "compile kernels",
                 format!(
@@ -293,7 +293,7 @@ impl Gpu {
                 ),
             ),
             Ok(_) => return Ok(()),
-            // All of them may be in the cache.
+            // All kernels may still be in the cache.
             Err(missing) => missing,
         };
         let cache = KernelCache::from_env();

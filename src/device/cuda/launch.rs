@@ -1,7 +1,7 @@
 //! One kernel launch: grid, block, shared memory, arguments.
 //!
-//! Arguments are copied into a buffer inside the builder; a launch allocates nothing on the heap until it has more than
-//! 32 words of them. The host's part costs about a microsecond beside the driver's own.
+//! Arguments are copied into a buffer inside the builder; a launch allocates nothing on the heap until its arguments exceed 32 words. The
+//! host's part costs about a microsecond in addition to the driver's.
 
 use super::context::{Gpu, Stream, count};
 use super::errors::describe;
@@ -15,10 +15,10 @@ use smallvec::SmallVec;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Grid dimensions y and z end here; x at 2³¹ − 1.
+/// The largest grid dimension in y and z; in x it is 2³¹ − 1.
 pub const MAX_GRID_YZ: usize = 65_535;
 
-/// A launch being put together.
+/// Builder of one kernel launch.
 ///
 /// ```no_run
 /// # use prismgrad::device::cuda::{Gpu, Launch};
@@ -47,20 +47,20 @@ pub struct Launch<'a> {
     cooperative: bool,
     /// The arguments, each at a multiple of 8 bytes.
     words: SmallVec<[u64; 32]>,
-    /// Where each begins, and its bytes.
+    /// Start of each argument in `words`, and its size in bytes.
     starts: SmallVec<[(u32, u32); 24]>,
-    /// What the pointers point into.
+    /// The blocks that the pointer arguments point into.
     blocks: SmallVec<[&'a Block; 8]>,
     error: Option<Error>,
 }
 
 impl<'a> Launch<'a> {
-    /// A launch of one block of 256 threads on the compute stream, to be changed by the other methods.
+    /// A launch of one block of 256 threads on the compute stream; the other methods change these defaults.
     pub fn new(gpu: &'a Arc<Gpu>, file: &str, name: &str) -> Result<Launch<'a>> {
         Ok(Launch::of(gpu, gpu.kernel(file, name)?))
     }
 
-    /// The same for a kernel that was looked up before.
+    /// The same for a kernel that was looked up already.
     pub fn of(gpu: &'a Arc<Gpu>, kernel: Kernel) -> Launch<'a> {
         Launch {
             gpu,
@@ -77,15 +77,15 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// Number of blocks. With a zero among them, `run` does nothing.
+    /// Number of blocks in each dimension. If one of them is zero, `run` does nothing.
     #[inline]
     pub fn grid(mut self, x: usize, y: usize, z: usize) -> Self {
         self.grid = [x, y, z];
         self
     }
 
-    /// Blocks in x for `n` elements at `per_block` each, with at most as many as fill the device about 16 times over: for
-    /// kernels that stride over the grid.
+    /// Number of blocks in x for `n` elements at `per_block` each, capped at about 16 times what fills the device: for kernels with a
+    /// grid-stride loop.
     #[inline]
     pub fn grid_stride(mut self, n: usize, per_block: usize) -> Self {
         let most = self.gpu.multiprocessors() as usize * 128;
@@ -107,21 +107,21 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// Launches on another stream. Blocks made for a different one are kept until this launch is done.
+    /// Launches on another stream. Blocks that belong to a different stream are kept until this launch is done.
     #[inline]
     pub fn on(mut self, stream: Stream) -> Self {
         self.stream = stream;
         self
     }
 
-    /// All blocks run at the same time, so that they can wait for each other.
+    /// Cooperative launch: all blocks run at the same time, so that they can wait for each other.
     #[inline]
     pub fn cooperative(mut self) -> Self {
         self.cooperative = true;
         self
     }
 
-    /// A pointer argument: `offset` bytes into a block.
+    /// A pointer argument: the address `offset` bytes into a block.
     #[inline]
     pub fn buf(mut self, block: &'a Block, offset: usize) -> Self {
         if offset > block.bytes() || block.gpu().ordinal() != self.gpu.ordinal() {
@@ -131,7 +131,7 @@ impl<'a> Launch<'a> {
         self.val(block.ptr() + offset as u64)
     }
 
-    /// A null pointer argument, for what is optional.
+    /// A null pointer, for an optional argument.
     #[inline]
     pub fn null(self) -> Self {
         self.val(0u64)
@@ -155,7 +155,7 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// Keeps what is wrong with the next argument until [`Launch::run`] returns it as an error.
+    /// Records a problem with the next argument; [`Launch::run`] returns it as an error.
     #[cold]
     pub(crate) fn refused(self, why: impl std::fmt::Display) -> Self {
         let e = self.fail(format!("argument {}: {why}", self.starts.len()));
@@ -212,7 +212,7 @@ impl<'a> Launch<'a> {
         Ok(())
     }
 
-    /// Queues it. Errors of the kernel itself show at a later call, unless `PRISMGRAD_CUDA_SYNC=1`.
+    /// Queues the launch. Errors of the kernel itself appear at a later call, unless `PRISMGRAD_CUDA_SYNC=1`.
     pub fn run(mut self) -> Result<()> {
         if let Some(e) = self.error.take() {
             return Err(e);
@@ -237,9 +237,9 @@ impl<'a> Launch<'a> {
             self.starts.iter().map(|s| unsafe { base.add(s.0 as usize) }.cast()).collect();
         let [x, y, z] = self.grid.map(|d| d as u32);
         let (threads, shared, stream) = (self.block as u32, self.shared as u32, gpu.raw_stream(self.stream));
-        // SAFETY: the handles are of this context; the driver copies the arguments before it returns. That the kernel's
-        // parameters are what was given here, and its accesses inside the blocks, is for the op's launch code to get
-        // right; the emulator checks both. Blocks dropped after this call are not handed out before it has run.
+        // SAFETY: the handles are of this context; the driver copies the arguments before it returns. The op's launch code is responsible
+        // for passing what the kernel's parameters expect and for its accesses staying inside the blocks; the emulator checks both. Blocks
+        // dropped after this call are not reused before the kernel has run.
         let timed = spans::before_kernel(gpu, self.stream);
         let code = unsafe {
             if self.cooperative {
@@ -270,7 +270,7 @@ impl<'a> Launch<'a> {
             block.record_use(self.stream)?;
         }
         if gpu.sync_each && !gpu.is_capturing() {
-            // For finding faults only, so it is not among the counted waits.
+            // This wait serves only to locate faults, so it is not among the counted waits.
             // SAFETY: our stream.
             gpu.check(&self.describe(), unsafe { sys::cuStreamSynchronize(stream) })?;
         }

@@ -1,4 +1,4 @@
-//! Structs that are passed to kernels by value, and codes that kernels and launches share. `build.rs` reads them in the texts
-//! of `cuda/`, which are the only place where they are written down.
+//! Structs that are passed to kernels by value, and codes that kernels and launches share. They are defined only in the sources in `cuda/`,
+//! from which `build.rs` generates these Rust definitions.
 
 include!(concat!(env!("OUT_DIR"), "/layouts.rs"));

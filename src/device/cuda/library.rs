@@ -1,30 +1,31 @@
-//! Where NVIDIA's libraries may lie on a machine: named by a variable, on the loader's path, in the active Python's wheels,
-//! in a toolkit.
+//! Searches for NVIDIA's libraries: a file or folder named by an environment variable, the dynamic loader's path, the wheels of the active
+//! Python environment, a CUDA toolkit.
 
 use std::path::{Path, PathBuf};
 
-/// A library to look for.
+/// A library to search for.
 pub(crate) struct Wanted {
     /// The environment variable that names its file or folder.
     pub variable: &'static str,
-    /// What its file name starts with.
+    /// The start of its file name.
     pub start: &'static str,
-    /// Names to ask the loader for.
+    /// File names to try with the dynamic loader.
     pub names: &'static [&'static str],
-    /// Where wheels put it, below a site-packages folder.
+    /// Folders of wheels that contain it, below a site-packages folder.
     pub wheels: &'static [&'static str],
 }
 
 /// Why it was not found.
 pub(crate) enum Missing {
-    /// What the variable names is not it.
+    /// The variable names something that is not this library.
     Named(String),
-    /// It is in none of the places; what was tried and failed, each after a semicolon.
+    /// It was found in none of the places; lists what was tried and failed, each after a semicolon.
     Nowhere(String),
 }
 
 impl Wanted {
-    /// The first that `load` takes. Where the variable is set, that is the only place. `beside` are folders to try first.
+    /// The first candidate that `load` accepts. If the environment variable is set, it is the only candidate. `beside` lists folders to try
+    /// first.
     pub fn find<T>(
         &self,
         beside: &[PathBuf],
@@ -48,7 +49,7 @@ impl Wanted {
             }
         }
         let mut failed = String::new();
-        // Asking Python costs a process, so it comes after the folders that are known without it.
+        // Running Python costs a process, so its folders come after those that are known without it.
         let places: [&dyn Fn() -> Vec<PathBuf>; 4] =
             [&|| beside.to_vec(), &|| self.environment_folders(), &toolkit_folders, &|| self.python_folders()];
         for folder in places.iter().flat_map(|place| place()) {
@@ -97,7 +98,7 @@ fn toolkit_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// The file in a folder whose name starts so, the newest by name.
+/// The file in a folder whose name starts with `start`; if there are several, the last by name.
 pub(crate) fn newest(folder: &Path, start: &str) -> Option<PathBuf> {
     let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
         .ok()?

@@ -1,11 +1,11 @@
-//! Who uses how much device memory: bytes by tag, now and at most.
+//! Device memory in use, in bytes by tag: current and peak.
 
 use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// What a block is for; set by [`TagScope`].
+/// The purpose of a block; set by [`TagScope`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Tag {
     /// Weights.
@@ -14,7 +14,7 @@ pub enum Tag {
     Gradient,
     /// Moments and master weights.
     Optimizer,
-    /// Results kept for backward, and everything not said to be something else.
+    /// Results kept for the backward pass, and everything without another tag.
     #[default]
     Activation,
     /// Scratch of one operation.
@@ -22,10 +22,10 @@ pub enum Tag {
 }
 
 impl Tag {
-    /// All of them.
+    /// All tags.
     pub const ALL: [Tag; 5] = [Tag::Parameter, Tag::Gradient, Tag::Optimizer, Tag::Activation, Tag::Workspace];
 
-    /// The tag of blocks that this thread allocates now.
+    /// The tag that this thread's allocations carry now.
     pub fn current() -> Tag {
         CURRENT.get()
     }
@@ -47,11 +47,11 @@ thread_local! {
     static CURRENT: Cell<Tag> = const { Cell::new(Tag::Activation) };
 }
 
-/// Until it is dropped, blocks that this thread allocates carry its tag. Scopes nest.
+/// Until it is dropped, blocks that this thread allocates carry its tag. Scopes can be nested.
 #[must_use = "the tag holds only until the scope is dropped"]
 pub struct TagScope {
     before: Tag,
-    /// It belongs to its thread.
+    /// Keeps the scope on its thread.
     _here: PhantomData<*const ()>,
 }
 
@@ -68,12 +68,12 @@ impl Drop for TagScope {
     }
 }
 
-/// Bytes in use now and at most.
+/// Current and peak use in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Now.
     pub current: usize,
-    /// At most, since the start or the last [`super::Gpu::reset_peak_memory`].
+    /// Peak, since the start or the last [`super::Gpu::reset_peak_memory`].
     pub peak: usize,
 }
 
@@ -81,7 +81,7 @@ pub struct Usage {
 struct Meter {
     current: AtomicUsize,
     peak: AtomicUsize,
-    /// The peak since it was last read by [`Meter::watermark`].
+    /// Peak since the last call of [`Meter::watermark`].
     window: AtomicUsize,
 }
 
@@ -117,7 +117,7 @@ impl Meters {
         self.tags[tag as usize].current.fetch_sub(bytes, Relaxed);
         self.total.current.fetch_sub(bytes, Relaxed);
     }
-    /// Bytes in use now, and the most that were in use since this was last called.
+    /// Bytes in use now, and the most that were in use since the last call.
     pub(super) fn watermark(&self) -> (usize, usize) {
         self.total.watermark()
     }
@@ -136,16 +136,16 @@ impl Meters {
     }
 }
 
-/// What the memory of one device is used for.
+/// The memory use of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryReport {
-    /// Bytes asked for, by tag.
+    /// Requested bytes, by tag.
     pub by_tag: [(Tag, Usage); 5],
-    /// Bytes asked for, all tags.
+    /// Requested bytes, over all tags.
     pub total: Usage,
-    /// Bytes held from the driver.
+    /// Bytes allocated from the driver.
     pub reserved: usize,
-    /// Of these, bytes in no block: kept for the next ones.
+    /// Of these, bytes that are idle and kept for later blocks.
     pub idle: usize,
 }
 
@@ -172,7 +172,7 @@ impl fmt::Display for MemoryReport {
     }
 }
 
-/// Bytes in words: "1.5 GiB".
+/// Bytes as text, such as "1.5 GiB".
 pub(super) fn human(bytes: usize) -> String {
     let units = ["KiB", "MiB", "GiB", "TiB"];
     if bytes < 1024 {

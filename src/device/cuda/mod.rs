@@ -1,22 +1,22 @@
-//! CUDA: one GPU as a thing to allocate on, copy to and launch on.
+//! CUDA: opening a GPU, allocating memory on it, copying to and from it, and launching kernels.
 //!
-//! The driver is loaded at run time, so one binary runs with and without a GPU; the kernels are compiled for the card that
-//! is found (or read from a cache) by NVRTC. Nothing here panics for lack of a library, a device or memory.
+//! The driver is loaded at run time, so that one binary runs with and without a GPU. NVRTC compiles the kernels for the card that is found,
+//! or they are read from a cache. Nothing here panics for lack of a library, a device or memory.
 //!
 //! | file | what |
 //! |---|---|
-//! | `probe` | is there a driver, is there a device |
+//! | `probe` | whether there is a driver and a device |
 //! | `context` | [`Gpu`]: context, streams, events, counters |
-//! | `pool`, `memory` | [`Block`]: device memory that is kept and reused; who uses how much |
+//! | `pool`, `memory` | [`Block`]: device memory that is kept and reused; memory use by tag |
 //! | `transfer` | uploads, downloads, copies, fills |
 //! | `nvrtc`, `sources`, `cache`, `kernels` | kernel files compiled, cached, loaded, looked up |
-//! | `module` | [`CudaModule`]: kernels that come with a user's op |
+//! | `module` | [`CudaModule`]: the kernels of a user's own op |
 //! | `launch` | [`Launch`]: one kernel launch |
 //! | `layouts` | structs and codes that kernels and launches share |
-//! | `graph` | [`Graph`]: a recorded step |
+//! | `graph` | [`Graph`]: a captured step |
 //! | `deferred` | ids out of range, found by kernels, reported at the next read |
-//! | `library` | where NVIDIA's libraries may lie |
-//! | `errors` | result codes as sentences |
+//! | `library` | the places where NVIDIA's libraries are searched |
+//! | `errors` | driver result codes as sentences |
 //!
 //! | environment variable | meaning |
 //! |---|---|

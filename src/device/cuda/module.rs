@@ -1,4 +1,4 @@
-//! Kernels that come with a user's op: a text that is not among this crate's own, compiled and loaded in the same way.
+//! Kernels of a user's own op: a source text that is not one of this crate's, compiled and loaded in the same way.
 
 use super::errors::check;
 use super::kernels::{Kernel, KernelText};
@@ -6,16 +6,16 @@ use super::{Gpu, driver};
 use crate::base::{Error, Result};
 use cudarc::driver::sys;
 
-/// CUDA source text with kernels of your own, for an op that is not this crate's.
+/// CUDA source text with the kernels of a custom op.
 ///
-/// On a card NVRTC compiles it at first use, and the machine code is cached on disk like that of the crate's kernels. On the
-/// emulated device (feature `emulator`) the host's C++ compiler does. On both it may `#include "prelude.cuh"`, the crate's
-/// only header, which has short names of types, conversions of 16-bit floats, sums over warps and blocks, and `SHARED` and
-/// `DYN_SHARED` for shared memory. Kernels are `extern "C" __global__`.
+/// On a GPU, NVRTC compiles it at first use, and the machine code is cached on disk like that of the crate's kernels. On the emulated
+/// device (feature `emulator`) the host's C++ compiler compiles it. On both it may `#include "prelude.cuh"`, the crate's only header, which
+/// has short names of types, conversions of 16-bit floats, sums over warps and blocks, and `SHARED` and `DYN_SHARED` for shared memory.
+/// Kernels are declared `extern "C" __global__`.
 ///
-/// A launch is refused unless the number of its arguments and their sizes are those of the kernel, and arrays have the
-/// element type that the caller names. What the kernel does inside is not checked on a card: an access out of bounds can
-/// change other arrays or end the program. The emulated device reports it, with the line.
+/// A launch is refused unless the number of its arguments and their sizes are those of the kernel, and each array has the element type that
+/// the caller names. On a GPU the accesses inside the kernel are not checked: one out of bounds can change other arrays or end the program.
+/// The emulated device reports it with its source line.
 ///
 /// ```no_run
 /// use prismgrad::array::ArrayArguments;
@@ -42,15 +42,14 @@ use cudarc::driver::sys;
 pub struct CudaModule(KernelText);
 
 impl CudaModule {
-    /// `name` is that of the op: it is in error messages, in reports of the emulated device and in the names of cached files,
-    /// and consists of letters, digits and underscores. Nothing is compiled yet.
+    /// `name` is that of the op: it appears in error messages, in reports of the emulated device and in the names of cached files, and
+    /// consists of letters, digits and underscores. Nothing is compiled yet.
     pub const fn new(name: &'static str, text: &'static str) -> CudaModule {
         CudaModule(KernelText { name, text, own: false })
     }
 
-    /// A kernel of this text on a GPU, for [`Launch::of`](super::Launch::of). The first call compiles the text or reads it
-    /// from the cache, which takes up to seconds; later ones are a look-up. The error of a text that does not compile holds
-    /// what the compiler said.
+    /// A kernel of this text on a GPU, for [`Launch::of`](super::Launch::of). The first call compiles the text or reads it from the cache,
+    /// which takes up to seconds; later calls are a look-up. If the text does not compile, the error contains the compiler's messages.
     pub fn kernel(&self, gpu: &Gpu, name: &str) -> Result<Kernel> {
         if let Some(kernel) = gpu.modules.custom.read().unwrap_or_else(|e| e.into_inner()).get(&(self.0.id(), name)) {
             return Ok(*kernel);
@@ -89,8 +88,8 @@ pub(super) fn parameters(op: &str, function: sys::CUfunction) -> Result<Vec<u32>
     }
 }
 
-/// What the emulated device takes for the machine code of a text. The crate's own kernels are compiled into it, and their
-/// image is not looked at.
+/// The bytes that the emulated device accepts in place of a text's machine code. The crate's own kernels are compiled into the emulator,
+/// which ignores their image.
 pub(super) fn emulated_image(text: KernelText) -> Result<Vec<u8>> {
     if text.own {
         return Ok(vec![0u8; 16]);

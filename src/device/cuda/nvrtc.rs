@@ -1,7 +1,7 @@
-//! NVRTC: NVIDIA's compiler as a library. Found at run time, needs no GPU, no CUDA headers and no toolkit.
+//! NVRTC, NVIDIA's CUDA compiler as a library. It is found at run time and needs no GPU, no CUDA headers and no toolkit.
 //!
-//! It is loaded by path and called through its own few functions, so that the copy named by `PRISMGRAD_NVRTC` is the one
-//! that runs, whatever else the machine has installed.
+//! It is loaded by path and called through function pointers of its own, so that the copy named by `PRISMGRAD_NVRTC` is the one that runs,
+//! whatever else is installed on the machine.
 
 use super::library::{Missing, Wanted, newest};
 use crate::base::{Error, Result};
@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 
 type Program = *mut core::ffi::c_void;
 
-/// The functions in use.
+/// The NVRTC functions used here.
 struct Functions {
     version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
     num_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
@@ -48,15 +48,15 @@ pub struct Nvrtc {
 pub struct Compiled {
     /// A cubin for `sm_…`, PTX text ending in a zero byte for `compute_…`.
     pub image: Vec<u8>,
-    /// What the compiler said.
+    /// The compiler's messages.
     pub log: String,
 }
 
 impl Nvrtc {
-    /// The NVRTC of this machine: the one `PRISMGRAD_NVRTC` names (file or folder), else the loader's, else that of the
-    /// active Python's wheel, else the toolkit's.
+    /// The NVRTC of this machine: the one `PRISMGRAD_NVRTC` names (file or folder); else the one the dynamic loader finds; else that of the
+    /// active Python environment's wheel; else the toolkit's.
     pub fn find() -> Result<&'static Nvrtc> {
-        // Only success is kept, so that a later call can find what was installed meanwhile.
+        // Only success is cached, so that a later call can find a library installed in the meantime.
         static FOUND: OnceLock<Nvrtc> = OnceLock::new();
         if let Some(found) = FOUND.get() {
             return Ok(found);
@@ -70,7 +70,7 @@ impl Nvrtc {
         self.version
     }
 
-    /// Where it was found.
+    /// The place where it was found.
     pub fn found(&self) -> &str {
         &self.found
     }
@@ -123,7 +123,7 @@ impl Nvrtc {
     }
 
     fn error(&self, code: c_int) -> String {
-        // SAFETY: NVRTC answers any code with a static string.
+        // SAFETY: NVRTC returns a static string for every code.
         unsafe { CStr::from_ptr((self.f.error)(code)) }.to_string_lossy().into_owned()
     }
 
@@ -146,7 +146,7 @@ impl Handle<'_> {
         get: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
     ) -> Result<Vec<u8>> {
         let mut n = 0;
-        // SAFETY: the program is alive; the buffer has the size that NVRTC has just asked for.
+        // SAFETY: the program is alive; the buffer has the size that NVRTC has just returned.
         unsafe {
             self.nvrtc.check(op, size(self.raw, &mut n))?;
             let mut bytes = vec![0u8; n];
@@ -167,7 +167,7 @@ impl Drop for Handle<'_> {
     }
 }
 
-// ---- finding it
+// ---- search
 
 fn search() -> Result<Nvrtc> {
     let op = "find NVRTC";
@@ -190,7 +190,7 @@ fn search() -> Result<Nvrtc> {
     })
 }
 
-/// By path: the built-in functions first, since NVRTC looks for them by bare name when it compiles.
+/// Loads by path, the built-in functions first, since NVRTC looks for them by bare file name when it compiles.
 fn load_file(file: &Path) -> std::result::Result<Nvrtc, String> {
     if let Some(builtins) = file.parent().filter(|f| f.is_dir()).and_then(|f| newest(f, "libnvrtc-builtins.so")) {
         // SAFETY: NVIDIA's library; loading runs only its own start-up code.

@@ -1,19 +1,19 @@
-//! Device memory: blocks that are kept and handed out again.
+//! A caching allocator for device memory: freed blocks are kept and reused.
 //!
-//! Asking the driver costs 10 to 1000 µs and may wait for the whole device, so freed blocks go to lists by size class
-//! and stream. Two rules make handing them out again safe without waiting:
+//! A driver allocation costs 10 to 1000 µs and may wait for the whole device, so freed blocks go to free lists by size class and stream.
+//! Two rules make their reuse safe without waiting:
 //!
-//! - A block belongs to the stream it was made for. Work queued there before the block was freed runs before work queued
-//!   by its next owner, so on its own stream it can be reused at once, even while the device still computes on it.
-//! - Where another stream used it ([`Block::record_use`]) it carries an event of that stream. It is handed out when the
-//!   event has completed, or after its own stream has been made to wait for the event. The host never waits.
+//! - A block belongs to the stream it was allocated for. Work queued on that stream before the block was freed runs before work
+//!   queued by its next owner, so that stream can reuse the block at once, even while the device still computes on it.
+//! - A block that another stream used ([`Block::record_use`]) carries an event of that stream. It is reused when the event has
+//!   completed, or after its own stream has been made to wait for the event. The host never waits.
 //!
-//! `PRISMGRAD_CUDA_POOL` chooses how: `cached` (the default); `guard`, where every block is an allocation of its own and
-//! exact size, freed for good, so that a memory checker sees every step outside it; `poison`, where fresh and freed memory
-//! is filled with 0xFF, which is NaN in every float type.
+//! `PRISMGRAD_CUDA_POOL` chooses the mode: `cached` (the default); `guard`, where every block is an allocation of its own with the exact
+//! size and is freed to the driver, so that a memory checker detects every access outside it; `poison`, where fresh and freed memory is
+//! filled with 0xFF, which is NaN in every float type.
 //!
-//! While a graph is captured, memory comes from idle blocks only and then stays with the graph ([`super::Graph`]); guard
-//! mode keeps none and so cannot capture.
+//! While a graph is captured, memory comes from idle blocks only and then stays with the graph ([`super::Graph`]); guard mode has no idle
+//! blocks and therefore does not support capture.
 
 use super::context::{Gpu, RawEvent, Stream, count, lock};
 use super::errors::explain;
@@ -25,9 +25,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// Alignment and smallest size of a block. The driver's own is 256; 512 keeps rows of tiles on whole sectors.
+/// Alignment and smallest size of a block. The driver aligns to 256 bytes; 512 also keeps rows of tiles aligned to whole memory sectors.
 const ALIGN: usize = 512;
-/// How many idle blocks are looked at for one whose foreign uses are over.
+/// How many idle blocks are searched for one whose uses by other streams have completed.
 const LOOK: usize = 8;
 
 /// How freed blocks are kept; chosen by `PRISMGRAD_CUDA_POOL`.
@@ -37,12 +37,12 @@ pub enum PoolMode {
     Cached,
     /// Every block is an allocation of its own.
     Guard,
-    /// Kept for reuse, and filled with NaN bytes in between.
+    /// Blocks are kept for reuse, and filled with NaN bytes in between.
     Poison,
 }
 
-/// The size a request is rounded up to: powers of two with three steps between, so at most a fifth is unused
-/// (small ones: multiples of 512 bytes).
+/// The size to which a request is rounded up: powers of two with three steps between, so that at most a fifth is unused (small requests:
+/// multiples of 512 bytes).
 pub(crate) fn size_class(bytes: usize) -> usize {
     let step = (bytes.max(1).next_power_of_two() / 8).max(ALIGN);
     bytes.max(1).div_ceil(step) * step
@@ -50,24 +50,24 @@ pub(crate) fn size_class(bytes: usize) -> usize {
 
 type Uses = SmallVec<[(Stream, RawEvent); 1]>;
 
-/// Memory from the driver.
+/// One allocation from the driver.
 struct Raw {
     ptr: u64,
     size: usize,
     home: Stream,
     /// Last uses by other streams.
     uses: Uses,
-    /// The graph whose launches write to it; 0 for none.
+    /// The graph whose launches write to this memory; 0 for none.
     graph: u64,
 }
 
 #[derive(Default)]
 struct Idle {
-    /// Blocks by home stream and size.
+    /// Idle blocks by home stream and size.
     free: BTreeMap<(Stream, usize), Vec<Raw>>,
     /// Blocks that belong to a graph. An entry exists as long as the graph does.
     graphs: HashMap<u64, BTreeMap<(Stream, usize), Vec<Raw>>>,
-    /// Guard mode: blocks to free once their uses are over.
+    /// Guard mode: blocks to free once their uses have completed.
     doomed: Vec<Raw>,
     reserved: usize,
     idle: usize,
@@ -77,7 +77,7 @@ struct Idle {
 pub(crate) struct Pool {
     mode: PoolMode,
     meters: Meters,
-    /// Where `Drop` leaves blocks. Its lock is held for a push or a swap only, never across a driver call.
+    /// Blocks left here by `Drop`. The lock is held for a push or a swap only, never across a driver call.
     returned: Mutex<Vec<Raw>>,
     idle: Mutex<Idle>,
     /// The graph being captured; 0 for none.
@@ -108,7 +108,7 @@ impl Pool {
         self.capture.load(Ordering::Acquire)
     }
 
-    /// Sorts what `Drop` left into the lists.
+    /// Sorts the blocks that `Drop` left into the free lists.
     fn collect(&self, gpu: &Gpu, idle: &mut Idle) {
         let returned = std::mem::take(&mut *lock(&self.returned));
         for raw in returned {
@@ -131,7 +131,7 @@ impl Pool {
         }
     }
 
-    /// Frees what only waited for the device. Called when the device has just been waited for.
+    /// Frees blocks that were waiting only for the device. Called just after the host has waited for the device.
     pub(crate) fn poll(&self, gpu: &Gpu) {
         if self.mode == PoolMode::Guard {
             self.collect(gpu, &mut lock(&self.idle));
@@ -152,7 +152,7 @@ impl Pool {
             idle.idle -= raw.size;
             drop(idle);
             for (_, event) in raw.uses.drain(..) {
-                // If the wait cannot be queued the context is lost, and the next launch says so.
+                // If the wait cannot be queued, the context is lost, and the next launch returns that error.
                 let waited = gpu.wait_raw(home, event);
                 gpu.recycle(event);
                 waited?;
@@ -224,11 +224,11 @@ impl Pool {
 
     // ---- graphs
 
-    /// From here on, memory is for the graph `id`. The device has been waited for.
+    /// From here on, allocated memory belongs to the graph `id`. The caller has waited for the device.
     pub(crate) fn begin_capture(&self, gpu: &Gpu, id: u64) {
         let mut idle = lock(&self.idle);
         self.collect(gpu, &mut idle);
-        // Events from before a capture cannot be waited for inside it; they are over.
+        // Events from before a capture cannot be waited for inside it; these have completed.
         for raw in idle.free.values_mut().flatten() {
             raw.uses.drain(..).for_each(|(_, e)| gpu.recycle(e));
         }
@@ -236,12 +236,12 @@ impl Pool {
         self.capture.store(id, Ordering::Release);
     }
 
-    /// The end of [`Pool::begin_capture`].
+    /// Ends what [`Pool::begin_capture`] started.
     pub(crate) fn end_capture(&self, gpu: &Gpu) {
         let id = self.capturing();
         let mut idle = lock(&self.idle);
         self.collect(gpu, &mut idle);
-        // Events recorded inside are part of the graph now; in the graph, its own order took their place.
+        // Events recorded during the capture became part of the graph, whose own order replaces them.
         if let Some(arena) = idle.graphs.get_mut(&id) {
             for raw in arena.values_mut().flatten() {
                 raw.uses.drain(..).for_each(|(_, e)| gpu.recycle(e));
@@ -250,7 +250,7 @@ impl Pool {
         self.capture.store(0, Ordering::Release);
     }
 
-    /// The graph is gone: its memory may be handed out again. What it queued is ahead of any new owner's work.
+    /// Called when the graph is dropped: its memory may be reused. Its queued launches run before any new owner's work.
     pub(crate) fn release_graph(&self, gpu: &Gpu, id: u64) {
         let mut idle = lock(&self.idle);
         self.collect(gpu, &mut idle);
@@ -269,7 +269,7 @@ impl Pool {
     }
 }
 
-/// An idle block of this key: one without unfinished foreign uses if the last few have one, else the last.
+/// An idle block of this key: among the last few, one without unfinished uses by other streams; if there is none, the last.
 fn take(gpu: &Gpu, lists: &mut BTreeMap<(Stream, usize), Vec<Raw>>, key: (Stream, usize)) -> Option<Raw> {
     let list = lists.get_mut(&key)?;
     let ready = (0..list.len()).rev().take(LOOK).find(|&i| settle(gpu, &mut list[i]));
@@ -279,7 +279,7 @@ fn take(gpu: &Gpu, lists: &mut BTreeMap<(Stream, usize), Vec<Raw>>, key: (Stream
     }
 }
 
-/// Drops the uses that are over; true when none is left.
+/// Removes the uses that have completed; returns true when none is left.
 fn settle(gpu: &Gpu, raw: &mut Raw) -> bool {
     raw.uses.retain(|(_, event)| {
         let over = gpu.is_complete(*event);
@@ -301,17 +301,17 @@ fn driver_alloc(gpu: &Gpu, size: usize) -> std::result::Result<u64, CUresult> {
     }
 }
 
-/// To the driver. Nothing queued uses the memory any more: the device was waited for, or its events have completed.
+/// Frees a block to the driver. No queued work uses the memory any more: the device was waited for, or the events have completed.
 fn give_back(gpu: &Gpu, idle: &mut Idle, raw: Raw) {
     count(&gpu.counters.driver_frees);
     idle.reserved -= raw.size;
     idle.idle -= raw.size;
     raw.uses.into_iter().for_each(|(_, e)| gpu.recycle(e));
-    // SAFETY: from cuMemAlloc, and no block uses it any more. An error here means a lost context: the next call says so.
+    // SAFETY: from cuMemAlloc, and no block uses it any more. An error here means a lost context, which the next call reports.
     let _ = unsafe { sys::cuMemFree_v2(raw.ptr) };
 }
 
-/// Fills with 0xFF on its own stream, after the uses of others. Errors are left to the next call.
+/// Fills with 0xFF on the home stream, after the uses by other streams. Errors are left to the next call.
 fn poison(gpu: &Gpu, raw: &Raw) {
     for (_, event) in &raw.uses {
         if !gpu.is_complete(*event) {
@@ -319,12 +319,12 @@ fn poison(gpu: &Gpu, raw: &Raw) {
         }
     }
     if gpu.bind().is_ok() {
-        // SAFETY: the memory is ours and `size` bytes long; the order on its stream puts this after all earlier use.
+        // SAFETY: the memory is ours and `size` bytes long; stream order puts the fill after all earlier uses.
         let _ = unsafe { sys::cuMemsetD8Async(raw.ptr, 0xFF, raw.size, gpu.raw_stream(raw.home)) };
     }
 }
 
-/// Device memory. Goes back to the pool when dropped.
+/// Device memory, which returns to the pool when dropped.
 pub struct Block {
     raw: Held,
     bytes: usize,
@@ -332,7 +332,7 @@ pub struct Block {
     gpu: Arc<Gpu>,
 }
 
-/// [`Raw`] while in use: what other threads may add to it is behind a lock.
+/// [`Raw`] while in use: the fields that other threads may change are behind a lock.
 struct Held {
     ptr: u64,
     size: usize,
@@ -347,12 +347,12 @@ impl Block {
         self.raw.ptr
     }
 
-    /// The size asked for.
+    /// The requested size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// What it is for.
+    /// The purpose it was allocated for.
     pub fn tag(&self) -> Tag {
         self.tag
     }
@@ -362,20 +362,20 @@ impl Block {
         &self.gpu
     }
 
-    /// The stream it was made for.
+    /// The stream it was allocated for.
     pub fn stream(&self) -> Stream {
         self.raw.home
     }
 
-    /// To be called after queueing work that uses the block on another stream than its own: the memory is then not handed
-    /// out again before that work is done. ([`super::Launch`] does it by itself.)
+    /// Must be called after queueing work that uses the block on a stream other than its own: the memory is then not reused before that
+    /// work is done. ([`super::Launch`] does this by itself.)
     pub fn record_use(&self, stream: Stream) -> Result<()> {
         if stream == self.raw.home || self.raw.ptr == 0 {
             return Ok(());
         }
         let event = self.gpu.record_raw(stream)?;
         let mut uses = lock(&self.raw.uses);
-        // The stream is in order, so its latest event stands for the earlier ones.
+        // Work on a stream runs in order, so its latest event stands for the earlier ones.
         match uses.iter_mut().find(|(s, _)| *s == stream) {
             Some((_, last)) => self.gpu.recycle(std::mem::replace(last, event)),
             None => uses.push((stream, event)),
@@ -399,13 +399,13 @@ impl Drop for Block {
         pool.meters.remove(self.tag, self.bytes);
         let uses = std::mem::take(&mut *lock(&self.raw.uses));
         let Held { ptr, size, home, graph, .. } = self.raw;
-        // Launches captured right now may use the block: it stays with their graph.
+        // Launches that are being captured may use the block: it stays with their graph.
         let graph = if graph != 0 { graph } else { pool.capturing() };
         let mut raw = Raw { ptr, size, home, uses, graph };
         match pool.mode {
             PoolMode::Cached => {}
             PoolMode::Poison => poison(&self.gpu, &raw),
-            // A plain free would wait for the device; this way it happens once the work queued so far is done.
+            // A plain free would wait for the device; this one happens once the work queued so far is done.
             PoolMode::Guard if pool.capturing() == 0 => {
                 raw.uses.extend(self.gpu.record_raw(home).ok().map(|e| (home, e)))
             }
@@ -421,12 +421,12 @@ impl Drop for Block {
 }
 
 impl Gpu {
-    /// Memory for use on the compute stream, under the thread's current [`Tag`]. What is in it is not defined.
+    /// Memory for use on the compute stream, under the thread's current [`Tag`]. Its contents are undefined.
     pub fn alloc(self: &Arc<Self>, bytes: usize) -> Result<Block> {
         self.alloc_on(Stream::Compute, bytes)
     }
 
-    /// Memory for use on one stream, under the thread's current [`Tag`]. What is in it is not defined.
+    /// Memory for use on one stream, under the thread's current [`Tag`]. Its contents are undefined.
     pub fn alloc_on(self: &Arc<Self>, stream: Stream, bytes: usize) -> Result<Block> {
         let raw = match bytes {
             0 => Raw { ptr: 0, size: 0, home: stream, uses: Uses::new(), graph: 0 },
@@ -443,26 +443,26 @@ impl Gpu {
         self.pool.mode
     }
 
-    /// Gives idle memory back to the driver. Waits for the device.
+    /// Returns idle memory to the driver. Waits for the device.
     pub fn empty_cache(&self) -> Result<()> {
         self.refuse_in_capture("give memory back")?;
         self.bind()?;
         self.pool.empty(self, &mut lock(&self.pool.idle))
     }
 
-    /// Who uses how much.
+    /// Memory in use and at its peak, by tag.
     pub fn memory_report(&self) -> MemoryReport {
         let mut idle = lock(&self.pool.idle);
         self.pool.collect(self, &mut idle);
         self.pool.meters.report(idle.reserved, idle.idle)
     }
 
-    /// Bytes in use now, and the most that were in use since this was last called.
+    /// Bytes in use now, and the most that were in use since the last call.
     pub(crate) fn watermark(&self) -> (usize, usize) {
         self.pool.meters.watermark()
     }
 
-    /// Peaks start again from what is in use now.
+    /// Resets the recorded peaks to the bytes in use now.
     pub fn reset_peak_memory(&self) {
         self.pool.meters.reset_peaks();
     }

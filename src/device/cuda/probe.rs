@@ -1,14 +1,14 @@
-//! Is there a driver, is there a device? Asked once, before anything else touches CUDA.
+//! Checks for a driver and a device, once, before anything else calls CUDA.
 //!
-//! The bindings load the driver library and each of its functions at first use and *panic* when one is missing. So
-//! everything goes through [`driver`], which looks first and answers with one sentence.
+//! The bindings load the driver library and each of its functions at first use and *panic* when one is missing. Therefore all calls go
+//! through [`driver`], which checks first and returns an error of one sentence.
 
 use super::errors::check;
 use crate::base::{Error, Result};
 use cudarc::driver::sys::{self, CUresult};
 use std::sync::OnceLock;
 
-/// What the probe found.
+/// The result of the probe.
 #[derive(Clone, Copy, Debug)]
 pub struct Driver {
     /// CUDA version of the driver: 1000 × major + 10 × minor.
@@ -17,10 +17,10 @@ pub struct Driver {
     pub devices: usize,
 }
 
-/// Drivers before this lack functions we call.
+/// Older drivers lack functions that we call.
 const OLDEST: u32 = 12_000;
 
-/// Functions without which nothing works.
+/// Functions that must exist for anything to work.
 const NEEDED: &[&str] = &[
     "cuCtxGetCurrent",
     "cuCtxSetCurrent",
@@ -63,7 +63,7 @@ pub fn driver_present() -> bool {
     unsafe { sys::is_culib_present() }
 }
 
-/// Whether the driver is there and has all of `symbols`. The answer holds for the life of the process.
+/// Whether the driver is installed and has all of `symbols`. The answer holds for the life of the process.
 pub fn has_symbols(symbols: &[&str]) -> bool {
     driver_present() && first_missing(symbols).is_none()
 }
@@ -74,9 +74,9 @@ fn first_missing<'a>(symbols: &[&'a str]) -> Option<&'a str> {
     symbols.iter().find(|s| unsafe { lib.get::<unsafe extern "C" fn()>(s.as_bytes()) }.is_err()).copied()
 }
 
-/// The driver, initialised, with at least one device; or one sentence saying what is missing.
+/// The initialised driver with at least one device; otherwise one sentence that says what is missing.
 pub fn driver() -> Result<Driver> {
-    // Only success is kept: a driver (or its stand-in) may be loaded after a first failed look.
+    // Only success is cached: a driver (or the emulator) may be loaded after a first failed probe.
     static FOUND: OnceLock<Driver> = OnceLock::new();
     if let Some(found) = FOUND.get() {
         return Ok(*found);

@@ -1,4 +1,4 @@
-//! The kernel sources, carried inside the binary. `build.rs` lists the files of `cuda/`.
+//! The kernel sources, embedded in the binary. `build.rs` lists the files of `cuda/`.
 
 /// The only header a kernel file includes.
 pub const PRELUDE: (&str, &str) = ("prelude.cuh", include_str!("../../../cuda/prelude.cuh"));

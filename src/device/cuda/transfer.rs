@@ -1,7 +1,7 @@
-//! Bytes between host and device, and within the device, all on the compute stream.
+//! Copies between host and device, and within the device, all on the compute stream.
 //!
-//! Uploads go through pinned staging buffers, so the call returns when the bytes are copied aside; the device fetches
-//! them when it gets there. A download is the only thing here that makes the host wait.
+//! Uploads go through pinned staging buffers, so the call returns as soon as the bytes are in the staging buffer; the device fetches them
+//! later, in stream order. A download is the only operation here that makes the host wait.
 
 use super::context::{Gpu, RawEvent, Stream, count, lock};
 use super::errors::check;
@@ -13,10 +13,10 @@ use cudarc::driver::sys;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
-/// Transfers are cut into pieces of at most this: large enough for full PCIe bandwidth (about 0.3 ms at 25 GB/s).
+/// Transfers are split into pieces of at most this size, which is enough for full PCIe bandwidth (about 0.3 ms at 25 GB/s).
 const PIECE: usize = 8 << 20;
 const SMALLEST: usize = 4 << 10;
-/// Pinned memory kept at most. Beyond it an upload waits for an earlier one.
+/// The most pinned memory that is kept, in bytes. Beyond it an upload waits for an earlier one.
 const PINNED: usize = 128 << 20;
 
 /// A pinned host buffer and the event of its last use.
@@ -37,19 +37,19 @@ pub(crate) struct Staging {
 #[derive(Default)]
 struct Slots {
     list: Vec<Slot>,
-    /// Bytes in all slots, also those taken out.
+    /// Bytes in all slots, including those in use.
     pinned: usize,
 }
 
 impl Staging {
-    /// A buffer of at least `bytes` (at most [`PIECE`]) that the device does not use any more.
+    /// A buffer of at least `bytes` (at most [`PIECE`]) that the device no longer uses.
     fn take(&self, gpu: &Gpu, bytes: usize) -> Result<Slot> {
         let size = bytes.next_power_of_two().max(SMALLEST);
         let mut slots = lock(&self.slots);
         let ready = |s: &Slot| s.size == size && s.busy.is_none_or(|e| gpu.is_complete(e));
         let found = match slots.list.iter().position(ready) {
             Some(i) => Some(i),
-            // Nothing free and no room for more: wait for the oldest of this size.
+            // No buffer is free and there is no room for more: wait for the oldest of this size.
             None if slots.pinned + size > PINNED => slots.list.iter().position(|s| s.size == size),
             None => None,
         };
@@ -79,14 +79,14 @@ impl Staging {
         Ok(Slot { ptr: ptr.cast(), size, busy: None })
     }
 
-    /// Back on the list, to be used again after `busy`.
+    /// Returns a slot to the list, to be reused after `busy`.
     fn put(&self, mut slot: Slot, busy: Option<RawEvent>) {
         slot.busy = busy;
         lock(&self.slots).list.push(slot);
     }
 }
 
-/// The address of `bytes` bytes at `offset` of a block, which must have them.
+/// The address of `bytes` bytes at `offset` of a block; an error if they lie outside it.
 fn range(op: &str, block: &Block, offset: usize, bytes: usize) -> Result<u64> {
     match offset.checked_add(bytes) {
         Some(end) if end <= block.bytes() => Ok(block.ptr() + offset as u64),
@@ -105,7 +105,7 @@ impl Gpu {
         Ok(block)
     }
 
-    /// Writes values at a byte offset. They are copied aside: the slice is free when the call returns.
+    /// Writes values at a byte offset. They are copied to a staging buffer first: the slice may be changed when the call returns.
     pub fn upload_into<T: Pod>(&self, block: &Block, offset: usize, values: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let to = range("upload", block, offset, bytes.len())?;
@@ -130,7 +130,8 @@ impl Gpu {
                 .and_then(|()| self.record_raw(Stream::Compute));
             match busy {
                 Ok(event) => self.staging.put(slot, Some(event)),
-                // Not put back: the device may still read it. A failed upload ends the run; the buffer goes with it.
+                // The slot is not returned to the list: the device may still read it. A failed upload ends the run, so the buffer is not
+                // needed again.
                 Err(e) => return Err(e),
             }
         }
@@ -150,7 +151,7 @@ impl Gpu {
         self.counters.downloads.fetch_add(1, Relaxed);
         self.counters.synchronisations.fetch_add(1, Relaxed);
         let op = format!("download {}", human(bytes.len()));
-        // Two pieces in flight: while the host copies one out, the next arrives.
+        // Two pieces are in flight: while the host copies one out, the next arrives.
         let mut flying: Option<(Slot, RawEvent, &mut [u8])> = None;
         let mut at = from;
         for piece in bytes.chunks_mut(PIECE) {
@@ -184,7 +185,7 @@ impl Gpu {
 
     /// `count` values from a byte offset. **Waits** for the compute stream.
     pub fn download<T: Pod>(&self, block: &Block, offset: usize, count: usize) -> Result<Vec<T>> {
-        // Before the host allocates for a wrong count.
+        // Checked before the host allocates memory for a wrong count.
         range("download", block, offset, count.saturating_mul(size_of::<T>()))?;
         let mut values = vec![T::zeroed(); count];
         self.download_into(block, offset, &mut values)?;

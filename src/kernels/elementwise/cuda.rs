@@ -1,5 +1,5 @@
-//! Launches of the elementwise kernels (`cuda/unary.cu`, `cuda/binary.cu`, `cuda/move.cu`): strided operands in, a
-//! contiguous result out, 4 elements per thread.
+//! Launches of the elementwise kernels (`cuda/unary.cu`, `cuda/binary.cu`, `cuda/move.cu`). Operands are strided, the result is contiguous,
+//! and each thread computes 4 elements.
 
 use crate::array::cuda::{launch_elementwise, on, strided, suffix};
 use crate::array::shape::{Dims, broadcast};
@@ -15,7 +15,7 @@ pub(crate) fn unary(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2]) -> 
     Ok(out)
 }
 
-/// The same into `out`, contiguous.
+/// The same into the contiguous array `out`.
 pub(crate) fn unary_into(gpu: &Arc<Gpu>, name: &str, x: &Array, out: &Array) -> Result<()> {
     unary_to(gpu, name, x, [0.0; 2], out)
 }
@@ -29,7 +29,7 @@ fn unary_to(gpu: &Arc<Gpu>, name: &str, x: &Array, [p, q]: [f64; 2], out: &Array
     })
 }
 
-/// x ← p·x, in place, also for other handles on the same memory; contiguous.
+/// x ← p·x for a contiguous x, in place: other handles on the same memory see the new values.
 pub(crate) fn scale_in_place(gpu: &Arc<Gpu>, x: &Array, p: f64) -> Result<()> {
     let s: [i64; 13] = strided("mul_scalar", &[x.numel()], [&[1]])?;
     let n = x.numel() as i64;
@@ -50,7 +50,7 @@ pub(crate) fn unary_grad(gpu: &Arc<Gpu>, name: &str, g: &Array, saved: &Array, [
     Ok(out)
 }
 
-/// Both operands on the GPU, expanded to their common shape.
+/// Both operands on the GPU, expanded to the shape to which they broadcast.
 pub(crate) fn pair(gpu: &Arc<Gpu>, op: &'static str, a: &Array, b: &Array) -> Result<(Array, Array, Dims)> {
     let shape = broadcast(op, a.shape(), b.shape())?;
     Ok((on(gpu, a)?.expand(&shape)?, on(gpu, b)?.expand(&shape)?, shape))
@@ -69,7 +69,7 @@ pub(crate) fn binary(gpu: &Arc<Gpu>, name: &'static str, a: &Array, b: &Array) -
     Ok(out)
 }
 
-/// g·∂/∂(operand `side`) of the broadcast operands, in their common shape.
+/// g·∂/∂(operand `side`) of the broadcast operands, in the broadcast shape.
 pub(crate) fn binary_grad(
     gpu: &Arc<Gpu>,
     name: &'static str,

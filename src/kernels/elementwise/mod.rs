@@ -1,6 +1,6 @@
-//! Elementwise loops over strided arrays: one memory pass, vectorised where operands are contiguous.
+//! Elementwise loops over strided arrays in one pass over memory, vectorised where operands are contiguous.
 //!
-//! Cost: every operand is read once and the result written once; on arrays beyond the cache that is all there is.
+//! Cost: every operand is read once and the result is written once; on arrays larger than the cache this memory traffic is the whole cost.
 
 pub(crate) mod cuda;
 
@@ -15,7 +15,7 @@ use std::ops::Range;
 /// Elements of an operand that is not contiguous, or is one repeated element, that are gathered before a loop over them.
 const BLOCK: usize = 256;
 
-/// `f` of every element, into a fresh contiguous array.
+/// Applies `f` to every element, into a new contiguous array.
 pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) -> Result<Array> {
     map_blocks(a, &|d: &mut [D], x: &[S]| {
         simd(
@@ -30,7 +30,7 @@ pub fn map<S: Element, D: Element>(a: &Array, f: impl Fn(S) -> D + Sync + Copy) 
     })
 }
 
-/// `f` of every element, in the array's own buffer where no other handle shares it.
+/// Applies `f` to every element, in the array's own buffer if no other handle shares it.
 pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> Result<Array> {
     if !a.is_contiguous() || !a.is_unique() {
         return map::<T, T>(&a, f);
@@ -39,7 +39,7 @@ pub fn map_owned<T: Element>(mut a: Array, f: impl Fn(T) -> T + Sync + Copy) -> 
     Ok(a)
 }
 
-/// `f` of the pairs of two broadcast operands.
+/// Applies `f` to the pairs of two broadcast operands.
 pub fn zip<A: Element, B: Element, D: Element>(
     op: &'static str,
     a: &Array,
@@ -59,7 +59,7 @@ pub fn zip<A: Element, B: Element, D: Element>(
     })
 }
 
-/// `f` of the pairs of two arrays of one shape, in the first one's buffer where no other handle shares it.
+/// Applies `f` to the pairs of two arrays of one shape, in the first one's buffer if no other handle shares it.
 pub fn zip_owned<T: Element, B: Element>(
     op: &'static str,
     mut a: Array,

@@ -1,11 +1,11 @@
-//! Large plain products by cuBLASLt, where it is found; our own kernel (`cuda/gemm.cu`) computes everything else, and
-//! everything where it is not.
+//! Large plain products by cuBLASLt, if it is installed. The crate's own kernel (`cuda/gemm.cu`) computes everything else, and everything
+//! if cuBLASLt is missing.
 //!
-//! The library is looked for at the first product that would use it, as NVRTC is: named by `PRISMGRAD_CUBLASLT` (its file
-//! or folder; `off` turns it off), on the loader's path, in the active Python's wheels, in a toolkit. Before it is used, four
-//! small products of each dtype are compared with our own kernel's; a library that disagrees is left alone and named on
-//! standard error. Which products go there depends on their sizes and strides alone, algorithms are asked for once per shape
-//! and may reduce only in a fixed order, so two runs have the same bits.
+//! The library is searched at the first product that would use it, in the same places as NVRTC: the file or folder named by
+//! `PRISMGRAD_CUBLASLT` (`off` disables it), the dynamic loader's path, the wheels of the active Python environment, a toolkit. Before it
+//! is used, four small products of each dtype are compared with those of the crate's own kernel; a library that disagrees is not used and
+//! is named on standard error. Which products use it depends on their sizes and strides alone. An algorithm is chosen once per shape and
+//! must reduce in a fixed order, so that two runs have the same bits.
 //!
 //! Built with the feature `cublas-sys`, f32 products without bias go to the cuBLAS linked at build time instead.
 
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 type Handle = *mut c_void;
 
-/// An algorithm and what it needs: `cublasLtMatmulHeuristicResult_t`.
+/// An algorithm and its requirements: `cublasLtMatmulHeuristicResult_t`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Found {
@@ -35,7 +35,7 @@ struct Found {
     reserved: [c_int; 4],
 }
 
-/// The functions in use.
+/// The cuBLASLt functions used here.
 struct Functions {
     create: unsafe extern "C" fn(*mut Handle) -> c_int,
     desc: unsafe extern "C" fn(*mut Handle, c_int, c_int) -> c_int,
@@ -77,7 +77,7 @@ struct Functions {
     ) -> c_int,
 }
 
-// Numbers of cublasLt.h.
+// Constants of cublasLt.h.
 const TRANSA: c_int = 3;
 const TRANSB: c_int = 4;
 const EPILOGUE: c_int = 7;
@@ -87,13 +87,13 @@ const BATCH_COUNT: c_int = 5;
 const BATCH_STEP: c_int = 6;
 const MAX_WORKSPACE: c_int = 1;
 const REDUCTION_SCHEMES: c_int = 3;
-/// Sums of split contractions by way of the workspace, in the type they are computed in: in a fixed order.
+/// Reduction scheme: the sums of split contractions are added through the workspace, in the type they are computed in, in a fixed order.
 const REDUCE_IN_ORDER: u32 = 2;
 const MIN_ALIGNMENTS: [c_int; 4] = [5, 6, 7, 8];
 
 const ALIGNMENT: usize = 16;
 const WORKSPACE: usize = 32 << 20;
-/// Below this many multiply-adds a product is mostly its launch, and our kernel has the activation in it.
+/// Below this many multiply-adds the launch dominates a product, and the crate's own kernel can fuse the activation.
 const WORTH_IT: usize = 1 << 24;
 
 /// The state of one GPU.
@@ -111,7 +111,7 @@ unsafe impl Send for Lt {}
 // SAFETY: as above.
 unsafe impl Sync for Lt {}
 
-/// A row-major operand as cuBLAS sees it: leading dimension, whether its rows are the contiguous ones.
+/// A row-major operand in cuBLAS's terms: its leading dimension, and whether its rows are contiguous.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Operand {
     turned: bool,
@@ -119,7 +119,7 @@ struct Operand {
     step: usize,
 }
 
-/// Everything a plan depends on.
+/// The properties of a product that determine its plan.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Product {
     dtype: DType,
@@ -133,7 +133,7 @@ struct Product {
 
 struct Plan {
     desc: Handle,
-    /// Of B, A, C: column-major, so that ours are their transposes and change places.
+    /// Layouts of B, A, C: cuBLAS is column-major, so row-major matrices are its transposes and the operands are exchanged.
     layouts: [Handle; 3],
     algo: [u64; 8],
     workspace: usize,
@@ -153,7 +153,7 @@ fn operand(x: &Array, batch: usize) -> Option<Operand> {
     }
 }
 
-/// The step between matrices if one step leads from each to the next.
+/// The stride between the matrices of a batch, if one stride covers all of them.
 fn batch_step(x: &Array, batch: usize) -> Option<usize> {
     let r = x.rank() - 2;
     if batch <= 1 {
@@ -172,7 +172,7 @@ fn batch_step(x: &Array, batch: usize) -> Option<usize> {
 }
 
 fn data_type(dtype: DType) -> Option<(c_int, c_int, c_int)> {
-    // Of the matrices, of the sums, of α and β.
+    // Types of the matrices, of the sums, and of α and β.
     match dtype {
         DType::F32 => Some((0, 68, 0)),
         DType::F64 => Some((1, 70, 1)),
@@ -187,7 +187,7 @@ fn aligned(x: &Array) -> Result<bool> {
     Ok((block.ptr() as usize + at).is_multiple_of(ALIGNMENT))
 }
 
-/// out = a·b (+ bias per column), or out += a·b, by cuBLASLt: true if it was queued there. `out […, m, n]` is contiguous.
+/// Computes out = a·b (+ bias per column), or out += a·b, by cuBLASLt; returns true if it was queued there. `out […, m, n]` is contiguous.
 pub(crate) fn product(
     gpu: &Arc<Gpu>,
     a: &Array,
@@ -211,7 +211,7 @@ pub(crate) fn product(
     lt.product(gpu, (a, b, out), bias, accumulate)
 }
 
-/// What is known about the library on this GPU.
+/// The state of the library on this GPU.
 fn slot(gpu: &Gpu) -> &Blas {
     let slot = gpu.products.get_or_init(|| Box::new(Blas::default()));
     slot.downcast_ref().expect("only this file fills the slot")
@@ -236,14 +236,14 @@ impl Blas {
 }
 
 impl Gpu {
-    /// Whether large products go to cuBLASLt; looks for it where that has not been done.
+    /// Whether large products go to cuBLASLt; searches for the library if that has not been done.
     pub fn uses_cublaslt(self: &Arc<Self>) -> Result<bool> {
         slot(self).get(self).map(|lt| lt.is_some())
     }
 }
 
 impl Lt {
-    /// `Err(None)` where there is none, or it is turned off.
+    /// Opens the library; `Err(None)` if it is missing or disabled.
     fn open(gpu: &Arc<Gpu>) -> std::result::Result<Lt, Option<Error>> {
         let op = "find cuBLASLt";
         let wanted = Wanted {
@@ -253,7 +253,7 @@ impl Lt {
             wheels: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
         };
         let named = std::env::var_os(wanted.variable).filter(|v| !v.is_empty());
-        // The real one does not know the emulated device.
+        // The real library does not work on the emulated device.
         if named.as_ref().is_some_and(|v| v == "off") || (named.is_none() && gpu.is_emulated()) {
             return Err(None);
         }
@@ -275,7 +275,7 @@ impl Lt {
         Ok(lt)
     }
 
-    /// Small products in every dtype and layout beside our own kernel's.
+    /// Compares small products in every dtype and layout with those of the crate's own kernel.
     fn compare(&self, gpu: &Arc<Gpu>) -> Result<()> {
         let there = crate::Device::Cuda(gpu.clone());
         for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
@@ -291,7 +291,7 @@ impl Lt {
                 let bias = (layout > 1).then(|| make(1, n, false, 3)?.reshape(&[n])).transpose()?;
                 let fresh = || Array::full(&[m, n], 0.5, (dtype, &there));
                 let (ours, theirs) = (fresh(), fresh());
-                // One of them adds to what is there.
+                // One of them accumulates into the output.
                 let accumulate = layout == 1;
                 if !self.product(gpu, (&a, &b, &theirs), bias.as_ref(), accumulate)? {
                     return Err(Error::device("compare cuBLASLt", format!("it has no {dtype} product {m}×{k}×{n}")));
@@ -379,7 +379,7 @@ impl Lt {
         Ok(true)
     }
 
-    /// The algorithm for a product, if the library has one.
+    /// The library's algorithm for a product, if it has one.
     fn plan(&self, p: &Product) -> Result<Option<Plan>> {
         let op = "plan a product with cuBLASLt";
         let Some((matrix, sums, scale)) = data_type(p.dtype) else { return Ok(None) };

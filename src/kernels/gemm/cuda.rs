@@ -8,18 +8,18 @@ use crate::kernels::Activation;
 use crate::kernels::gemm::blas;
 use std::sync::Arc;
 
-/// What happens to a product on its way to memory.
+/// Operations fused into a product when a result is written.
 #[derive(Default)]
 pub(crate) struct Epilogue<'a> {
     /// Added to every row.
     pub bias: Option<&'a Array>,
     /// Applied last.
     pub act: Activation,
-    /// Whether the values before the activation are wanted as well.
+    /// Whether the values before the activation are returned as well.
     pub pre: bool,
 }
 
-/// Code of an activation.
+/// The activation's code in the kernels.
 pub(crate) fn code(act: Activation) -> i32 {
     match act {
         Activation::None => layouts::ACT_NONE,
@@ -31,7 +31,7 @@ pub(crate) fn code(act: Activation) -> i32 {
     }
 }
 
-/// Its kernel in `cuda/unary.cu`.
+/// The activation's kernel in `cuda/unary.cu`.
 fn name(act: Activation) -> &'static str {
     match act {
         Activation::None => "identity",
@@ -46,12 +46,12 @@ fn name(act: Activation) -> &'static str {
 /// Dynamic shared memory of the f32 and f64 products, in bytes.
 pub(crate) const SHARED: usize = 33_792;
 
-/// Dynamic shared memory of a product: more on the tensor cores, whose stages overlap.
+/// Dynamic shared memory of a product, in bytes; larger for tensor cores, whose pipeline stages overlap.
 pub(crate) fn shared(kind: &str) -> usize {
     if matches!(kind, "f32" | "f64") { SHARED } else { 65_536 }
 }
 
-/// The arithmetic of a product, as it stands in the names of kernels: the dtype, or TF32 where f32 may be rounded to it.
+/// The arithmetic of a product as it appears in the names of kernels: the dtype, or TF32 if f32 operands may be rounded to it.
 pub(crate) fn kind(gpu: &Gpu, dtype: DType) -> &'static str {
     if dtype == DType::F32 && gpu.allows_tf32() { "tf32" } else { suffix(dtype) }
 }
@@ -61,18 +61,18 @@ pub(crate) fn tile(dtype: DType) -> usize {
     if dtype == DType::F64 { 64 } else { 128 }
 }
 
-/// Weights of the steps of a contraction over rows: that of row n is weights[owner[n]], or weights[n / each].
+/// Weights of the steps of a contraction over rows: row n has weights[owner[n]], or weights[n / each].
 pub(crate) struct RowWeights<'a> {
     /// One per sample.
     pub weights: &'a Array,
     /// The sample of each row.
     pub owner: Option<&'a Array>,
-    /// Rows of a sample where there are no owners.
+    /// Rows per sample if there is no `owner`.
     pub each: usize,
 }
 
-/// act(a·b + bias) and, if asked for, a·b + bias; `a […, m, k]`, `b […, k, n]` of one float dtype and equal
-/// leading dimensions, in any strides. bf16 and f16 on the tensor cores, summed in f32 and rounded once.
+/// act(a·b + bias) and, if `pre` is set, a·b + bias. `a […, m, k]` and `b […, k, n]` have one float dtype, equal leading dimensions and any
+/// strides. bf16 and f16 products run on the tensor cores, are summed in f32 and rounded once.
 pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Result<(Array, Option<Array>)> {
     let (a, b) = (on(gpu, a)?, on(gpu, b)?);
     let r = a.rank() - 2;
@@ -85,7 +85,7 @@ pub(crate) fn product(gpu: &Arc<Gpu>, a: &Array, b: &Array, e: Epilogue) -> Resu
     Ok((out, pre))
 }
 
-/// out += a·diag(w)·b, all on the GPU; `out […, m, n]` contiguous. A step of weight zero is left out whatever it holds.
+/// out += a·diag(w)·b, all on the GPU; `out […, m, n]` is contiguous. A step of weight zero is skipped, even if its values are not finite.
 pub(crate) fn add_product(
     gpu: &Arc<Gpu>,
     a: &Array,
@@ -104,7 +104,7 @@ struct Call<'a> {
     accumulate: bool,
 }
 
-/// out = a·b + bias or out += a·b by our own kernel, whatever its size.
+/// out = a·b + bias or out += a·b by this crate's own kernel, at any size.
 pub(crate) fn own(
     gpu: &Arc<Gpu>,
     (a, b, out): (&Array, &Array, &Array),
@@ -115,7 +115,7 @@ pub(crate) fn own(
 }
 
 fn run(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Result<()> {
-    // An activation is a pass of its own there: worth it beside a large product, if its input is wanted anyhow.
+    // With cuBLASLt an activation is a separate pass: that pays for a large product whose pre-activation values are needed anyway.
     let target = if call.act == Activation::None { Some(out) } else { call.pre };
     if let Some(target) = target
         && out.numel() > 0
@@ -136,20 +136,20 @@ fn run_own(gpu: &Arc<Gpu>, a: &Array, b: &Array, out: &Array, call: Call) -> Res
         return Ok(());
     }
     let tile = tile(a.dtype());
-    // The last two leading dimensions are the kernel's; the host goes through the others.
+    // The kernel covers the last two leading dimensions; the host loops over the others.
     let (outer, inner) = a.shape()[..r].split_at(r.saturating_sub(2));
     let batch = [if inner.len() > 1 { inner[0] } else { 1 }, *inner.last().unwrap_or(&1)];
     let at = |x: &Array, d: usize| if d < r { x.strides()[d] as i64 } else { 0 };
     let (d0, d1) = if inner.len() > 1 { (r - 2, r - 1) } else { (r, r.wrapping_sub(1)) };
     let d1 = if inner.is_empty() { r } else { d1 };
     let way = |x: &Array| if x.strides()[r + 1] == 1 || x.strides()[r] != 1 { 'n' } else { 't' };
-    // What is added to something is a gradient of a parameter: it is never rounded to TF32.
+    // A product that is added to an output is a parameter's gradient: it is never rounded to TF32.
     let kind = if call.accumulate { suffix(a.dtype()) } else { kind(gpu, a.dtype()) };
     let name = format!("gemm_{}{}_{kind}", way(a), way(b));
     let s = |x: &Array, d: usize| x.strides()[d] as i64;
     let matrices = batch[0] * batch[1];
     let tiles = m.div_ceil(tile) * n.div_ceil(tile) * matrices;
-    // Few tiles with a long contraction are split along it, so that every multiprocessor has one.
+    // If there are few tiles and a long contraction, the contraction is split, so that every multiprocessor has work.
     let splits = (gpu.multiprocessors() as usize / tiles).min(k / 512).clamp(1, 64);
     let shape = layouts::GemmShape {
         m: m as i64,

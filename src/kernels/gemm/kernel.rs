@@ -3,11 +3,11 @@
 use crate::base::Float;
 use crate::device::cpu::simd::{Level, level, simd};
 
-/// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile, or += where `add`.
+/// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile; with `add`, the sum is added to c.
 pub type Into<T> = unsafe fn(kc: usize, a: *const T, b: *const T, c: *mut T, ldc: usize, add: bool);
 
-/// c[i·ldc + j] = Σₖ a[i·lda + k]·b[k·NR + j]: [`Into`] for MR rows of a left operand that lie in memory as they are, `lda` apart. The same
-/// products in the same order, so the same bits.
+/// c[i·ldc + j] = Σₖ a[i·lda + k]·b[k·NR + j]: [`Into`] for MR unpacked rows of a left operand, `lda` apart. It adds the same products in
+/// the same order, so that the results have the same bits.
 pub type FromRows<T> = unsafe fn(kc: usize, a: (*const T, usize), b: *const T, c: *mut T, ldc: usize, add: bool);
 
 /// A micro-kernel and its tile.
@@ -19,12 +19,12 @@ pub struct Kernel<T> {
     pub nr: usize,
     /// The kernel.
     pub into: Into<T>,
-    /// The kernel that needs no packed left operand, where there is one.
+    /// The kernel for an unpacked left operand, if there is one.
     pub from_rows: Option<FromRows<T>>,
 }
 
 impl<T> Kernel<T> {
-    /// The tile in a place of its own, row-major.
+    /// Computes the tile into a buffer of its own, row-major.
     ///
     /// # Safety
     /// The panels hold kc·MR and kc·NR elements, the tile MR·NR.
@@ -38,7 +38,7 @@ impl<T> Kernel<T> {
 /// Largest tile of any kernel, in elements.
 pub const MAX_TILE: usize = 12 * 32;
 
-/// A float with a micro-kernel: what products are computed in.
+/// A float with a micro-kernel: the type in which products are computed.
 pub trait Kernels: Float {
     /// Unit roundoff: the largest relative error of a rounding.
     const UNIT: f64;
@@ -75,7 +75,7 @@ impl Kernels for f64 {
     }
 }
 
-/// Portable: multiply, then add.
+/// Portable: a multiplication followed by an addition.
 unsafe fn generic<T: Float, const MR: usize, const NR: usize>(
     kc: usize,
     a: *const T,
@@ -139,7 +139,7 @@ unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: 
     unsafe { avx512_f32_body([a, a.add(3), a.add(6), a.add(9)], (1, 12), kc, b, c, ldc, add) }
 }
 
-/// The same from rows as they lie in memory: a line of each row serves 16 steps of K.
+/// The same from unpacked rows: one cache line of each row serves 16 steps of K.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn avx512_f32_rows(kc: usize, (a, lda): (*const f32, usize), b: *const f32, c: *mut f32, ldc: usize, add: bool) {
@@ -147,8 +147,8 @@ unsafe fn avx512_f32_rows(kc: usize, (a, lda): (*const f32, usize), b: *const f3
     unsafe { avx512_f32_body([a, a.add(3 * lda), a.add(6 * lda), a.add(9 * lda)], (lda, 1), kc, b, c, ldc, add) }
 }
 
-/// Rows i of the left operand start at `a[i / 3] + (i % 3)·row`, which four registers and one distance address; its columns are `step`
-/// apart. The tile's lines are asked for first, so that they have come when the sums are ready.
+/// Row i of the left operand starts at `a[i / 3] + (i % 3)·row`, so that four pointers and one distance address all rows; its columns are
+/// `step` apart. The tile's cache lines are prefetched, so that they have arrived when the sums are complete.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -196,8 +196,8 @@ unsafe fn avx512_f32_body(
     }
 }
 
-/// 6 rows of two 256-bit registers, 12 accumulators in all: 12 fused multiply-adds for 2 loads and 6 broadcasts. Written out, because
-/// the compiler keeps the sums of [`fused`] in memory at its second level of optimisation.
+/// 6 rows of two 256-bit registers, 12 accumulators in all: 12 fused multiply-adds for 2 loads and 6 broadcasts. Written out by hand,
+/// because the compiler keeps the sums of [`fused`] in memory at optimisation level 2.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     macro_rules! kernels {
@@ -226,7 +226,7 @@ mod avx2 {
                     unsafe { tile(a, (lda, 1), kc, b, c, ldc, add) }
                 }
 
-                /// Rows of the left operand are `row` apart, its columns `step`.
+                /// Rows of the left operand are `row` apart, its columns `step` apart.
                 #[target_feature(enable = "avx2,fma")]
                 #[inline]
                 unsafe fn tile(

@@ -1,11 +1,11 @@
-//! Matrix products on strided operands, any transposition without copies.
+//! Matrix products of strided operands, in any transposition without copies.
 //!
-//! Operands are packed into panels once per stretch of K (shared by all threads), then tiles of the result are computed
-//! in parallel. K is never split between threads, so results are the same bits at any thread count. FLOPs 2·m·n·k;
-//! traffic beyond the cache is about one read of each operand and one write of the result per stretch of K.
+//! Operands are packed into panels once per stretch of K (shared by all threads), then tiles of the result are computed in parallel. K is
+//! never split between threads, so that results have the same bits at any thread count. A product takes 2·m·n·k FLOPs; traffic beyond the
+//! cache is about one read of each operand and one write of the result per stretch of K.
 //!
-//! A left operand whose rows lie in memory along K (a layer's input, a gradient of its output) is not packed where the micro-kernel
-//! can read its rows as they are: packing costs as much as 30 to 60 multiply-adds an element, which narrow layers do not have.
+//! A left operand whose rows are contiguous along K (a layer's input, a gradient of its output) is not packed if the micro-kernel can read
+//! its rows in place: packing costs as much as 30 to 60 multiply-adds per element, which is more than narrow layers compute.
 //!
 //! Layout of the packed memory, for one span of K that is cut into equal stretches of kc ≤ 512:
 //!
@@ -14,11 +14,11 @@
 //! stretch 1: the same, …
 //! ```
 //!
-//! A panel is what the micro-kernel reads in order: for each k the `mr` values of a column of A (or the `nr` of a row of B), zeros where
-//! the matrix ends. With AVX-512 in f32, mr × nr = 12 × 32: 24 accumulators of 16 lanes, 2 registers for B and 1 broadcast value of A fill 27
-//! of the 32 registers, and each k takes 24 fused multiply-adds for 2 loads and 12 broadcasts, so that the multiplication units and not the
-//! loads are the limit. A panel of A over one stretch is 12 · 512 · 4 = 24 KiB: it stays in the first-level cache (32 to 48 KiB) while the panels
-//! of B (64 KiB each) come from the second level.
+//! A panel holds the values in the order in which the micro-kernel reads them: for each k the `mr` values of a column of A (or the `nr` of
+//! a row of B), with zeros beyond the edge of the matrix. With AVX-512 in f32, mr × nr = 12 × 32: 24 accumulators of 16 lanes, 2 registers
+//! for B and 1 broadcast value of A fill 27 of the 32 registers, and each k takes 24 fused multiply-adds for 2 loads and 12 broadcasts, so
+//! that the multiplication units and not the loads are the limit. A panel of A over one stretch is 12 · 512 · 4 = 24 KiB: it stays in the
+//! first-level cache (32 to 48 KiB) while the panels of B (64 KiB each) come from the second level.
 
 pub(crate) mod blas;
 pub(crate) mod cuda;
@@ -41,7 +41,7 @@ use std::sync::Mutex;
 /// A strided matrix.
 #[derive(Clone, Copy)]
 pub struct Mat<'a, T> {
-    /// First element on.
+    /// The data from the first element on.
     pub data: &'a [T],
     /// Rows.
     pub rows: usize,
@@ -54,24 +54,24 @@ pub struct Mat<'a, T> {
 }
 
 impl<'a, T> Mat<'a, T> {
-    /// Row-major.
+    /// A row-major matrix.
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         Mat { data, rows, cols, rs: cols, cs: 1 }
     }
-    /// Some consecutive rows.
+    /// A range of consecutive rows.
     pub fn rows_of(self, r: &std::ops::Range<usize>) -> Self {
         let data = if r.is_empty() { &self.data[..0] } else { &self.data[r.start * self.rs..] };
         Mat { data, rows: r.len(), ..self }
     }
-    /// Transposed view.
+    /// The transposed view.
     pub fn t(self) -> Self {
         Mat { data: self.data, rows: self.cols, cols: self.rows, rs: self.cs, cs: self.rs }
     }
 }
 
-/// What happens to the product on its way to memory.
+/// Operations fused into the product when a result is written.
 pub struct Epilogue<'a, T> {
-    /// Added to what the output holds, instead of replacing it.
+    /// Whether the product is added to the output instead of replacing it.
     pub accumulate: bool,
     /// Column k of `a` is multiplied by `scale[k]`.
     pub scale: Option<&'a [T]>,
@@ -91,18 +91,17 @@ impl<T> Default for Epilogue<'_, T> {
     }
 }
 
-/// Steps of K per panel: an A panel of 12 rows stays in the first-level cache while B panels stream from the second.
+/// Steps of K per panel: an A panel of 12 rows stays in the first-level cache while B panels stream from the second level.
 pub(crate) const KC: usize = 512;
 /// Rows and columns of one task, in tiles. With 12 × 32 tiles in f32 a task is 192 × 256 results (192 KiB), and one stretch of its
 /// operands is 384 KiB of A and 512 KiB of B: together they fit a second-level cache of 1 to 2 MiB, and a panel of B that was loaded is
 /// used for 16 tiles.
 const TASK_ROWS: usize = 16;
 const TASK_COLS: usize = 8;
-/// Packed operands stay below this many bytes; longer K is cut.
+/// Limit in bytes on packed operands; a longer K is split.
 const PACK_BYTES: usize = 8 << 20;
 
-/// The memory that operands are packed into, kept from product to product. Products that run at the same time make
-/// their own.
+/// The memory into which operands are packed, reused from product to product. Products that run at the same time allocate their own.
 static SCRATCH: Mutex<Option<Buffer>> = Mutex::new(None);
 
 /// At least `bytes`, from [`SCRATCH`] if it is free.
@@ -117,14 +116,14 @@ fn take_scratch(bytes: usize) -> Buffer {
     }
 }
 
-/// Keeps the larger of what is there and `buffer`; what a giant product needed goes back to the pool instead.
+/// Keeps the larger of the stored buffer and `buffer`; the buffer of a very large product returns to the pool instead.
 fn put_scratch(mut buffer: Buffer) {
     if buffer.len() > 4 * PACK_BYTES {
         return;
     }
     let mut kept = SCRATCH.lock().unwrap_or_else(|e| e.into_inner());
     if kept.as_ref().is_none_or(|k| k.len() < buffer.len()) {
-        // Memory that is only kept for later is not in use.
+        // Memory that is only kept for later does not count as in use.
         buffer.count_as(0);
         *kept = Some(buffer);
     }
@@ -135,7 +134,7 @@ pub fn matmul<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, accumulate: bool, out: &
     gemm(a, b, Epilogue { accumulate, ..Epilogue::default() }, out)
 }
 
-/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`, or a row for each that is gathered.
+/// out = act(a·b + bias) and variations; row-major `out [a.rows, b.cols]`, or one row for each index in `gather`.
 pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &mut [T]) {
     let (m, n, k) = (e.gather.map_or(a.rows, <[u32]>::len), b.cols, a.cols);
     if m == 0 || n == 0 {
@@ -143,9 +142,9 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
     }
     let kern = T::kernel();
     let (mp, np) = (m.div_ceil(kern.mr), n.div_ceil(kern.nr));
-    // Equal stretches of K, from its length alone; several are packed at a time.
+    // K is divided into equal stretches that depend on its length alone; several are packed at a time.
     let kc = k.div_ceil(k.div_ceil(KC).max(1)).max(1);
-    // Rows that lie in memory one after the other along K need no packing, but for those of the last tile where it is not whole.
+    // Rows that are contiguous along K need no packing, except those of an incomplete last tile.
     let from_rows = kern.from_rows.filter(|_| a.cs == 1 && e.gather.is_none() && e.scale.is_none());
     let whole = if from_rows.is_some() { m / kern.mr } else { 0 };
     let ap = mp - whole;
@@ -158,13 +157,13 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
     let plain = e.bias.is_none() && e.act == Activation::None && pre.is_none();
     let small = m * n * k < 1 << 18;
     let mut k0 = 0;
-    // A span of K at a time, such that both packed operands stay below PACK_BYTES: nearly always all of K at once.
+    // One span of K at a time, such that both packed operands stay below PACK_BYTES; nearly always all of K at once.
     loop {
         let len = span.min(k - k0);
         let last = k0 + len == k;
         let stretches = len.div_ceil(kc).max(1);
         let stretch = |s: usize| (k0 + s * kc, kc.min(len - s * kc));
-        // Packed panel p of stretch s, A's panels first.
+        // The place of packed panel p of stretch s, A's panels first.
         let place = |s: usize, p: usize| {
             let (from, kc) = (s * kc * lanes, stretch(s).1);
             if p < ap {
@@ -174,8 +173,8 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
                 from + p * kern.nr * kc..from + (p + 1) * kern.nr * kc
             }
         };
-        // Packing: reads each operand once, in whichever order it lies in memory, and writes as much. (m + n)·k elements, 1 / (2·min(m, n))
-        // of the product's FLOPs. Threads take whole panels, so that none writes a line of another.
+        // Packing reads each operand once, in the order of its memory, and writes as much: (m + n)·k elements, 1 / (2·min(m, n)) of the
+        // product's FLOPs. Threads process whole panels, so that no two write to one cache line.
         {
             let to = Shared::new(packed.as_mut_slice::<T>());
             let grain = if small { usize::MAX } else { ((1 << 14) / (kern.nr * kc)).max(1) };
@@ -228,7 +227,7 @@ pub fn gemm<T: kernel::Kernels>(a: Mat<T>, b: Mat<T>, mut e: Epilogue<T>, out: &
     put_scratch(packed);
 }
 
-/// Panels of A and B per task: smaller where there would be few tasks.
+/// Panels of A and B per task; fewer of them where there would otherwise be few tasks.
 fn task_shape(mp: usize, np: usize) -> (usize, usize) {
     let (mut rows, mut cols) = (TASK_ROWS, TASK_COLS);
     while mp.div_ceil(rows) * np.div_ceil(cols) < 32 && rows * cols > 8 {
@@ -237,7 +236,7 @@ fn task_shape(mp: usize, np: usize) -> (usize, usize) {
     (rows, cols)
 }
 
-/// Copies a row of a tile or panel; the usual widths without a call.
+/// Copies a row of a tile or panel; the usual widths are copied without a call.
 #[inline(always)]
 pub(crate) fn copy_row<T: Copy>(from: &[T], to: &mut [T]) {
     #[inline(always)]
@@ -261,12 +260,12 @@ pub(crate) fn copy_row<T: Copy>(from: &[T], to: &mut [T]) {
 enum Left<'a, T> {
     /// Packed: kc·mr elements.
     Panel(&'a [T]),
-    /// As it lies in memory: mr rows from the first element on, this far apart, for this kernel.
+    /// In place: mr rows from the first element on, separated by this stride, for this kernel.
     Rows(kernel::FromRows<T>, &'a [T], usize),
 }
 
 impl<T> Left<'_, T> {
-    /// The tile at `c`, rows `ldc` apart.
+    /// Computes the tile at `c`, whose rows are `ldc` apart.
     ///
     /// # Safety
     /// The operands hold kc steps of mr and nr elements, `c` a whole tile.
@@ -292,8 +291,8 @@ struct Store<'a, T> {
 }
 
 impl<T: kernel::Kernels> Store<'_, T> {
-    /// One tile from its panels: added to the result or put in its place, then bias and activation where the sum is
-    /// complete (`finish`).
+    /// Computes one tile from its panels, which is added to the result or replaces it; if the sum is complete (`finish`), applies bias and
+    /// activation.
     ///
     /// # Safety
     /// `pa` and `pb` hold kc steps of mr and nr elements; no other thread writes this tile.
@@ -352,7 +351,7 @@ impl<T: kernel::Kernels> Store<'_, T> {
     }
 }
 
-/// Bias and activation of a row of a tile; `pre` receives what goes into the activation.
+/// Bias and activation of a row of a tile; `pre` receives the input of the activation.
 #[inline(always)]
 fn finish_row<T: kernel::Kernels>(t: &mut [T], bias: Option<&[T]>, pre: Option<&mut [T]>, act: impl Fn(T) -> T) {
     if let Some(b) = bias {
@@ -397,7 +396,7 @@ mod tests {
                 let given = (layout < 4).then_some(&scale[..]);
                 let mut packed = out.clone();
                 gemm(ma, mb, Epilogue { accumulate: true, scale: given, ..Epilogue::default() }, &mut out);
-                // A scale of ones has the left operand packed: the same bits.
+                // A scale of ones makes the left operand be packed; the result must have the same bits.
                 if layout >= 4 {
                     gemm(
                         ma,
@@ -446,7 +445,7 @@ mod tests {
                 }
             }
             let empty = norms::per_sample(&l, &r, (rd, cd), &[0..0, 0..t, 5..5], &mut vec![7f32; 3 * rd * cd]);
-            // Tiles are cut into tasks by the number of samples, and their f64 sums added in another order.
+            // The number of samples determines how tiles are divided into tasks, and so the order in which the f64 sums are added.
             assert!(empty[0] == 0.0 && empty[2] == 0.0 && (empty[1] - sq[0]).abs() <= 1e-14 * sq[0]);
             let cross = norms::inner(&l0, &r0, &l1, &r1, (t, t)).value;
             assert!((cross - dot(&g0, &g1)).abs() < 1e-5 * scale);

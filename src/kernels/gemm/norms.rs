@@ -1,4 +1,4 @@
-//! Norms and inner products of outer-product sums, and the fused clipped sum: per-sample gradients that are never
+//! Norms and inner products of sums of outer products, and the fused clipped sum: computations on per-sample gradients that are never
 //! stored for a whole batch.
 
 use crate::device::cpu::par::par_chunks;
@@ -9,10 +9,10 @@ use crate::kernels::gemm::kernel::{Kernels, MAX_TILE};
 use crate::kernels::gemm::pack::{pack_a, pack_b};
 use crate::kernels::gemm::{KC, Mat, put_scratch, take_scratch};
 
-/// A number and a bound on how far rounding may have moved it.
+/// A number and a bound on its rounding error.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bounded {
-    /// As computed.
+    /// The computed value.
     pub value: f64,
     /// |computed − exact| is at most this.
     pub error: f64,
@@ -24,13 +24,13 @@ impl std::ops::AddAssign for Bounded {
     }
 }
 
-/// Share of its value up to which the error of a Gram form is added to it; beyond, the gradient is formed.
+/// If the error bound of a Gram form is at most this share of its value, the bound is added to the value; otherwise the gradient is formed.
 pub const UNCERTAIN: f64 = 2e-3;
 
 /// |Σₜ lₜ ⊗ rₜ|² for `l [t, r]`, `r [t, c]`, on one thread, by the cheaper of the two forms.
 ///
-/// The Gram form may lose everything to cancellation: where its error could be more than [`UNCERTAIN`] of its value, the gradient
-/// is formed tile by tile, and the result is the squared norm of those tiles, with error 0.
+/// The Gram form may lose all digits to cancellation: where its error could exceed [`UNCERTAIN`] of its value, the gradient is formed tile
+/// by tile, and the result is the squared norm of those tiles, with error 0.
 pub fn sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> Bounded {
     if t == 0 {
         return Bounded::default();
@@ -39,7 +39,7 @@ pub fn sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> Bounded {
     if t == 1 {
         return Bounded { value: sum_sq(l) * sum_sq(r), error: 0.0 };
     }
-    // Multiply-adds of each form, and packing counted in the same currency: Gram operands are packed twice, transposed.
+    // Multiply-adds of each form, with packing converted to the same unit: Gram operands are packed twice, the second time transposed.
     let gram = (t * (t + 32) / 2 + 10 * t) * (rd + cd);
     let direct = t * rd * cd + 4 * t * (rd + cd);
     if gram < direct || t * rd.max(cd) > 1 << 26 {
@@ -51,7 +51,7 @@ pub fn sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> Bounded {
     Bounded { value: direct_sq_norm(l, r, t), error: 0.0 }
 }
 
-/// Σₜ |lₜ|·|rₜ|: no sum of the terms, in any order, is longer.
+/// Σₜ |lₜ|·|rₜ|: an upper bound on the norm of any sum of the terms.
 pub fn reach<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
     if t == 0 {
         return 0.0;
@@ -66,7 +66,7 @@ pub fn toward_zero<T: Kernels>(w: f64) -> T {
     below.into_iter().find(|x| x.to_f64() <= w).unwrap_or(T::ZERO)
 }
 
-/// What a squared norm that was taken of rounded numbers is multiplied by, so that it is no less than the exact one.
+/// Factor for a squared norm computed from rounded numbers, which makes it no less than the exact one.
 pub const fn upwards(unit: f64) -> f64 {
     1.0 + 16.0 * unit
 }
@@ -90,7 +90,7 @@ pub fn sum_sq<T: Kernels>(x: &[T]) -> f64 {
     )
 }
 
-/// Direct form: tiles of lᵀ·r, squared in place, never stored. 2·t·r·c FLOPs.
+/// Direct form: tiles of lᵀ·r are squared at once and never stored. 2·t·r·c FLOPs.
 fn direct_sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
     let kern = T::kernel();
     let (rd, cd) = (l.len() / t, r.len() / t);
@@ -116,11 +116,11 @@ fn direct_sq_norm<T: Kernels>(l: &[T], r: &[T], t: usize) -> f64 {
     total
 }
 
-/// Dot products of a Gram form are taken over so many columns in T, and the stretches added in f64: the error of each is that of one
-/// stretch.
+/// Number of columns over which a dot product of a Gram form is summed in T; the sums of such stretches are added in f64, so that the
+/// rounding error is that of one stretch.
 const STRETCH: usize = 128;
 
-/// Sums over the pairs of a tile: products, and what bounds their error.
+/// Sums over the pairs of a tile: the products, and the quantities that bound their error.
 #[derive(Clone, Copy, Default)]
 struct Pairs {
     /// Σ p·q.
@@ -133,11 +133,12 @@ struct Pairs {
     reach: [f64; 2],
 }
 
-/// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ) by tiles of both Gram matrices, never stored. With both pairs the same, tiles above the
-/// diagonal are skipped and those below counted twice: t²·(r + c) multiply-adds, or half.
+/// Σₜₛ (l1ₜ·l2ₛ)(r1ₜ·r2ₛ) by tiles of both Gram matrices, which are never stored. If both pairs are the same, tiles above the diagonal are
+/// skipped and those below counted twice. t²·(r + c) multiply-adds, or half of that.
 ///
-/// A dot product p of rows of norms a, a′ is off by at most γ·a·a′ with γ = (stretch + 2)·u, whatever its value (Higham 2002,
-/// section 3.1), and a product p·q of two by γ(a·a′·|q| + b·b′·|p|) and a term of second order. These bounds are summed in the same pass.
+/// A dot product p of rows of norms a, a′ has an error of at most γ·a·a′ with γ = (stretch + 2)·u, whatever its value (Higham 2002, section
+/// 3.1), and a product p·q of two of them an error of γ(a·a′·|q| + b·b′·|p|) plus a term of second order. These bounds are summed in the
+/// same pass.
 pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize, usize)) -> Bounded {
     if t == 0 || s == 0 {
         return Bounded::default();
@@ -185,7 +186,7 @@ pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize,
                 gram_tile::<T>(cd, &ra[i * kern.mr * cd..], &rb[j * kern.nr * cd..], &mut q);
             }
             if same && i0 < j1 {
-                // On the diagonal: pairs above it are taken out, those below count twice.
+                // On the diagonal, pairs above it get weight 0 and those below it weight 2.
                 for a in 0..kern.mr {
                     for b in 0..kern.nr {
                         let (row, col) = (i0 + a, j0 + b);
@@ -196,7 +197,7 @@ pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize,
                 }
             }
             let twice = if same && i0 >= j1 { 2.0 } else { 1.0 };
-            // Pairs of a tile on the diagonal have their weight in p, but not in q.
+            // Pairs of a tile on the diagonal have their weight in p but not in q.
             let reach = if same { [2.0, twice] } else { [1.0; 2] };
             let (al, ar, bl, br) = (&al[i0..i1], &ar[i0..i1], &bl[j0..j1], &br[j0..j1]);
             let tile = pair_sums(kern.nr, (&p, &q), (al, ar), (bl, br));
@@ -218,7 +219,7 @@ pub fn inner<T: Kernels>(l1: &[T], r1: &[T], l2: &[T], r2: &[T], (t, s): (usize,
     Bounded { value: sums.product, error }
 }
 
-/// A tile of dot products over `d` columns, in f64 from stretch to stretch.
+/// A tile of dot products over `d` columns, added in f64 from stretch to stretch.
 ///
 /// # Safety
 /// The panels hold d·mr and d·nr elements.
@@ -242,7 +243,7 @@ unsafe fn gram_tile<T: Kernels>(d: usize, a: &[T], b: &[T], out: &mut [f64; MAX_
     }
 }
 
-/// The sums of a tile of `nr` columns; norms of the rows of both operands on either side.
+/// The sums of a tile of `nr` columns, given the norms of the rows of both operands on either side.
 fn pair_sums(
     nr: usize,
     (p, q): (&[f64; MAX_TILE], &[f64; MAX_TILE]),
@@ -276,11 +277,11 @@ fn pair_sums(
     )
 }
 
-/// Packed operands of the samples worked on together stay below this many bytes.
+/// Limit in bytes on the packed operands of the samples that are processed together.
 const TOGETHER: usize = 8 << 20;
 
-/// Every sample's lᵀ·g into `out [B, r, c]`, and |lᵀ·g|²: 2·rows·r·c FLOPs, one write of the result, whose squares are
-/// summed while they are warm. Sample b has rows `ranges[b]` of `l [N, r]`, `g [N, c]`.
+/// Writes every sample's lᵀ·g into `out [B, r, c]` and returns |lᵀ·g|²: 2·rows·r·c FLOPs and one write of the result, whose squares are
+/// summed while it is still in the cache. Sample b has rows `ranges[b]` of `l [N, r]`, `g [N, c]`.
 pub fn per_sample<T: Kernels>(
     l: &[T],
     g: &[T],
@@ -294,14 +295,14 @@ pub fn per_sample<T: Kernels>(
     let longest = ranges.iter().map(|r| r.len()).max().unwrap_or(0);
     let together = (TOGETHER / T::DTYPE.size() / (lanes * longest).max(1)).clamp(1, ranges.len().max(1));
     let mut packed = take_scratch(together * lanes * longest.max(1) * T::DTYPE.size());
-    // A sample's columns are cut so that there are tasks for every thread; the cut depends on the shape alone.
+    // A sample's columns are split so that there are tasks for every thread; the split depends on the shape alone.
     let cols = np.div_ceil(16usize.div_ceil(together)).max(1);
     let tasks = np.div_ceil(cols);
     let mut part = vec![0.0f64; ranges.len() * tasks];
     let (out, sums) = (Shared::new(out), Shared::new(&mut part));
     for (batch, some) in ranges.chunks(together).enumerate() {
         let first = batch * together;
-        // Panel p of the batch's sample b, left panels first.
+        // The place of panel p of the batch's sample b, left panels first.
         let place = |b: usize, p: usize| {
             let (from, t) = (b * lanes * longest, some[b].len());
             if p < mp {
@@ -339,7 +340,7 @@ pub fn per_sample<T: Kernels>(
                     for ip in 0..mp {
                         let (i0, tall) = (ip * kern.mr, kern.mr.min(rd - ip * kern.mr));
                         let from = at + i0 * cd + j0;
-                        // SAFETY: panels of t steps, cut at the kernel's stretch; tiles are disjoint.
+                        // SAFETY: panels of t steps, split at the kernel's stretch; tiles are disjoint.
                         unsafe {
                             let (pa, pb) = (&panels[place(b, ip)], &panels[place(b, mp + jp)]);
                             let whole = tall == kern.mr && wide == kern.nr;
@@ -378,13 +379,13 @@ pub fn per_sample<T: Kernels>(
     part.chunks_exact(tasks.max(1)).map(|p| p.iter().sum()).collect()
 }
 
-/// Samples are taken in this many fixed lanes where each is too small to be worth several threads.
+/// Number of fixed lanes over which samples are divided when each is too small to be computed by several threads.
 const SAMPLE_LANES: usize = 8;
-/// Multiply-adds of a sample's gradient from which the threads work on one sample together.
+/// Multiply-adds of a sample's gradient from which all threads work on one sample together.
 const LARGE: usize = 1 << 23;
 
-/// [`clipped_add`] with small samples: each lane takes a fixed share of them and has a sum of its own; the lanes' sums are
-/// added in order.
+/// [`clipped_add`] for small samples: each lane processes a fixed share of them into a sum of its own, and the lanes' sums are added in
+/// order.
 fn clipped_add_lanes<T: Kernels>(
     l: &[T],
     g: &[T],
@@ -469,10 +470,10 @@ fn clipped_add_lanes<T: Kernels>(
     totals
 }
 
-/// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = `base[b]` + |G|², out += clip(total)·G.
-/// What is added is the G whose norm was taken, and its squared norm is rounded upwards: no error of G matters.
-/// One pass over the samples. Large samples are worked on by all threads together, with one scratch matrix of the
-/// parameter's size; small ones in lanes, with a few. Returns the totals.
+/// For each sample b (rows `ranges[b]` of `l [N, r]`, `g [N, c]`): G = lᵀ·g, total = `base[b]` + |G|², out += clip(total)·G. The G that is
+/// added is the same G whose norm was computed, and its squared norm is rounded upwards, so that the rounding error of G itself does not
+/// matter. One pass over the samples. All threads work together on each large sample, with one scratch matrix of the parameter's size;
+/// small samples are divided over lanes, with a few such matrices. Returns the totals.
 pub fn clipped_add<T: Kernels>(
     l: &[T],
     g: &[T],
@@ -493,7 +494,7 @@ pub fn clipped_add<T: Kernels>(
     let (mp, np) = (rd.div_ceil(kern.mr), cd.div_ceil(kern.nr));
     let tile_len = kern.mr * kern.nr;
     let tiles = mp * np;
-    // The last sample's gradient by tiles; its weighted sum is taken while the next one is computed over it.
+    // The last sample's gradient in tiles; each tile is added to the weighted sum just before the next sample's overwrites it.
     let mut scratch = Buffer::uninit(tiles * tile_len * T::DTYPE.size());
     let mut totals = Vec::with_capacity(ranges.len());
     let mut weight = T::ZERO;
@@ -573,7 +574,7 @@ pub fn clipped_add<T: Kernels>(
     totals
 }
 
-/// out += Σₙ wₙ·lₙ ⊗ rₙ; rows of zero weight are left out, whatever they hold.
+/// out += Σₙ wₙ·lₙ ⊗ rₙ; rows of zero weight are skipped, even if they are not finite.
 pub fn outer_add<T: Kernels>(l: &[T], r: &[T], n: usize, w: Option<&[T]>, out: &mut [T]) {
     if n == 0 {
         return;

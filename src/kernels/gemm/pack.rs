@@ -1,4 +1,4 @@
-//! Packing: operands rearranged into panels that a micro-kernel reads in order.
+//! Packing: operands are rearranged into panels that a micro-kernel reads in order.
 
 use crate::base::Float;
 use crate::device::cpu::simd::simd;
@@ -11,7 +11,7 @@ pub fn pack_a<T: Float>(a: &Mat<T>, i0: usize, mr: usize, k0: usize, kc: usize, 
     scale_columns(mr, k0, scale, &mut out[..kc * mr]);
 }
 
-/// Multiplies what was packed of columns `k0..` of `a` by the scale of each column.
+/// Multiplies the packed columns `k0..` of `a` by the scale of each column.
 pub fn scale_columns<T: Float>(mr: usize, k0: usize, scale: Option<&[T]>, packed: &mut [T]) {
     if let Some(s) = scale {
         for (row, &s) in packed.chunks_exact_mut(mr).zip(&s[k0..]) {
@@ -20,7 +20,8 @@ pub fn scale_columns<T: Float>(mr: usize, k0: usize, scale: Option<&[T]>, packed
     }
 }
 
-/// [`pack_a`] of the rows `index[i0..i0 + mr]` of `a`, whose number is that of the index; without one, of its own.
+/// [`pack_a`] of the rows `index[i0..i0 + mr]` of `a`, where the number of rows is the length of the index; without an index, of the rows
+/// themselves.
 pub fn pack_rows<T: Float>(
     a: &Mat<T>,
     index: Option<&[u32]>,
@@ -38,8 +39,8 @@ pub fn pack_b<T: Float>(b: &Mat<T>, j0: usize, nr: usize, k0: usize, kc: usize, 
     panel(b.data, (b.cs, b.rs), None, j0, b.cols, nr, k0, kc, out);
 }
 
-/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, zero where i0 + i ≥ n; `index[i0 + i]` in the place of i0 + i where
-/// there is an index.
+/// out[k·w + i] = data[(i0 + i)·si + (k0 + k)·sk] for i < w, and zero for i0 + i ≥ n; with an index, `index[i0 + i]` replaces
+/// i0 + i.
 #[allow(clippy::too_many_arguments)]
 fn panel<T: Float>(
     data: &[T],
@@ -62,7 +63,7 @@ fn panel<T: Float>(
         out.fill(T::ZERO);
     }
     if si == 1 && index.is_none() {
-        // Contiguous across the panel: copies.
+        // Contiguous across the panel: rows are copied.
         simd(
             #[inline(always)]
             || {
@@ -74,7 +75,7 @@ fn panel<T: Float>(
         );
         return;
     }
-    // Contiguous (or not) along k: transposed in 4 × 4 blocks.
+    // Contiguous (or not) along k: elements are transposed in 4 × 4 blocks.
     let full = if sk == 1 { live / 4 * 4 } else { 0 };
     #[cfg(target_arch = "x86_64")]
     if T::DTYPE == crate::DType::F32 {
@@ -140,7 +141,7 @@ fn turn4(rows: [&[f32]; 4], out: &mut [f32], w: usize) {
     }
 }
 
-/// to[j·w + i] = from[i·v + j] for i and j below 16.
+/// Transposes a 16 × 16 block: to[j·w + i] = from[i·v + j] for i and j below 16.
 #[inline(always)]
 pub fn turn(from: &[u32], v: usize, to: &mut [u32], w: usize) {
     let (from, to) = (&from[..15 * v + 16], &mut to[..15 * w + 16]);

@@ -1,7 +1,7 @@
-//! Packed panels and micro-kernels, for ops that go tile by tile themselves: one interface for f32, f64 and bf16.
+//! Packed panels and micro-kernels for ops with their own tile loops: one interface for f32, f64 and bf16.
 //!
-//! A left panel holds `mr` rows of an operand, a right panel `nr` columns, both in the order in which the micro-kernel reads them along K. K is
-//! counted in words: a word is a number, or two neighbours along K where the processor multiplies pairs of bf16 numbers
+//! A left panel holds `mr` rows of an operand, a right panel `nr` columns, both in the order in which the micro-kernel reads them along K.
+//! K is counted in words: a word is one number, or two neighbours along K if the processor multiplies pairs of bf16 numbers
 //! ([`half`](super::half)).
 
 use super::Mat;
@@ -18,27 +18,28 @@ pub trait Panels: Copy + Send + Sync {
     type Item: Element;
     /// Elements of the results.
     type Sum: Kernels;
-    /// What packed panels consist of.
+    /// Elements of packed panels.
     type Word: Element;
     /// Rows of a tile.
     fn mr(&self) -> usize;
     /// Columns of a tile.
     fn nr(&self) -> usize;
-    /// Words of so many numbers along K, padding included.
+    /// Number of words for `k` numbers along K, padding included.
     fn words(&self, k: usize) -> usize;
-    /// Packs columns `k` of all rows of `a`: panel after panel of mr·words. Rows past the end are zeros. Returns whether some number is not
-    /// finite, where that matters to the micro-kernel.
+    /// Packs columns `k` of all rows of `a`, panel after panel of mr·words. Rows past the end are zeros. Returns whether some number is not
+    /// finite, if that matters to the micro-kernel.
     fn left(&self, a: &Mat<Self::Item>, k: Range<usize>, out: &mut [Self::Word]) -> bool;
-    /// Packs rows `k` of the columns of some right panels of `b`: panel after panel of nr·words.
+    /// Packs rows `k` of the columns of the given right panels of `b`, panel after panel of nr·words.
     fn right(&self, b: &Mat<Self::Item>, panels: Range<usize>, k: Range<usize>, out: &mut [Self::Word]) -> bool;
-    /// Rows of nr results as a right panel, one row for each step of K: in place if they are one already, else in `room`.
+    /// Rows of nr results as a right panel, one row for each step of K: the rows themselves if they have that layout already, else a copy
+    /// in `room`.
     fn rows_as_right<'a>(&self, rows: &'a [Self::Sum], room: &'a mut [Self::Word]) -> &'a [Self::Word];
-    /// A tile as part of a left panel whose K runs over the columns of tile after tile: this is tile `at`, of whose columns the first
-    /// `cols` count. The columns after them are zeros.
+    /// Writes a tile into a left panel whose K runs over the columns of successive tiles. This is tile number `at`; only its first `cols`
+    /// columns are used, and the columns after them become zeros.
     fn tile_as_left(&self, tile: &[Self::Sum], at: usize, cols: usize, out: &mut [Self::Word]);
-    /// The same for panels with numbers that are not finite.
+    /// The variant for panels that contain non-finite numbers.
     fn careful(self) -> Self;
-    /// A product of two panels: replaces the tile, or is added to it.
+    /// A product of two panels, which replaces the tile or, with `add`, is added to it.
     ///
     /// # Safety
     /// The panels hold `words`·mr and `words`·nr words, the tile mr·nr results.
@@ -116,11 +117,11 @@ impl<T: Kernels> Panels for Kernel<T> {
     }
 }
 
-/// An element type of operands, with its panels on this machine.
+/// An element type of operands, together with its panels on this machine.
 pub trait Packed: Computed {
-    /// How it is packed and multiplied.
+    /// How operands are packed and multiplied.
     type Panels: Panels<Item = Self, Sum = Self::Wide>;
-    /// That of this machine.
+    /// The panels of this machine.
     fn panels() -> Self::Panels;
 }
 
@@ -149,7 +150,7 @@ impl Packed for bf16 {
 mod tests {
     use super::*;
 
-    /// a·b of one panel each by way of the interface, and through results that become operands, against sums in f64.
+    /// Compares a·b of one panel each, computed through the interface and through results that become operands, with sums in f64.
     fn products<T: Packed>(unit: f64) {
         let p = T::panels();
         let (mr, nr) = (p.mr(), p.nr());
@@ -186,7 +187,7 @@ mod tests {
                 }
             }
         }
-        // Tiles as operands: their numbers are rounded to those of the operands.
+        // Tiles used as operands: their numbers are rounded to the operands' type.
         let sum = |i: usize| T::Wide::from_f64(((i * 131) % 97) as f64 / 41.0 - 1.1);
         let tile: Vec<_> = (0..mr * nr).map(sum).collect();
         let rounded: Vec<f64> = tile.iter().map(|&x| T::rounded(x).to_f64()).collect();
@@ -209,7 +210,7 @@ mod tests {
             let want: f64 = (0..mr).map(|q| own.data[i * mr + q].to_f64() * rounded[q * nr + c]).sum();
             assert!((out[i * nr + c].to_f64() - want).abs() <= 1e-3 * unit, "{} {want}", out[i * nr + c].to_f64());
         }
-        // The tile twice side by side, without its last column the second time, times (2·nr × nr).
+        // The tile twice side by side, the second time without its last column, times (2·nr × nr).
         let own = Mat::new(&one[..2 * nr * nr], 2 * nr, nr);
         let words = p.words(2 * nr - 1);
         let mut packed = vec![zero; nr * words];

@@ -1,4 +1,4 @@
-//! Launches that take rows by index, add into them, and sort indices (`cuda/index.cu`, `cuda/sort.cu`).
+//! Launches of the kernels that gather rows, scatter-add rows and sort indices (`cuda/index.cu`, `cuda/sort.cu`).
 
 use crate::array::cuda::{on, suffix};
 use crate::array::{Arguments, Array};
@@ -35,8 +35,8 @@ pub(crate) fn take(
     Ok(out)
 }
 
-/// out[o, ids[t], :] += w[t]·src[o, t, :] for `src [outer, k, p]`, `out [outer, n, p]` (f32 or f64), ids `[k]` below n:
-/// ids sorted, sums in rising t, without atomics.
+/// out[o, ids[t], :] += w[t]·src[o, t, :] for `src [outer, k, p]`, `out [outer, n, p]` (f32 or f64) and ids `[k]` below n. The ids are
+/// sorted and sums run in ascending t, without atomics.
 pub(crate) fn add_rows(
     gpu: &Arc<Gpu>,
     (src, ids): (&Array, &Array),
@@ -59,7 +59,7 @@ pub(crate) fn add_rows(
     sized(l.array(&part).array(&sorted).array(out))
 }
 
-/// Where each of `keys` ids begins in ids `[n]` (u32) that rise: `[keys + 1]` i64.
+/// The start of each of `keys` ids in the ascending `ids [n]` (u32): `[keys + 1]` i64.
 pub(crate) fn run_starts(gpu: &Arc<Gpu>, ids: &Array, keys: usize) -> Result<Array> {
     let out = Array::uninit_on(gpu, &[keys + 1], DType::I64)?;
     let l = Launch::new(gpu, "sort", "run_starts")?.grid((keys + 1).div_ceil(256), 1, 1);
@@ -67,8 +67,8 @@ pub(crate) fn run_starts(gpu: &Arc<Gpu>, ids: &Array, keys: usize) -> Result<Arr
     Ok(out)
 }
 
-/// Ids `[n]` (u32, below `below`) in rising order, and the positions they came from, rising among equal ids. A pass over
-/// both for every 8 bits of the largest id.
+/// Ids `[n]` (u32, below `below`) in ascending order, and their original positions, ascending among equal ids. It makes one pass over both
+/// for every 8 bits of the largest id.
 pub(crate) fn sort_ids(gpu: &Arc<Gpu>, ids: &Array, below: usize) -> Result<(Array, Array)> {
     let n = ids.numel();
     let fresh = |n: usize| Array::uninit_on(gpu, &[n], DType::U32);

@@ -1,4 +1,4 @@
-//! Rows by index: taking them, and adding into them in a fixed order.
+//! Gather and scatter-add of rows by index; sums are in a fixed order.
 
 pub(crate) mod cuda;
 
@@ -7,7 +7,7 @@ use crate::device::cpu::par::{GRAIN, par_chunks};
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 
-/// `out[o, i]` = `src[o, ids[i]]` for rows of `p`: `src` is `[outer, n, p]`, `out` `[outer, ids.len(), p]`. Every id must
+/// Gather: `out[o, i]` = `src[o, ids[i]]` for rows of `p` elements, with `src [outer, n, p]` and `out [outer, ids.len(), p]`. Every id must
 /// be below `n`. Reads and writes each taken row once.
 pub fn take<T: Element>(src: &[T], ids: &[u32], outer: usize, p: usize, out: &mut [T]) {
     let k = ids.len();
@@ -26,17 +26,17 @@ pub fn take<T: Element>(src: &[T], ids: &[u32], outer: usize, p: usize, out: &mu
     });
 }
 
-/// Positions grouped by id, ids and each one's positions ascending.
+/// Positions grouped by id: ids in ascending order, and for each id its positions in ascending order.
 struct ById {
     /// The distinct ids.
     keys: Vec<u32>,
-    /// Where each one's positions begin in `order`, and the end.
+    /// The start of each id's positions in `order`, and the end of the last.
     starts: Vec<u32>,
     order: Vec<u32>,
 }
 
 impl ById {
-    /// By counting where the ids are dense (N + V steps), by sorting where they are sparse.
+    /// Groups by counting where the ids are dense (N + V steps), and by sorting where they are sparse.
     fn new(ids: &[u32]) -> ById {
         let n = ids.iter().max().map_or(0, |&m| m as usize + 1);
         let (mut keys, mut starts) = (Vec::new(), Vec::new());
@@ -69,16 +69,16 @@ impl ById {
         starts.push(pairs.len() as u32);
         ById { keys, starts, order: pairs.iter().map(|&p| p as u32).collect() }
     }
-    /// Positions of the `key`-th id.
+    /// The positions of the `key`-th id.
     fn run(&self, key: usize) -> &[u32] {
         &self.order[self.starts[key] as usize..self.starts[key + 1] as usize]
     }
 }
 
-/// `out[o, ids[t]]` += wₜ·`src[o, t]` for rows of `p`: `src` is `[outer, ids.len(), p]`, `out` `[outer, n, p]`. Rows of zero
-/// weight are skipped, whatever they hold. Each element of `out` is summed by one task in ascending `t`, so the bits do
-/// not depend on the number of threads. One pass over `src`; measured, the shared-out form reads no faster than one thread
-/// that goes front to back until there are about four.
+/// Scatter-add: `out[o, ids[t]]` += wₜ·`src[o, t]` for rows of `p` elements, with `src [outer, ids.len(), p]` and `out [outer, n, p]`. Rows
+/// of zero weight are skipped, even if they are not finite. Each element of `out` is summed by one task in ascending `t`, so that the bits
+/// do not depend on the number of threads. One pass over `src`; measurements show that the parallel form becomes faster than a single
+/// sequential pass at about four threads.
 pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: usize, out: &mut [T]) {
     const RANGES: usize = 64;
     let k = ids.len();
@@ -102,7 +102,7 @@ pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: u
             },
         );
     }
-    // Positions by range of ids, ascending in each: a range's part of `out` stays in the cache.
+    // Positions by range of ids, ascending in each: one range's part of `out` stays in the cache.
     let width = n.div_ceil(RANGES);
     let ranges = n.div_ceil(width);
     let range_of = |id: u32| id as usize / width;
@@ -115,7 +115,7 @@ pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: u
         order[*at as usize] = t as u32;
         *at += 1;
     }
-    // Few ranges (a bias per expert): cut the columns too.
+    // If there are few ranges (a bias per expert), the columns are split too.
     let cols = if ranges * outer >= RANGES / 2 { p } else { p.min(128) };
     let blocks = p.div_ceil(cols);
     let tasks = outer * ranges * blocks;
@@ -131,7 +131,7 @@ pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: u
                     for &t in &order[starts[r] as usize..starts[r + 1] as usize] {
                         let t = t as usize;
                         let at = (o * n + ids[t] as usize) * p;
-                        // SAFETY: ranges of ids are disjoint, and so are the blocks of one.
+                        // SAFETY: ranges of ids are disjoint, and so are the column blocks of one range.
                         let d = unsafe { dst.slice(at + lo..at + hi) };
                         let s = &src[(o * k + t) * p + lo..(o * k + t) * p + hi];
                         match w {
@@ -149,8 +149,8 @@ pub fn add<T: Float>(ids: &[u32], src: &[T], w: Option<&[T]>, outer: usize, p: u
     });
 }
 
-/// `f(id, sum of its rows)` for the distinct ids in ascending order; rows of one id are summed in ascending position. A
-/// row that is alone is handed over in place.
+/// Calls `f(id, sum of its rows)` for the distinct ids in ascending order; rows of one id are summed in ascending position. A single row is
+/// passed without a copy.
 pub fn each_sum<T: Float>(ids: &[u32], rows: &[T], p: usize, mut f: impl FnMut(u32, &[T])) {
     let groups = ById::new(ids);
     let mut sum = vec![T::ZERO; p];
@@ -172,7 +172,7 @@ pub fn each_sum<T: Float>(ids: &[u32], rows: &[T], p: usize, mut f: impl FnMut(u
     }
 }
 
-/// The distinct ids in ascending order and the sum of each one's rows: `[keys, p]`.
+/// The distinct ids in ascending order and the sum of each id's rows: `[keys, p]`.
 pub fn sums<T: Float>(ids: &[u32], rows: &[T], p: usize) -> (Vec<u32>, Vec<T>) {
     let (mut keys, mut sums) = (Vec::new(), Vec::new());
     each_sum(ids, rows, p, |id, s| {

@@ -1,6 +1,6 @@
 //! Launches of the kernels that work along rows (`cuda/reduce.cu`, `softmax.cu`, `norm.cu`, `loss.cu`, `index.cu`).
 //!
-//! The row rule: up to 1024 elements a warp takes a row and a block eight of them; longer rows have a block each.
+//! Rows of up to 1024 elements take one warp each, with eight rows per block; longer rows take one block each.
 
 use crate::array::cuda::suffix;
 use crate::array::{Arguments, Array};
@@ -8,12 +8,13 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// Blocks for rows of `d` elements.
+/// Number of blocks for rows of `d` elements.
 pub(crate) fn blocks(rows: usize, d: usize) -> usize {
     if d <= 1024 { rows.div_ceil(8) } else { rows }
 }
 
-/// `out[r]` = `scale` · Σ over row `r` of a contiguous array of `rows` × `cols`. Long rows are cut, and the parts added in order.
+/// `out[r]` = `scale` · Σ over row `r` of a contiguous array of `rows` × `cols`. Long rows are split, and the partial sums are added in
+/// order.
 pub(crate) fn sum_rows(
     gpu: &Arc<Gpu>,
     a: &Array,
@@ -43,8 +44,8 @@ pub(crate) fn sum_rows(
     Ok(out)
 }
 
-/// `out[c]` = `scale` · Σ over column `c` of a contiguous array of `n` × `inner`. Tall columns are cut, the parts as well while there
-/// are many, and what is left is added in order: no element goes through more than a few hundred additions.
+/// `out[c]` = `scale` · Σ over column `c` of a contiguous array of `n` × `inner`. Tall columns are split, their partial sums are split
+/// again while there are many, and the rest is added in order: no element goes through more than a few hundred additions.
 pub(crate) fn sum_columns(
     gpu: &Arc<Gpu>,
     a: &Array,
@@ -75,7 +76,7 @@ pub(crate) fn sum_columns(
     Ok(out)
 }
 
-/// Σ over the middle of a contiguous `[outer, n, inner]`: `[outer, inner]`.
+/// Σ over the middle dimension of a contiguous `[outer, n, inner]`; the result is `[outer, inner]`.
 pub(crate) fn sum_middle(gpu: &Arc<Gpu>, a: &Array, (outer, n, inner): (usize, usize, usize)) -> Result<Array> {
     let s = suffix(a.dtype());
     if outer * n * inner == 0 {

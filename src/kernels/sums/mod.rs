@@ -1,7 +1,7 @@
 //! Sums of rows and of columns, in an order that depends only on the shape.
 //!
-//! On the CPU partial sums are f64 and the result is rounded once, so that the sum of millions of f32 is as good as an f32 can be. That
-//! costs nothing beside reading the operand.
+//! On the CPU partial sums are f64 and the result is rounded once, so that a sum of millions of f32 is as accurate as an f32 can be. The
+//! time is that of reading the operand, so f64 costs nothing extra.
 
 pub(crate) mod cuda;
 
@@ -10,14 +10,14 @@ use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 use crate::device::cpu::simd::simd;
 
-/// Elements of a vector of a row sum: independent partial sums.
+/// Independent partial sums of a row, one vector of them.
 const LANES: usize = 32;
 /// Elements summed before partial sums are combined; also the unit of parallel work.
 const BLOCK: usize = 1 << 14;
 
-/// Sum of a slice: sixteen vectors are added in T (bf16 in f32), four and four side by side, and their sums to lanes of f64; then what is left over,
-/// vector by vector. An element is rounded five times at most before its sum is an f64. Loops over arrays, without closures: a call that
-/// is not inlined here, or an index that might be out of bounds, stops the compiler from vectorising.
+/// Sum of a slice. Sixteen vectors at a time are added in T (bf16 in f32), in four parallel chains of four, and their sum is added to lanes
+/// of f64; the rest is added vector by vector. An element is rounded five times at most before its sum is an f64. The loops run over arrays
+/// and use no closures: a call that is not inlined, or an index that might be out of bounds, stops the compiler from vectorising.
 #[inline(always)]
 pub(crate) fn sum_block<T: Computed>(x: &[T]) -> f64 {
     let mut lanes = [0f64; LANES];
@@ -98,7 +98,7 @@ pub fn sum_columns<T: Computed>(x: &[T], (rows, cols): (usize, usize), scale: f6
     if rows == 0 || cols == 0 {
         return out.fill(T::from_f64(0.0 * scale));
     }
-    // Blocks of rows give partial sums in f64, added up in order.
+    // Each block of rows gives partial sums in f64, which are added in order.
     let each = (4 * BLOCK / cols).clamp(8, 4096);
     let blocks = rows.div_ceil(each);
     let mut part = vec![0f64; blocks * cols];
@@ -110,7 +110,7 @@ pub fn sum_columns<T: Computed>(x: &[T], (rows, cols): (usize, usize), scale: f6
             simd(
                 #[inline(always)]
                 || {
-                    // Four rows at a time are added in a tree.
+                    // Four rows at a time are added as a tree.
                     let rows = &x[b * each * cols..((b + 1) * each).min(rows) * cols];
                     let quads = rows.chunks_exact(4 * cols);
                     let rest = quads.remainder();

@@ -6,10 +6,10 @@ use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
-/// Arrays that one launch adds.
+/// The most arrays that one launch adds.
 const MOST: usize = 8;
 
-/// `arrays[0]` and each further array times its weight; contiguous, of one shape and dtype.
+/// `arrays[0]` plus each further array times its weight; contiguous, of one shape and dtype.
 pub(crate) fn add_scaled(gpu: &Arc<Gpu>, arrays: &[Array], weights: &[f64]) -> Result<Array> {
     let (x, terms) = (&arrays[0], &arrays[1..]);
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;

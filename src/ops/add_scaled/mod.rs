@@ -1,4 +1,4 @@
-//! An array and multiples of others in one pass: x + Σ wᵢ·dᵢ.
+//! The sum of a tensor and multiples of others in one pass: x + Σ wᵢ·dᵢ.
 
 mod cuda;
 
@@ -20,7 +20,7 @@ static ADD_SCALED: OpInfo = OpInfo {
     cases: &[|g| case(g, 3), |g| case(g, 0), |g| case(g, 17)],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&ADD_SCALED];
 
 fn case(g: &mut Gen, terms: usize) -> Result<Case> {
@@ -33,7 +33,7 @@ fn case(g: &mut Gen, terms: usize) -> Result<Case> {
     }))
 }
 
-/// y = x + Σ wᵢ·dᵢ of K terms in one loop, in their order.
+/// y = x + Σ wᵢ·dᵢ of K terms in one loop, added in the given order.
 #[inline(always)]
 fn one_loop<const K: usize, T: Float>(x: &[T], weights: &[f64], terms: &[&[T]], y: &mut [T]) {
     let n = y.len();
@@ -48,7 +48,7 @@ fn one_loop<const K: usize, T: Float>(x: &[T], weights: &[f64], terms: &[&[T]], 
     }
 }
 
-/// The same of any number of terms: sums of as many elements as lie in the first cache, term by term.
+/// The same for any number of terms, term by term on runs of elements that fit the first-level cache.
 #[inline(always)]
 fn in_runs<T: Float>(x: &[T], weights: &[f64], terms: &[&[T]], y: &mut [T]) {
     const RUN: usize = 512;
@@ -85,7 +85,7 @@ fn forward<T: Float>(arrays: &[Array], weights: &[f64]) -> Result<Array> {
     Ok(out)
 }
 
-/// The weights.
+/// The weights of the terms.
 struct Back(Vec<f64>);
 
 impl Rule for Back {
@@ -108,11 +108,11 @@ impl Rule for Back {
 }
 
 impl Tensor {
-    /// x + Σ wᵢ·dᵢ for pairs (wᵢ, dᵢ), of tensors of one shape and dtype. Each is read once and the result is written once; sums are
-    /// taken in f64 in the order given and rounded at the end. Weights are constants: no gradient flows to them.
+    /// x + Σ wᵢ·dᵢ for pairs (wᵢ, dᵢ) of weights and tensors of one shape and dtype. Each tensor is read once and the result is written
+    /// once; sums are computed in f64 in the given order and rounded at the end. Weights are constants: no gradient flows to them.
     ///
     /// # Errors
-    /// If shapes or dtypes differ, the dtype is no float, or a weight is not finite.
+    /// If shapes or dtypes differ, the dtype is not a float, or a weight is not finite.
     pub fn add_scaled(&self, terms: &[(f64, &Tensor)]) -> Result<Tensor> {
         let op = "add_scaled";
         let _op = spans::op("add_scaled");

@@ -9,7 +9,7 @@ use crate::ops::attention::Span;
 use crate::ops::attention::cpu::Problem;
 use std::sync::Arc;
 
-/// The problem, without the steps of the arrays.
+/// The problem as a kernel argument, without the strides of the arrays.
 fn shape(p: &Problem) -> AttentionShape {
     let (span, width) = match p.span {
         Span::Full => (layouts::SPAN_FULL, 0),
@@ -30,7 +30,7 @@ fn shape(p: &Problem) -> AttentionShape {
         skipped: p.skipped as i64,
         alibi: if p.alibi { 1 << p.heads.max(1).ilog2() } else { 0 },
         seed,
-        // Kernels that take the bias before they scale divide by it.
+        // Kernels that add the bias before scaling divide it by the scale, which must not be zero.
         scale: if p.alibi && p.scale == 0.0 { 1e-30 } else { p.scale },
         drop,
         span,
@@ -38,17 +38,17 @@ fn shape(p: &Problem) -> AttentionShape {
     }
 }
 
-/// Steps between sequences, positions and heads.
+/// Strides between sequences, positions and heads.
 fn steps(a: &Array) -> [i64; 3] {
     std::array::from_fn(|d| a.strides()[d] as i64)
 }
 
-/// The file of a dtype's kernels, and the threads of a block of their backward pass: on the tensor cores for 16 bits.
+/// The file of a dtype's kernels, and the threads per block of their backward pass; 16-bit dtypes use the tensor cores.
 fn file(dtype: DType) -> (&'static str, usize) {
     if dtype.is_half() { ("attention_mma", 128) } else { ("attention", 256) }
 }
 
-/// Head dimension class of a kernel, rows of its tile and its shared memory: forward, then backward.
+/// The head-dimension class of a kernel, with the rows of its tile and its shared memory in bytes: forward, then backward.
 fn class(p: &Problem, dtype: DType) -> Result<(&'static str, [(usize, usize); 2])> {
     match (dtype, p.dim) {
         (_, d) if d > 128 => {
@@ -63,8 +63,8 @@ fn class(p: &Problem, dtype: DType) -> Result<(&'static str, [(usize, usize); 2]
     }
 }
 
-/// The tiles of `rows` rows of all documents, last ones first, as the kernels take them: `[n, 4]` of sequence, first row, and where the
-/// document begins and ends. None without documents: then the kernels count for themselves.
+/// The tiles of `rows` rows of all documents, the last ones first, as the kernels take them: `[n, 4]` with sequence, first row, and start
+/// and end of the document. `None` without documents: the kernels then compute the tiles themselves.
 fn tiles(gpu: &Arc<Gpu>, p: &Problem, rows: usize) -> Result<Option<Array>> {
     if p.documents.is_none() {
         return Ok(None);
@@ -79,7 +79,7 @@ fn tiles(gpu: &Arc<Gpu>, p: &Problem, rows: usize) -> Result<Option<Array>> {
     Ok(Some(on(gpu, &Array::from_slice(&words, &[words.len() / 4, 4])?)?))
 }
 
-/// Number of blocks for each head (of all sequences together), in tiles of `rows` of `all` rows.
+/// Number of blocks for each head (over all sequences), in tiles of `rows` out of `all` rows.
 fn blocks(p: &Problem, tiles: &Option<Array>, rows: usize, all: usize) -> usize {
     tiles.as_ref().map_or(all.div_ceil(rows) * p.batch, |t| t.shape()[0])
 }
@@ -111,7 +111,7 @@ pub(crate) fn forward(gpu: &Arc<Gpu>, p: &Problem, q: &Array, k: &Array, v: &Arr
     Ok((out, lse))
 }
 
-/// Gradients of q, k and v into arrays made for them, which may be parts of one.
+/// Writes the gradients of q, k and v into the given arrays, which may be slices of one.
 pub(crate) fn backward(
     gpu: &Arc<Gpu>,
     p: &Problem,

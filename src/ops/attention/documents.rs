@@ -1,11 +1,11 @@
-//! Which positions of a sequence attend to each other.
+//! Documents: the groups of positions of a sequence that attend to each other.
 
 use crate::base::{Error, Result};
 use std::sync::Arc;
 
-/// Documents of packed sequences, or the lengths of padded ones. Attention stays within a document, and the computation of one reads
-/// no other: its values and gradients have the same bits as if it were alone, whatever the others hold. Positions of no document are
-/// padding: their outputs and gradients are zeros.
+/// Documents of packed sequences, or the lengths of padded ones. Attention stays within a document, and the computation of one reads no
+/// other: its values and gradients have the same bits as if it were alone, whatever the other documents contain. Positions of no document
+/// are padding: their outputs and gradients are zero.
 ///
 /// ```
 /// use prismgrad::ops::attention::{AttentionOptions, Documents, Span, attention};
@@ -29,16 +29,16 @@ enum Of {
 }
 
 impl Documents {
-    /// Sequences that are all cut in the same places: document i is the positions `offsets[i]..offsets[i + 1]`, and the first offset
-    /// is 0. What lies after the last offset is padding.
+    /// Sequences that are all divided at the same positions: document i is the positions `offsets[i]..offsets[i + 1]`, and the first offset
+    /// is 0. Positions after the last offset are padding.
     pub fn packed(offsets: &[usize]) -> Documents {
         Documents(Of::All(offsets.into()))
     }
-    /// Sequences each of which has offsets of its own, as for [`Documents::packed`].
+    /// Sequences with individual offsets, each as for [`Documents::packed`].
     pub fn packed_each(offsets: Vec<Vec<usize>>) -> Documents {
         Documents(Of::Each(offsets.into()))
     }
-    /// Sequences of different lengths that are padded to a common one: sequence b is its first `lengths[b]` positions.
+    /// Sequences of different lengths that are padded to a common one: the first `lengths[b]` positions of sequence b are its tokens.
     pub fn lengths(lengths: &[usize]) -> Documents {
         Documents::packed_each(lengths.iter().map(|n| vec![0, *n]).collect())
     }
@@ -49,7 +49,7 @@ impl Documents {
             Of::Each(each) => &each[b],
         }
     }
-    /// Fails unless they fit `batch` sequences of `positions`.
+    /// Returns an error unless they match `batch` sequences of `positions` positions.
     pub(super) fn check(&self, batch: usize, positions: usize) -> Result<()> {
         if let Of::Each(each) = &self.0
             && each.len() != batch
@@ -74,7 +74,7 @@ impl Documents {
     pub(super) fn has_padding(&self, batch: usize, positions: usize) -> bool {
         (0..batch).any(|b| self.offsets(b).last() != Some(&positions))
     }
-    /// Sequence, first position and length of every document that is not empty.
+    /// Sequence, first position and length of every non-empty document.
     pub(super) fn parts(&self, batch: usize) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
         let each = move |b| self.offsets(b).windows(2).map(move |w| (b, w[0], w[1] - w[0]));
         (0..batch).flat_map(each).filter(|part| part.2 > 0)

@@ -1,8 +1,7 @@
-//! Scaled dot-product attention with spans, grouped queries and packed documents, forward and backward without ever
-//! holding a T × T matrix.
+//! Scaled dot-product attention with spans, grouped queries and packed documents; neither forward nor backward stores a T × T matrix.
 //!
-//! softmax(Q·Kᵀ·scale + mask)·V, mask by [`Span`]. FLOPs 4·pairs·D forward and 10·pairs·D backward, pairs the number of
-//! visible (query, key) pairs: a narrower span costs proportionally less. Scores may fall with the distance (ALiBi).
+//! softmax(Q·Kᵀ·scale + mask)·V, with the mask given by [`Span`]. FLOPs 4·pairs·D forward and 10·pairs·D backward, where pairs is the
+//! number of visible (query, key) pairs: a narrower span costs proportionally less. Scores may decrease with distance (ALiBi).
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -24,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-/// Which keys a query sees. Positions are counted from the end: with S keys and T queries, query i stands at i + S − T.
+/// The keys that a query attends to. Positions are aligned at the end: with S keys and T queries, query i has position i + S − T.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Span {
@@ -32,21 +31,22 @@ pub enum Span {
     Full,
     /// Keys at or before the query.
     Causal,
-    /// The last w keys up to the query (sliding window).
+    /// The last w keys up to and including the query's position (sliding window).
     Window(usize),
     /// Keys at or before the query within its block of b positions.
     Block(usize),
-    /// The last `window` keys up to the query, and the first `sinks` keys of its document (attention sinks, Xiao et al. 2024).
+    /// The last `window` keys up to and including the query's position, and the first `sinks` keys of its document (attention sinks, Xiao
+    /// et al. 2024).
     Sinks {
-        /// Keys up to the query, itself included.
+        /// Number of keys up to the query's position, which is included.
         window: usize,
-        /// Keys at the start of the document.
+        /// Number of keys at the start of the document.
         sinks: usize,
     },
 }
 
 impl Span {
-    /// Number of (query, key) pairs that one head computes over a sequence of `tokens`: forward takes 4·pairs·D FLOPs.
+    /// Number of (query, key) pairs that one head computes over a sequence of `tokens`: the forward pass takes 4·pairs·D FLOPs.
     ///
     /// ```
     /// use prismgrad::ops::attention::Span;
@@ -61,7 +61,7 @@ impl Span {
             Span::Causal => triangle(n),
             Span::Window(w) => window(w as u64),
             Span::Block(b) => n.checked_div(b as u64).map_or(0, |k| k * triangle(b as u64) + triangle(n % b as u64)),
-            // Query p sees, besides its window, the sinks that lie before it: min(sinks, p + 1 − window).
+            // Besides its window, query p sees the sinks before the window: min(sinks, p + 1 − window).
             Span::Sinks { window: w, sinks } => {
                 let before = n.saturating_sub(w as u64);
                 window(w as u64)
@@ -70,7 +70,7 @@ impl Span {
             }
         }
     }
-    /// Most keys that a query sees; `None` where it grows with the sequence. A cache needs no more of them.
+    /// The most keys that a query sees, which bounds the size of a cache; `None` if it grows with the sequence.
     pub fn reach(self) -> Option<usize> {
         match self {
             Span::Full | Span::Causal => None,
@@ -78,7 +78,7 @@ impl Span {
             Span::Sinks { window, sinks } => Some(window.saturating_add(sinks)),
         }
     }
-    /// Refuses a width of 0.
+    /// Returns an error for a width of 0.
     pub fn validate(self) -> Result<()> {
         match self {
             Span::Window(0) | Span::Block(0) | Span::Sinks { window: 0, .. } => {
@@ -89,8 +89,9 @@ impl Span {
     }
 }
 
-/// Slope of a head's bias by distance, ALiBi (Press et al. 2022): 2^(−8(h + 1)/H) for head h of a power of two H. Of other numbers of
-/// heads, the first have the slopes of the largest power of two below, and the rest every other slope of twice as many.
+/// Slope of a head's bias by distance, ALiBi (Press et al. 2022): 2^(−8(h + 1)/H) for head h if the number of heads H is a power of two.
+/// For other numbers of heads, the first heads have the slopes of the largest power of two below H, and the rest have every other slope of
+/// twice that power.
 pub fn alibi_slope(head: usize, heads: usize) -> f64 {
     let most = (1usize << heads.max(1).ilog2()) as f64;
     match (head as f64, most) {
@@ -99,28 +100,28 @@ pub fn alibi_slope(head: usize, heads: usize) -> f64 {
     }
 }
 
-/// What attention needs besides Q, K and V.
+/// Options of attention.
 #[derive(Clone, Debug)]
 pub struct AttentionOptions {
-    /// Which keys a query sees.
+    /// The keys that a query attends to.
     pub span: Span,
-    /// Factor of the scores; 1/√D if not given.
+    /// Factor of the scores; 1/√D by default.
     pub scale: Option<f64>,
-    /// Whether scores fall with the distance: [`alibi_slope`] · |query − key| is taken from each.
+    /// Whether scores decrease with distance: [`alibi_slope`] · |query − key| is subtracted from each.
     pub alibi: bool,
-    /// Positions between the sinks of a [`Span::Sinks`] and the key after them: those that a cache has forgotten. Sinks are so much
-    /// further away for `alibi`. Forwards only.
+    /// Number of positions between the sinks of a [`Span::Sinks`] and the key after them that a cache has dropped; `alibi` adds them to the
+    /// distance of the sinks. Forward pass only.
     pub skipped: usize,
-    /// Documents of packed sequences or lengths of padded ones; each sequence is one document if not given. With documents there
-    /// are as many keys as queries. [`Span::Block`] counts positions from the start of the sequence. Several samples in one sequence
-    /// have to be documents of it: a private step refuses samples that only blocks or windows tell apart.
+    /// Documents of packed sequences, or lengths of padded ones; by default each sequence is one document. With documents the numbers of
+    /// keys and queries must be equal. [`Span::Block`] counts positions from the start of the sequence. Several samples in one sequence
+    /// must be separate documents: a private step refuses samples that only blocks or windows separate.
     pub documents: Option<Documents>,
-    /// Dropout of the probabilities, with the seed of its mask.
+    /// Dropout probability, applied to the attention probabilities, and the seed of its mask.
     pub dropout: Option<(f64, u64)>,
 }
 
 impl AttentionOptions {
-    /// A span with the usual scale, one document, no dropout.
+    /// Options with this span, the usual scale, one document and no dropout.
     pub fn new(span: Span) -> Self {
         AttentionOptions { span, scale: None, alibi: false, skipped: 0, documents: None, dropout: None }
     }
@@ -140,7 +141,7 @@ static ATTENTION: OpInfo = OpInfo {
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, s, kv, d]), g.array(&[b, s, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &AttentionOptions::new(span))))
         },
-        // Heads of more than 64 elements, for which there are other kernels.
+        // Heads of more than 64 elements, which use other kernels.
         |g: &mut Gen| {
             let (t, d, o) = (g.side(1, 3), g.size(65, 128), AttentionOptions::new(Span::Causal));
             let inputs = (0..3).map(|_| g.array(&[1, t, 1, d])).collect();
@@ -152,7 +153,7 @@ static ATTENTION: OpInfo = OpInfo {
             let o = AttentionOptions::new([Span::Full, Span::Causal, Span::Window(2)][g.size(0, 2)]);
             Ok(Case::new(vec![g.array(&[b, t, 3, h, d])], move |x| attention_qkv(&x[0], &o)))
         },
-        // Packed documents, dropout, a scale of one's own.
+        // Packed documents, dropout, a custom scale.
         |g: &mut Gen| {
             let (b, t, d, h) = (g.size(1, 2), g.side(2, 9), g.extent(1, 4).min(128), g.size(1, 2));
             let cut = g.size(0, t);
@@ -167,7 +168,7 @@ static ATTENTION: OpInfo = OpInfo {
             let inputs = (0..3).map(|_| g.array(&[b, t, h, d])).collect();
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
         },
-        // Padded sequences, and others packed each in its own way.
+        // Padded sequences, and sequences with individual packing.
         |g: &mut Gen| {
             let (b, t, d) = (g.size(1, 3), g.side(2, 9), g.extent(1, 4).min(128));
             let (kv, group) = (g.size(1, 2), g.size(1, 2));
@@ -183,7 +184,7 @@ static ATTENTION: OpInfo = OpInfo {
             let inputs = vec![g.array(&[b, t, kv * group, d]), g.array(&[b, t, kv, d]), g.array(&[b, t, kv, d])];
             Ok(Case::new(inputs, move |x| attention(&x[0], &x[1], &x[2], &o)))
         },
-        // Sinks beside a window, and biases by distance.
+        // Sinks in addition to a window, and biases by distance.
         |g: &mut Gen| {
             let (b, t, d) = (g.size(1, 2), g.side(2, 9), g.extent(1, 4).min(128));
             let (kv, group, cut) = (g.size(1, 2), g.size(1, 3), g.size(0, t));
@@ -203,7 +204,7 @@ static ATTENTION: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&ATTENTION];
 
 struct Back {
@@ -215,19 +216,19 @@ struct Back {
     options: AttentionOptions,
 }
 
-/// Size of a head that the kernels take.
+/// The largest head size that the kernels support.
 const LARGEST_HEAD: usize = 128;
 
 impl Back {
     fn has_padding(&self) -> bool {
         problem(&self.q, &self.k, &self.options).has_padding()
     }
-    /// Where the gradient of Q, K or V goes that has an array of its own.
+    /// The target of the gradient of Q, K or V if it has an array of its own.
     fn target<T: Packed>(a: &mut Array) -> cpu::Target<'_, T> {
         let step = a.shape()[2] * a.shape()[3];
         cpu::Target { data: Shared::new(a.fresh_mut::<T>()), step, offset: 0 }
     }
-    /// What the backward pass reads: Q, K, V, the output, its log-sum-exp and its gradient.
+    /// The operands of the backward pass: Q, K, V, the output, its log-sum-exp and its gradient.
     fn operands(&self, grad: Array) -> [Array; 6] {
         let [q, k, v] = [&self.q, &self.k, &self.v].map(Array::clone);
         [q, k, v, self.out.clone(), self.lse.clone(), unit_last(&grad)]
@@ -240,7 +241,7 @@ impl Back {
     fn on_cpu<T: Packed>(&self, [q, k, v, out, lse, grad]: &[Array; 6], targets: [cpu::Target<T>; 3]) -> Result<()> {
         let p = problem(q, k, &self.options);
         cost(&p, 10.0, 2 * T::DTYPE.size());
-        // All in the dtype of the queries: a gradient from outside may have another.
+        // All operands get the dtype of the queries: a gradient from outside may have another.
         let (out, grad) = (out.cast(T::DTYPE), grad.cast(T::DTYPE));
         cpu::backward::<T>(
             &p,
@@ -277,7 +278,7 @@ impl Rule for Back {
                 Ok([dq, dk, dv])
             },
             |gpu, operands| {
-                // Without queries or keys nothing is launched that would write the others' gradients, and nothing writes padding.
+                // Without queries or keys no launched kernel would write the other gradients, and no kernel writes padding: use zeros then.
                 let none = operands.iter().any(|a| a.numel() == 0) || self.has_padding();
                 let target = |i: usize| match none {
                     true => Ok(Array::zeros(operands[i].shape(), (operands[i].dtype(), gpu))),
@@ -293,7 +294,7 @@ impl Rule for Back {
     }
 }
 
-/// The same for Q, K and V that are parts of one array: their gradients go straight to its parts.
+/// The same for Q, K and V that are slices of one array: their gradients are written directly into its slices.
 struct FusedBack {
     inner: Back,
     shape: Dims,
@@ -339,8 +340,8 @@ impl Rule for FusedBack {
     }
 }
 
-/// Self-attention of a fused projection `qkv [B, T, 3, H, D]`; gives `[B, T, H, D]`. As [`attention`] of its three parts,
-/// without taking them apart in backward.
+/// Self-attention of a fused projection `qkv [B, T, 3, H, D]`; returns `[B, T, H, D]`. As [`attention`] of its three slices, but backward
+/// writes one gradient array.
 pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     let [_, _, 3, _, _] = qkv.shape()[..] else {
@@ -353,15 +354,15 @@ pub fn attention_qkv(qkv: &Tensor, options: &AttentionOptions) -> Result<Tensor>
     Ok(Tensor::record(inner.out.clone(), &[qkv], &[], || FusedBack { inner, shape: qkv.shape().into() }))
 }
 
-/// Whose the keys are, or all of a fused projection: an array whose first dimensions are sequences and positions, and whose other
-/// dimensions are given by `from` for those of the output `[B, T, H, D]`.
+/// The owner of the keys, or of a whole fused projection: an array whose first dimensions are sequences and positions, and whose other
+/// dimensions correspond to those of the output `[B, T, H, D]` by `from`.
 fn keys_of(y: &Whose, p: &cpu::Problem, input: &[usize], from: fn(usize) -> Option<usize>) -> Owner {
-    // A sequence has one owner: so have its keys.
+    // If a sequence has one owner, its keys have the same.
     let whole = y.by_leading(input);
     if !matches!(whole, Owner::Mixed | Owner::Unknown) {
         return whole;
     }
-    // Samples that are told apart by head.
+    // Samples that are separated by head.
     if p.heads == p.kv_heads
         && let own @ (Owner::Every { .. } | Owner::All) = y.apart_from(1, input, from)
     {
@@ -374,7 +375,8 @@ fn keys_of(y: &Whose, p: &cpu::Problem, input: &[usize], from: fn(usize) -> Opti
         let first = part.sequence * p.queries + part.start;
         of[first..first + part.queries].windows(2).any(|w| w[0] != w[1])
     });
-    // Blocks do not keep the samples of one part apart: a tile has keys of several, and 0 · ∞ takes one sample's infinity to the others.
+    // Tiles do not keep the samples of one part apart: a tile has keys of several samples, and 0 · ∞ would carry one sample's infinity to
+    // the others.
     if mixed {
         return Owner::Mixed;
     }
@@ -382,7 +384,7 @@ fn keys_of(y: &Whose, p: &cpu::Problem, input: &[usize], from: fn(usize) -> Opti
     y.sent(of.len(), &to, input[2..].iter().product())
 }
 
-/// An array on the CPU that is about to be written: its padding is not, and has to be zeros before.
+/// An array on the CPU whose non-padding rows are written next; if there is padding, it is initialised with zeros.
 fn fresh(shape: &[usize], dtype: DType, padding: bool) -> Array {
     if padding { Array::zeros(shape, dtype) } else { Array::uninit(shape, dtype) }
 }
@@ -405,7 +407,7 @@ fn problem(q: &Array, k: &Array, o: &AttentionOptions) -> cpu::Problem {
     }
 }
 
-/// Says what the spans cost, 4 (forward) or 10 (backward) · pairs · D.
+/// Reports the FLOPs of the spans to the profiler: 4 (forward) or 10 (backward) · pairs · D.
 fn cost(p: &cpu::Problem, each: f64, size: usize) {
     if spans::is_on() {
         let pairs = p.pairs() * p.heads as u64;
@@ -414,15 +416,15 @@ fn cost(p: &cpu::Problem, each: f64, size: usize) {
     }
 }
 
-/// Kernels step along D by one; other strides are free.
+/// Makes the stride along D one, as kernels require; other strides are free.
 fn unit_last(a: &Array) -> Array {
     if a.shape().last() == Some(&1) || a.strides().last() == Some(&1) { a.clone() } else { a.contiguous() }
 }
 
 /// Scaled dot-product attention (Vaswani et al. 2017, equation 1): softmax(q·kᵀ·scale)·v over the keys that each query sees.
 ///
-/// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, H a multiple of H_kv; gives `[B, T, H, D]`. Slices of a
-/// fused projection are read in place. A query that sees no key gives zeros.
+/// Attention of `q [B, T, H, D]` over `k, v [B, S, H_kv, D]`, where H is a multiple of H_kv; returns `[B, T, H, D]`. Slices of a fused
+/// projection are read in place. The output of a query that sees no key is zero.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Tensor> {
     let _op = spans::op("attention");
     check(q, k, v, options)?;
@@ -436,13 +438,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions)
     Ok(Tensor::record(saved.out.clone(), &[q, k, v], &[], || saved))
 }
 
-/// The options with the seed of dropout that holds here.
+/// The options with the dropout seed of the current step.
 fn masked(options: &AttentionOptions) -> AttentionOptions {
     let dropout = options.dropout.and_then(|(p, seed)| masks::seed(seed).map(|seed| (p, seed)));
     AttentionOptions { dropout, ..options.clone() }
 }
 
-/// Refuses operands that do not fit together.
+/// Returns an error for operands whose shapes or dtypes do not match.
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<()> {
     q.dtype().expect_float("attention")?;
     let bad = |why: String| {
@@ -490,7 +492,7 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Resu
     Ok(())
 }
 
-/// The output, and what leads back from it.
+/// The output, and the backward rule.
 fn forward(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions) -> Result<Back> {
     let (qa, ka, va) = (unit_last(q.array()), unit_last(k.array()), unit_last(v.array()));
     let p = problem(&qa, &ka, options);

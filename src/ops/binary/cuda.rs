@@ -8,7 +8,7 @@ use crate::device::cuda::{Gpu, layouts};
 use crate::kernels::elementwise::cuda::pair;
 use std::sync::Arc;
 
-/// A comparison as a mask.
+/// The result of a comparison as a u8 mask.
 pub(crate) fn compare(gpu: &Arc<Gpu>, which: Comparison, a: &Array, b: &Array) -> Result<Array> {
     let (a, b, shape) = pair(gpu, "compare", a, b)?;
     let out = Array::uninit_on(gpu, &shape, DType::U8)?;
@@ -42,7 +42,7 @@ pub(crate) fn select(gpu: &Arc<Gpu>, mask: &Array, a: &Array, b: &Array) -> Resu
     Ok(out)
 }
 
-/// `g` where (mask ≠ 0) = `keep`, 0 elsewhere; of one shape.
+/// `g` where (mask ≠ 0) = `keep`, 0 elsewhere; all of one shape.
 pub(crate) fn mask(gpu: &Arc<Gpu>, g: &Array, mask: &Array, keep: bool) -> Result<Array> {
     let (g, mask) = (on(gpu, g)?, on(gpu, mask)?);
     let out = Array::uninit_on(gpu, g.shape(), g.dtype())?;

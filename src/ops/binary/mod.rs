@@ -1,7 +1,6 @@
-//! Two broadcast inputs: arithmetic, comparison, selection.
+//! Elementwise operations with two broadcast inputs: arithmetic, comparison, selection.
 //!
-//! A function is a type that implements `Binary`: its formula, its derivatives, and a kernel of its name in
-//! `cuda/binary.cu`.
+//! A function is a type that implements `Binary`: its formula, its derivatives, and a kernel with its name in `cuda/binary.cu`.
 
 pub(crate) mod cuda;
 
@@ -20,8 +19,8 @@ use half::bf16;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 
-/// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one lies
-/// within 0.1 of a value of the other, so that no small step exchanges the larger for the smaller.
+/// A random pair that broadcasts: equal shapes, missing leading dimensions, or sizes of 1. With `apart` no value of one is within 0.1 of a
+/// value of the other, so that a small step does not change which is larger.
 fn pair(g: &mut Gen, low: f64, high: f64, apart: bool) -> (Array, Array) {
     let rank = g.size(0, 5);
     let full = g.shape(rank);
@@ -40,22 +39,22 @@ fn pair(g: &mut Gen, low: f64, high: f64, apart: bool) -> (Array, Array) {
 
 /// An elementwise function of two inputs.
 pub(crate) trait Binary: 'static {
-    /// Name of the op; its kernels are `{NAME}_{dtype}` and, if it saves, `{NAME}_grad_{dtype}`.
+    /// Name of the op; its kernels are `{NAME}_{dtype}` and, if [`Binary::SAVES`], `{NAME}_grad_{dtype}`.
     const NAME: &'static str;
-    /// Whether the derivatives depend on the inputs, which are then kept.
+    /// Whether the derivatives depend on the inputs, which are then saved.
     const SAVES: bool;
     /// Inputs of the cases lie in this range, away from poles.
     const RANGE: [f64; 2] = [-2.0, 2.0];
-    /// Whether the function has a kink where the inputs are equal, from which cases keep away.
+    /// Whether the function has a kink where the inputs are equal, which the cases avoid.
     const KINK: bool = false;
-    /// The registry's entry.
+    /// The registry entry.
     const INFO: &'static OpInfo =
         &OpInfo { name: Self::NAME, differentiable: Differentiable::Yes, factor: NO_PARAMS, cases: &[case::<Self>] };
     /// The function.
     fn f<T: Float>(x: T, y: T) -> T;
-    /// Its derivative by the first input.
+    /// Its derivative with respect to the first input.
     fn dx<T: Float>(x: T, y: T) -> T;
-    /// Its derivative by the second input.
+    /// Its derivative with respect to the second input.
     fn dy<T: Float>(x: T, y: T) -> T;
 }
 
@@ -98,7 +97,7 @@ impl<B: Binary + ?Sized> Rule for Back<B> {
     }
 }
 
-/// grad · ∂f/∂(input `side`), in the common shape.
+/// grad · ∂f/∂(input `side`), in the broadcast shape.
 fn gradient<B: Binary + ?Sized>(operands: [Array; 3], side: usize) -> Result<Array> {
     dispatch(
         operands,
@@ -164,7 +163,7 @@ fn binary<B: Binary + ?Sized>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(Tensor::record(y, &[a, b], &[], || Back::<B> { saved, shapes, function: PhantomData }))
 }
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] =
     &[Add::INFO, Sub::INFO, Mul::INFO, Div::INFO, Maximum::INFO, Minimum::INFO, &COMPARE, &WHERE];
 
@@ -249,7 +248,7 @@ impl Binary for Div {
     }
 }
 
-/// The larger of a and b; a tie sends the gradient to a.
+/// The larger of a and b; for equal values the gradient goes to a.
 pub(crate) struct Maximum;
 
 impl Binary for Maximum {
@@ -270,7 +269,7 @@ impl Binary for Maximum {
     }
 }
 
-/// The smaller of a and b; a tie sends the gradient to a.
+/// The smaller of a and b; for equal values the gradient goes to a.
 pub(crate) struct Minimum;
 
 impl Binary for Minimum {
@@ -294,43 +293,43 @@ impl Binary for Minimum {
 impl Tensor {
     /// a + b.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn add(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Add>(self, other)
     }
     /// a − b.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Sub>(self, other)
     }
     /// a·b, element by element.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn mul(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Mul>(self, other)
     }
     /// a/b.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn div(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Div>(self, other)
     }
-    /// The larger of a and b; a tie sends the gradient to a.
+    /// The larger of a and b; for equal values the gradient goes to a.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn maximum(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Maximum>(self, other)
     }
-    /// The smaller of a and b; a tie sends the gradient to a.
+    /// The smaller of a and b; for equal values the gradient goes to a.
     ///
-    /// Shapes broadcast: aligned at the last dimension, sizes equal or 1.
+    /// Shapes broadcast: they are aligned at the last dimension, and sizes must be equal or 1.
     pub fn minimum(&self, other: &Tensor) -> Result<Tensor> {
         binary::<Minimum>(self, other)
     }
 }
 
-/// Floats of one dtype.
+/// Checks that both are floats of one dtype.
 fn expect_same(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     a.dtype().expect_float(op)?;
     if a.dtype() != b.dtype() {
@@ -361,7 +360,7 @@ static WHERE: OpInfo = OpInfo {
     }],
 };
 
-/// Which comparison.
+/// The kind of comparison.
 #[derive(Clone, Copy)]
 pub(crate) enum Comparison {
     Eq,
@@ -462,7 +461,8 @@ impl Rule for WhereBack {
 }
 
 impl Tensor {
-    /// `a` where the mask (u8) is not 0, `b` elsewhere. All three broadcast; `a` and `b` have one dtype, any.
+    /// `a` where the mask (u8) is not 0, `b` elsewhere, like `torch.where`. All three broadcast; `a` and `b` must have the same dtype, of
+    /// any kind.
     pub fn select(mask: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         let _op = spans::op("where");
         if mask.dtype() != DType::U8 {

@@ -6,7 +6,7 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// `out[t]` = Σ `w[t, s]`·`y[place[t, s]]`, weights 1 if none are given.
+/// `out[t]` = Σ `w[t, s]`·`y[place[t, s]]`; without weights they are 1.
 pub(crate) fn gather_sum(
     gpu: &Arc<Gpu>,
     y: &Array,

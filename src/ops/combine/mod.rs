@@ -1,8 +1,8 @@
-//! The way back from experts to tokens: each token adds up the rows that its choices became, times their weights.
+//! Combination of expert outputs: each token sums the rows of its choices, times their weights.
 //!
-//! Every token gathers its own k rows in the order of its choices, so that there are no atomics and the bits depend on nothing
-//! else in the batch. Bytes: the rows are read once and the tokens written once; backward the rows and the tokens' gradients
-//! are read once for both gradients (on a GPU once for each).
+//! Every token gathers its own k rows in the order of its choices, so that there are no atomics and the bits depend on nothing else in the
+//! batch. Memory traffic: forward reads the rows once and writes the tokens once; backward reads the rows and the tokens' gradients once
+//! for both gradients (on a GPU once for each).
 
 pub(crate) mod cuda;
 
@@ -31,11 +31,11 @@ static COMBINE: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&COMBINE];
 
-/// `out[t]` = Σ over its choices s of `w[t, s]`·`y[place[t, s]]`, or the plain sum without weights: `y [N, d]`, `w [T, k]` of the
-/// dtype that `y` is computed in, giving `[T, d]`.
+/// `out[t]` = Σ over its choices s of `w[t, s]`·`y[place[t, s]]`, or the plain sum without weights: `y [N, d]`, `w [T, k]` in the dtype in
+/// which `y` is computed; returns `[T, d]`.
 pub(crate) fn gather_sum(y: &Array, w: Option<&Array>, routing: &Routing) -> Result<Array> {
     let (t, k, d) = (routing.tokens(), routing.top_k(), y.shape()[1]);
     dispatch(
@@ -71,8 +71,8 @@ pub(crate) fn gather_sum(y: &Array, w: Option<&Array>, routing: &Routing) -> Res
     )
 }
 
-/// The gradient of the rows, `w[pair]`·`g[token]` for each, and of the weights, ⟨`g[t]`, `y[place[t, s]]`⟩ for each. On the CPU they are
-/// one pass over the rows.
+/// The gradients of the rows, `w[pair]`·`g[token]`, and of the weights, ⟨`g[t]`, `y[place[t, s]]`⟩. On the CPU both are computed in one
+/// pass over the rows.
 fn gradients(g: &Array, y: &Array, w: &Array, routing: &Routing) -> Result<(Array, Array)> {
     let (t, k, d, n) = (routing.tokens(), routing.top_k(), g.shape()[1], routing.groups().rows());
     let (dy, Exact(dw)) = dispatch(
@@ -111,7 +111,7 @@ fn gradients(g: &Array, y: &Array, w: &Array, routing: &Routing) -> Result<(Arra
     Ok((dy, dw))
 }
 
-/// In sixteen sums, so that it runs at the speed of the vectors.
+/// Dot product with sixteen partial sums, so that it is vectorised.
 #[inline(always)]
 fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     let mut sums = [T::ZERO; 16];
@@ -154,8 +154,8 @@ impl Rule for Back {
     }
 }
 
-/// The rows of each token added up, times their weights: `y [T·k, d]` sorted as `routing` says, `weights [T, k]`, giving
-/// `[T, d]` of `y`'s dtype (Shazeer et al. 2017, equation 1). Weights are taken in the precision that `y` is computed in.
+/// The weighted sum of each token's rows: `y [T·k, d]` in the order of `routing`, `weights [T, k]`; returns `[T, d]` of `y`'s dtype
+/// (Shazeer et al. 2017, equation 1). Weights are used in the precision in which `y` is computed.
 pub fn combine(y: &Tensor, weights: &Tensor, routing: &Routing) -> Result<Tensor> {
     let _op = spans::op("combine");
     let op = "combine";

@@ -1,19 +1,19 @@
-//! Sliding windows over images: windows as rows, and rows added back into images.
+//! Sliding windows over images: unfolding windows into rows, and folding rows back into images.
 
 use crate::base::{Element, Float};
 use crate::device::cpu::par::par_chunks;
 use crate::device::cpu::shared::Shared;
 
-/// A window sliding over `size` (height, width) with zeros around it.
+/// A window that slides over an input of `size` (height, width) with zero padding.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
     /// Input height and width.
     pub size: [usize; 2],
-    /// Output height and width: the number of places of the window.
+    /// Output height and width: the number of positions of the window.
     pub out: [usize; 2],
     /// Window height and width.
     pub kernel: [usize; 2],
-    /// Step between places.
+    /// Step between positions.
     pub stride: [usize; 2],
     /// Zeros before and after.
     pub padding: [usize; 2],
@@ -22,7 +22,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// Number of places.
+    /// Number of positions.
     pub fn places(&self) -> usize {
         self.out[0] * self.out[1]
     }
@@ -30,7 +30,7 @@ impl Window {
     pub fn area(&self) -> usize {
         self.kernel[0] * self.kernel[1]
     }
-    /// Input coordinate of window element `k` at place `o` along `axis`, unless it lies in the padding.
+    /// Input coordinate of window element `k` at position `o` along `axis`; `None` in the padding.
     #[inline(always)]
     fn at(&self, axis: usize, o: usize, k: usize) -> Option<usize> {
         let i = o * self.stride[axis] + k * self.dilation[axis];
@@ -44,7 +44,7 @@ fn unfold_line<T: Element>(x: &[T], channels: usize, w: &Window, line: usize, ou
     let (kw, plane) = (w.kernel[1], h * width);
     for (place, row) in out.chunks_exact_mut(channels * w.area()).enumerate() {
         let left = place * w.stride[1];
-        // The whole window is inside and its elements are neighbours: copy runs.
+        // The whole window is inside and its elements are contiguous: copy runs.
         let run = w.dilation[1] == 1 && left >= w.padding[1] && left - w.padding[1] + kw <= width;
         let mut pieces = row.chunks_exact_mut(kw);
         for c in 0..channels {
@@ -68,7 +68,7 @@ fn unfold_line<T: Element>(x: &[T], channels: usize, w: &Window, line: usize, ou
     }
 }
 
-/// Windows of one image as rows: `x [c, H, W]` to `[places, c·area]`.
+/// Windows of one image as rows: `x [c, H, W]` to `[positions, c·area]`.
 pub fn unfold_one<T: Element>(x: &[T], channels: usize, w: &Window, out: &mut [T]) {
     let line = w.out[1] * channels * w.area();
     if line > 0 {
@@ -76,7 +76,7 @@ pub fn unfold_one<T: Element>(x: &[T], channels: usize, w: &Window, out: &mut [T
     }
 }
 
-/// Windows of `n` images as rows: `x [n, c, H, W]` to `[n, places, c·area]`. Writes area times what it reads.
+/// Windows of `n` images as rows: `x [n, c, H, W]` to `[n, positions, c·area]`. It writes about `area` times as much as it reads.
 pub fn unfold<T: Element>(x: &[T], n: usize, channels: usize, w: &Window, out: &mut [T]) {
     let (line, image) = (w.out[1] * channels * w.area(), channels * w.size[0] * w.size[1]);
     if out.is_empty() {
@@ -93,7 +93,7 @@ pub fn unfold<T: Element>(x: &[T], n: usize, channels: usize, w: &Window, out: &
     });
 }
 
-/// Adds the windows of channel `c` back into its plane `[H, W]`; `rows [places, channels·area]`.
+/// Adds the windows of channel `c` back into its plane `[H, W]`; `rows [positions, channels·area]`.
 fn fold_plane<T: Float>(rows: &[T], channels: usize, c: usize, w: &Window, plane: &mut [T]) {
     let (area, kw, width) = (w.area(), w.kernel[1], w.size[1]);
     for oi in 0..w.out[0] {
@@ -111,7 +111,7 @@ fn fold_plane<T: Float>(rows: &[T], channels: usize, c: usize, w: &Window, plane
     }
 }
 
-/// Adds rows of windows back into one image: `rows [places, c·area]` into `x [c, H, W]`.
+/// Adds rows of windows back into one image: `rows [positions, c·area]` into `x [c, H, W]`.
 pub fn fold_one<T: Float>(rows: &[T], channels: usize, w: &Window, x: &mut [T]) {
     let plane = w.size[0] * w.size[1];
     if plane > 0 {
@@ -119,7 +119,7 @@ pub fn fold_one<T: Float>(rows: &[T], channels: usize, w: &Window, x: &mut [T]) 
     }
 }
 
-/// Adds rows of windows back into `n` images: `[n, places, c·area]` into `x [n, c, H, W]`. A plane is summed by one task.
+/// Adds rows of windows back into `n` images: `[n, positions, c·area]` into `x [n, c, H, W]`. Each plane is summed by one task.
 pub fn fold<T: Float>(rows: &[T], n: usize, channels: usize, w: &Window, x: &mut [T]) {
     let (plane, each) = (w.size[0] * w.size[1], w.places() * channels * w.area());
     if plane == 0 {
@@ -136,13 +136,13 @@ pub fn fold<T: Float>(rows: &[T], n: usize, channels: usize, w: &Window, x: &mut
     });
 }
 
-/// `[n, r, c]` to `[n, c, r]`, in tiles that stay in the cache.
+/// Transposes `[n, r, c]` to `[n, c, r]`, in tiles that stay in the cache.
 pub fn transpose<T: Element>(x: &[T], n: usize, r: usize, c: usize, out: &mut [T]) {
     const TILE: usize = 16;
     if out.is_empty() {
         return;
     }
-    // Bands of output rows, so that one large matrix is shared out as well.
+    // Output rows are processed in bands, so that one large matrix is divided among threads as well.
     let bands = c.div_ceil(TILE);
     let dst = Shared::new(out);
     par_chunks(n * bands, (crate::device::cpu::par::GRAIN / (r * TILE)).max(1), |range| {

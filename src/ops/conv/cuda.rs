@@ -1,4 +1,4 @@
-//! Launches of windows of images (`cuda/conv.cu`): unfolding, folding, pooling. Contiguous `[n, channels, H, W]`.
+//! Launches of the kernels for image windows (`cuda/conv.cu`): unfolding, folding, pooling. Arrays are contiguous `[n, channels, H, W]`.
 
 use crate::array::cuda::{suffix, width};
 use crate::array::{Arguments, Array};
@@ -13,7 +13,7 @@ fn window(w: &Window) -> layouts::Window {
     layouts::Window { size, out, kernel, stride, padding, dilation }
 }
 
-/// Windows as rows: `[n, channels, H, W]` to `[n, places, channels·kh·kw]`.
+/// Windows as rows: `[n, channels, H, W]` to `[n, positions, channels·kh·kw]`.
 pub(crate) fn unfold(gpu: &Arc<Gpu>, x: &Array, (n, channels): (usize, usize), w: &Window) -> Result<Array> {
     let out = Array::uninit_on(gpu, &[n, w.places(), channels * w.area()], x.dtype())?;
     let l = Launch::new(gpu, "conv", &format!("unfold_{}", width(x.dtype())))?;
@@ -22,7 +22,7 @@ pub(crate) fn unfold(gpu: &Arc<Gpu>, x: &Array, (n, channels): (usize, usize), w
     Ok(out)
 }
 
-/// Rows of windows added back into images of `shape`; images of no element give nothing.
+/// Adds rows of windows back into images of `shape`; nothing is launched for empty images.
 pub(crate) fn fold(
     gpu: &Arc<Gpu>,
     rows: &Array,

@@ -1,9 +1,9 @@
 //! Convolutions over images and sequences, by unfolding windows into rows.
 //!
-//! y = W·unfold(x) + b. FLOPs 2·B·L·Cout·(Cin/groups)·k² for L output places. After unfolding, the weight's gradient is
-//! an outer factor (grouped outer with groups > 1), so per-sample gradients cost what a linear layer's do. The price is
-//! memory: while the weight is trained the unfolded input stays alive for it, k²/stride² times the input. Without a
-//! gradient to come, images are unfolded one at a time into scratch.
+//! y = W·unfold(x) + b. FLOPs 2·B·L·Cout·(Cin/groups)·k² for L output positions. After unfolding, the weight's gradient is an outer factor
+//! (grouped outer if groups > 1), so that per-sample gradients cost what a linear layer's do. The price is memory: if the weight is
+//! trained, the unfolded input is kept for its gradient, k²/stride² times the size of the input. If no gradient is needed, images are
+//! unfolded one at a time into scratch memory.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -24,7 +24,7 @@ use crate::ops::conv::cpu::Window;
 use crate::{Param, Samples, Tensor, with_dtype, with_float};
 use smallvec::SmallVec;
 
-/// A size along each of `N` directions, (height, width) for images: one number for all, or one for each.
+/// Sizes along `N` directions, (height, width) for images: one number for all, or one for each.
 ///
 /// ```
 /// use prismgrad::ops::conv::Sides;
@@ -46,7 +46,7 @@ impl<const N: usize> From<[usize; N]> for Sides<N> {
 }
 
 impl<const N: usize> Sides<N> {
-    /// As the ops take them: a sequence is an image of height 1, which `other` says of its own kind of size.
+    /// As a pair, which the ops take: a sequence is an image of height 1, for which `other` is the neutral value of this kind of size.
     pub(crate) fn pair(self, other: usize) -> [usize; 2] {
         match self.0[..] {
             [h, w] => [h, w],
@@ -56,7 +56,7 @@ impl<const N: usize> Sides<N> {
     }
 }
 
-/// How a window slides: (height, width) each; one-dimensional convolutions use the width.
+/// The geometry of a sliding window: (height, width) each; one-dimensional convolutions use the width.
 ///
 /// ```
 /// use prismgrad::ops::conv::Conv;
@@ -65,13 +65,13 @@ impl<const N: usize> Sides<N> {
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Conv {
-    /// Step between places.
+    /// Step between positions of the window.
     pub stride: [usize; 2],
     /// Zeros before and after.
     pub padding: [usize; 2],
     /// Step between the elements of a window.
     pub dilation: [usize; 2],
-    /// Channels in this many groups that do not see each other.
+    /// Number of groups into which channels are divided; outputs of a group depend on inputs of the same group only.
     pub groups: usize,
 }
 
@@ -94,15 +94,15 @@ impl Conv {
     pub fn dilation(self, n: usize) -> Conv {
         Conv { dilation: [n; 2], ..self }
     }
-    /// Channel groups.
+    /// Sets the number of channel groups.
     pub fn groups(self, n: usize) -> Conv {
         Conv { groups: n, ..self }
     }
-    /// The same along the width only, for one-dimensional data of height 1.
+    /// The same geometry along the width only, for one-dimensional data of height 1.
     fn flat(self) -> Conv {
         Conv { stride: [1, self.stride[1]], padding: [0, self.padding[1]], dilation: [1, self.dilation[1]], ..self }
     }
-    /// The window over an input of `size`, or why it does not fit.
+    /// The window over an input of `size`, or an error if it does not fit.
     pub(crate) fn window(&self, op: &'static str, size: [usize; 2], kernel: [usize; 2]) -> Result<Window> {
         if [self.stride, self.dilation, kernel].concat().contains(&0) {
             return Err(Error::invalid(
@@ -203,11 +203,11 @@ static FOLD: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&CONV, &UNFOLD, &FOLD];
 
 struct Back {
-    /// Unfolded input `[B·groups, places, Cin/groups·area]`, while the weight is trained.
+    /// Unfolded input `[B·groups, positions, Cin/groups·area]`, kept if the weight is trained.
     rows: Option<Array>,
     shape: Dims,
     w: Param,
@@ -286,7 +286,7 @@ impl Rule for Back {
             back.param(&self.w, factor);
         }
         if let Some(bias) = &self.bias {
-            // Summed over places already: one row per image.
+            // The gradient is already summed over positions: one row per image.
             let grad = super::reduce::sum_dims(&g.reshape(&[b, cout, places])?, &[2])?;
             back.param(bias, Factor::RowSum { grad, samples: self.samples.clone() });
         }
@@ -396,8 +396,7 @@ fn convolve(
 /// Cross-correlation of images `x [B, Cin, H, W]` with `w [Cout, Cin/groups, kh, kw]`, plus `bias [Cout]`:
 /// `[B, Cout, H′, W′]` with H′ = ⌊(H + 2·padding − dilation·(kh − 1) − 1)/stride⌋ + 1, and W′ alike.
 ///
-/// Every image is a sample unless `samples` maps them otherwise. bf16 and f16 inputs are computed in f32 and the result
-/// rounded back.
+/// Every image is a sample unless `samples` maps them otherwise. bf16 and f16 inputs are computed in f32 and the result is rounded back.
 pub fn conv2d(x: &Tensor, w: &Param, bias: Option<&Param>, conv: Conv, samples: Option<&Samples>) -> Result<Tensor> {
     let _op = spans::op("conv");
     x.dtype().expect_float("conv")?;
@@ -487,7 +486,7 @@ fn fold(rows: &Array, shape: &[usize], w: &Window) -> Result<Array> {
 }
 
 impl Tensor {
-    /// Windows of images as rows: `[B, C, H, W]` to `[B, places, C·kh·kw]`, channel by channel. `conv.groups` is not used.
+    /// Windows of images as rows, as in im2col: `[B, C, H, W]` to `[B, positions, C·kh·kw]`, channel by channel. `conv.groups` is not used.
     pub fn unfold(&self, kernel: [usize; 2], conv: Conv) -> Result<Tensor> {
         let _op = spans::op("unfold");
         let &[_, _, h, w] = self.shape() else {
@@ -498,8 +497,8 @@ impl Tensor {
         let shape = self.shape().into();
         Ok(Tensor::record(y, &[self], &[], || Windows { info: &UNFOLD, window, shape }))
     }
-    /// Rows of windows added back into images of `size`: `[B, places, C·kh·kw]` to `[B, C, H, W]`; the transpose of
-    /// [`Tensor::unfold`], not its inverse: overlapping windows add up.
+    /// Adds rows of windows back into images of `size`: `[B, positions, C·kh·kw]` to `[B, C, H, W]`. This is the transpose of
+    /// [`Tensor::unfold`], not its inverse: overlapping windows are summed.
     pub fn fold(&self, size: [usize; 2], kernel: [usize; 2], conv: Conv) -> Result<Tensor> {
         let _op = spans::op("fold");
         self.dtype().expect_float("fold")?;

@@ -6,7 +6,7 @@ use crate::base::Result;
 use crate::device::cuda::Gpu;
 use std::sync::Arc;
 
-/// Dropout of a contiguous array: zeros with probability `p`, the rest over 1 − p; the mask is a function of the seed.
+/// Dropout of a contiguous array: zeros with probability `p`, other elements divided by 1 − p; the mask is a function of the seed.
 pub(crate) fn dropout(gpu: &Arc<Gpu>, x: &Array, p: f64, seed: u64) -> Result<Array> {
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     let n = x.numel();

@@ -1,4 +1,4 @@
-//! Dropout (Srivastava et al. 2014), its mask a function of (seed, element): regenerated in backward, never stored.
+//! Dropout (Srivastava et al. 2014). The mask is a function of (seed, element): it is regenerated in backward and never stored.
 
 pub(crate) mod cuda;
 
@@ -24,7 +24,7 @@ static DROPOUT: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&DROPOUT];
 
 fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
@@ -51,8 +51,8 @@ fn apply(x: &Array, p: f64, seed: u64) -> Result<Array> {
 }
 
 impl Tensor {
-    /// Zeroes each element with probability `p` and scales the others by 1/(1 − p). Same seed, same mask; within the forward pass of
-    /// a private step the mask follows from a secret of that step as well.
+    /// Zeroes each element with probability `p` and scales the others by 1/(1 − p). The same seed gives the same mask; in the forward pass
+    /// of a private step, the mask also depends on a secret of that step.
     pub fn dropout(&self, p: f64, seed: u64) -> Result<Tensor> {
         let _op = spans::op("dropout");
         self.dtype().expect_float("dropout")?;

@@ -34,7 +34,7 @@ pub(crate) struct Bags {
 }
 
 impl Bags {
-    /// Bags whose ids and weights are brought to the GPU if they are elsewhere.
+    /// Bags whose ids and weights are moved to the GPU if necessary.
     pub fn new(gpu: &Arc<Gpu>, ids: &Array, bags: &Segments, mode: BagMode, scale: Option<&Array>) -> Result<Bags> {
         let there = bags.on_gpu(gpu)?;
         let scale = scale.map(|s| on(gpu, s)).transpose()?;
@@ -61,7 +61,7 @@ impl Bags {
         l.val(n as i64).val(p as i64).val(self.mean as i32).run()?;
         Ok(out)
     }
-    /// The gradient of the weights of the ids: `[N]`.
+    /// The gradient of the ids' weights: `[N]`.
     pub fn dots(&self, gpu: &Arc<Gpu>, g: &Array, w: &Array) -> Result<Array> {
         let (n, p) = (self.ids.numel(), g.shape()[1]);
         if p == 0 {

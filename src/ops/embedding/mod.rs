@@ -1,6 +1,6 @@
-//! Rows of a table looked up by id: one per id, or the sum or mean of a bag of ids.
+//! Embedding: rows of a table looked up by id, one per id, or the sum or mean over a bag of ids.
 //!
-//! The weight's gradient stays a lookup factor: N rows of p and N ids, never a table of V × p.
+//! The weight's gradient stays a lookup factor: N rows of p elements and N ids, never a dense table of V × p.
 
 pub(crate) mod cuda;
 
@@ -33,7 +33,7 @@ static EMBEDDING: OpInfo = OpInfo {
             let params = vec![w.clone()];
             Ok(Case::new(vec![], move |_| embedding(&w, &ids, padding, None)).params(params).samples(b))
         },
-        // A padding id, whose row receives no gradient; no id of this case is it.
+        // A padding id, whose row receives no gradient; in this case no id equals it.
         |g: &mut Gen| {
             let (b, t, v, p) = (g.count(1, 3), g.extent(0, 5), g.extent(2, 4), g.extent(0, 4));
             let w = Param::new("weight", g.array(&[v, p]));
@@ -41,7 +41,7 @@ static EMBEDDING: OpInfo = OpInfo {
             let (padding, params) = (Some(v as u32 - 1), vec![w.clone()]);
             Ok(Case::new(vec![], move |_| embedding(&w, &ids, padding, None)).params(params).samples(b))
         },
-        // Rows of any owner, in any order, some samples without a row.
+        // Rows of any owner in any order; some samples have no rows.
         |g| {
             let (n, b, v, p) = (g.extent(0, 6), g.size(1, 4), g.extent(1, 3), g.extent(0, 4));
             let w = Param::new("weight", g.array(&[v, p]));
@@ -56,7 +56,7 @@ static EMBEDDING: OpInfo = OpInfo {
             .params(params)
             .samples(b))
         },
-        // Tied to the output head: the cross term of two kinds.
+        // Tied to the output head: the gradient's norm has a cross term of two kinds of factors.
         |g| {
             let (b, t, v, p) = (g.count(1, 3), g.extent(1, 4), g.extent(1, 4), g.extent(1, 4));
             let w = Param::new("weight", g.array(&[v, p]));
@@ -85,7 +85,7 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
         let mode = if g.chance(0.5) { BagMode::Sum } else { BagMode::Mean };
         let params = vec![w.clone()];
         let inputs = if g.chance(0.5) { vec![g.array(&[segments.rows()])] } else { vec![] };
-        // Bags of one sample need not be neighbours.
+        // Bags of one sample need not be consecutive.
         let b = g.size(1, bags.min(4));
         let owner: Vec<u32> = (0..bags).map(|_| g.size(0, b - 1) as u32).collect();
         let samples = Samples::owners(owner.clone(), b)?;
@@ -99,10 +99,10 @@ static EMBEDDING_BAG: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&EMBEDDING, &EMBEDDING_BAG];
 
-/// Checks table and ids; ids as contiguous u32.
+/// Checks the table and the ids, and returns the ids as contiguous u32.
 fn table(op: &'static str, weight: &Param, ids: &Array) -> Result<(Array, usize)> {
     let &[v, p] = weight.shape() else {
         return Err(Error::shape(op, format!("table {} is {:?}, not [rows, size]", weight.name(), weight.shape())));
@@ -111,10 +111,10 @@ fn table(op: &'static str, weight: &Param, ids: &Array) -> Result<(Array, usize)
     Ok((ids_below(op, ids, v, &|| format!("table {} with {v} rows", weight.name()))?, p))
 }
 
-/// Rows of `weight [V, p]` by `ids` (u32 or i64) `[B, …]`: `[B, …, p]` in the weight's dtype.
+/// Rows of `weight [V, p]` by `ids` (u32 or i64) `[B, …]`; returns `[B, …, p]` in the weight's dtype.
 ///
-/// Rows looked up by the id `padding` receive no gradient. Dimension 0 of `ids` counts samples unless `samples` maps the
-/// ids otherwise. Forward copies N rows; the gradient is a lookup factor of N rows.
+/// Rows looked up by the id `padding` receive no gradient. Dimension 0 of `ids` counts samples unless `samples` maps the ids otherwise. The
+/// forward pass copies N rows; the gradient is a lookup factor of N rows.
 ///
 /// ```
 /// use prismgrad::{Array, DType, Param, ops::embedding::embedding};
@@ -194,7 +194,7 @@ fn without_padding(grad: Array, ids: &Array, padding: u32) -> Result<Array> {
     )
 }
 
-/// How the rows of a bag become one.
+/// The reduction of a bag's rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BagMode {
@@ -220,11 +220,11 @@ impl BagMode {
 }
 
 impl BagBack {
-    /// The bags as the kernels take them.
+    /// The bags in the form that the kernels take.
     fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<cuda::Bags> {
         cuda::Bags::new(gpu, &self.ids, &self.bags, self.mode, self.scale.as_ref())
     }
-    /// The gradient of the weights of the ids: Σⱼ grad·row, times the mean's factor. `[N]`.
+    /// The gradient of the ids' weights: Σⱼ grad·row, times the mean's factor. `[N]`.
     fn scale_grad(&self, g: &Array) -> Result<Array> {
         let (n, p, owner) = (self.ids.numel(), self.weight.shape()[1], &self.bags);
         dispatch(
@@ -304,12 +304,11 @@ fn rows_of(g: &Array, ids: &[u32], p: usize) -> Result<Array> {
     Ok(out)
 }
 
-/// Sum or mean of the rows of `weight [V, p]` in each bag of ids: `[bags, p]` in the weight's dtype. An empty bag gives
-/// zeros.
+/// Sum or mean of the rows of `weight [V, p]` in each bag of ids: `[bags, p]` in the weight's dtype. An empty bag gives zeros.
 ///
-/// `ids` (u32 or i64) has as many elements as `bags` has rows; for `[B, k]` ids use [`Segments::uniform`]. `scale [N]`
-/// multiplies each id's row (before the mean divides by the number of ids) and is differentiable. `samples` maps *bags*
-/// to samples; without it every bag is one. The gradient is a lookup factor of N rows.
+/// `ids` (u32 or i64) has as many elements as `bags` has rows; for `[B, k]` ids use [`Segments::uniform`]. `scale [N]` multiplies each id's
+/// row (before the mean divides by the number of ids) and is differentiable. `samples` maps *bags* to samples; without it every bag is one
+/// sample. The gradient is a lookup factor of N rows.
 pub fn embedding_bag(
     weight: &Param,
     ids: impl AsRef<Array>,
@@ -347,7 +346,7 @@ pub fn embedding_bag(
         [weight.value(), ids],
         Half::Move,
         |[w, ids]| {
-            // 16-bit tables: only the rows in use are widened.
+            // For 16-bit tables, only the rows in use are widened.
             let (source, at) = match w.dtype().is_half() {
                 true => {
                     let mut taken = Array::uninit(&[ids.numel(), p], w.dtype());

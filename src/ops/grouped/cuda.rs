@@ -1,4 +1,4 @@
-//! Launches of the grouped products of `cuda/gemm_grouped.cu`: rows sorted by group, a matrix for each.
+//! Launches of the grouped products of `cuda/gemm_grouped.cu`: rows sorted by group, with one matrix for each group.
 
 use crate::array::{Arguments, Array};
 use crate::base::Result;
@@ -7,18 +7,18 @@ use crate::kernels::Activation;
 use crate::kernels::gemm::cuda as gemm;
 use std::sync::Arc;
 
-/// Where the rows of a grouped product come from and how they lie.
+/// The rows of a grouped product: their source and their order.
 pub(crate) struct Rows<'a> {
-    /// Where the rows of each group begin, `[E + 1]` i64.
+    /// The start of each group's rows, `[E + 1]` i64.
     pub offsets: &'a Array,
-    /// The row of `x` that each row reads, `[N]` u32; its own number if not given.
+    /// The row of `x` that each row reads, `[N]` u32; without it, row r reads row r.
     pub index: Option<&'a Array>,
-    /// N.
+    /// Number of rows, N.
     pub count: usize,
 }
 
-/// y[r] = act(x[r]·W_e + bias_e) for the rows of each group e: `x [·, k]`, `w [E, k, n]` in any strides with one of the last two
-/// 1, `bias [E, n]`. With it what goes into the activation, if `pre`.
+/// y[r] = act(x[r]·W_e + bias_e) for the rows of each group e: `x [·, k]`, `w [E, k, n]` in any strides of which one of the last two is 1,
+/// `bias [E, n]`. If `pre` is set, the values before the activation are returned as well.
 pub(crate) fn rows(
     gpu: &Arc<Gpu>,
     x: &Array,

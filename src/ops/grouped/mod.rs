@@ -1,8 +1,8 @@
-//! Grouped linear: rows sorted by group, each group with its own matrix (experts of a mixture).
+//! Grouped linear: rows sorted by group, with one matrix for each group (the experts of a mixture).
 //!
-//! FLOPs 2·N·d·p whatever the number of groups; groups without rows cost nothing. Rows that a router has sorted are gathered
-//! while they are read. The weight's gradient stays a grouped outer factor: one `[d, p]` product per group that saw rows, and
-//! per-sample gradients of experts stay exact although routing has mixed the rows of all samples.
+//! FLOPs 2·N·d·p whatever the number of groups; groups without rows cost nothing. Rows that a router has sorted are gathered while they are
+//! read. The weight's gradient stays a grouped outer factor: one `[d, p]` product per group that has rows, and the per-sample gradients of
+//! experts are exact although routing has mixed the rows of all samples.
 
 pub(crate) mod cuda;
 
@@ -46,7 +46,7 @@ static GROUPED_LINEAR: OpInfo = OpInfo {
             .params(params)
             .samples(b))
         },
-        // Rows that a router has sorted, of samples of any length.
+        // Rows sorted by a router, from samples of any length.
         |g: &mut Gen| {
             let (e, d, p, b) = (g.size(1, 5), g.extent(1, 4), g.extent(1, 4), g.size(1, 3));
             let top_k = g.size(1, e);
@@ -71,7 +71,7 @@ static GROUPED_LINEAR: OpInfo = OpInfo {
     ],
 };
 
-/// What the cases have in common: a weight in one of the layouts, a bias or none, an activation.
+/// The common parts of the cases: a weight in one of the layouts, an optional bias, an activation.
 fn layer(g: &mut Gen, (e, d, p): (usize, usize, usize)) -> (Param, Layout, Option<Param>, Activation) {
     let layout = if g.chance(0.5) { Layout::OutIn } else { Layout::InOut };
     let shape = if layout == Layout::OutIn { [e, p, d] } else { [e, d, p] };
@@ -81,15 +81,15 @@ fn layer(g: &mut Gen, (e, d, p): (usize, usize, usize)) -> (Param, Layout, Optio
     (w, layout, bias, act)
 }
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&GROUPED_LINEAR];
 
-/// Where the rows of a grouped product come from.
+/// The source of the rows of a grouped product.
 #[derive(Clone, Copy, Debug)]
 pub enum Grouped<'a> {
-    /// The rows of the input, sorted by group already.
+    /// The rows of the input, which are already sorted by group.
     Sorted(&'a Segments),
-    /// Tokens, which are gathered while they are read: each goes to the groups that the router chose for it.
+    /// Tokens, gathered while they are read: each goes to the groups that the router chose for it.
     Routed(&'a Routing),
 }
 
@@ -107,7 +107,7 @@ impl<'a> From<&'a Routing> for Grouped<'a> {
 
 struct Back {
     x: Array,
-    /// What went into the activation.
+    /// The values before the activation.
     z: Option<Array>,
     w: Param,
     bias: Option<Param>,
@@ -118,28 +118,28 @@ struct Back {
     samples: Samples,
 }
 
-/// What [`products`] makes of its sums.
+/// Operations that [`products`] applies to its sums.
 #[derive(Default)]
 struct Finish<'a> {
     /// `[E, m]`.
     bias: Option<&'a Array>,
     act: Activation,
-    /// Whether what goes into the activation is wanted.
+    /// Whether the values before the activation are returned.
     pre: bool,
 }
 
-/// Rows of every group, for a loop over the groups on the CPU.
+/// The rows of every group, for a loop over the groups on the CPU.
 struct EachGroup<'a> {
     groups: &'a Segments,
-    /// Which row of the input a row reads, if not its own.
+    /// The input row that each row reads, if it is not its own.
     token: Option<&'a [u32]>,
     k: usize,
     m: usize,
 }
 
 impl EachGroup<'_> {
-    /// `product(e, (x, gather), y, z)` for each group e that has rows: those of `x`, as a matrix with the rows that are gathered from it, and
-    /// those of `y` and `z` to be written.
+    /// Calls `product(e, (x, gather), y, z)` for each group e that has rows, with its rows of `x` (as a matrix and the rows to gather from
+    /// it) and its rows of `y` and `z` to write.
     fn run<T: Element>(
         &self,
         x: &[T],
@@ -156,7 +156,7 @@ impl EachGroup<'_> {
                     continue;
                 }
                 let at = r.start * m..r.end * m;
-                // SAFETY: groups are disjoint runs of rows, since offsets never fall.
+                // SAFETY: groups are disjoint runs of rows, since offsets never decrease.
                 let (y, z) = unsafe { (y.slice(at.clone()), z.as_ref().map(|z| z.slice(at))) };
                 let x = match self.token {
                     Some(token) => (Mat::new(x, x.len().checked_div(k).unwrap_or(0), k), Some(&token[r])),
@@ -168,8 +168,8 @@ impl EachGroup<'_> {
     }
 }
 
-/// y[rows of e] = act(x[rows of e]·W_e (+ b_e)), with W_e the `k × m` matrix of group e in `w`, each stored transposed if
-/// `transposed`. With a routing, row j reads the token of row j. The second array is what went into the activation.
+/// y[rows of e] = act(x[rows of e]·W_e (+ b_e)), where W_e is the `k × m` matrix of group e in `w`, stored transposed if `transposed`. With
+/// a routing, row j reads the token of row j. The second array holds the values before the activation.
 fn products(
     x: &Array,
     w: &Array,
@@ -188,7 +188,7 @@ fn products(
             let token = routing.map(|r| r.tokens_of_rows().as_slice::<u32>()).transpose()?;
             let each = EachGroup { groups, token, k, m };
             let bias = bias.map(|b| b.cast(x.dtype().compute()));
-            // Matrix e of the weight, as it is stored.
+            // Matrix e of the weight in its stored layout.
             fn matrix<T>(w: &[T], e: usize, (k, m): (usize, usize), transposed: bool) -> Mat<'_, T> {
                 let w = &w[e * k * m..(e + 1) * k * m];
                 if transposed { Mat::new(w, m, k).t() } else { Mat::new(w, k, m) }
@@ -235,7 +235,7 @@ fn products(
     )
 }
 
-/// The rows of `x` that a router has chosen, one after the other.
+/// The rows of `x` in the router's order, as a contiguous array.
 fn gathered(x: &Array, routing: &Routing) -> Result<Array> {
     let (tokens, d) = (x.shape()[0], x.shape()[1]);
     dispatch(
@@ -289,7 +289,7 @@ impl Rule for Back {
                 },
             );
         }
-        // Factors are f32 or f64: norms and clipped sums of 16-bit products would round past the threshold.
+        // Factors are f32 or f64: norms and clipped sums of 16-bit products could exceed the clipping threshold by rounding.
         let g = g.cast(g.dtype().compute());
         if self.w.trainable() {
             let x = match &self.routing {
@@ -314,11 +314,11 @@ impl Rule for Back {
 
 /// `y = act(x·W_e (+ b_e))` for the rows of each group e, giving `[N, p]`.
 ///
-/// `rows` says what the rows are: segments of an input `[N, d]` that is sorted by group ([`Segments`]), or the tokens of an
+/// `rows` describes the rows: the segments of an input `[N, d]` that is sorted by group ([`Segments`]), or a routing of the tokens of an
 /// input `[T, d]`, which are gathered while they are read ([`Routing`]). `w` is `[E, p, d]` ([`Layout::OutIn`]) or `[E, d, p]`
-/// ([`Layout::InOut`]), `bias` `[E, p]`; any of the E groups may be empty. `samples` says whose each of the N rows is:
-/// [`Routing::samples`], or [`Samples::select`] of the map before routing. Of bf16 inputs the
-/// weights are rounded to bf16, too, and products summed in f32 ([`half`](crate::kernels::gemm::half)); f16 on the CPU is computed in f32.
+/// ([`Layout::InOut`]), `bias` is `[E, p]`; any of the E groups may be empty. `samples` maps the N rows to samples: [`Routing::samples`],
+/// or [`Samples::select`] of the map before routing. For bf16 inputs the weights are rounded to bf16, too, and products are summed in f32
+/// ([`half`](crate::kernels::gemm::half)); f16 on the CPU is computed in f32.
 pub fn grouped_linear<'a>(
     x: &Tensor,
     w: &Param,
@@ -372,7 +372,7 @@ pub fn grouped_linear<'a>(
     spans::cost(2.0 * (n * d * p) as f64, ((n * (d + p) + e * d * p) * x.dtype().size()) as f64);
     let xa = x.array().contiguous();
     let bv = bias.map(Param::value);
-    // What goes into the activation is kept only if a backward pass can ask for it.
+    // The values before the activation are kept only if a backward pass may need them.
     let pre = act != Activation::None && Tensor::would_record(&[x], &[w]);
     let finish = Finish { bias: bv.as_ref(), act, pre };
     let (y, z) = products(&xa, &w.value(), (groups, routing), (d, p), layout == Layout::OutIn, finish)?;

@@ -7,7 +7,7 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// `out[t]` = Σ `w[at(i)]`·`x[member(i)]`, weights 1 if none are given; `at` is i, or its place in the other order.
+/// `out[t]` = Σ `w[at(i)]`·`x[member(i)]`; without weights they are 1. `at(i)` is i, or its position in the other order.
 pub(crate) fn sums(
     gpu: &Arc<Gpu>,
     x: &Array,

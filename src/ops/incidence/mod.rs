@@ -1,9 +1,8 @@
-//! Sums over the members of sets: nodes into hyperedges, and back.
+//! Sums over the members of sets: from nodes to hyperedges, and from hyperedges to nodes.
 //!
-//! An [`Incidence`] says which sources each target takes; targets and sources change places by [`Incidence::flipped`]. Both orders are
-//! kept, so that the sum and its gradient are gathers in a fixed order: no atomics, the same bits at any number of threads.
-//! Bytes: a source's row is read once for each set that it is in, and a target's row is written once; nothing of the size
-//! incidences × d is stored.
+//! An [`Incidence`] lists the sources of each target; [`Incidence::flipped`] exchanges targets and sources. Both orders are stored, so that
+//! the sum and its gradient are gathers in a fixed order: no atomics, and the same bits at any number of threads. Memory traffic: a
+//! source's row is read once for each set that contains it, and a target's row is written once; nothing of size incidences × d is stored.
 
 pub(crate) mod cuda;
 mod sets;
@@ -41,10 +40,10 @@ static INCIDENCE_SUM: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&INCIDENCE_SUM];
 
-/// Sets of any size, members repeated here and there, in one direction or the other.
+/// Sets of any size, with some repeated members, in either direction.
 fn random(g: &mut Gen) -> Result<Incidence> {
     let targets = Segments::lengths(&g.lengths(0, 5));
     let sources = if targets.rows() > 0 { g.extent(1, 6) } else { g.extent(0, 6) };
@@ -53,8 +52,8 @@ fn random(g: &mut Gen) -> Result<Incidence> {
     Ok(if g.chance(0.5) { sets.flipped() } else { sets })
 }
 
-/// `out[t]` = Σ over t's incidences i of `w[at(i)]`·`x[member(i)]`, in the order of `side`; weights have a column for each of `heads`
-/// equal parts of a row, and `at` is i itself, or its place in the other order.
+/// `out[t]` = Σ over t's incidences i of `w[at(i)]`·`x[member(i)]`, in the order of `side`. Weights have a column for each of `heads` equal
+/// parts of a row, and `at(i)` is i itself, or its position in the other order if `places`.
 fn gather<T: Float>(x: &[T], w: Option<&[T]>, side: &Side, places: bool, (d, heads): (usize, usize), out: &mut [T]) {
     let (members, width) = (side.members(), d / heads.max(1));
     let places = places.then(|| side.places());
@@ -82,7 +81,7 @@ fn gather<T: Float>(x: &[T], w: Option<&[T]>, side: &Side, places: bool, (d, hea
     });
 }
 
-/// The weighted sums of one direction. `w [I, heads]` lies in the order of the direction itself, or of the other one if `places`.
+/// The weighted sums of one direction. `w [I, heads]` is in the order of this direction, or of the other one if `places`.
 fn sums(x: &Array, w: Option<&Array>, sets: &Incidence, places: bool, heads: usize) -> Result<Array> {
     let shape = [sets.targets(), x.shape()[1]];
     dispatch(
@@ -132,7 +131,7 @@ fn dots(g: &Array, x: &Array, sets: &Incidence, heads: usize) -> Result<Array> {
     Ok(dw)
 }
 
-/// In eight sums, so that it runs at the speed of the vectors.
+/// Dot product with eight partial sums, so that it is vectorised.
 #[inline(always)]
 fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     let mut sums = [T::ZERO; 8];
@@ -145,7 +144,7 @@ fn dot<T: Float>(a: &[T], b: &[T]) -> T {
 }
 
 struct Back {
-    /// The sources' rows, kept where the weights need a gradient.
+    /// The sources' rows, saved if the weights need a gradient.
     x: Option<Array>,
     w: Option<Array>,
     sets: Incidence,
@@ -160,7 +159,7 @@ impl Rule for Back {
     fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
         let (targets, n) = (self.sets.targets(), self.sets.len());
         let rows = match self.sets.segments().known_ids() {
-            // Whose each incidence is, and from there whose the sources are.
+            // The owner of each incidence, and from there the owners of the sources.
             Some(ids) => {
                 let incidences = y.sent(targets, ids, 1);
                 let there = Whose { owner: &incidences, count: y.count, shape: &[n], history: y.history };
@@ -168,7 +167,7 @@ impl Rule for Back {
             }
             None => (Owner::Unknown, Owner::Unknown),
         };
-        // Columns stay apart; each weight meets those of its head.
+        // Columns stay separate; each weight is multiplied with those of its head.
         let x = match y.picking(0, &[self.sets.sources(), self.d]) {
             Owner::Unknown => rows.0,
             o => o,
@@ -192,7 +191,7 @@ impl Tensor {
     /// twice counts twice.
     ///
     /// `weights [I, heads]` has a row for each incidence in the order of [`Incidence::members`] and a column for each of `heads` equal
-    /// parts of a row, as the heads of attention are; it is differentiable, and taken in the precision that the rows are computed in.
+    /// parts of a row, like the heads of attention. It is differentiable, and is used in the precision in which the rows are computed.
     /// Without weights every member counts once.
     pub fn incidence_sum(&self, sets: &Incidence, weights: Option<&Tensor>) -> Result<Tensor> {
         let _op = spans::op("incidence_sum");

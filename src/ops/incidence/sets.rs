@@ -1,4 +1,4 @@
-//! Which members each set has, in both orders.
+//! The members of sets, stored in both orders.
 
 use crate::array::Array;
 use crate::array::cuda::on;
@@ -9,8 +9,8 @@ use crate::device::cuda::Gpu;
 use std::cmp::Ordering;
 use std::sync::{Arc, Mutex};
 
-/// Which sources each target takes: the nodes of each hyperedge, or with [`Incidence::flipped`] the hyperedges of each node.
-/// Checked once; clones are handles.
+/// The sources of each target: the nodes of each hyperedge, or, after [`Incidence::flipped`], the hyperedges of each node. The structure is
+/// validated once; clones are handles.
 ///
 /// ```
 /// use prismgrad::ops::incidence::Incidence;
@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex};
 #[derive(Clone, Debug)]
 pub struct Incidence {
     both: Arc<[Side; 2]>,
-    /// The side whose targets these are.
+    /// The current direction: which of the two sides is the targets.
     side: usize,
 }
 
@@ -33,9 +33,9 @@ pub struct Incidence {
 #[derive(Debug)]
 pub(crate) struct Side {
     pub segments: Segments,
-    /// The source of each.
+    /// The source of each incidence.
     members: Array,
-    /// Where each stands in the other order.
+    /// The position of each incidence in the other order.
     places: Array,
     on_gpu: Mutex<Option<(usize, Array, Array)>>,
 }
@@ -47,13 +47,13 @@ impl Side {
         Ok(Side { segments, members, places, on_gpu: Mutex::default() })
     }
     pub fn members(&self) -> &[u32] {
-        // Made of a slice of this type, and never changed.
+        // The array was made from a slice of this type and is never changed.
         self.members.as_slice().unwrap_or(&[])
     }
     pub fn places(&self) -> &[u32] {
         self.places.as_slice().unwrap_or(&[])
     }
-    /// Members and places in a GPU's memory, copied there once.
+    /// Members and places in a GPU's memory; they are copied there once.
     pub fn on_gpu(&self, gpu: &Arc<Gpu>) -> Result<(Array, Array)> {
         let mut slot = self.on_gpu.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((ordinal, members, places)) = &*slot
@@ -68,7 +68,7 @@ impl Side {
 }
 
 impl Incidence {
-    /// From the members of each target: `members[i]` for the rows i of a target's segment, below `sources`. A source may be in a
+    /// Sets from the members of each target: `members[i]` for the rows i of a target's segment, below `sources`. A source may occur in a
     /// target's set several times.
     pub fn new(targets: &Segments, members: Vec<u32>, sources: usize) -> Result<Incidence> {
         let op = "incidence";
@@ -81,7 +81,7 @@ impl Incidence {
         if targets.count() > u32::MAX as usize || members.len() > u32::MAX as usize {
             return Err(Error::invalid(op, "sets and incidences are counted by 32 bits".to_string()));
         }
-        // By counting: those of one source stay in the order of the targets.
+        // A counting sort: the incidences of one source stay in the order of the targets.
         let mut lengths = vec![0usize; sources];
         members.iter().for_each(|&m| lengths[m as usize] += 1);
         let other = Segments::lengths(&lengths);
@@ -95,7 +95,7 @@ impl Incidence {
         let sides = [Side::new(targets.clone(), &members, &places)?, Side::new(other, &of, &back)?];
         Ok(Incidence { both: Arc::new(sides), side: 0 })
     }
-    /// Targets and sources exchanged.
+    /// The incidence with targets and sources exchanged.
     pub fn flipped(&self) -> Incidence {
         Incidence { both: self.both.clone(), side: 1 - self.side }
     }
@@ -118,7 +118,7 @@ impl Incidence {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// The incidences of each target: segment t are its rows of [`Incidence::members`].
+    /// The incidences of each target: segment t is its range in [`Incidence::members`].
     pub fn segments(&self) -> &Segments {
         &self.side().segments
     }
@@ -130,16 +130,16 @@ impl Incidence {
     pub fn set(&self, target: usize) -> &[u32] {
         &self.members()[self.segments().range(target)]
     }
-    /// [`Incidence::members`] as an array on a device, copied there once.
+    /// [`Incidence::members`] as an array on a device; it is copied there once.
     pub fn members_on(&self, device: &Device) -> Result<Array> {
         match device {
             Device::Cuda(gpu) => Ok(self.side().on_gpu(gpu)?.0),
             Device::Cpu => Ok(self.side().members.clone()),
         }
     }
-    /// The same sets with members in an order that depends on the sources' rows alone and not on their numbers: by their values, element by
-    /// element. Sums over them then have the same bits however nodes and hyperedges are numbered, since sources with equal rows
-    /// may change places without a difference. `rows [sources, d]` is read to the host.
+    /// The same sets with members sorted by the values of the sources' rows, element by element, instead of by their numbers. Sums over
+    /// them then have the same bits however nodes and hyperedges are numbered, since exchanging sources with equal rows makes no
+    /// difference. `rows [sources, d]` is read to the host.
     pub fn by_values(&self, rows: &Array) -> Result<Incidence> {
         let op = "Incidence::by_values";
         let &[n, d] = rows.shape() else {

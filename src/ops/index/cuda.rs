@@ -1,5 +1,5 @@
-//! Launches of picking, placing and adding by index (`cuda/index.cu`, `move.cu`, `embedding.cu`). Ids are u32 on the GPU,
-//! checked before.
+//! Launches of the indexing kernels: gather, scatter-add, placing slices, one-hot (`cuda/index.cu`, `move.cu`, `embedding.cu`). Ids are u32
+//! on the GPU and have been checked.
 
 use crate::array::cuda::{strided, suffix, width};
 use crate::array::{Arguments, Array};
@@ -13,7 +13,7 @@ fn around(shape: &[usize], d: usize) -> (usize, usize, usize) {
     (shape[..d].iter().product(), shape[d], shape[d + 1..].iter().product())
 }
 
-/// Values of `x` along `d` at `index`, which has the result's shape.
+/// Gathers values of `x` along `d` at `index`, which has the result's shape.
 pub(crate) fn gather(gpu: &Arc<Gpu>, x: &Array, d: usize, index: &Array) -> Result<Array> {
     let x = x.contiguous();
     let (_, n, inner) = around(x.shape(), d);

@@ -1,6 +1,6 @@
-//! Picking and adding by index: gather, scatter_add, index_select, one_hot.
+//! Indexing operations: gather, scatter_add, index_select, one_hot.
 //!
-//! Backward of a pick is an addition, done in a fixed order without atomics: the same bits at any number of threads.
+//! The backward pass of a gather is a scatter-add in a fixed order without atomics: the same bits at any number of threads.
 
 pub(crate) mod cuda;
 
@@ -14,7 +14,7 @@ use crate::kernels::{Half, dispatch, rows};
 use crate::{Tensor, with_dtype, with_float};
 use smallvec::SmallVec;
 
-/// How many to pick from `n`: none if there are none.
+/// A random number of indices into `n` elements; 0 if `n` is 0.
 fn picks_from(g: &mut Gen, n: usize) -> usize {
     if n == 0 { 0 } else { g.extent(0, 5) }
 }
@@ -76,11 +76,11 @@ static ONE_HOT: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&GATHER, &SCATTER_ADD, &INDEX_SELECT, &ONE_HOT];
 
-/// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the thing they point into. Those on a
-/// GPU are checked there: one that is outside is read as 0 and reported when something is next read back.
+/// Indices (u32 or i64) as contiguous u32, each checked to be below `n`; `what` names the indexed object for the error. Those on a GPU are
+/// checked there: one that is out of range is replaced by 0 and reported when something is next read back.
 pub(crate) fn ids_below(op: &'static str, ids: &Array, n: usize, what: &dyn Fn() -> String) -> Result<Array> {
     let bad = |id: i64, at: usize| {
         Error::invalid(op, format!("id {id} at position {at} is outside {}: ids must be in 0..{n}", what()))
@@ -115,7 +115,7 @@ fn around(shape: &[usize], d: usize) -> (usize, usize, usize) {
     (shape[..d].iter().product(), shape[d], shape[d + 1..].iter().product())
 }
 
-/// `index` fits `shape`: the same sizes but along `d`.
+/// Checks that `index` matches `shape`: the same sizes except along `d`.
 fn expect_alike(op: &'static str, index: &[usize], shape: &[usize], d: usize) -> Result<()> {
     if index.len() == shape.len() && (0..shape.len()).all(|i| i == d || index[i] == shape[i]) {
         return Ok(());
@@ -123,7 +123,7 @@ fn expect_alike(op: &'static str, index: &[usize], shape: &[usize], d: usize) ->
     Err(Error::shape(op, format!("index {index:?} and {shape:?} must have the same sizes but along dimension {d}")))
 }
 
-/// Values of `x` along `d` at `index` (contiguous u32, checked).
+/// Gathers values of `x` along `d` at `index` (contiguous u32, checked).
 fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
     dispatch(
         [x.contiguous(), index.clone()],
@@ -147,8 +147,8 @@ fn pick(x: &Array, d: usize, index: &Array) -> Result<Array> {
     )
 }
 
-/// `base` with `src` added along `d` at `index`, in ascending order; blocks before `d` in parallel. Computed in the dtype
-/// that arithmetic is done in, and rounded once.
+/// Scatter-add: `base` with `src` added along `d` at `index`, in ascending order; blocks before `d` run in parallel. It is computed in the
+/// compute dtype and rounded once.
 fn put(base: Array, d: usize, index: &Array, src: &Array) -> Result<Array> {
     dispatch(
         [base, index.clone(), src.contiguous()],
@@ -179,10 +179,10 @@ fn put(base: Array, d: usize, index: &Array, src: &Array) -> Result<Array> {
 }
 
 impl Tensor {
-    /// Values picked along `dim`: `out[…, i, …] = x[…, index[…, i, …], …]`. `index` (u32 or i64) has this tensor's sizes
-    /// but along `dim`, where it may have any; the result has its shape. Any dtype.
+    /// Values gathered along `dim`: `out[…, i, …] = x[…, index[…, i, …], …]`. `index` (u32 or i64) has this tensor's sizes except along
+    /// `dim`, where it may have any; the result has the shape of `index`. Any dtype.
     ///
-    /// Backward adds the gradients into zeros, in order.
+    /// The backward pass scatter-adds the gradients into zeros, in order.
     pub fn gather(&self, dim: isize, index: impl AsRef<Array>) -> Result<Tensor> {
         let index = index.as_ref();
         let _op = spans::op("gather");
@@ -211,8 +211,8 @@ impl Tensor {
         let y = pick(self.array(), d, &index)?;
         Ok(Tensor::record(y, &[self], &[], || Back { index, d, shape: self.shape().into() }))
     }
-    /// This tensor with `src` added along `dim`: `out[…, index[…, i, …], …] += src[…, i, …]`, in ascending i.
-    /// `index` (u32 or i64) has `src`'s shape; sizes but along `dim` are this tensor's.
+    /// This tensor with `src` added along `dim`: `out[…, index[…, i, …], …] += src[…, i, …]`, in ascending i. `index` (u32 or i64) has
+    /// `src`'s shape; its sizes except along `dim` are this tensor's.
     pub fn scatter_add(&self, dim: isize, index: impl AsRef<Array>, src: &Tensor) -> Result<Tensor> {
         let index = index.as_ref();
         let _op = spans::op("scatter_add");
@@ -253,7 +253,7 @@ impl Tensor {
         let y = put(self.array().clone(), d, &index, src.array())?;
         Ok(Tensor::record(y, &[self, src], &[], || Back { index, d }))
     }
-    /// [`Tensor::scatter_add`] of this tensor into zeros of size `n` along `dim`.
+    /// [`Tensor::scatter_add`] of this tensor into zeros with size `n` along `dim`.
     pub fn scatter_sum(&self, dim: isize, index: impl AsRef<Array>, n: usize) -> Result<Tensor> {
         let d = shape::dim("scatter_add", dim, self.rank())?;
         let mut shape: Dims = self.shape().into();
@@ -261,9 +261,9 @@ impl Tensor {
         let zeros = Array::zeros(&shape, (self.dtype(), &self.device()));
         Tensor::new(zeros).scatter_add(dim, index, self)
     }
-    /// Slices `ids [k]` (u32 or i64, repeats allowed) along `dim`, whose size becomes k. Any dtype.
+    /// Selects slices `ids [k]` (u32 or i64, repeats allowed) along `dim`, whose size becomes k. Any dtype.
     ///
-    /// Backward adds the slices of one id in ascending order: deterministic, one sort of the ids and one pass.
+    /// The backward pass adds the slices of one id in ascending order, deterministically, with one sort of the ids and one pass.
     pub fn index_select(&self, dim: isize, ids: impl AsRef<Array>) -> Result<Tensor> {
         let ids = ids.as_ref();
         let _op = spans::op("index_select");
@@ -342,7 +342,7 @@ impl Tensor {
     }
 }
 
-/// `base` with the slices of `grad` along `d` added at `ids`, those of one id in ascending order.
+/// `base` with the slices of `grad` added along `d` at `ids`; the slices of one id are added in ascending order.
 fn add_slices(base: Array, d: usize, ids: &Array, grad: &Array) -> Result<Array> {
     let (outer, n, inner) = around(base.shape(), d);
     dispatch(

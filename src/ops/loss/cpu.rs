@@ -4,8 +4,8 @@ use crate::base::Float;
 use crate::device::cpu::shared::Shared;
 use crate::kernels::lanes::{lanes, max_of, rows};
 
-/// Rows whose target is `usize::MAX` are ignored. Writes per row the loss, and the largest logit m beside z = ln Σ exp(x − m): their sum
-/// is a coarse number where m is large. With smoothing s the loss is z − (1 − s)·(`x[target]` − m) − s·mean(x − m).
+/// Rows whose target is `usize::MAX` are ignored. Writes for each row the loss, and separately the largest logit m and z = ln Σ exp(x − m),
+/// because their sum would lose precision if m is large. With smoothing s the loss is z − (1 − s)·(`x[target]` − m) − s·mean(x − m).
 pub fn cross_entropy<T: Float>(x: &[T], d: usize, targets: &[usize], smoothing: T, loss: &mut [T], lse: &mut [T]) {
     let inv = T::ONE / T::from_f64(d as f64);
     let (loss, lse) = (Shared::new(loss), Shared::new(lse));

@@ -8,19 +8,19 @@ use crate::device::cuda::{Gpu, Launch};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
 
-/// Targets of the rows of some logits, and whose rows they are, in a GPU's memory.
+/// The targets of the rows of logits, and the rows' owners, in a GPU's memory.
 pub(crate) struct Targets {
     /// `[rows]` u32.
     ids: Array,
-    /// `[rows]`: what a row's loss counts; empty until the loss has been taken.
+    /// `[rows]`: the weight of each row in its sample's loss; empty until the loss has been computed.
     weight: Option<Array>,
     owners: Owners,
-    /// A target that does not count; −1 for none.
+    /// The target that is ignored; −1 for none.
     ignore: i64,
 }
 
 impl Targets {
-    /// Targets from wherever they are. The kernels take u32, where u32::MAX stands for −100: targets of i64 are converted.
+    /// Targets moved to the GPU. The kernels take u32, where u32::MAX stands for −100: i64 targets are converted.
     pub fn new(gpu: &Arc<Gpu>, ids: &Array, owners: Owners, ignore: Option<i64>) -> Result<Targets> {
         let ids = on(gpu, ids)?.contiguous();
         if ids.dtype() == DType::I64 {
@@ -35,8 +35,8 @@ impl Targets {
     }
 }
 
-/// Cross-entropy of contiguous logits `[…, d]` with targets, summed or averaged per sample: `[samples]`, the
-/// largest logit and the log-sum-exp above it of every row, and the targets with the weights that the backward needs.
+/// Cross-entropy of contiguous logits `[…, d]` with targets, summed or averaged per sample. Returns the losses `[samples]`; for every row
+/// the largest logit m and ln Σ exp(x − m); and the targets with the weights that the backward pass needs.
 pub(crate) fn cross_entropy(
     x: &Array,
     mut targets: Targets,
@@ -65,7 +65,7 @@ pub(crate) fn cross_entropy(
     Ok((out, lse, targets))
 }
 
-/// The gradient of the logits, `grad [samples]`.
+/// The gradient of the logits, given `grad [samples]`.
 pub(crate) fn cross_entropy_grad(
     (x, lse): (&Array, &Array),
     targets: &Targets,

@@ -1,4 +1,4 @@
-//! Losses. Each returns one value per sample, `[B]`: the step takes the mean over the batch.
+//! Losses. Each returns one value per sample, `[B]`; the training step computes the mean over the batch.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -14,10 +14,10 @@ use crate::kernels::{Exact, Half, dispatch};
 use crate::{Samples, Tensor, with_float};
 use smallvec::SmallVec;
 
-/// How rows become a sample's loss.
+/// The reduction of rows to a sample's loss.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Reduce {
-    /// The mean over the sample's values that count.
+    /// The mean over the sample's values that are not ignored.
     #[default]
     Mean,
     /// Their sum.
@@ -27,14 +27,14 @@ pub enum Reduce {
 /// Options of [`cross_entropy`].
 #[derive(Clone, Debug)]
 pub struct CrossEntropy {
-    /// Rows with this target do not count. −100 if not changed, as in PyTorch; among u32 targets, which cannot be negative,
-    /// u32::MAX ([`data::IGNORE`](crate::data::IGNORE)) stands for −100.
+    /// Rows with this target are ignored. −100 by default, as in PyTorch; among u32 targets, which cannot be negative, u32::MAX
+    /// ([`data::IGNORE`](crate::data::IGNORE)) stands for −100.
     pub ignore_index: Option<i64>,
-    /// Share of the target spread evenly over all classes, in [0, 1).
+    /// Share of the target that is distributed evenly over all classes, in [0, 1).
     pub label_smoothing: f64,
-    /// How rows become a sample's loss.
+    /// The reduction of rows to a sample's loss.
     pub reduce: Reduce,
-    /// Whose rows, if not dimension 0's.
+    /// The sample map of the rows; by default dimension 0 counts samples.
     pub samples: Option<Samples>,
 }
 
@@ -52,7 +52,7 @@ static CROSS_ENTROPY: OpInfo = OpInfo {
         |g: &mut Gen| {
             let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
             let targets = g.ids(&[b, t], c);
-            // Rows of a sample need not be neighbours.
+            // Rows of a sample need not be consecutive.
             let owner: Vec<u32> = (0..b * t).map(|_| g.size(0, b - 1) as u32).collect();
             let samples = if g.chance(0.3) { Some(Samples::owners(owner, b)?) } else { None };
             let options = CrossEntropy {
@@ -64,7 +64,7 @@ static CROSS_ENTROPY: OpInfo = OpInfo {
             Ok(Case::new(vec![g.array(&[b, t, c])], move |x| cross_entropy(&x[0], &targets, &options)))
         },
         |g| {
-            // Targets of i64, some of which are not to be counted.
+            // Targets in i64, some of which are ignored.
             let (b, t, c) = (g.extent(1, 3), g.extent(0, 4), g.extent(1, 6));
             let ignore_index = g.chance(0.7).then_some(-100);
             let targets: Vec<i64> = (0..b * t)
@@ -88,7 +88,7 @@ static BCE: OpInfo = OpInfo {
             let t = Tensor::new(g.array_in(&s, 0.0, 1.0));
             Ok(Case::new(vec![g.array(&s)], move |x| binary_cross_entropy_with_logits(&x[0], &t, Reduce::Mean)))
         },
-        // Targets that were computed as well.
+        // Targets that have a gradient as well.
         |g| {
             let s = g.shape(2);
             let inputs = vec![g.array(&s), g.array_in(&s, 0.1, 0.9)];
@@ -109,7 +109,7 @@ static KL: OpInfo = OpInfo {
                 kl_divergence(&x[0].log_softmax(-1)?, &t.to(&x[0].device())?, Reduce::Mean)
             }))
         },
-        // Targets that were computed as well.
+        // Targets that have a gradient as well.
         |g| {
             let s = [g.extent(0, 3), g.extent(2, 4)];
             let inputs = vec![g.array(&s), g.array_in(&s, 0.1, 0.9)];
@@ -118,10 +118,10 @@ static KL: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&CROSS_ENTROPY, &BCE, &KL];
 
-/// What the backward needs of the rows.
+/// The row information that the backward pass needs.
 enum Rows {
     Cpu { targets: Vec<usize>, weight: Vec<f64> },
     Gpu(Box<cuda::Targets>),
@@ -129,7 +129,7 @@ enum Rows {
 
 struct Back {
     logits: Array,
-    /// Of each row the largest logit m, and ln Σ exp(x − m).
+    /// For each row the largest logit m, and ln Σ exp(x − m).
     lse: Array,
     rows: Rows,
     samples: Samples,
@@ -186,10 +186,11 @@ impl Rule for Back {
     }
 }
 
-/// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32 or i64), fused with log-softmax: one loss per sample.
-/// Saves the logits and two numbers per row. A sample without a row that counts has loss 0 and no gradient.
+/// Cross-entropy of `logits [B, …, C]` with integer `targets [B, …]` (u32 or i64), fused with log-softmax; returns one loss per sample,
+/// `[B]`, in nats. It saves the logits and two numbers per row. A sample whose rows are all ignored has loss 0 and no gradient.
 ///
-/// Targets on the CPU are checked; one on a GPU that is no class gives a loss of NaN, since nothing waits for it.
+/// Targets on the CPU are validated; a target on a GPU that is not a class gives a loss of NaN, since no error can be returned without
+/// waiting for the GPU.
 pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &CrossEntropy) -> Result<Tensor> {
     let targets = targets.as_ref();
     let _op = spans::op("cross_entropy");
@@ -215,14 +216,14 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
     if samples.rows() != n {
         return Err(Error::shape(OP, format!("the samples map {} rows, there are {n}", samples.rows())));
     }
-    // Targets that are on the CPU are checked before anything is queued.
+    // Targets on the CPU are validated before anything is queued.
     let ids = if targets.device().is_cpu() { class_ids(targets)? } else { Vec::new() };
     let outside = |&(_, &id): &(usize, &i64)| Some(id) != options.ignore_index && !(0..c as i64).contains(&id);
     if let Some((r, id)) = ids.iter().enumerate().find(outside) {
         return Err(Error::invalid(OP, format!("target {id} at row {r}, of only {c} classes")));
     }
     let x = logits.array().contiguous();
-    // Losses and what the rows add up to stay in f32, whatever the logits are in.
+    // Losses and the sums over rows stay in f32, whatever the dtype of the logits.
     let Exact((out, lse, rows)) = dispatch(
         [x.clone()],
         Half::Native,
@@ -263,7 +264,7 @@ pub fn cross_entropy(logits: &Tensor, targets: impl AsRef<Array>, options: &Cros
     Ok(Tensor::record(out, &[logits], &[], || Back { logits: x, lse, rows, samples, smoothing }))
 }
 
-/// Targets on the host as i64: u32::MAX becomes −100.
+/// Targets on the host as i64; u32::MAX becomes −100.
 fn class_ids(targets: &Array) -> Result<Vec<i64>> {
     match targets.dtype() {
         DType::I64 => targets.to_vec::<i64>(),
@@ -271,7 +272,7 @@ fn class_ids(targets: &Array) -> Result<Vec<i64>> {
     }
 }
 
-/// Everything but dimension 0 reduced.
+/// Reduces all dimensions except dimension 0.
 fn per_sample(x: &Tensor, reduce: Reduce) -> Result<Tensor> {
     let Some(&b) = x.shape().first() else {
         return Err(Error::shape("loss", "a scalar has no sample axis"));
@@ -284,7 +285,8 @@ fn per_sample(x: &Tensor, reduce: Reduce) -> Result<Tensor> {
     }
 }
 
-/// max(x, 0) − x·t + ln(1 + e^{−|x|}) of logits x and targets t in [0, 1], both `[B, …]`: one loss per sample. Both have gradients.
+/// Binary cross-entropy max(x, 0) − x·t + ln(1 + e^{−|x|}) of logits x and targets t in [0, 1], both `[B, …]`; returns one loss per sample,
+/// `[B]`. Both inputs have gradients.
 pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
     let _op = spans::op("binary_cross_entropy");
     if logits.shape() != targets.shape() {
@@ -324,7 +326,7 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
             Ok(())
         }
     }
-    // A loss is an f32 number: logits and targets of 16 bits are widened before it, not after.
+    // A loss is an f32 number: 16-bit logits and targets are widened before the computation, not after it.
     let compute = logits.dtype().compute();
     let (x, t) = (logits.cast(compute)?, targets.cast(compute)?);
     let y = dispatch(
@@ -341,7 +343,7 @@ pub fn binary_cross_entropy_with_logits(logits: &Tensor, targets: &Tensor, reduc
     per_sample(&y, reduce)
 }
 
-/// (x − t)², `[B, …]`: one loss per sample.
+/// Squared error (x − t)² of `[B, …]`; returns one loss per sample, `[B]`.
 pub fn mse_loss(x: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
     if x.shape() != targets.shape() {
         return Err(Error::shape("mse_loss", format!("{:?} and targets {:?} differ", x.shape(), targets.shape())));
@@ -350,7 +352,8 @@ pub fn mse_loss(x: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> 
     per_sample(&x.sub(&targets)?.square()?, reduce)
 }
 
-/// Σ t·(ln t − log_probs) over the last dimension, terms with t = 0 being 0; rows reduced per sample.
+/// KL divergence Σ t·(ln t − log_probs) over the last dimension, where terms with t = 0 are 0; the rows are reduced to one loss per sample,
+/// `[B]`.
 pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Result<Tensor> {
     let _op = spans::op("kl_divergence");
     if log_probs.shape() != targets.shape() {
@@ -360,7 +363,7 @@ pub fn kl_divergence(log_probs: &Tensor, targets: &Tensor, reduce: Reduce) -> Re
     let log_probs = &log_probs.cast(log_probs.dtype().compute())?;
     let t = targets.cast(DType::F64)?;
     let t_log_t = match Tensor::would_record(&[targets], &[]) {
-        // ln t + 1 for the targets; t·ln t is 0 where t is.
+        // The derivative ln t + 1 of the targets comes from autograd; t·ln t is 0 where t is 0.
         true => t.clamp(f64::MIN_POSITIVE, f64::INFINITY)?.log()?.mul(&t)?,
         false => Tensor::new(dispatch(
             [t.into_array()],

@@ -4,8 +4,8 @@ use crate::base::Float;
 use crate::device::cpu::shared::Shared;
 use crate::kernels::lanes::{lanes, lanes_of, rows};
 
-/// y = (x − mean)·rstd·gain + bias per row of `d`; `center` off leaves the mean out (RMS norm). gain and bias repeat
-/// every `repeat` rows-of-group elements: element i of a row uses `gain[i]`. Writes mean and rstd per row.
+/// y = (x − mean)·rstd·gain + bias for each row of `d` elements; without `center` the mean is not subtracted (RMS norm). Element i of a row
+/// uses `gain[i]` and `bias[i]`. Writes mean and rstd of each row.
 pub fn norm_forward<T: Float>(
     x: &[T],
     (d, center, eps): (usize, bool, T),
@@ -66,7 +66,7 @@ pub fn norm_forward<T: Float>(
     );
 }
 
-/// dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; and x̂ itself, which the gain's gradient needs.
+/// dx = rstd·(h − mean(h) − x̂·mean(h·x̂)) with h = dy·gain; also computes x̂, which the gain's gradient needs.
 pub fn norm_backward<T: Float>(
     (x, stats, dy): (&[T], &[T], &[T]),
     (d, center): (usize, bool),

@@ -7,7 +7,7 @@ use crate::device::cuda::{Gpu, Launch};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
 
-/// (x − mean)·rstd·gain + bias over the last dimension, and mean and rstd per row.
+/// (x − mean)·rstd·gain + bias over the last dimension, with mean and rstd of each row.
 pub(crate) fn norm(
     gpu: &Arc<Gpu>,
     x: &Array,
@@ -30,7 +30,7 @@ pub(crate) fn norm(
     Ok((out, stats))
 }
 
-/// The gradient of the input, x̂ and dy in the compute dtype, each if asked for.
+/// The gradient of the input, and x̂ and dy in the compute dtype, each if requested.
 pub(crate) fn norm_grad(
     gpu: &Arc<Gpu>,
     (x, stats, dy): (&Array, &Array, &Array),

@@ -1,7 +1,8 @@
 //! Layer, RMS and group norm.
 //!
-//! y = (x − mean)/√(var + ε)·gain + bias. One pass over memory forward; backward reads x and dy once and keeps only mean
-//! and reciprocal deviation per row between the two. Gains give scaled row sums, biases row sums: exact per sample.
+//! y = (x − mean)/√(var + ε)·gain + bias. The forward pass is one pass over memory; the backward pass reads x and dy once, and only the
+//! mean and the reciprocal standard deviation of each row are saved for it. The factors of gains are scaled row sums, those of biases row
+//! sums: both are exact per sample.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -19,7 +20,7 @@ use crate::{Param, Samples, Tensor, with_float};
 use smallvec::SmallVec;
 
 fn case(g: &mut Gen, rms: bool) -> Result<Case> {
-    // Two values are ±1 after a layer norm, whatever they were: their gradient is a difference of rounding errors.
+    // With only two values per row, layer norm gives ±1 whatever they are, and their gradient is a difference of rounding errors.
     let (b, t, d) = (g.count(0, 3), g.extent(0, 3), g.extent(3, 6));
     let (gain, bias) = (Param::new("gain", g.ordinary(&[d])), Param::new("bias", g.array(&[d])));
     let (x, params) = (g.array(&[b, t, d]), if rms { vec![gain.clone()] } else { vec![gain.clone(), bias.clone()] });
@@ -51,7 +52,7 @@ info!(GROUP_NORM, "group_norm", &["scaled row sum", "row sum"], |g| {
     Ok(Case::new(vec![x], move |x| group_norm(&x[0], groups, Some(&gain), Some(&bias), 1e-3)).params(params).samples(b))
 });
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&LAYER_NORM, &RMS_NORM, &GROUP_NORM];
 
 struct Back {
@@ -210,8 +211,8 @@ fn norm(
     Ok(Tensor::record(y, &[x], &params, back))
 }
 
-/// Layer norm over the last dimension of `x [B, …, d]` (Ba et al. 2016); gain and bias `[d]`. Dimension 0 counts samples
-/// unless `samples` maps the rows.
+/// Layer norm over the last dimension of `x [B, …, d]` (Ba et al. 2016); gain and bias are `[d]`. Dimension 0 counts samples unless
+/// `samples` maps the rows otherwise.
 pub fn layer_norm(
     x: &Tensor,
     gain: Option<&Param>,
@@ -224,15 +225,14 @@ pub fn layer_norm(
     norm(&LAYER_NORM, x, (gain, bias), eps, samples)
 }
 
-/// x/√(mean(x²) + ε)·gain over the last dimension (Zhang & Sennrich 2019).
+/// RMS norm x/√(mean(x²) + ε)·gain over the last dimension of `x [B, …, d]` (Zhang & Sennrich 2019); the gain is `[d]`.
 pub fn rms_norm(x: &Tensor, gain: Option<&Param>, eps: f64, samples: Option<&Samples>) -> Result<Tensor> {
     let _op = spans::op("rms_norm");
     spans::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
     norm(&RMS_NORM, x, (gain, None), eps, samples)
 }
 
-/// Group norm of `x [B, C, …]` over each of `groups` groups of channels (Wu & He 2018); gain and bias `[C]`. Samples are
-/// dimension 0.
+/// Group norm of `x [B, C, …]` over each of `groups` groups of channels (Wu & He 2018); gain and bias are `[C]`. Samples are dimension 0.
 pub fn group_norm(x: &Tensor, groups: usize, gain: Option<&Param>, bias: Option<&Param>, eps: f64) -> Result<Tensor> {
     let _op = spans::op("group_norm");
     spans::cost(0.0, (2 * x.numel() * x.dtype().size()) as f64);
@@ -253,7 +253,7 @@ pub fn group_norm(x: &Tensor, groups: usize, gain: Option<&Param>, bias: Option<
     let positions: usize = x.shape()[2..].iter().product();
     let flat = x.reshape(&[b, groups, c / groups * positions])?;
     let y = norm(&GROUP_NORM, &flat, (None, None), eps, None)?;
-    // Channels last, so that gain and bias act on rows of C, each row a position of its sample.
+    // Channels are moved last, so that gain and bias act on rows of C elements; each row is a position of its sample.
     let rows = y.reshape(&[b, c, positions])?.transpose(1, 2)?;
     let z = affine(&rows, gain, bias)?;
     z.transpose(1, 2)?.reshape(x.shape())

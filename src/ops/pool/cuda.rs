@@ -6,10 +6,10 @@ use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
-/// Size, places, kernel, stride, padding, by height and width; stride 0 where windows are adaptive.
+/// Size, number of positions, kernel, stride, padding, each for height and width; the stride is 0 for adaptive windows.
 pub(crate) type Pool = [[usize; 2]; 5];
 
-/// A pooling kernel over `planes`; `index` sits where the kernel has it.
+/// Launches a pooling kernel over `planes`; `index` is passed in the kernel's position for it.
 fn pool(
     gpu: &Arc<Gpu>,
     name: &str,
@@ -30,14 +30,14 @@ pub(crate) fn average(gpu: &Arc<Gpu>, x: &Array, p: &Pool, shape: &[usize]) -> R
     Ok(out)
 }
 
-/// Its gradient, of the images' `shape`.
+/// The gradient of [`average`], in the images' `shape`.
 pub(crate) fn average_grad(gpu: &Arc<Gpu>, g: &Array, p: &Pool, shape: &[usize]) -> Result<Array> {
     let out = Array::uninit_on(gpu, shape, g.dtype())?;
     pool(gpu, "avg_pool_grad", &[g, &out], (shape[0] * shape[1], out.numel(), g.dtype()), p)?;
     Ok(out)
 }
 
-/// Largest value of each window, and where it stands in its plane (u32).
+/// Maximum of each window, and its position in its plane (u32).
 pub(crate) fn largest(gpu: &Arc<Gpu>, x: &Array, p: &Pool, shape: &[usize]) -> Result<(Array, Array)> {
     let out = Array::uninit_on(gpu, shape, x.dtype())?;
     let index = Array::uninit_on(gpu, shape, DType::U32)?;
@@ -45,7 +45,7 @@ pub(crate) fn largest(gpu: &Arc<Gpu>, x: &Array, p: &Pool, shape: &[usize]) -> R
     Ok((out, index))
 }
 
-/// Its gradient, of the images' `shape`.
+/// The gradient of [`largest`], in the images' `shape`.
 pub(crate) fn largest_grad(gpu: &Arc<Gpu>, g: &Array, index: &Array, p: &Pool, shape: &[usize]) -> Result<Array> {
     let out = Array::uninit_on(gpu, shape, g.dtype())?;
     pool(gpu, "max_pool_grad", &[g, index, &out], (shape[0] * shape[1], out.numel(), g.dtype()), p)?;

@@ -1,4 +1,4 @@
-//! Pooling over windows of images and sequences: the largest value, or the mean. One pass; planes in parallel.
+//! Pooling over windows of images and sequences: maximum or mean. One pass over memory; planes are processed in parallel.
 
 pub(crate) mod cuda;
 
@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The windows of a pooling over `N` directions. A size alone, `2` or `[2, 3]`, is windows that do not overlap: they move by their
+/// The windows of a pooling over `N` directions. A size alone, `2` or `[2, 3]`, gives windows that do not overlap: their stride is their
 /// size, as in PyTorch.
 ///
 /// ```
@@ -39,11 +39,11 @@ impl<const N: usize> Window<N> {
         let size = size.into();
         Window { size, stride: size, padding: Sides([0; N]) }
     }
-    /// The same windows, each this far from the last.
+    /// The same windows with this stride.
     pub fn stride(self, stride: impl Into<Sides<N>>) -> Window<N> {
         Window { stride: stride.into(), ..self }
     }
-    /// The same windows over an input with this much padding on each side: at most half the window.
+    /// The same windows over an input with this padding on each side, at most half the window.
     pub fn padding(self, padding: impl Into<Sides<N>>) -> Window<N> {
         Window { padding: padding.into(), ..self }
     }
@@ -102,22 +102,22 @@ static AVG_POOL: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&MAX_POOL, &AVG_POOL];
 
-/// The windows of an output: for each output line and column the input's, and the mean's divisor if it is constant.
+/// The windows of an output: for each output line and column the range of the input, and the divisor of the mean if it is constant.
 #[derive(Clone)]
 struct Grid {
     size: [usize; 2],
     lines: Arc<Vec<Range<usize>>>,
     columns: Arc<Vec<Range<usize>>>,
     divisor: Option<usize>,
-    /// The same windows, for the kernels.
+    /// The same windows in the form that the kernels take.
     pool: cuda::Pool,
 }
 
 impl Grid {
-    /// Sliding windows, cut off at the borders.
+    /// Sliding windows, clipped at the borders.
     fn sliding(op: &'static str, size: [usize; 2], windows: Window<2>) -> Result<Grid> {
         let Window { size: Sides(kernel), stride: Sides(stride), padding: Sides(padding) } = windows;
         if (0..2).any(|a| 2 * padding[a] > kernel[a]) {
@@ -138,7 +138,7 @@ impl Grid {
         let pool = [size, w.out, kernel, stride, padding];
         Ok(Grid { size, lines: axis(0), columns: axis(1), divisor: Some(kernel[0] * kernel[1]), pool })
     }
-    /// Windows of nearly equal size that cover the input in `out` pieces.
+    /// Windows of nearly equal size that cover the input in `out` ranges.
     fn adaptive(size: [usize; 2], out: [usize; 2]) -> Grid {
         let axis = |a: usize| {
             Arc::new((0..out[a]).map(|o| o * size[a] / out[a]..((o + 1) * size[a]).div_ceil(out[a])).collect())
@@ -156,7 +156,7 @@ impl Grid {
     fn grain(&self) -> usize {
         (GRAIN / self.area().max(self.places()).max(1)).max(1)
     }
-    /// Runs `f(output place, input lines, input columns)` for all places.
+    /// Runs `f(output position, input lines, input columns)` for all output positions.
     fn each(&self, mut f: impl FnMut(usize, &Range<usize>, &Range<usize>)) {
         for (i, l) in self.lines.iter().enumerate() {
             for (j, c) in self.columns.iter().enumerate() {
@@ -169,7 +169,7 @@ impl Grid {
     }
 }
 
-/// `[B, C, H, W]`, or why not.
+/// The shape `[B, C, H, W]`, or an error.
 fn image(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
     x.dtype().expect_float(op)?;
     match x.shape() {
@@ -306,7 +306,7 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
                         let mut best = l.start * width + c.start;
                         for i in l.clone() {
                             for k in i * width + c.start..i * width + c.end {
-                                // NaN wins, so that it is seen.
+                                // NaN counts as the largest, so that it propagates.
                                 if x[k] > x[best] || (x[k].is_nan() && !x[best].is_nan()) {
                                     best = k;
                                 }
@@ -324,13 +324,13 @@ fn largest(x: &Tensor, grid: Grid) -> Result<Tensor> {
 }
 
 impl Tensor {
-    /// Largest value of each window of `[B, C, H, W]`; padding is never the largest. The gradient goes to the first of equal
-    /// values. `x.max_pool2d(2)?` halves both sides; other windows are a [`Window`].
+    /// Maximum of each window of `[B, C, H, W]`; padding is never the maximum. The gradient goes to the first of equal values.
+    /// `x.max_pool2d(2)?` halves both sides; other windows are given by a [`Window`].
     pub fn max_pool2d(&self, windows: impl Into<Window<2>>) -> Result<Tensor> {
         let [_, _, h, w] = image("max_pool", self)?;
         largest(self, Grid::sliding("max_pool", [h, w], windows.into())?)
     }
-    /// Largest value of each window of `[B, C, T]`.
+    /// Maximum of each window of `[B, C, T]`.
     pub fn max_pool1d(&self, windows: impl Into<Window<1>>) -> Result<Tensor> {
         self.flat("max_pool", |x| x.max_pool2d(windows.into().flat()))
     }
@@ -343,7 +343,8 @@ impl Tensor {
     pub fn avg_pool1d(&self, windows: impl Into<Window<1>>) -> Result<Tensor> {
         self.flat("avg_pool", |x| x.avg_pool2d(windows.into().flat()))
     }
-    /// Means over `out` windows that cover `[B, C, H, W]`: window o of a size n spans ⌊o·n/out⌋ to ⌈(o + 1)·n/out⌉.
+    /// Means over `out` windows that cover `[B, C, H, W]`; the result is `[B, C, out[0], out[1]]`. Window o of an axis of size n spans
+    /// ⌊o·n/out⌋ to ⌈(o + 1)·n/out⌉.
     pub fn adaptive_avg_pool2d(&self, out: [usize; 2]) -> Result<Tensor> {
         let [_, _, h, w] = image("avg_pool", self)?;
         if h * w == 0 || out.contains(&0) {
@@ -351,11 +352,11 @@ impl Tensor {
         }
         average(self, Grid::adaptive([h, w], out))
     }
-    /// Means over `out` windows that cover `[B, C, T]`.
+    /// Means over `out` windows that cover `[B, C, T]`; the result is `[B, C, out]`.
     pub fn adaptive_avg_pool1d(&self, out: usize) -> Result<Tensor> {
         self.flat("avg_pool", |x| x.adaptive_avg_pool2d([1, out]))
     }
-    /// Mean over all places: `[B, C, …]` to `[B, C]`.
+    /// Mean over all positions: `[B, C, …]` to `[B, C]`.
     pub fn global_avg_pool(&self) -> Result<Tensor> {
         if self.rank() < 3 || self.shape()[2..].contains(&0) {
             return Err(Error::shape(
@@ -366,7 +367,7 @@ impl Tensor {
         let dims: Vec<isize> = (2..self.rank() as isize).collect();
         self.mean(&dims, false)
     }
-    /// `[B, C, T]` as images of height 1, and back.
+    /// Applies `f` to `[B, C, T]` as images of height 1, and converts the result back.
     fn flat(&self, op: &'static str, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         let &[b, c, t] = self.shape() else {
             return Err(Error::shape(op, format!("needs [B, C, T], got {:?}", self.shape())));

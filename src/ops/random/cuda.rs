@@ -7,11 +7,11 @@ use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// Numbers of a law, f32 or f64.
+/// Random numbers of a distribution, in f32 or f64.
 pub(crate) fn generate(gpu: &Arc<Gpu>, law: Law, shape: &[usize], dtype: DType, seed: u64) -> Result<Array> {
     let out = Array::uninit_on(gpu, shape, dtype)?;
     let n = out.numel();
-    // The uniform kernel gives [0, 1) for a bound of 0, the normal one a standard deviation of 1.
+    // The uniform kernel generates [0, 1) for a bound of 0; the normal one uses a standard deviation of 1.
     let (name, scale) = match law {
         Law::Uniform => ("philox_uniform", 0.0),
         Law::Normal => ("philox_normal", 1.0),

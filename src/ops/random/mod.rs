@@ -8,7 +8,7 @@ use crate::autograd::{Case, Differentiable, Gen, NO_PARAMS, OpInfo};
 use crate::base::{DType, Result, philox};
 use crate::device::{Device, spans};
 
-/// Which numbers.
+/// The distribution.
 #[derive(Clone, Copy)]
 pub(crate) enum Law {
     /// Uniform in [0, 1).
@@ -19,7 +19,7 @@ pub(crate) enum Law {
 
 fn case(g: &mut Gen, f: fn(&[usize], DType, u64, &Device) -> Result<Tensor>) -> Result<Case> {
     let (shape, dtype, seed) = (g.shape(3), g.dtype(), g.bits());
-    // The input says where the numbers go.
+    // The input determines the device.
     Ok(Case::new(vec![g.array(&[1])], move |t| f(&shape, dtype, seed, &t[0].device())))
 }
 
@@ -36,12 +36,12 @@ static RANDN: OpInfo = OpInfo {
     cases: &[|g| case(g, Tensor::randn)],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&RAND, &RANDN];
 
 fn generate(law: Law, shape: &[usize], dtype: DType, seed: u64, device: &Device) -> Result<Array> {
     match device.gpu() {
-        // f32 and f64 are made; other dtypes are rounded from f32, as on the CPU.
+        // f32 and f64 are generated directly; other dtypes are rounded from f32, as on the CPU.
         Some(gpu) => Ok(cuda::generate(gpu, law, shape, dtype.compute(), seed)?.cast(dtype)),
         None => Ok(Array::generate(shape, dtype.compute(), |i| match law {
             Law::Uniform => philox::uniform(seed, 0, i as u64),
@@ -52,7 +52,7 @@ fn generate(law: Law, shape: &[usize], dtype: DType, seed: u64, device: &Device)
 }
 
 impl Tensor {
-    /// Uniform numbers in [0, 1) on a device. Same seed, same numbers, on any device; without history.
+    /// Uniform random numbers in [0, 1) on a device, without history. The same seed gives the same numbers on every device.
     ///
     /// ```
     /// use prismgrad::{DType, Device, Tensor};
@@ -65,7 +65,7 @@ impl Tensor {
         dtype.expect_float("rand")?;
         Ok(Tensor::new(generate(Law::Uniform, shape, dtype, seed, device)?))
     }
-    /// Standard normal numbers on a device. Same seed, same numbers, on any device; without history.
+    /// Standard normal random numbers on a device, without history. The same seed gives the same numbers on every device.
     pub fn randn(shape: &[usize], dtype: DType, seed: u64, device: &Device) -> Result<Tensor> {
         let _op = spans::op("randn");
         dtype.expect_float("randn")?;

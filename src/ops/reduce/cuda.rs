@@ -7,18 +7,18 @@ use crate::device::cuda::{Gpu, Launch, layouts};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
 
-/// Which element of a row is wanted.
+/// The element of a row to find.
 #[derive(Clone, Copy)]
 pub(crate) enum Extreme {
-    /// The largest; NaN wins.
+    /// The maximum; NaN counts as the largest.
     Largest,
-    /// The smallest; NaN wins.
+    /// The minimum; NaN counts as the smallest.
     Smallest,
-    /// The largest; NaN counts only where it comes first.
+    /// The maximum; a NaN is chosen only if it is the first element.
     ArgMax,
 }
 
-/// The extreme of each row of `x [rows, cols]` and its position (u32), both of `shape`. The first of equals.
+/// The extreme value of each row of `x [rows, cols]` and its position (u32), both of `shape`; the first of equal values.
 pub(crate) fn extreme(
     gpu: &Arc<Gpu>,
     x: &Array,
@@ -38,7 +38,8 @@ pub(crate) fn extreme(
     Ok((out, index))
 }
 
-/// Gradients `g [rows, k]` of picked elements put back where they stood: zeros elsewhere, of `shape` with rows of `cols`.
+/// Gradients `g [rows, k]` of selected elements moved back to their original positions, with zeros elsewhere; the result has `shape`, with
+/// rows of `cols` elements.
 pub(crate) fn unpick(
     gpu: &Arc<Gpu>,
     g: &Array,
@@ -63,7 +64,7 @@ pub(crate) fn logsumexp(gpu: &Arc<Gpu>, x: &Array, (rows, cols): (usize, usize),
     Ok(out)
 }
 
-/// exp(x − y)·g, with y and g already in `x`'s shape by strides.
+/// exp(x − y)·g, with y and g already expanded to `x`'s shape.
 pub(crate) fn logsumexp_grad(gpu: &Arc<Gpu>, x: &Array, y: &Array, g: &Array) -> Result<Array> {
     let out = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     let n = out.numel();
@@ -74,7 +75,7 @@ pub(crate) fn logsumexp_grad(gpu: &Arc<Gpu>, x: &Array, y: &Array, g: &Array) ->
     Ok(out)
 }
 
-/// Running sums along the middle of `[outer, n, inner]`.
+/// Cumulative sums along the middle dimension of `[outer, n, inner]`.
 pub(crate) fn cumsum(
     gpu: &Arc<Gpu>,
     x: &Array,
@@ -98,7 +99,7 @@ pub(crate) fn cumsum(
     Ok(out)
 }
 
-/// The first `k` of each row of `x [rows, cols]` in order, and their positions (u32), both of `shape`. Stable, NaN last.
+/// The first `k` elements of each sorted row of `x [rows, cols]`, and their positions (u32), both of `shape`. Stable, NaN last.
 pub(crate) fn sort(
     gpu: &Arc<Gpu>,
     x: &Array,
@@ -111,7 +112,7 @@ pub(crate) fn sort(
     if rows * k == 0 {
         return Ok((out, picked));
     }
-    // Keys are u64, kept in arrays of i64.
+    // Keys are u64, stored in i64 arrays.
     let pair = || -> Result<(Array, Array)> {
         Ok((Array::uninit_on(gpu, &[rows, cols], DType::I64)?, Array::uninit_on(gpu, &[rows, cols], DType::U32)?))
     };

@@ -1,4 +1,4 @@
-//! Reductions: sums, means, extremes, logsumexp; and what sorts or scans: cumsum, topk, sort.
+//! Reductions (sums, means, extremes, logsumexp), scans (cumsum) and sorts (topk, sort).
 
 pub(crate) mod cuda;
 
@@ -22,18 +22,18 @@ pub(crate) fn sum_to(a: &Array, shape: &[usize]) -> Result<Array> {
     sum_dims(a, &dims)?.reshape(shape)
 }
 
-/// Sums the listed dimensions away (sizes become 1 and are dropped).
+/// Sums over the listed dimensions, which are removed from the shape.
 pub(crate) fn sum_dims(a: &Array, dims: &[usize]) -> Result<Array> {
     sum_scaled(a, dims, 1.0)
 }
 
-/// `scale` times the sum over the listed dimensions. The product is rounded to the dtype, not the sum: the mean of 100,000 halves is one,
-/// whose sum is none.
+/// `scale` times the sum over the listed dimensions. Only the product is rounded to the dtype, not the sum: the mean of 100,000 f16 values
+/// fits f16, but their sum does not.
 fn sum_scaled(a: &Array, dims: &[usize], scale: f64) -> Result<Array> {
     let kept: Vec<usize> = (0..a.rank()).filter(|d| !dims.contains(d)).collect();
     let out_shape: Dims = kept.iter().map(|&d| a.shape()[d]).collect();
     let (rows, cols) = (shape::numel(&out_shape), dims.iter().map(|&d| a.shape()[d]).product::<usize>());
-    // Leading dimensions of a contiguous array: column sums, without moving data.
+    // Leading dimensions of a contiguous array are column sums, computed without moving data.
     let leading = !kept.is_empty() && dims.iter().enumerate().all(|(i, &d)| i == d) && a.is_contiguous();
     a.dtype().expect_float("sum")?;
     let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
@@ -58,7 +58,7 @@ fn sum_scaled(a: &Array, dims: &[usize], scale: f64) -> Result<Array> {
     )
 }
 
-/// Dimensions to reduce, resolved, sorted, without repeats; all of them if none are listed.
+/// The dimensions to reduce: resolved, sorted, without repeats; all of them if none are listed.
 fn resolve(op: &'static str, dims: &[isize], rank: usize) -> Result<Vec<usize>> {
     let mut out = dims.iter().map(|&d| shape::dim(op, d, rank)).collect::<Result<Vec<_>>>()?;
     if dims.is_empty() {
@@ -71,7 +71,7 @@ fn resolve(op: &'static str, dims: &[isize], rank: usize) -> Result<Vec<usize>> 
     Ok(out)
 }
 
-/// `shape` with the reduced dimensions as 1.
+/// `shape` with the reduced dimensions set to 1.
 fn with_ones(shape: &[usize], dims: &[usize]) -> Dims {
     shape.iter().enumerate().map(|(d, &s)| if dims.contains(&d) { 1 } else { s }).collect()
 }
@@ -81,7 +81,7 @@ fn case(g: &mut Gen, f: fn(&Tensor, &[isize], bool) -> Result<Tensor>) -> Result
     let shape = g.shape(rank);
     let dims: Vec<isize> = (0..rank as isize).filter(|_| g.chance(0.5)).collect();
     let keep = g.chance(0.5);
-    // Distinct values, so that extremes have no ties.
+    // Distinct values, so that maxima have no ties.
     let x = g.distinct(&shape);
     Ok(Case::new(vec![x], move |t| f(&t[0], &dims, keep)))
 }
@@ -148,7 +148,7 @@ static SORT: OpInfo = OpInfo {
             let k = g.size(shape[1].min(1), shape[1]);
             Ok(Case::new(vec![g.distinct(&shape)], move |t| Ok(t[0].topk(k, -1)?.0)))
         },
-        // A row so long that sorted parts of it are merged.
+        // A row so long that it is sorted in parts, which are merged.
         |g| {
             let (n, mut k) = (g.size(4100, 4200), g.size(0, 1000));
             let x = g.array_of(&[1, n], |_| {
@@ -170,7 +170,7 @@ static ARGMAX: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&SUM, &MAX, &LOGSUMEXP, &CUMSUM, &SORT, &ARGMAX];
 
 struct SumBack {
@@ -195,7 +195,7 @@ impl Rule for SumBack {
     }
 }
 
-/// The sum over `dims` (all if empty) times `scale` of their number of elements.
+/// The sum over `dims` (all if empty), times `scale` of the number of elements summed.
 fn scaled(
     t: &Tensor,
     op: &'static str,
@@ -217,39 +217,39 @@ fn scaled(
 }
 
 impl Tensor {
-    /// Sum over `dims` (all if empty); `keep` leaves them with size 1. Deterministic: the order of additions depends
+    /// Sum over `dims` (all if empty); with `keep` the summed dimensions stay with size 1. Deterministic: the order of additions depends
     /// only on the shape.
     pub fn sum(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         scaled(self, "sum", dims, keep, |_| 1.0)
     }
-    /// Sum of all elements, `[]`.
+    /// Sum of all elements; the result has shape `[]`.
     pub fn sum_all(&self) -> Result<Tensor> {
         self.sum(&[], false)
     }
-    /// Mean of all elements, `[]`.
+    /// Mean of all elements; the result has shape `[]`.
     pub fn mean_all(&self) -> Result<Tensor> {
         self.mean(&[], false)
     }
-    /// Mean over `dims` (all if empty). It is rounded to the dtype once: the sum of halves need not be a half.
+    /// Mean over `dims` (all if empty). It is rounded to the dtype once, so that a 16-bit mean does not overflow where the sum would.
     pub fn mean(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         scaled(self, "mean", dims, keep, |n| 1.0 / n as f64)
     }
-    /// Population variance over `dims` (all if empty): mean of (x − mean)². That of halves is computed in f32.
+    /// Population variance over `dims` (all if empty): mean of (x − mean)². For 16-bit dtypes it is computed in f32.
     pub fn var(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         if self.dtype().is_half() {
             return self.cast(DType::F32)?.var(dims, keep)?.cast(self.dtype());
         }
         self.sub(&self.mean(&all_if_empty(dims, self.rank()), true)?)?.square()?.mean(dims, keep)
     }
-    /// Largest value over `dims` (all if empty). The gradient goes to the first of equal values.
+    /// Maximum over `dims` (all if empty). The gradient goes to the first of equal values.
     pub fn max(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         extreme(self, dims, keep, false)
     }
-    /// Smallest value over `dims` (all if empty). The gradient goes to the first of equal values.
+    /// Minimum over `dims` (all if empty). The gradient goes to the first of equal values.
     pub fn min(&self, dims: &[isize], keep: bool) -> Result<Tensor> {
         extreme(self, dims, keep, true)
     }
-    /// Index (u32) of the largest value along `dim`; the first of equal values. Not differentiable.
+    /// Index (u32) of the maximum along `dim`; the first of equal values. Not differentiable.
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("argmax");
         self.dtype().expect_float("argmax")?;
@@ -329,7 +329,7 @@ impl Tensor {
         let y = if keep { y.reshape(&ones)? } else { y };
         Ok(Tensor::record(y, &[self], &[], || Back { x, y: saved, ones }))
     }
-    /// Running sum along `dim`.
+    /// Cumulative sum along `dim`.
     pub fn cumsum(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("cumsum");
         self.dtype().expect_float("cumsum")?;
@@ -350,7 +350,7 @@ impl Tensor {
         let y = scan(self.array(), d, false)?;
         Ok(Tensor::record(y, &[self], &[], || Back(d)))
     }
-    /// The `k` largest values along `dim`, in falling order, and their indices (u32). Equal values keep their order.
+    /// The `k` largest values along `dim`, in descending order, and their indices (u32). Equal values keep their order.
     pub fn topk(&self, k: usize, dim: isize) -> Result<(Tensor, Tensor)> {
         let _op = spans::op("sort");
         let d = shape::dim("topk", dim, self.rank())?;
@@ -359,7 +359,7 @@ impl Tensor {
         }
         sorted(self, d, k, true)
     }
-    /// Values sorted along `dim` and their indices (u32); a stable sort, NaN last.
+    /// The values sorted along `dim`, and their indices (u32). The sort is stable; NaN is last.
     pub fn sort(&self, dim: isize, descending: bool) -> Result<(Tensor, Tensor)> {
         let _op = spans::op("sort");
         let d = shape::dim("sort", dim, self.rank())?;
@@ -371,7 +371,7 @@ fn all_if_empty(dims: &[isize], rank: usize) -> Vec<isize> {
     if dims.is_empty() { (0..rank as isize).collect() } else { dims.to_vec() }
 }
 
-/// The array with `dims` moved last, contiguous, and the shape of what is left.
+/// The array with `dims` moved last, contiguous, and the shape of the remaining dimensions.
 fn rows_last(op: &'static str, a: &Array, dims: &[usize]) -> Result<(Array, Dims)> {
     let kept: Vec<usize> = (0..a.rank()).filter(|d| !dims.contains(d)).collect();
     let order: Vec<usize> = kept.iter().chain(dims).copied().collect();
@@ -388,7 +388,7 @@ fn argbest<T: Float>(x: &[T], cols: usize, better: impl Fn(T, T) -> bool) -> Vec
         .collect()
 }
 
-/// Sends `grad` of the picked elements back to where they stood: rows of `cols`, `k` picks each.
+/// Moves `grad` of the selected elements back to their original positions: rows of `cols` elements, `k` selected from each.
 fn unpick(grad: &Array, index: &Array, k: usize, cols: usize, order: &[usize], shape: &[usize]) -> Result<Array> {
     let permuted: Dims = order.iter().map(|&d| shape[d]).collect();
     let dx = dispatch(
@@ -425,7 +425,7 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
             &MAX
         }
         fn owners(&self, y: &Whose) -> SmallVec<[Owner; 3]> {
-            // The last dimensions of the order are those of the maximum.
+            // The reduced dimensions are the last of the order.
             let (mut ones, mut left) = (self.shape.clone(), self.cols);
             for &d in self.order.iter().rev() {
                 if left > 1 {
@@ -450,7 +450,7 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
         |[x]| {
             with_float!("max", x.dtype(), |T| {
                 let x = x.as_slice::<T>()?;
-                // NaN wins, so that it is seen.
+                // NaN counts as better, so that it propagates.
                 let better = |a: T, b: T| (if smallest { a < b } else { a > b }) || (a.is_nan() && !b.is_nan());
                 let index = argbest(x, cols, better);
                 let best: Vec<T> = index.iter().enumerate().map(|(r, &i)| x[r * cols + i as usize]).collect();
@@ -470,7 +470,7 @@ fn extreme(t: &Tensor, dims: &[isize], keep: bool, smallest: bool) -> Result<Ten
     Ok(Tensor::record(y, &[t], &[], || Back { index, cols, order, shape }))
 }
 
-/// Running sums along dimension `d`, from the end if `reverse`.
+/// Cumulative sums along dimension `d`, from the end if `reverse`.
 fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
     let (n, inner) = (a.shape()[d], a.shape()[d + 1..].iter().product::<usize>());
     let outer = a.shape()[..d].iter().product();
@@ -480,7 +480,7 @@ fn scan(a: &Array, d: usize, reverse: bool) -> Result<Array> {
         |[a]| {
             let mut y = a.copy();
             with_float!("cumsum", a.dtype(), |T| {
-                // Running sums are f64, rounded where they are written.
+                // Cumulative sums are f64, and rounded when they are written.
                 let mut sums = vec![0f64; inner];
                 for block in y.fresh_mut::<T>().chunks_exact_mut((n * inner).max(1)) {
                     sums.fill(0.0);

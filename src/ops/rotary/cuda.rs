@@ -6,8 +6,8 @@ use crate::base::Result;
 use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
-/// Rotary position embedding of `x [B, T, H, D]` (unit stride along D) with tables `[positions, D/2]`, row 0 at position
-/// `offset`, the first `turned` heads; pairs interleaved or half apart, forwards or back.
+/// Rotary position embedding of the first `turned` heads of `x [B, T, H, D]` (unit stride along D) with tables `[positions, D/2]`; row 0
+/// has position `offset`. Pairs are interleaved or half a head apart; the rotation is forward or inverse.
 pub(crate) fn rotary(
     gpu: &Arc<Gpu>,
     x: &Array,

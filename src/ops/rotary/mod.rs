@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al. 2021, RoFormer).
 //!
-//! Pair i of a head of size D is turned by the angle t·base^(−2i/D) at position t. A rotation's gradient is the rotation
-//! back, so nothing but the table is kept. 3·N FLOPs, one pass over memory.
+//! Pair i of a head of size D is rotated by the angle t·base^(−2i/D) at position t. The gradient of a rotation is the inverse rotation, so
+//! only the table is kept for backward. 3·N FLOPs, one pass over memory.
 
 pub(crate) mod cuda;
 
@@ -17,7 +17,7 @@ use crate::{Tensor, with_float};
 use smallvec::SmallVec;
 use std::sync::{Arc, Mutex};
 
-/// Which two elements of a head are turned together.
+/// The choice of the two elements of a head that are rotated together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pairing {
@@ -27,8 +27,8 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// Cosines and sines of every position and pair, computed in f64 and rounded once. Build it once per model and share it
-/// between layers; clones are handles.
+/// Cosines and sines for every position and pair, computed in f64 and rounded once. Build it once per model and share it between layers;
+/// clones are handles.
 #[derive(Clone, Debug)]
 pub struct RotaryTable(Arc<Inner>);
 
@@ -39,7 +39,7 @@ struct Inner {
     /// cos and sin, `[len, half]` each.
     f32: [Vec<f32>; 2],
     f64: [Vec<f64>; 2],
-    /// One of them in a GPU's memory, with the GPU's number: the last that was asked for.
+    /// The table of one dtype in a GPU's memory, with the GPU's number: the one requested last.
     on_gpu: Mutex<Option<(usize, Array, Array)>>,
 }
 
@@ -58,7 +58,8 @@ impl RotaryTable {
         let frequencies: Vec<f64> = (0..dim / 2).map(|i| base.powf(-2.0 * i as f64 / dim as f64)).collect();
         RotaryTable::with_frequencies(len, &frequencies)
     }
-    /// Positions `0..len`, pair i turned by `frequencies[i]` radians per position (scaled or interpolated variants). At most 2²⁷ angles.
+    /// Positions `0..len`, with pair i rotated by `frequencies[i]` radians per position (for scaled or interpolated variants). At most 2²⁷
+    /// angles.
     pub fn with_frequencies(len: usize, frequencies: &[f64]) -> Result<RotaryTable> {
         if let Some(w) = frequencies.iter().find(|w| !w.is_finite()) {
             return Err(Error::invalid("rotary", format!("a frequency of {w}; all must be finite")));
@@ -79,11 +80,11 @@ impl RotaryTable {
     pub fn len(&self) -> usize {
         self.0.len
     }
-    /// Whether it holds no position.
+    /// Whether it has no positions.
     pub fn is_empty(&self) -> bool {
         self.0.len == 0
     }
-    /// Size of the heads it turns.
+    /// Size D of the heads it rotates.
     pub fn dim(&self) -> usize {
         2 * self.0.half
     }
@@ -132,7 +133,7 @@ static ROTARY: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&ROTARY];
 
 struct Back {
@@ -154,8 +155,8 @@ impl Rule for Back {
     }
 }
 
-/// Turns the first `turned` heads of `x [B, T, H, D]`, whose row 0 stands at `offset`; backwards if `inverse`. Strided inputs (a slice of
-/// a fused projection) are read in place.
+/// Rotates the first `turned` heads of `x [B, T, H, D]`, whose row 0 has position `offset`; in the inverse direction if `inverse`. Strided
+/// inputs (a slice of a fused projection) are read in place.
 fn turn(
     x: &Array,
     table: &RotaryTable,
@@ -197,7 +198,7 @@ fn turn(
     )
 }
 
-/// Turns one head; `sign` is −1 for backwards.
+/// Rotates one head; `sign` is −1 for the inverse rotation.
 fn turn_row<T: Float>(x: &[T], (cos, sin): (&[T], &[T]), sign: T, pairing: Pairing, y: &mut [T]) {
     let half = cos.len();
     simd(
@@ -223,13 +224,13 @@ fn turn_row<T: Float>(x: &[T], (cos, sin): (&[T], &[T]), sign: T, pairing: Pairi
 }
 
 impl Tensor {
-    /// Rotary position embedding of queries or keys `[B, T, H, D]`: row t stands at position `offset + t` (the number of
-    /// cached positions when decoding, 0 otherwise).
+    /// Rotary position embedding of queries or keys `[B, T, H, D]`; the result has the same shape. Row t has position `offset + t`
+    /// (`offset` is the number of cached positions when decoding, 0 otherwise).
     pub fn rotary(&self, table: &RotaryTable, offset: usize, pairing: Pairing) -> Result<Tensor> {
         self.rotary_heads(table, offset, pairing, usize::MAX)
     }
-    /// As [`Tensor::rotary`] of the first `turned` heads alone; the others stay as they are. A fused projection `[B, T, 3·H, D]` of
-    /// queries, keys and values is turned in one pass with `turned = 2·H`.
+    /// As [`Tensor::rotary`], for the first `turned` heads only; the others are unchanged. A fused projection `[B, T, 3·H, D]` of queries,
+    /// keys and values is rotated in one pass with `turned = 2·H`.
     pub fn rotary_heads(&self, table: &RotaryTable, offset: usize, pairing: Pairing, turned: usize) -> Result<Tensor> {
         let _op = spans::op("rotary");
         self.dtype().expect_float("rotary")?;

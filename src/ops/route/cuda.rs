@@ -8,7 +8,7 @@ use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, Launch, layouts};
 use std::sync::Arc;
 
-/// The choice as the kernels take it.
+/// The choice as a kernel argument.
 fn shape(c: &Choice, x: &Array) -> layouts::RouteShape {
     layouts::RouteShape {
         tokens: x.shape()[0] as i64,
@@ -19,7 +19,7 @@ fn shape(c: &Choice, x: &Array) -> layouts::RouteShape {
     }
 }
 
-/// Choices `[T, k]` u32 and their weights, of logits `x [T, E]` (f32 or f64).
+/// Choices `[T, k]` u32 and their weights from logits `x [T, E]` (f32 or f64).
 pub(crate) fn choose(gpu: &Arc<Gpu>, x: &Array, bias: Option<&Array>, c: &Choice) -> Result<(Array, Array)> {
     let of = [x.shape()[0], c.top_k];
     let (choices, weights) = (Array::uninit_on(gpu, &of, DType::U32)?, Array::uninit_on(gpu, &of, x.dtype())?);
@@ -28,7 +28,7 @@ pub(crate) fn choose(gpu: &Arc<Gpu>, x: &Array, bias: Option<&Array>, c: &Choice
     Ok((choices, weights))
 }
 
-/// The gradient of the logits from that of the weights.
+/// The gradient of the logits from the gradient of the weights.
 pub(crate) fn choose_back(gpu: &Arc<Gpu>, x: &Array, c: &Choice, choices: &Array, g: &Array) -> Result<Array> {
     let dx = Array::uninit_on(gpu, x.shape(), x.dtype())?;
     let l = Launch::new(gpu, "route", &format!("route_grad_{}", suffix(x.dtype())))?;
@@ -37,7 +37,7 @@ pub(crate) fn choose_back(gpu: &Arc<Gpu>, x: &Array, c: &Choice, choices: &Array
     Ok(dx)
 }
 
-/// From pairs sorted by expert: the token of each row, and the row of each pair `[T, k]`.
+/// From the pairs sorted by expert: the token of each row, and the row of each pair `[T, k]`.
 pub(crate) fn places(gpu: &Arc<Gpu>, order: &Array, (tokens, k): (usize, usize)) -> Result<(Array, Array)> {
     let n = tokens * k;
     let (token, place) = (Array::uninit_on(gpu, &[n], DType::U32)?, Array::uninit_on(gpu, &[tokens, k], DType::U32)?);
@@ -46,7 +46,7 @@ pub(crate) fn places(gpu: &Arc<Gpu>, order: &Array, (tokens, k): (usize, usize))
     Ok((token, place))
 }
 
-/// The owner of each row, and where each sample begins among the rows sorted by owner: `old` says it of tokens.
+/// The owner of each row, and the start of each sample among the rows sorted by owner; `old` is the map of the tokens.
 pub(crate) fn owners(gpu: &Arc<Gpu>, token: &Array, old: &Owners, k: usize) -> Result<(Array, Array)> {
     let n = token.numel();
     let (owner, offsets) =
@@ -57,7 +57,7 @@ pub(crate) fn owners(gpu: &Arc<Gpu>, token: &Array, old: &Owners, k: usize) -> R
     Ok((owner, offsets))
 }
 
-/// Choices of each sample by expert: `[B, E]` f32.
+/// Number of choices by sample and expert: `[B, E]` f32.
 pub(crate) fn load(gpu: &Arc<Gpu>, choices: &Array, o: &Owners, (b, e): (usize, usize)) -> Result<Array> {
     let out = Array::uninit_on(gpu, &[b, e], DType::F32)?;
     let l = Launch::new(gpu, "route", "route_load")?.grid(b * e, 1, 1);
@@ -66,7 +66,7 @@ pub(crate) fn load(gpu: &Arc<Gpu>, choices: &Array, o: &Owners, (b, e): (usize, 
     Ok(out)
 }
 
-/// 1 for each choice that is among the first `capacity` rows of its expert, else 0.
+/// 1 for each choice among the first `capacity` rows of its expert, otherwise 0.
 pub(crate) fn within(
     gpu: &Arc<Gpu>,
     choices: &Array,

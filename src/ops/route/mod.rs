@@ -1,12 +1,12 @@
-//! Routing of tokens to experts: the gate's scores, the k best of them, and the order in which experts see the tokens.
+//! Routing of tokens to experts: the gate's scores, the k best experts of each token, and the order of the rows by expert.
 //!
-//! A token's k choices are its k largest logits (of equal ones the expert with the lower number), its weights the gate's values
-//! there, made to add up to 1 if asked for. The pairs (token, choice) are then sorted by expert with a stable counting sort, so
-//! that each expert's rows lie together in the order of the tokens. No token is dropped, nothing is padded, no array of tokens ×
-//! experts × rows is built, and no count is read by the host: on a GPU all of a [`Routing`] is made there and stays there.
+//! A token's k choices are its k largest logits (among equal ones, the expert with the lower number); its weights are the gate's values
+//! there, renormalised to sum to 1 if requested. The pairs (token, choice) are then sorted by expert with a stable counting sort, so that
+//! each expert's rows are consecutive, in the order of the tokens. No token is dropped, nothing is padded, no array of tokens × experts ×
+//! rows is built, and the host reads no count: on a GPU a [`Routing`] is computed there and stays there.
 //!
-//! Bytes: the logits are read once and N = tokens·k rows of indices written; the sort is a pass over N for every 8 bits of the
-//! number of experts.
+//! Memory traffic: the logits are read once and N = tokens·k rows of indices are written; the sort takes one pass over N for every 8 bits
+//! of the number of experts.
 
 pub(crate) mod cuda;
 
@@ -25,23 +25,23 @@ use crate::{Device, Samples, Tensor, with_float};
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
-/// How a router's logits become scores.
+/// The function that maps a router's logits to scores.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Gate {
     /// Softmax over all experts (Shazeer et al. 2017; Fedus et al. 2022, equation 1).
     #[default]
     Softmax,
-    /// A sigmoid for each expert by itself (DeepSeek-V3 2024, equation 15).
+    /// A sigmoid for each expert separately (DeepSeek-V3 2024, equation 15).
     Sigmoid,
 }
 
-/// Which experts a token goes to, and with which weights.
+/// The choice of a token's experts and of their weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Choice {
-    /// Experts for each token.
+    /// Number of experts for each token.
     pub top_k: usize,
-    /// Scores from logits.
+    /// The function from logits to scores.
     pub gate: Gate,
     /// Whether the weights of a token's experts are divided by their sum.
     pub renormalise: bool,
@@ -57,14 +57,14 @@ static ROUTE: OpInfo = OpInfo {
             let top_k = g.size(1, e);
             let gate = if g.chance(0.5) { Gate::Softmax } else { Gate::Sigmoid };
             let c = Choice { top_k, gate, renormalise: g.chance(0.5) };
-            // The weights, and where their rows went.
+            // The weights, and the rows that the tokens became.
             Ok(Case::new(vec![g.distinct(&[t, e])], move |x| {
                 let (w, routing) = route(&x[0], &c, None)?;
                 let place = Tensor::new(routing.places().cast(w.dtype()));
                 w.mul(&place.add_scalar(1.0)?)
             }))
         },
-        // Many experts, and a bias that has a part in the choice alone.
+        // Many experts, and a bias that affects the choice only.
         |g: &mut Gen| {
             let (t, e) = (g.extent(1, 3), g.extent(1, 6));
             let c = Choice { top_k: g.size(1, e.min(9)), gate: Gate::Sigmoid, renormalise: true };
@@ -74,17 +74,17 @@ static ROUTE: OpInfo = OpInfo {
     ],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&ROUTE];
 
-/// Where the tokens of a batch went: `tokens`·k rows, sorted by expert, those of one expert in the order of the tokens.
+/// The assignment of a batch's tokens to experts: `tokens`·k rows, sorted by expert, and in the order of the tokens for each expert.
 ///
-/// Clones are handles. On a GPU everything in it is there, and no method waits but where it says so.
+/// Clones are handles. On a GPU all arrays are stored there, and no method waits for it unless its description says so.
 #[derive(Clone, Debug)]
 pub struct Routing {
     top_k: usize,
     choices: Array,
-    /// Of each row, the pair token·k + choice.
+    /// For each row, the pair token·k + choice.
     order: Array,
     token: Array,
     place: Array,
@@ -92,7 +92,7 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// From the experts of each token, `[T, k]` u32 below `experts`, on the CPU or a GPU.
+    /// A routing from the experts of each token, `[T, k]` u32 below `experts`, on the CPU or a GPU.
     pub(crate) fn new(choices: Array, experts: usize) -> Result<Routing> {
         let &[tokens, top_k] = choices.shape() else {
             return Err(Error::shape("route", format!("choices {:?} must be [T, k]", choices.shape())));
@@ -126,7 +126,7 @@ impl Routing {
     pub fn tokens(&self) -> usize {
         self.choices.shape()[0]
     }
-    /// Experts for each token.
+    /// Number of experts for each token.
     pub fn top_k(&self) -> usize {
         self.top_k
     }
@@ -154,14 +154,14 @@ impl Routing {
     pub fn groups(&self) -> &Segments {
         &self.groups
     }
-    /// Whose the rows are, if `samples` says whose the tokens are.
+    /// The sample map of the rows; `samples` is the map of the tokens.
     pub fn samples(&self, samples: &Samples) -> Result<Samples> {
         if samples.rows() != self.tokens() {
             let message = format!("the samples map {} rows, there are {} tokens", samples.rows(), self.tokens());
             return Err(Error::shape("route", message));
         }
         let Some(gpu) = self.token.gpu() else { return samples.select(self.token.as_slice::<u32>()?) };
-        // Every token is k rows, so that the lengths of samples are known although their rows are not.
+        // Every token becomes k rows, so that the lengths of samples are known although their rows are not.
         let old = samples.on_gpu(gpu)?;
         let (owner, offsets) = cuda::owners(gpu, &self.token, &old, self.top_k)?;
         let order = rows::sort_ids(gpu, &owner, old.count)?.1;
@@ -170,7 +170,7 @@ impl Routing {
         let owners = Owners { each: 0, count, longest, owner: Some(owner), offsets: Some(offsets), order: Some(order) };
         Ok(Samples::of_gpu(gpu, rows, owners))
     }
-    /// How many of each sample's choices fell on each expert: `[B, E]` f32.
+    /// The number of each sample's choices that went to each expert: `[B, E]` f32.
     pub fn load(&self, samples: &Samples) -> Result<Array> {
         let (b, e, k) = (samples.count(), self.experts(), self.top_k);
         if samples.rows() != self.tokens() {
@@ -187,7 +187,7 @@ impl Routing {
         }
         Array::from_slice(&load, &[b, e])
     }
-    /// 1 for each choice that is among the first `capacity` rows of its expert, else 0: `[T, k]` f32.
+    /// 1 for each choice among the first `capacity` rows of its expert, otherwise 0: `[T, k]` f32.
     pub fn within(&self, capacity: usize) -> Result<Array> {
         if let Some(gpu) = self.choices.gpu() {
             let offsets = self.groups.on_gpu(gpu)?.offsets;
@@ -202,14 +202,14 @@ impl Routing {
     }
 }
 
-/// The score of each expert of one token, and what the k best of them are: `choices [k]`, `weights [k]`.
+/// Computes the scores of one token and selects its k best experts: `choices [k]`, `weights [k]`.
 fn choose<T: Float>(x: &[T], bias: Option<&[T]>, c: &Choice, choices: &mut [u32], weights: &mut [T]) {
     let gate = Gates::of(x, c.gate);
     let key = |e: usize| match bias {
         None => x[e],
         Some(b) => gate.score(x[e]) + b[e],
     };
-    // NaN last, as the smallest of all.
+    // NaN is ordered last, as the smallest value.
     let above = |a: T, b: T| a > b || (b.is_nan() && !a.is_nan());
     for s in 0..choices.len() {
         let mut best: Option<usize> = None;
@@ -226,12 +226,12 @@ fn choose<T: Float>(x: &[T], bias: Option<&[T]>, c: &Choice, choices: &mut [u32]
         sum += *w;
     }
     let scale = if c.renormalise { T::ONE / sum } else { T::ONE };
-    // What is no number anywhere in a token's logits shows in all of its weights.
+    // If any logit of a token is NaN, all of its weights become NaN.
     let spoiled = gate.total.is_nan();
     weights.iter_mut().for_each(|w| *w = if spoiled { gate.total } else { *w * scale });
 }
 
-/// What all scores of one token share.
+/// The quantities that all scores of one token share.
 struct Gates<T> {
     gate: Gate,
     largest: T,
@@ -260,7 +260,7 @@ impl<T: Float> Gates<T> {
     }
 }
 
-/// The gradient of one token's logits from that of its weights.
+/// The gradient of one token's logits from the gradient of its weights.
 fn choose_back<T: Float>(x: &[T], c: &Choice, choices: &[u32], g: &[T], dx: &mut [T]) {
     let gate = Gates::of(x, c.gate);
     let score = |e: u32| gate.score(x[e as usize]);
@@ -269,7 +269,7 @@ fn choose_back<T: Float>(x: &[T], c: &Choice, choices: &[u32], g: &[T], dx: &mut
         sum += score(e);
         inner += score(e) * g;
     }
-    // Of the scores of a softmax every logit has a part, of renormalised ones those of the chosen experts alone.
+    // Every logit contributes to the scores of a softmax; only those of the chosen experts contribute to renormalised ones.
     let all = c.gate == Gate::Softmax && !c.renormalise;
     for (dx, &x) in dx.iter_mut().zip(x) {
         *dx = if all { -gate.score(x) * inner } else { T::ZERO };
@@ -330,13 +330,13 @@ impl Rule for Back {
     }
 }
 
-/// Chooses `top_k` of the E experts for each of T tokens by their `logits [T, E]`: the weights `[T, k]`, through which the
-/// logits receive their gradient, and where every token goes.
+/// Chooses `top_k` of the E experts for each of T tokens by their `logits [T, E]`. Returns the weights `[T, k]`, through which the logits
+/// receive their gradient, and the routing.
 ///
-/// Scores are softmax(logits) or sigmoid(logits), weights the scores of the chosen experts, divided by their sum with
-/// `renormalise`. `bias [E]` is added to the scores for the choice, and has no part in the weights (Wang et al. 2024, equation 3).
-/// Everything is computed in f32 at least. A token whose logits hold a NaN, or +∞ under a softmax, has weights that are NaN:
-/// its sample's loss is not finite then, and a training step says so.
+/// Scores are softmax(logits) or sigmoid(logits); weights are the scores of the chosen experts, divided by their sum with `renormalise`.
+/// `bias [E]` is added to the scores for the choice only, and does not enter the weights (Wang et al. 2024, equation 3). Everything is
+/// computed in f32 or f64. If a token's logits contain a NaN, or +∞ under a softmax, its weights are NaN: the loss of its sample is then
+/// not finite, which a training step reports.
 pub fn route(logits: &Tensor, choice: &Choice, bias: Option<&Array>) -> Result<(Tensor, Routing)> {
     let _op = spans::op("route");
     let (op, c) = ("route", *choice);

@@ -7,7 +7,7 @@ use crate::base::{DType, Result};
 use crate::device::cuda::{Gpu, Launch};
 use std::sync::Arc;
 
-/// A kernel that works along segments, `width` columns.
+/// A launch of a kernel over segments with `width` columns.
 fn along<'a>(gpu: &'a Arc<Gpu>, s: &SegmentsOnGpu, name: &str, dtype: DType, width: usize) -> Result<Launch<'a>> {
     let n = s.count() * width;
     let blocks = if width >= 32 { n.div_ceil(256) } else { n.div_ceil(8) };
@@ -23,7 +23,7 @@ pub(crate) fn sum(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, x: &Array, shape: &[usize],
     Ok(out)
 }
 
-/// Each segment's row for its rows, divided by their number if `mean`.
+/// Each segment's row repeated for all rows of the segment, divided by their number if `mean`.
 pub(crate) fn spread(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, g: &Array, shape: &[usize], mean: bool) -> Result<Array> {
     let (rows, cols) = (shape[0], shape[1..].iter().product::<usize>());
     let out = Array::uninit_on(gpu, shape, g.dtype())?;
@@ -34,7 +34,7 @@ pub(crate) fn spread(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, g: &Array, shape: &[usiz
     Ok(out)
 }
 
-/// Largest of each segment's rows, and the row of each.
+/// Maximum of each segment's rows, and the row that has it.
 pub(crate) fn max(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, x: &Array, shape: &[usize]) -> Result<(Array, Array)> {
     let cols: usize = shape[1..].iter().product();
     let out = Array::uninit_on(gpu, shape, x.dtype())?;
@@ -44,7 +44,7 @@ pub(crate) fn max(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, x: &Array, shape: &[usize])
     Ok((out, index))
 }
 
-/// Its gradient.
+/// The gradient of [`max`].
 pub(crate) fn max_grad(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, g: &Array, index: &Array, shape: &[usize]) -> Result<Array> {
     let (rows, cols) = (shape[0], shape[1..].iter().product::<usize>());
     let out = Array::uninit_on(gpu, shape, g.dtype())?;
@@ -64,7 +64,7 @@ pub(crate) fn softmax(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, x: &Array) -> Result<Ar
     Ok(out)
 }
 
-/// Its gradient, from its value.
+/// The gradient of [`softmax`], from its output `y`.
 pub(crate) fn softmax_grad(gpu: &Arc<Gpu>, s: &SegmentsOnGpu, y: &Array, g: &Array) -> Result<Array> {
     let cols: usize = y.shape()[1..].iter().product();
     let out = Array::uninit_on(gpu, y.shape(), y.dtype())?;

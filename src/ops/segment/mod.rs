@@ -1,5 +1,5 @@
-//! Reductions over segments: runs of rows of any length, also none (cells of a column, nodes of a hyperedge, tokens of an
-//! expert). One pass over memory each; a segment is summed by one task in row order, so results are deterministic.
+//! Reductions over segments: runs of rows of any length, including empty ones (cells of a column, nodes of a hyperedge, tokens of an
+//! expert). Each is one pass over memory; a segment is summed by one task in row order, so that results are deterministic.
 
 pub(crate) mod cuda;
 
@@ -35,7 +35,7 @@ info!(
     "segment_sum",
     |g| case(g, Tensor::segment_sum),
     |g| case(g, Tensor::segment_mean),
-    // Segments that are made on the device from the segment of each row.
+    // Segments made on the device from the segment of each row.
     |g: &mut Gen| {
         let lengths = g.lengths(1, 5);
         let (count, ids) = (lengths.len(), Segments::lengths(&lengths).ids().clone());
@@ -56,7 +56,7 @@ info!(SEGMENT_REPEAT, "segment_repeat", |g: &mut Gen| {
     Ok(Case::new(vec![g.array(&shape)], move |t| t[0].segment_repeat(&segments)))
 });
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&SEGMENT_SUM, &SEGMENT_MAX, &SEGMENT_SOFTMAX, &SEGMENT_REPEAT];
 
 /// Sum (or mean) of each segment's rows of `width`: `[N, …]` to `[S, …]`.
@@ -82,7 +82,7 @@ fn reduce<T: Float>(x: &[T], segments: &Segments, width: usize, mean: bool, out:
     });
 }
 
-/// Each segment's row repeated for its rows (divided by their number if `mean`): `[S, …]` to `[N, …]`.
+/// Each segment's row repeated for all rows of the segment (divided by their number if `mean`): `[S, …]` to `[N, …]`.
 fn spread<T: Float>(g: &[T], segments: &Segments, width: usize, mean: bool, out: &mut [T]) {
     segments.par_rows(out, width, |s, o| {
         let rows = o.len().checked_div(width).unwrap_or(0);
@@ -95,7 +95,7 @@ fn spread<T: Float>(g: &[T], segments: &Segments, width: usize, mean: bool, out:
     });
 }
 
-/// The checks every op of this file begins with: shape of the input after dimension 0, and its product.
+/// The checks at the start of every op of this file; returns the product of the input's sizes after dimension 0.
 fn inner(op: &'static str, x: &Tensor, rows: usize, segments: &Segments) -> Result<usize> {
     x.dtype().expect_float(op)?;
     match x.shape().split_first() {
@@ -117,7 +117,7 @@ struct SumBack {
     shape: Dims,
 }
 
-/// Whose the rows are that each segment makes one of.
+/// The owners of the rows that each segment reduces to one.
 fn reduced(y: &Whose, segments: &Segments, input: &[usize]) -> Owner {
     match (y.picking(0, input), segments.known_ids()) {
         (Owner::Unknown, Some(ids)) => y.sent(segments.count(), ids, input[1..].iter().product()),
@@ -176,7 +176,7 @@ fn total(x: &Tensor, segments: &Segments, mean: bool) -> Result<Tensor> {
 
 struct MaxBack {
     segments: Segments,
-    /// Row of the largest value, per output element; unused where the segment is empty.
+    /// Row of the largest value for each output element; unused for an empty segment.
     index: Array,
     shape: Dims,
 }
@@ -288,8 +288,8 @@ impl Tensor {
     pub fn segment_mean(&self, segments: &Segments) -> Result<Tensor> {
         total(self, segments, true)
     }
-    /// Largest of each segment's rows, column by column: `[N, …]` to `[S, …]`. The gradient goes to the first of equal
-    /// values. An empty segment gives 0 and no gradient; NaN wins, so that it is seen.
+    /// Maximum of each segment's rows, column by column: `[N, …]` to `[S, …]`. The gradient goes to the first of equal values. An empty
+    /// segment gives 0 and no gradient; NaN counts as the largest, so that it propagates.
     pub fn segment_max(&self, segments: &Segments) -> Result<Tensor> {
         let _op = spans::op("segment_max");
         let width = inner("segment_max", self, segments.rows(), segments)?;
@@ -319,7 +319,7 @@ impl Tensor {
         let shape = self.shape().into();
         Ok(Tensor::record(y, &[self], &[], || MaxBack { segments: segments.clone(), index, shape }))
     }
-    /// Softmax within each segment, column by column: `[N, …]` to `[N, …]`. A segment of −∞ only gives zeros, never NaN.
+    /// Softmax within each segment, column by column: `[N, …]` to `[N, …]`. A column of a segment with only −∞ gives zeros, never NaN.
     pub fn segment_softmax(&self, segments: &Segments) -> Result<Tensor> {
         let _op = spans::op("segment_softmax");
         let width = inner("segment_softmax", self, segments.rows(), segments)?;
@@ -367,7 +367,7 @@ impl Tensor {
     }
 }
 
-/// Softmax of each column of `x`, rows of `width`.
+/// Softmax of each column of `x`, whose rows have `width` elements.
 fn softmax<T: Float>(x: &[T], width: usize, out: &mut [T]) {
     if x.is_empty() {
         return;
@@ -380,7 +380,7 @@ fn softmax<T: Float>(x: &[T], width: usize, out: &mut [T]) {
             for row in x.chunks_exact(width) {
                 top.iter_mut().zip(row).for_each(|(m, &x)| *m = m.larger(x));
             }
-            // A column of −∞ only: any finite maximum makes its terms 0.
+            // A column with only −∞: any finite maximum makes its terms 0.
             top.iter_mut().for_each(|m| *m = if *m == T::NEG_INFINITY { T::ZERO } else { *m });
             for (row, o) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
                 for c in 0..width {
@@ -394,7 +394,7 @@ fn softmax<T: Float>(x: &[T], width: usize, out: &mut [T]) {
     );
 }
 
-/// d = y·(g − Σ y·g), column by column.
+/// Backward of softmax: d = y·(g − Σ y·g), column by column.
 fn softmax_grad<T: Float>(y: &[T], g: &[T], width: usize, d: &mut [T]) {
     if y.is_empty() {
         return;

@@ -21,7 +21,7 @@ pub(crate) fn softmax(gpu: &Arc<Gpu>, x: &Array, log: bool) -> Result<Array> {
     Ok(out)
 }
 
-/// Its gradient, from its value.
+/// The gradient of softmax or log-softmax, from its output `y`.
 pub(crate) fn softmax_grad(gpu: &Arc<Gpu>, y: &Array, dy: &Array, log: bool) -> Result<Array> {
     let op = if log { "log_softmax" } else { "softmax" };
     let out = Array::uninit_on(gpu, y.shape(), y.dtype())?;

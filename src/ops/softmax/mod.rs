@@ -1,4 +1,4 @@
-//! Softmax and log-softmax over one dimension, stable.
+//! Numerically stable softmax and log-softmax over one dimension.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
@@ -30,10 +30,10 @@ static LOG_SOFTMAX: OpInfo = OpInfo {
     cases: &[|g| case(g, Tensor::log_softmax)],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&SOFTMAX, &LOG_SOFTMAX];
 
-/// Over the last dimension.
+/// Backward over the last dimension.
 struct Back {
     y: Array,
     log: bool,
@@ -103,13 +103,13 @@ fn run(x: &Tensor, dim: isize, log: bool) -> Result<Tensor> {
 }
 
 impl Tensor {
-    /// eˣ/Σeˣ along `dim`.
+    /// Softmax eˣ/Σeˣ along `dim`; the shape is unchanged.
     pub fn softmax(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("softmax");
         spans::cost(0.0, (2 * self.numel() * self.dtype().size()) as f64);
         run(self, dim, false)
     }
-    /// x − ln Σeˣ along `dim`.
+    /// Log-softmax x − ln Σeˣ along `dim`; the shape is unchanged.
     pub fn log_softmax(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("log_softmax");
         run(self, dim, true)

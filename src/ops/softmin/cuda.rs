@@ -7,7 +7,7 @@ use crate::device::cuda::{Gpu, Launch};
 use crate::kernels::sums::cuda::blocks;
 use std::sync::Arc;
 
-/// Rows of the last dimension: one of `arrays`' kernels, the last array being written.
+/// Launches kernel `name` on the rows of the last dimension; it writes the last of `arrays`.
 fn rows(gpu: &Arc<Gpu>, name: &str, arrays: &[&Array]) -> Result<()> {
     let x = arrays[0];
     let d = *x.shape().last().unwrap_or(&1);
@@ -23,7 +23,7 @@ pub(crate) fn softmin(gpu: &Arc<Gpu>, x: &Array) -> Result<Array> {
     Ok(y)
 }
 
-/// Its gradient, from its value.
+/// The gradient of softmin, from its output `y`.
 pub(crate) fn softmin_grad(gpu: &Arc<Gpu>, y: &Array, dy: &Array) -> Result<Array> {
     let dx = Array::uninit_on(gpu, y.shape(), y.dtype())?;
     rows(gpu, "softmin_grad", &[y, dy, &dx])?;

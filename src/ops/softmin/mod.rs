@@ -1,4 +1,4 @@
-//! Softmin over one dimension: the softmax of −x, stable.
+//! Numerically stable softmin over one dimension: the softmax of −x.
 
 mod cuda;
 
@@ -23,7 +23,7 @@ static SOFTMIN: OpInfo = OpInfo {
     }],
 };
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[&SOFTMIN];
 
 /// e^{min − x}/Σ e^{min − x} of one row.
@@ -45,7 +45,7 @@ fn backward<T: Float>(y: &[T], dy: &[T], dx: &mut [T]) {
     dx.iter_mut().zip(y.iter().zip(dy)).for_each(|(dx, (&y, &dy))| *dx = y * (sum - dy));
 }
 
-/// Over the last dimension.
+/// Backward over the last dimension.
 struct Back(Array);
 
 impl Rule for Back {
@@ -76,7 +76,7 @@ impl Rule for Back {
 }
 
 impl Tensor {
-    /// e⁻ˣ/Σe⁻ˣ along `dim`.
+    /// Softmin e⁻ˣ/Σe⁻ˣ along `dim`; the shape is unchanged.
     pub fn softmin(&self, dim: isize) -> Result<Tensor> {
         let _op = spans::op("softmin");
         spans::cost(0.0, (2 * self.numel() * self.dtype().size()) as f64);

@@ -6,7 +6,7 @@ use crate::base::{DType, Result};
 use crate::device::cuda::Gpu;
 use std::sync::Arc;
 
-/// 1 where the value is finite, 0 elsewhere, u8.
+/// A u8 mask: 1 where the value is finite, 0 elsewhere.
 pub(crate) fn is_finite(gpu: &Arc<Gpu>, x: &Array) -> Result<Array> {
     let out = Array::uninit_on(gpu, x.shape(), DType::U8)?;
     let s: [i64; 13] = strided("is_finite", x.shape(), [x.strides()])?;

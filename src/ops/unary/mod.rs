@@ -1,6 +1,6 @@
-//! One input, one output, element by element: activations and elementary functions.
+//! Elementwise operations with one input: activations and elementary functions.
 //!
-//! A function is a type that implements `Unary`: its formula, its derivative, and a kernel of its name in `cuda/unary.cu`.
+//! A function is a type that implements `Unary`: its formula, its derivative, and a kernel with its name in `cuda/unary.cu`.
 
 pub(crate) mod cuda;
 
@@ -16,10 +16,10 @@ use half::bf16;
 use smallvec::SmallVec;
 use std::marker::PhantomData;
 
-/// What a derivative is a function of, and so what is kept for the backward pass.
+/// The argument of a derivative, which is saved for the backward pass.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Save {
-    /// Constants only: the function is linear.
+    /// Nothing: the function is linear, and its derivative depends on constants only.
     Nothing,
     /// The input.
     Input,
@@ -31,18 +31,18 @@ pub(crate) enum Save {
 pub(crate) trait Unary: 'static {
     /// Name of the op; its kernels are `{NAME}_{dtype}` and `{NAME}_grad_{dtype}`.
     const NAME: &'static str;
-    /// What [`Unary::d`] takes.
+    /// The argument of [`Unary::d`].
     const SAVE: Save;
     /// Inputs of the cases lie in this range, away from kinks and poles.
     const RANGE: [f64; 2];
     /// Constants of the cases.
     const CONSTANTS: [f64; 2] = [0.0; 2];
-    /// The registry's entry.
+    /// The registry entry.
     const INFO: &'static OpInfo =
         &OpInfo { name: Self::NAME, differentiable: Differentiable::Yes, factor: NO_PARAMS, cases: &[case::<Self>] };
     /// The function.
     fn f<T: Float>(x: T, p: [T; 2]) -> T;
-    /// Its derivative, from what is saved; from anything where nothing is.
+    /// Its derivative, as a function of the saved value; the argument is ignored if nothing is saved.
     fn d<T: Float>(s: T, p: [T; 2]) -> T;
 }
 
@@ -52,7 +52,7 @@ fn case<U: Unary + ?Sized>(g: &mut Gen) -> Result<Case> {
     Ok(Case::new(vec![g.array_in(&shape, U::RANGE[0], U::RANGE[1])], |t| unary::<U>(&t[0], U::CONSTANTS)))
 }
 
-/// The function of every element of an array.
+/// Applies the function to every element of an array.
 pub(crate) fn apply<U: Unary + ?Sized>(x: Array, p: [f64; 2]) -> Result<Array> {
     dispatch(
         [x],
@@ -79,7 +79,7 @@ pub(crate) fn apply<U: Unary + ?Sized>(x: Array, p: [f64; 2]) -> Result<Array> {
     )
 }
 
-/// grad · f′(saved), element by element; of a linear function without `saved`.
+/// grad · f′(saved), element by element; for a linear function without `saved`.
 pub(crate) fn gradient<U: Unary + ?Sized>(grad: Array, saved: Option<Array>, p: [f64; 2]) -> Result<Array> {
     let Some(saved) = saved else {
         let slope = U::d(1.0, p);
@@ -148,7 +148,7 @@ fn unary<U: Unary + ?Sized>(x: &Tensor, p: [f64; 2]) -> Result<Tensor> {
     Ok(Tensor::record(y, &[x], &[], || Back::<U> { saved, p, function: PhantomData }))
 }
 
-/// This family's entries.
+/// The registry entries of this family.
 pub static OPS: &[&OpInfo] = &[
     Neg::INFO,
     Exp::INFO,
@@ -498,7 +498,7 @@ impl Unary for Powf {
     }
     #[inline(always)]
     fn d<T: Float>(s: T, p: [T; 2]) -> T {
-        // x⁰ is 1 everywhere, at 0 as well, where 0·0⁻¹ is no number.
+        // x⁰ is 1 everywhere, also at 0, where 0·0⁻¹ would be NaN.
         if p[0] == T::ZERO { T::ZERO } else { p[0] * s.pow(p[0] - T::ONE) }
     }
 }
@@ -675,8 +675,8 @@ static CAST: OpInfo = OpInfo {
 };
 
 impl Tensor {
-    /// Converted to another dtype. Between float types the gradient is converted back; to and from integers there is
-    /// none.
+    /// The values converted to another dtype. Between float types the gradient is converted back; conversions to and from integers have no
+    /// gradient.
     pub fn cast(&self, dtype: DType) -> Result<Tensor> {
         let _op = spans::op("cast");
         if dtype == self.dtype() {
@@ -702,7 +702,7 @@ impl Tensor {
         let from = self.dtype();
         Ok(Tensor::record(y, &[self], &[], || Back(from)))
     }
-    /// 1 where the value is finite, 0 elsewhere, u8. Not differentiable.
+    /// A u8 mask: 1 where the value is finite, 0 elsewhere. Not differentiable.
     pub fn is_finite(&self) -> Result<Tensor> {
         let _op = spans::op("is_finite");
         let y = dispatch(

@@ -1,15 +1,15 @@
 //! Privacy-loss-distribution accountant of the Poisson-subsampled Gaussian mechanism.
 //!
-//! One step compares N(0, σ²) with the mixture (1 − q)·N(0, σ²) + q·N(1, σ²). On a grid of spacing h the privacy-loss
-//! distribution is the one whose hockey-stick divergence agrees with the exact one at every grid point and lies above it
-//! between them (Doroshenko et al. 2022, "connect the dots"), so every number is an upper bound that falls as h → 0.
-//! Steps compose by convolution, done with the FFT on a window whose truncated tails (bounded by Chernoff) are counted
-//! as infinite loss (Koskela et al. 2020; Gopi et al. 2021). For small δ each distribution is tilted by e^{λ·loss} before the
-//! transform, with half of the λ that is best in Chernoff's bound, and tilted back afterwards: what the transform loses to rounding is then
-//! small beside the probabilities that decide about δ, and not only beside 1. Steps without sampling compose to one Gaussian comparison, whose δ is
-//! a formula (Balle and Wang 2018).
+//! One step compares N(0, σ²) with the mixture (1 − q)·N(0, σ²) + q·N(1, σ²). On a grid of spacing h the privacy-loss distribution is the
+//! one whose hockey-stick divergence equals the exact one at every grid point and lies above it between them (Doroshenko et al. 2022,
+//! "connect the dots"), so that every number is an upper bound that decreases as h → 0. Steps compose by convolution, computed with the FFT
+//! on a window whose truncated tails (bounded by Chernoff's inequality) are counted as infinite loss (Koskela et al. 2020; Gopi et al.
+//! 2021). For small δ each distribution is tilted by e^{λ·loss} before the transform, with half of the λ that minimises Chernoff's bound,
+//! and tilted back afterwards: the rounding error of the transform is then small relative to the probabilities that determine δ, and not
+//! only relative to 1. Steps without sampling compose to one comparison of Gaussians, whose δ has a closed form (Balle and Wang 2018).
 //!
-//! The noise ends at 9.49 standard deviations (`random::chacha`): what a record moves past that end is counted as infinite loss.
+//! The noise is bounded at 9.49 standard deviations (`random::chacha`): the probability mass that a record shifts beyond this bound is
+//! counted as infinite loss.
 
 mod prv;
 pub mod rdp;
@@ -22,23 +22,23 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::sync::Arc;
 
-/// Which two data sets must be hard to tell apart.
+/// The neighbouring relation: the pairs of data sets that must be hard to distinguish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "kebab-case")]
 pub enum Neighbouring {
-    /// One record more or less.
+    /// Data sets that differ by adding or removing one record.
     #[default]
     AddRemove,
-    /// One record's contribution set to zero; costs what [`Neighbouring::AddRemove`] does.
+    /// Data sets that differ by setting one record's contribution to zero; ε is the same as for [`Neighbouring::AddRemove`].
     ZeroOut,
-    /// One record exchanged for another.
+    /// Data sets that differ by replacing one record with another.
     ReplaceOne,
 }
 
-/// Steps of one kind: noise multiplier, sampling rate, how many.
+/// A number of equal steps: noise multiplier, sampling rate, count.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Steps {
-    /// Noise multiplier σ: noise standard deviation over sensitivity.
+    /// Noise multiplier σ: the standard deviation of the noise divided by the sensitivity.
     pub sigma: f64,
     /// Poisson sampling rate.
     pub rate: f64,
@@ -46,7 +46,7 @@ pub struct Steps {
     pub count: u64,
 }
 
-/// The history of a run, and the (ε, δ) it costs.
+/// The history of a run, from which its (ε, δ) is computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Accountant {
     history: Vec<Steps>,
@@ -62,14 +62,14 @@ impl Default for Accountant {
     }
 }
 
-/// Mass that truncation may move to infinite loss, at most.
+/// Upper limit on the mass that truncation may move to infinite loss.
 const TAIL: f64 = 1e-15;
-/// Points of the longest window: two transforms of it take about two seconds and half a gigabyte.
+/// Number of points of the longest window: two transforms of it take about two seconds and half a gigabyte.
 const LONGEST: usize = 1 << 24;
-/// Standard deviations that a normal of `random::chacha` reaches.
+/// The bound of the normals of `random::chacha`, in standard deviations.
 const REACH: f64 = 9.49;
 
-/// What is asked about a composed distribution.
+/// The query on a composed distribution.
 #[derive(Clone, Copy)]
 enum Aim {
     /// ε at this δ.
@@ -79,7 +79,7 @@ enum Aim {
 }
 
 impl Aim {
-    /// Mass that truncation may move to infinite loss.
+    /// Limit on the mass that truncation may move to infinite loss.
     fn tail(self) -> f64 {
         match self {
             Aim::Delta(delta) => (delta * 1e-5).clamp(1e-100, TAIL),
@@ -89,7 +89,7 @@ impl Aim {
 }
 
 impl Accountant {
-    /// An empty history, add/remove, h = 10⁻⁴.
+    /// An empty history with add/remove neighbours and h = 10⁻⁴.
     pub fn new() -> Accountant {
         Accountant::default()
     }
@@ -102,7 +102,7 @@ impl Accountant {
         if !(sigma.is_finite() && sigma > 0.0) {
             return Err(Error::privacy(format!("a noise multiplier of {sigma}: without noise ε is infinite")));
         }
-        // Below, losses leave the range of floating point; ε would be in the hundreds.
+        // Below this, losses leave the range of floating point; ε would be in the hundreds.
         if sigma < 0.05 {
             return Err(Error::privacy(format!(
                 "a noise multiplier of {sigma}: below 0.05 there is no privacy to account"
@@ -117,7 +117,7 @@ impl Accountant {
         }
         Ok(())
     }
-    /// Forgets everything.
+    /// Clears the history.
     pub fn reset(&mut self) {
         self.history.clear();
     }
@@ -129,13 +129,13 @@ impl Accountant {
     pub fn history(&self) -> &[Steps] {
         &self.history
     }
-    /// Mass of infinite loss at least: what a record moves past the end of the noise.
+    /// A lower bound of the mass of infinite loss: the mass that a record shifts beyond the bound of the noise.
     fn certain(&self) -> f64 {
         let step = |s: &Steps| s.count as f64 * (-s.rate * uncovered(shift(self.neighbouring) / s.sigma)).ln_1p();
         -self.history.iter().map(step).sum::<f64>().exp_m1()
     }
-    /// ε at δ: the smallest ε for which the recorded steps are (ε, δ)-private, from above. It is infinite where a record moves more than δ
-    /// past the end of the noise, at 9.49 standard deviations.
+    /// An upper bound of ε at δ: the smallest ε for which the recorded steps are (ε, δ)-differentially private. It is infinite if a record
+    /// shifts more mass than δ beyond the bound of the noise, at 9.49 standard deviations.
     pub fn epsilon(&self, delta: f64) -> Result<f64> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
@@ -149,7 +149,7 @@ impl Accountant {
         let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max);
         Ok(epsilon)
     }
-    /// δ at ε, from above.
+    /// An upper bound of δ at ε.
     pub fn delta(&self, epsilon: f64) -> Result<f64> {
         if epsilon.is_nan() {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be a number")));
@@ -159,7 +159,7 @@ impl Accountant {
         }
         Ok(self.composed(Aim::Epsilon(epsilon))?.iter().map(|c| c.delta(epsilon)).fold(0.0, f64::max))
     }
-    /// ε at δ after each of the given numbers of identical steps (σ, q), sharing one transform. The history plays no part.
+    /// ε at δ after each of the given numbers of identical steps (σ, q), with one shared transform. The recorded history is not used.
     pub fn epsilons(&self, (sigma, rate): (f64, f64), counts: &[u64], delta: f64, interval: f64) -> Result<Vec<f64>> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
@@ -189,23 +189,23 @@ impl Accountant {
         }
         Ok(out)
     }
-    /// The smallest noise multiplier (to 10⁻⁵, from above) for which `steps` steps at rate q cost at most (ε, δ). The history
-    /// plays no part.
+    /// The smallest noise multiplier (to 10⁻⁵, rounded up) with which `steps` steps at rate q cost at most (ε, δ). The recorded history is
+    /// not used.
     ///
-    /// A large ε does not allow ever less noise: where a record moves more than δ past the end of the noise no ε is enough, and at
-    /// δ = 10⁻⁵, 100 steps and q = 0.05 that is the case below 0.205.
+    /// Even a large ε requires a minimum of noise: if a record shifts more mass than δ beyond the bound of the noise, no ε is enough. At
+    /// δ = 10⁻⁵, 100 steps and q = 0.05 that is the case for noise multipliers below 0.205.
     pub fn calibrate(&self, epsilon: f64, delta: f64, rate: f64, steps: u64) -> Result<f64> {
         if !(epsilon.is_finite() && epsilon > 0.0) {
             return Err(Error::privacy(format!("ε = {epsilon}; it must be positive")));
         }
-        /// The least noise multiplier that is accounted for.
+        /// The smallest noise multiplier that the accountant supports.
         const LEAST: f64 = 0.05;
         let cost = |sigma: f64, interval: f64| -> Result<f64> {
             let mut a = Accountant { interval, ..Accountant::under(self.neighbouring) };
             a.record(sigma, rate, steps)?;
             a.epsilon(delta)
         };
-        // Bracketed and narrowed on a coarse grid, whose ε is the larger, then finished on the fine one.
+        // Bracketed and narrowed on a coarse grid, whose ε is the larger, then refined on the fine one.
         let coarse = (epsilon * 1e-3).clamp(1e-4, 1e-2);
         let (mut low, mut high) = (LEAST, 1.0);
         while cost(high, coarse)? > epsilon {
@@ -229,9 +229,10 @@ impl Accountant {
             let mid = 0.5 * (low + high);
             if cost(mid, coarse)? > epsilon { low = mid } else { high = mid }
         }
-        // The grid's own share of ε falls with its spacing squared: a spacing of 10⁻⁵ of ε is as good as the finest one at small ε.
+        // The grid's contribution to ε decreases with the square of its spacing: at small ε, a spacing of 10⁻⁵ of ε is as good as the
+        // finest one.
         let fine = (epsilon * 1e-5).clamp(1e-4, 1e-2);
-        // `high` holds on the fine grid too; the fine answer may lie a little below the coarse bracket.
+        // `high` is valid on the fine grid too; the result of the fine grid may lie a little below the coarse bracket.
         let mut low = (low * 0.98).max(LEAST);
         while low > LEAST && cost(low, fine)? <= epsilon {
             high = low;
@@ -243,7 +244,7 @@ impl Accountant {
         }
         Ok(high)
     }
-    /// The comparison that steps without sampling compose to, if there are no others.
+    /// The single Gaussian comparison to which steps without sampling compose; `None` if there are other steps.
     fn unsampled(&self) -> Option<Unsampled> {
         let live = || self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0);
         if live().next().is_none() || live().any(|s| s.rate < 1.0) {
@@ -256,20 +257,20 @@ impl Accountant {
     }
     /// The spacing of the grid, and on it the distributions of one step of each kind, one per direction of the comparison.
     ///
-    /// The spacing is [`Accountant::interval`], or finer where the losses of a step are closer together than that, or coarser where
-    /// the window would be too long.
+    /// The spacing is [`Accountant::interval`], or finer if the losses of a step are closer together than that, or coarser if the window
+    /// would be too long.
     #[allow(clippy::type_complexity)]
     fn steps_of(&self, aim: Aim) -> Result<(f64, Vec<Vec<Pld>>, Vec<Reach>)> {
         if !(self.interval >= 1e-6 && self.interval <= 0.1) {
             return Err(Error::invalid("Accountant", format!("a grid spacing of {}; use 1e-6 to 0.1", self.interval)));
         }
         let live = || self.history.iter().filter(|s| s.count > 0 && s.rate > 0.0);
-        // Standard deviation of the loss of one step: no more than that of the likelihood ratio, or of an unsampled step.
+        // Standard deviation of the loss of one step: at most that of the likelihood ratio, or of an unsampled step.
         let deviation =
             |s: &Steps| (s.rate * (s.sigma.powi(-2)).exp_m1().sqrt()).min(1.0 / s.sigma) * shift(self.neighbouring);
         let least = live().map(deviation).fold(f64::INFINITY, f64::min);
         let mut h = if least < self.interval { least / 5.0 } else { self.interval };
-        // Losses of one step span (2·reach + 1)/σ² at most.
+        // Losses of one step span at most (2·reach + 1)/σ².
         let span = live().map(|s| (2.0 * REACH * s.sigma + 1.0) / (s.sigma * s.sigma)).fold(0.0, f64::max);
         h = h.max(4.0 * shift(self.neighbouring) * span / LONGEST as f64);
         loop {
@@ -284,7 +285,7 @@ impl Accountant {
             if longest <= LONGEST {
                 return Ok((h, steps, reaches));
             }
-            // A grid that is coarse beside the losses of a step gives an ε that is far too large after many steps.
+            // A grid that is coarse relative to the losses of a step gives an ε that is far too large after many steps.
             let coarser = h * (longest / LONGEST).max(2) as f64;
             if coarser > 0.5 * least && live().map(|s| s.count).sum::<u64>() > 1 {
                 return Err(Error::privacy(format!(
@@ -313,31 +314,31 @@ impl Accountant {
     }
 }
 
-/// How far apart two neighbours' sums are, in sensitivities.
+/// Distance of two neighbours' sums, in units of the sensitivity.
 fn shift(neighbouring: Neighbouring) -> f64 {
     if neighbouring == Neighbouring::ReplaceOne { 2.0 } else { 1.0 }
 }
 
-/// What noise that is moved by `d` standard deviations puts where unmoved noise does not reach.
+/// The mass that noise shifted by `d` standard deviations has where unshifted noise has none.
 fn uncovered(d: f64) -> f64 {
     q_tail(REACH - d) - q_tail(REACH)
 }
 
-/// N(0, 1) against N(μ, 1), and a mass of infinite loss.
+/// The comparison of N(0, 1) with N(μ, 1), and a mass of infinite loss.
 struct Unsampled {
     mu: f64,
     beyond: f64,
 }
 
 impl Unsampled {
-    /// δ(ε) = Q(ε/μ − μ/2) − e^ε·Q(ε/μ + μ/2), with φ(ε/μ − μ/2) = e^ε·φ(ε/μ + μ/2) taken out so that nothing overflows.
+    /// δ(ε) = Q(ε/μ − μ/2) − e^ε·Q(ε/μ + μ/2), with the factor φ(ε/μ − μ/2) = e^ε·φ(ε/μ + μ/2) taken out so that nothing overflows.
     fn delta(&self, epsilon: f64) -> f64 {
         let (x, y) = (epsilon / self.mu - self.mu / 2.0, epsilon / self.mu + self.mu / 2.0);
         let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
         let delta = if x < 5.0 { q_tail(x) - density * mills(y) } else { density * (mills(x) - mills(y)) };
         (delta.max(0.0) * (1.0 + 1e-9) + self.beyond).min(1.0)
     }
-    /// The smallest ε with δ(ε) ≤ δ, from above.
+    /// An upper bound of the smallest ε with δ(ε) ≤ δ.
     fn epsilon(&self, delta: f64) -> Result<f64> {
         if self.delta(0.0) <= delta {
             return Ok(0.0);
@@ -354,7 +355,7 @@ impl Unsampled {
     }
 }
 
-/// Q(x)/φ(x), the ratio of the tail of the standard normal to its density.
+/// Mills ratio Q(x)/φ(x): the tail of the standard normal divided by its density.
 fn mills(x: f64) -> f64 {
     if x < 5.0 {
         return q_tail(x) * (0.5 * x * x).exp() * (2.0 * std::f64::consts::PI).sqrt();
@@ -375,12 +376,12 @@ fn q_tail(x: f64) -> f64 {
     0.5 * libm::erfc(x * std::f64::consts::FRAC_1_SQRT_2)
 }
 
-/// One step's distributions: for add/remove, mixture against Gaussian and the reverse; for replace-one, mixture around
-/// +1 against mixture around −1 (symmetric).
+/// The distributions of one step: for add/remove, mixture against Gaussian and the reverse; for replace-one, the mixture with +1 against
+/// the mixture with −1 (symmetric).
 fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pld> {
-    // The largest loss that matters: noise does not reach further.
+    // The bound of the noise, and so of the losses that matter.
     let reach = (REACH + 0.01) * sigma;
-    // What a record moves past the end of the noise of its neighbour has infinite loss.
+    // The mass that a record shifts beyond the bound of its neighbour's noise has infinite loss.
     let beyond = rate * uncovered(shift(neighbouring) / sigma);
     match neighbouring {
         Neighbouring::AddRemove | Neighbouring::ZeroOut => {
@@ -392,7 +393,7 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
                     return -e.exp_m1();
                 }
                 let x = 0.5 + sigma * sigma * t.ln();
-                // (1−q)·Q(x/σ) + q·Q((x−1)/σ) − eᵉ·Q(x/σ), the first and last taken together.
+                // (1−q)·Q(x/σ) + q·Q((x−1)/σ) − eᵉ·Q(x/σ), with the first and last term combined.
                 (rate * q_tail((x - 1.0) / sigma) - (rate + e.exp_m1()) * q_tail(x / sigma)).max(0.0)
             };
             let add = |e: f64| {
@@ -407,13 +408,13 @@ fn one_step(sigma: f64, rate: f64, h: f64, neighbouring: Neighbouring) -> Vec<Pl
             vec![discretise(remove, (low, high), h, beyond), discretise(add, (-high, -low), h, beyond)]
         }
         Neighbouring::ReplaceOne => {
-            // P = (1−q)N(0) + qN(1), Q = (1−q)N(0) + qN(−1): the loss rises with x, and P(−x) = Q(x).
+            // P = (1−q)N(0) + qN(1), Q = (1−q)N(0) + qN(−1): the loss increases with x, and P(−x) = Q(x).
             let s2 = sigma * sigma;
             let loss =
                 |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * s2)) - log_mix(rate, (-2.0 * x - 1.0) / (2.0 * s2));
             let high = loss(1.0 + reach);
             let divergence = |e: f64| {
-                // x where the loss is e, by bisection: the loss is monotone.
+                // The x at which the loss is e, by bisection: the loss is monotone.
                 let (mut a, mut b) = (-2.0 - 2.0 * reach, 2.0 + 2.0 * reach);
                 for _ in 0..80 {
                     let m = 0.5 * (a + b);
@@ -439,9 +440,8 @@ fn log_mix(q: f64, y: f64) -> f64 {
     m + ((a - m).exp() + (b - m).exp()).ln()
 }
 
-/// The grid distribution whose hockey-stick divergence is `d` at every grid point: the mass strictly above k is
-/// (D_k − e⁻ʰ·D_{k+1})/(1 − e⁻ʰ); what is left of D at the top is infinite loss, with `beyond` besides; what is left of the mass
-/// goes to the lowest point.
+/// The grid distribution whose hockey-stick divergence is `d` at every grid point. The mass strictly above k is (D_k − e⁻ʰ·D_{k+1})/(1 −
+/// e⁻ʰ); the remainder of D at the top becomes infinite loss, in addition to `beyond`; the remainder of the mass goes to the lowest point.
 fn discretise(d: impl Fn(f64) -> f64, (low, high): (f64, f64), h: f64, beyond: f64) -> Pld {
     let (first, last) = ((low / h).floor() as i64, (high / h).ceil() as i64);
     let n = (last - first + 1) as usize;
@@ -452,7 +452,7 @@ fn discretise(d: impl Fn(f64) -> f64, (low, high): (f64, f64), h: f64, beyond: f
     let mut above = vec![0.0f64; n];
     for i in (0..n - 1).rev() {
         let s = (div[i] - infinite - shrink * (div[i + 1] - infinite)) / gap;
-        // Rounding may not make the tail rise.
+        // Rounding must not make the tail increase.
         above[i] = s.max(above[i + 1]).min(1.0 - infinite);
     }
     let mut mass = vec![0.0f64; n];
@@ -471,23 +471,23 @@ impl Pld {
         let (mut sum, mut term) = (0.0, (lambda * self.first as f64 * h - m).exp());
         let step = (lambda * h).exp();
         for (i, p) in self.mass.iter().enumerate() {
-            // The running product drifts; it is set right now and then.
+            // The running product accumulates error; it is recomputed from time to time.
             if i % 1024 == 0 {
                 term = (lambda * (self.first + i as i64) as f64 * h - m).exp();
             }
             sum += p * term;
             term *= step;
         }
-        // Everything that counts underflowed against the far end: no bound from this λ.
+        // All relevant terms underflowed next to the far end: this λ gives no bound.
         if sum > 0.0 { m + sum.ln() } else { f64::INFINITY }
     }
 }
 
-/// Where the composed losses lie.
+/// The range of the composed losses.
 struct Reach {
     first: i64,
     size: usize,
-    /// Of the tilt.
+    /// The parameter λ of the tilt.
     lambda: f64,
     tail: f64,
 }
@@ -517,16 +517,16 @@ impl Reach {
         let max = max.fold(0, i64::saturating_add);
         let first = ((low / h).floor() as i64 - 1).max(min);
         let last = ((high / h).ceil() as i64 + 1).min(max);
-        // One step has to fit as well.
+        // The window must also hold a single step.
         let span = parts.iter().map(|(p, _)| p.mass.len()).max().unwrap_or(1);
         let size = (last.saturating_sub(first).saturating_add(1).max(1) as usize).max(span).next_power_of_two();
-        // Half of the best λ leaves the tilted losses inside the window; where δ is large beside what rounding leaves, none is needed.
+        // Half of the best λ keeps the tilted losses inside the window; if δ is large relative to the rounding error, no tilt is needed.
         let lambda = if matches!(aim, Aim::Delta(delta) if delta < 1e-10) { 0.5 * best.1 } else { 0.0 };
         Reach { first, size, lambda, tail }
     }
 }
 
-/// The window of composed losses, and the transform on it.
+/// The window of composed losses, and the FFT on it.
 struct Window {
     h: f64,
     at: Reach,
@@ -540,7 +540,7 @@ impl Window {
         let (forward, inverse) = (planner.plan_fft_forward(at.size), planner.plan_fft_inverse(at.size));
         Window { h, at, forward, inverse }
     }
-    /// Of p·e^{λ·loss}, made to add up to 1.
+    /// The transform of p·e^{λ·loss}, normalised to sum 1.
     fn transform(&self, p: &Pld) -> Vec<Complex64> {
         let (mut x, size) = (vec![0.0; self.at.size], self.at.size as i64);
         let (lambda, log) = (self.at.lambda, p.log_mgf(self.at.lambda, self.h));
@@ -552,7 +552,7 @@ impl Window {
         self.forward.process(&mut x, &mut spectrum).expect("both buffers have the plan's lengths");
         spectrum
     }
-    /// Π spectrumᵢ^nᵢ, back in losses.
+    /// The inverse transform of Π spectrumᵢ^nᵢ: the composed losses.
     fn compose<'a>(&self, terms: impl IntoIterator<Item = (&'a Pld, Cow<'a, [Complex64]>, u64)>) -> Composed {
         let mut product: Vec<Complex64> = Vec::new();
         let (mut finite, mut log) = (0.0, 0.0);
@@ -566,7 +566,7 @@ impl Window {
                 product.iter_mut().zip(spectrum.iter()).for_each(|(x, s)| *x *= power(*s, n));
             }
         }
-        // The sum and the alternating sum of real masses are real; powers of theirs are up to the sign of a zero.
+        // The sum and the alternating sum of real masses are real, and so are their powers, except for the sign of a zero imaginary part.
         let (size, first) = (self.at.size, self.at.first);
         for end in [0, size / 2] {
             product[end].im = 0.0;
@@ -576,7 +576,7 @@ impl Window {
         drop(product);
         let scale = 1.0 / size as f64;
         x.rotate_left(first.rem_euclid(size as i64) as usize);
-        // Tilted back. Far below the losses that matter this is rounding blown up; no mass is more than 1.
+        // The tilt is removed. Far below the losses that matter, this amplifies rounding errors; no mass is more than 1.
         x.iter_mut().enumerate().for_each(|(i, x)| {
             let loss = (first + i as i64) as f64 * self.h;
             *x = ((*x * scale).max(0.0) * (log - self.at.lambda * loss).exp()).min(1.0)
@@ -585,7 +585,7 @@ impl Window {
     }
 }
 
-/// zⁿ by squaring.
+/// zⁿ by repeated squaring.
 fn power(mut z: Complex64, mut n: u64) -> Complex64 {
     let mut out = Complex64::new(1.0, 0.0);
     while n > 0 {
@@ -607,7 +607,7 @@ struct Composed {
 }
 
 impl Composed {
-    /// ∞ + Σ over losses above ε of p·(1 − e^{ε − loss}).
+    /// δ(ε): the infinite mass + Σ over losses above ε of p·(1 − e^{ε − loss}).
     fn delta(&self, epsilon: f64) -> f64 {
         let start = ((epsilon / self.h).floor() as i64 + 1 - self.first).clamp(0, self.mass.len() as i64) as usize;
         let sum: f64 = self.mass[start..]
@@ -625,11 +625,11 @@ impl Composed {
         if self.delta(0.0) <= delta {
             return 0.0;
         }
-        // From the top down, with running sums Σp and Σp·e^{−loss}: δ(ε) = ∞ + Σp − eᵉ·Σp·e^{−loss}.
+        // From the top down, with running sums Σp and Σp·e^{−loss}: δ(ε) = infinite mass + Σp − eᵉ·Σp·e^{−loss}.
         let (mut p_sum, mut weighted) = (0.0, 0.0);
         for i in (0..self.mass.len()).rev() {
             let loss = (self.first + i as i64) as f64 * self.h;
-            // δ at ε = this loss, with everything above it in the sums.
+            // δ at ε equal to this loss, with all losses above it in the sums.
             if self.infinite + p_sum - loss.exp() * weighted > delta {
                 break;
             }
@@ -640,7 +640,7 @@ impl Composed {
                 return ((self.infinite + p_sum - delta) / weighted).ln().clamp(below.max(0.0), loss);
             }
         }
-        // Steep beyond floating point: bisection on the plain sum.
+        // Exponentials overflow here: use bisection on the plain sum.
         let (mut a, mut b) = (0.0, (self.first + self.mass.len() as i64) as f64 * self.h);
         for _ in 0..100 {
             let m = 0.5 * (a + b);

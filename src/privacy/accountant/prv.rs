@@ -1,8 +1,8 @@
-//! A rigorous bracket around ε (Gopi et al. 2021), as a cross-check of the upper bound.
+//! Rigorous lower and upper bounds of ε (Gopi et al. 2021), as a cross-check of the accountant's upper bound.
 //!
-//! Losses of one step are rounded to the nearest grid point and shifted so that their mean is exact. Rounding errors of n
-//! steps are then independent, of mean zero and at most h/2 each, so that by Hoeffding their sum exceeds
-//! h·√(n·ln(2/η)/2) with probability at most η.
+//! Losses of one step are rounded to the nearest grid point and shifted so that their mean is exact. Rounding errors of n steps are then
+//! independent, with mean zero and at most h/2 each, so that by Hoeffding's inequality their sum exceeds h·√(n·ln(2/η)/2) with probability
+//! at most η.
 
 use super::{Accountant, Aim, Neighbouring, Pld, Reach, Window, log_mix, q_tail};
 use crate::base::{Error, Result};
@@ -11,15 +11,15 @@ use std::borrow::Cow;
 /// A lower bound, an estimate and an upper bound of ε.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bracket {
-    /// ε is not below this.
+    /// A lower bound of ε.
     pub low: f64,
-    /// Without the margin of rounding.
+    /// The estimate of ε without the rounding margin.
     pub estimate: f64,
-    /// ε is not above this.
+    /// An upper bound of ε.
     pub high: f64,
 }
 
-/// One direction of the comparison: the loss's distribution function under the first distribution, where it lies, its mean.
+/// One direction of the comparison: the distribution function of the loss under the first distribution, its range and its mean.
 struct Direction<'a> {
     cdf: Box<dyn Fn(f64) -> f64 + 'a>,
     low: f64,
@@ -27,7 +27,7 @@ struct Direction<'a> {
 }
 
 impl Accountant {
-    /// A bracket of ε at δ, about 0.02 wide.
+    /// Lower and upper bounds of ε at δ, about 0.02 apart.
     pub fn bracket(&self, delta: f64) -> Result<Bracket> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));
@@ -36,7 +36,7 @@ impl Accountant {
         if live.is_empty() {
             return Ok(Bracket { low: 0.0, estimate: 0.0, high: 0.0 });
         }
-        // A grid on which the margin of rounding is at most a hundredth.
+        // A grid on which the rounding margin is at most one hundredth.
         let margin = delta * 1e-4;
         let per_spacing = (self.steps() as f64 / 2.0 * (2.0 / margin).ln()).sqrt();
         let h = self.interval.min(0.01 / per_spacing).max(1e-6);
@@ -62,7 +62,7 @@ impl Accountant {
                 }
                 b
             };
-            // What truncation lost is in `infinite`, which only the upper bound may count.
+            // The mass lost by truncation is in `infinite`, which only the upper bound may count.
             let lost = composed.infinite;
             out.low = out.low.max(at(delta + margin + lost) - error);
             out.estimate = out.estimate.max(at(delta));
@@ -78,7 +78,7 @@ fn directions(sigma: f64, rate: f64, neighbouring: Neighbouring) -> Vec<Directio
         Neighbouring::AddRemove | Neighbouring::ZeroOut => {
             let loss = move |x: f64| log_mix(rate, (2.0 * x - 1.0) / (2.0 * s2));
             let (low, high) = (loss(-reach), loss(1.0 + reach));
-            // x where the loss is e.
+            // The x at which the loss is e.
             let place = move |e: f64| {
                 let t = (e.exp() - (1.0 - rate)) / rate;
                 if t <= 0.0 { f64::NEG_INFINITY } else { 0.5 + s2 * t.ln() }
@@ -114,13 +114,13 @@ fn directions(sigma: f64, rate: f64, neighbouring: Neighbouring) -> Vec<Directio
 fn rounded(d: &Direction, h: f64) -> (Pld, f64) {
     let (first, last) = ((d.low / h).floor() as i64, (d.high / h).ceil() as i64);
     let n = (last - first + 1) as usize;
-    // The distribution function at the bounds between cells, and in their middles for the mean.
+    // The distribution function at the boundaries of the cells, and at their midpoints for the mean.
     let edge = |i: usize| (first as f64 + i as f64 - 0.5) * h;
     let at: Vec<f64> = (0..=n).map(|i| (d.cdf)(edge(i))).collect();
     let mut mass: Vec<f64> = at.windows(2).map(|w| (w[1] - w[0]).max(0.0)).collect();
     mass[0] += at[0];
     let infinite = (1.0 - at[n]).max(0.0);
-    // ∫ loss over a cell = [loss·F] − ∫F, by Simpson's rule; against grid point × mass.
+    // ∫ loss over a cell = [loss·F] − ∫F, by Simpson's rule; compared with grid point × mass.
     let mut shift = 0.0;
     for i in 0..n {
         let (a, b) = (edge(i), edge(i + 1));

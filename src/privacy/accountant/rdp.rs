@@ -1,12 +1,13 @@
-//! Rényi accounting of the Poisson-subsampled Gaussian, as a cross-check: its ε is larger than the loss distribution's.
+//! Rényi accounting of the Poisson-subsampled Gaussian mechanism, as a cross-check: its ε is larger than that of the privacy-loss
+//! distribution.
 //!
-//! The divergence of one step is an integral of analytic functions that fall like a Gaussian, so that the trapezoidal rule
-//! gives it to the last digits, at integer and fractional orders alike (Mironov 2017; Mironov et al. 2019).
+//! The divergence of one step is an integral of analytic functions that decay like a Gaussian, so that the trapezoidal rule is accurate to
+//! the last digits, at integer and fractional orders alike (Mironov 2017; Mironov et al. 2019).
 
 use super::{Accountant, Neighbouring, log_mix};
 use crate::base::{Error, Result};
 
-/// ln Σ exp, from the largest.
+/// ln Σ exp, computed relative to the largest value.
 fn log_sum(values: &[f64]) -> f64 {
     let top = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     top + values.iter().map(|v| (v - top).exp()).sum::<f64>().ln()
@@ -40,8 +41,8 @@ fn orders() -> impl Iterator<Item = f64> {
 }
 
 impl Accountant {
-    /// ε at δ by Rényi accounting, and the order that gave it: ε = Σ rdp + ln(1 − 1/α) − ln(α·δ)/(α − 1), the smallest over
-    /// the orders (Canonne et al. 2020). An upper bound, larger than [`Accountant::epsilon`].
+    /// ε at δ by Rényi accounting, and the order that gave it: ε = Σ rdp + ln(1 − 1/α) − ln(α·δ)/(α − 1), minimised over the orders
+    /// (Canonne et al. 2020). It is an upper bound, larger than [`Accountant::epsilon`].
     pub fn epsilon_rdp(&self, delta: f64) -> Result<(f64, f64)> {
         if !(delta > 0.0 && delta < 1.0) {
             return Err(Error::privacy(format!("δ = {delta}; it must lie between 0 and 1")));

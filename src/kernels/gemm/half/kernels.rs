@@ -1,4 +1,4 @@
-//! Micro-kernels on packed words: tiles, dot products, and one multiply-add after the other.
+//! Micro-kernels on packed words: matrix tiles, dot products, and single multiply-adds.
 
 use crate::device::cpu::simd::{Bf16Products, bf16_products};
 use crate::kernels::gemm::kernel::{Into, Kernels};
@@ -11,22 +11,22 @@ pub const MAX_TILE: usize = 32 * 32;
 /// Words along K of a tile.
 pub const BLOCK: usize = 16;
 
-/// A micro-kernel on packed words, and how it is fed.
+/// A micro-kernel on packed words, and the layout of its operands.
 #[derive(Clone, Copy)]
 pub struct Kernel {
     pub mr: usize,
     pub nr: usize,
     /// Numbers in a word.
     pub per: usize,
-    /// Words along K are a multiple of this.
+    /// The number of words along K must be a multiple of this.
     pub step: usize,
     /// Whether the left panel is laid out as rows of tiles.
     pub tiles: bool,
-    /// Takes the number of words along K.
+    /// The function, which receives the number of words along K.
     pub into: Into<f32>,
 }
 
-/// That of this processor.
+/// The kernel of this processor.
 pub fn kernel() -> Kernel {
     match bf16_products() {
         #[cfg(target_arch = "x86_64")]
@@ -41,8 +41,8 @@ pub fn kernel() -> Kernel {
 }
 
 impl Kernel {
-    /// The same in f32, for panels with numbers that are not finite: tiles and dot products take a denormal number for zero, and zero times
-    /// infinity is no number.
+    /// The same kernel in f32, for panels with non-finite numbers: tiles and dot products replace a denormal number by zero, and zero times
+    /// infinity is NaN.
     pub fn careful(self) -> Kernel {
         match (self.per, self.tiles) {
             (2, true) => Kernel { into: careful::<32, true>, ..self },
@@ -52,7 +52,7 @@ impl Kernel {
     }
 }
 
-/// MR × 32 results from packed words, one multiply-add after the other.
+/// MR × 32 results from packed words by single multiply-adds.
 unsafe fn careful<const MR: usize, const TILES: bool>(
     words: usize,
     a: *const f32,
@@ -136,7 +136,7 @@ static SHAPES: TileShapes = TileShapes {
 
 /// 32 × 32 results in four tile registers: for each 16 words along K, 4 loads and 4 products.
 ///
-/// The instructions are written in assembly because the compiler's functions for them are not stable.
+/// The instructions are written in assembly because the compiler's intrinsics for them are not stable.
 #[cfg(target_arch = "x86_64")]
 unsafe fn tiles(words: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, add: bool) {
     // SAFETY: panels hold 32 words of each operand for each of `words`, a multiple of 16; the tile has 32 rows of 32, `ldc` apart. The

@@ -1,15 +1,15 @@
-//! Products of bf16 operands, summed in f32: by matrix tiles (Intel's AMX), by dot products of pairs (AVX-512 BF16), or, elsewhere, by the
-//! f32 kernel on operands rounded to bf16.
+//! Products of bf16 operands, summed in f32: with matrix tiles (Intel AMX), with dot products of pairs (AVX-512 BF16), or otherwise with
+//! the f32 kernel on operands rounded to bf16.
 //!
-//! An operand is bf16, or f32 and rounded to bf16 (to nearest, ties to even) while it is packed. A product of two bf16 numbers is exact
-//! in f32, so the result differs from that of the rounded operands by the rounding of its sums alone: |error| ≤ (K + 2)·2⁻²⁴·Σ|a|·|b|
-//! (Higham 2002, section 3.1), and by K·2⁻¹²⁶ where the processor takes denormal numbers for zeros; rows and columns with infinities or NaN, which
-//! a zero would turn into others, are multiplied in f32, and no others, whatever shares their tiles. Which of the three is used depends on
-//! the processor, and so do the last bits; on one machine they do not depend on the number of threads, because no sum is split between
-//! threads.
+//! An operand is bf16, or f32 that is rounded to bf16 (to nearest, ties to even) while it is packed. A product of two bf16 numbers is exact
+//! in f32, so the result differs from that of the rounded operands only by the rounding of its sums: |error| ≤ (K + 2)·2⁻²⁴·Σ|a|·|b|
+//! (Higham 2002, section 3.1), plus K·2⁻¹²⁶ where the processor treats denormal numbers as zeros. Rows and columns with infinities or NaN
+//! are computed in f32, because replacing a denormal number by zero would change their results; no other rows or columns are, even if they
+//! share a tile. The processor determines which of the three methods is used, and with it the last bits. On one machine the bits do not
+//! depend on the number of threads, because no sum is split between threads.
 //!
 //! Packed operands are 32-bit words. With tiles and dot products a word holds two neighbours along K (the first in the low half), so that
-//! an odd K is padded by a zero; on other processors it holds one number in f32.
+//! an odd K is padded with a zero; on other processors it holds one number in f32.
 //!
 //! ```text
 //! right panel                  word (p, j) at p·nr + j              what each kernel reads in order
@@ -18,8 +18,8 @@
 //! ```
 //!
 //! A tile instruction multiplies 16 rows of 32 by 32 × 16 numbers in 16 cycles. Four accumulators of 16 × 16, two tiles of the left and two
-//! of the right operand fill the eight tile registers: 4 loads of 1 KiB for 4 products, so that the first-level cache (two loads of 64 bytes
-//! a cycle) keeps up. A stretch of 256 words is 32 KiB a panel: the left one stays in the first-level cache.
+//! of the right operand fill the eight tile registers: 4 loads of 1 KiB for 4 products, which the first-level cache (two loads of 64 bytes
+//! per cycle) can deliver. A stretch of 256 words is 32 KiB per panel: the left panel stays in the first-level cache.
 
 mod kernels;
 mod pack;
@@ -44,7 +44,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 /// A matrix that enters a product as bf16.
 #[derive(Clone, Copy)]
 pub enum Operand<'a> {
-    /// As it is.
+    /// Unchanged.
     Half(Mat<'a, bf16>),
     /// Rounded while it is packed.
     Full(Mat<'a, f32>),
@@ -63,7 +63,7 @@ impl Operand<'_> {
             Operand::Full(m) => m.cols,
         }
     }
-    /// Transposed view.
+    /// The transposed view.
     pub fn t(self) -> Self {
         match self {
             Operand::Half(m) => Operand::Half(m.t()),
@@ -72,7 +72,7 @@ impl Operand<'_> {
     }
 }
 
-/// Where a result goes, row-major.
+/// The output of a product, row-major.
 pub enum Out<'a> {
     /// Rounded to bf16.
     Half(&'a mut [bf16]),
@@ -80,14 +80,16 @@ pub enum Out<'a> {
     Full(&'a mut [f32]),
 }
 
-/// What happens to the product on its way to memory.
+/// Operations fused into the product when a result is written.
 #[derive(Default)]
 pub struct Epilogue<'a> {
-    /// Added to what the output holds, instead of replacing it. The output is f32.
+    /// Whether the product is added to the output, which must be f32, instead of replacing it.
     pub accumulate: bool,
-    /// K is cut into these ranges, in order, and the sum of each is multiplied by its weight in f32; what lies in none is left out.
+    /// K is split into these ranges, in order, and the sum of each is multiplied by its weight in f32; steps of K in none of them are
+    /// skipped.
     pub weights: Option<&'a [(Range<usize>, f32)]>,
-    /// Denormal numbers of the operands are zeros on every processor, as tiles and dot products take them: for sums whose norms are taken.
+    /// Whether denormal numbers of the operands count as zeros on every processor, as they do with tiles and dot products: for sums whose
+    /// norms are computed.
     pub denormals_are_zeros: bool,
     /// The rows of the left operand that are multiplied, in this order, repeats allowed; all of them if not given.
     pub gather: Option<&'a [u32]>,
@@ -101,13 +103,13 @@ pub struct Epilogue<'a> {
 
 /// Words along K that are multiplied while the panels stay in the first-level cache.
 const STRETCH: usize = 256;
-/// Tiles of a task, rows and columns: with 32 × 32 results a tile, the sums of a task are 128 KiB.
+/// Rows and columns of a task, in tiles: with 32 × 32 results per tile, the sums of a task are 128 KiB.
 const TASK: (usize, usize) = (8, 4);
-/// Panels that are packed together: where an operand is contiguous across panels, so much of a row is read at a time.
+/// Panels that are packed together: how much of a row is read at a time where an operand is contiguous across panels.
 const GROUP: usize = 8;
-/// Packed words of each operand that are in memory at a time, at most, where a panel is smaller.
+/// Limit on the packed words of each operand that are in memory at a time, unless a single panel is larger.
 const PACK_WORDS: usize = 1 << 20;
-/// out = act(a·b + bias) and variations, row-major `out [a.rows, b.cols]`, or a row for each that is gathered. 2·m·n·k FLOPs.
+/// out = act(a·b + bias) and variations; row-major `out [a.rows, b.cols]`, or one row for each index in `gather`. 2·m·n·k FLOPs.
 pub fn product(a: Operand, b: Operand, mut e: Epilogue, out: Out) {
     let (m, n, k) = (e.gather.map_or(a.rows(), <[u32]>::len), b.cols(), a.cols());
     debug_assert_eq!(k, b.rows());
@@ -127,7 +129,7 @@ pub fn product(a: Operand, b: Operand, mut e: Epilogue, out: Out) {
             given.iter().filter(|(r, w)| !r.is_empty() && *w != 0.0).for_each(|(r, w)| part(r.start, r.len(), Some(*w)))
         }
         None => {
-            // Equal stretches.
+            // K is divided into equal stretches.
             let pieces = k.div_ceil(STRETCH * kern.per).max(1);
             let each = k.div_ceil(pieces).next_multiple_of(kern.step * kern.per);
             let mut at = 0;
@@ -142,7 +144,7 @@ pub fn product(a: Operand, b: Operand, mut e: Epilogue, out: Out) {
     let (ma, nb) = (fit(kern.mr, mp), fit(kern.nr, np));
     let mut packed = take_scratch((ma * kern.mr + nb * kern.nr) * words * 4);
     let small = m * n * k < 1 << 18;
-    // Which rows of the left and which columns of the right panels have numbers that are not finite.
+    // The rows of the left and the columns of the right panels that have non-finite numbers, as bits.
     let special = [ma, nb].map(|n| (0..n).map(|_| AtomicU32::new(0)).collect::<Vec<_>>());
     let rest = Finish {
         kern,
@@ -165,7 +167,7 @@ pub fn product(a: Operand, b: Operand, mut e: Epilogue, out: Out) {
                     clear(&special[0]);
                 }
                 clear(&special[1]);
-                // Packed once for all stretches of the other operand.
+                // The left operand is packed once for all stretches of the right one.
                 let lefts = if j == 0 { rows.len().div_ceil(GROUP) } else { 0 };
                 let tasks = (lefts + cols.len().div_ceil(GROUP)) * parts.len();
                 let each = kern.nr * GROUP * words.div_ceil(parts.len().max(1));
@@ -237,8 +239,8 @@ pub fn product(a: Operand, b: Operand, mut e: Epilogue, out: Out) {
     put_scratch(packed);
 }
 
-/// Replaces those rows and columns of a tile of sums (a bit each) by sums in f32. The others stay: a result depends on its own row and
-/// column alone, so that a number that is not finite in one sample changes nothing of another.
+/// Replaces those rows and columns of a tile of sums (one bit each) by sums in f32. The others stay: a result depends on its own row and
+/// column alone, so that a non-finite number in one sample changes nothing of another.
 #[cold]
 fn again(kern: Kernel, parts: &[Part], (left, right): (&[u32], &[u32]), (rows, cols): (u32, u32), tile: &mut [f32]) {
     let mut sums = [0.0f32; MAX_TILE];
@@ -254,8 +256,8 @@ fn again(kern: Kernel, parts: &[Part], (left, right): (&[u32], &[u32]), (rows, c
     }
 }
 
-/// |Σₜ lₜ ⊗ rₜ|² of each range of rows of `l [N, r]` and `r [N, c]`, of the very sums that a weighted [`product`] with these ranges adds up:
-/// 2·N·r·c FLOPs, nothing is stored.
+/// |Σₜ lₜ ⊗ rₜ|² of each range of rows of `l [N, r]` and `r [N, c]`, computed from exactly the sums that a weighted [`product`] with these
+/// ranges adds: 2·N·r·c FLOPs, and nothing is stored.
 pub fn sq_norms(l: Operand, r: Operand, ranges: &[Range<usize>]) -> Vec<f64> {
     let (m, n) = (l.cols(), r.cols());
     let kern = kernel();
@@ -305,7 +307,7 @@ pub fn sq_norms(l: Operand, r: Operand, ranges: &[Range<usize>]) -> Vec<f64> {
     sums
 }
 
-/// Tiles of a task: fewer where there would be few tasks.
+/// Rows and columns of a task, in tiles; fewer where there would otherwise be few tasks.
 fn task_shape(mp: usize, np: usize) -> (usize, usize) {
     let (mut rows, mut cols) = TASK;
     while mp.div_ceil(rows) * np.div_ceil(cols) < 8 && rows * cols > 2 {
@@ -314,7 +316,7 @@ fn task_shape(mp: usize, np: usize) -> (usize, usize) {
     (rows, cols)
 }
 
-/// Puts the sums of a part of K into a tile, or adds them, weighted where there is a weight.
+/// Writes the sums of a part of K into a tile, or adds them; multiplies them by the part's weight, if it has one.
 ///
 /// # Safety
 /// The panels hold the words of the part, the tile mr × nr results.
@@ -336,7 +338,7 @@ unsafe fn add_part(kern: Kernel, part: &Part, first: bool, pa: *const u32, pb: *
     );
 }
 
-/// A result that tiles are written to from several threads.
+/// A result to which several threads write tiles.
 enum Target<'a> {
     Half(Shared<'a, bf16>),
     Full(Shared<'a, f32>),
@@ -376,7 +378,7 @@ impl<'a> Target<'a> {
     }
 }
 
-/// The way of a tile of complete sums to memory.
+/// The steps from a tile of complete sums to the output.
 struct Finish<'a> {
     kern: Kernel,
     size: (usize, usize),
@@ -388,7 +390,7 @@ struct Finish<'a> {
 }
 
 impl Finish<'_> {
-    /// Asks for the lines of the result that tile (ip, jp) is written to, so that they have come when its sums are ready.
+    /// Prefetches the cache lines of the result to which tile (ip, jp) is written, so that they have arrived when its sums are complete.
     #[inline(always)]
     fn fetch(&self, ip: usize, jp: usize) {
         #[cfg(target_arch = "x86_64")]
@@ -429,7 +431,7 @@ impl Finish<'_> {
             }
         }
     }
-    /// Rows are taken as whole vectors, whatever lies behind the last column of the result.
+    /// Rows are processed as whole vectors, including the padding beyond the last column of the result.
     #[inline(always)]
     unsafe fn rows(
         &self,
@@ -489,7 +491,7 @@ mod tests {
         }
     }
 
-    /// |computed − exact product of the rounded operands| within the bound of sums in f32, in every layout, dtype and remainder.
+    /// Checks |computed − exact product of the rounded operands| against the bound for sums in f32, in every layout, dtype and remainder.
     #[test]
     fn any_size_and_layout() {
         for (m, n, k) in [
@@ -577,7 +579,7 @@ mod tests {
         }
     }
 
-    /// Rows and columns without such numbers keep their bits: in a private step they may be other people's.
+    /// Rows and columns without such numbers keep their bits: in a private step they may belong to other samples.
     #[test]
     fn what_is_not_finite_changes_its_own_rows_and_columns_alone() {
         let (m, n, k) = (70, 75, 700);

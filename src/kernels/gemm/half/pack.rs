@@ -1,4 +1,4 @@
-//! Packing: operands rearranged into the words that a micro-kernel reads in order.
+//! Packing: operands are rearranged into the words that a micro-kernel reads in order.
 
 use super::Operand;
 use super::kernels::{BLOCK, Kernel, WIDE};
@@ -10,8 +10,8 @@ use crate::kernels::gemm::pack::turn;
 use half::bf16;
 use std::ops::Range;
 
-/// A part of K that is summed in one go: its numbers, its place among the packed words, its weight, and whether denormal numbers are zeros
-/// on every processor.
+/// A part of K with its own sum: its numbers, its place among the packed words, its weight, and whether denormal numbers are replaced by
+/// zero on every processor.
 pub struct Part {
     pub from: usize,
     pub len: usize,
@@ -33,7 +33,7 @@ impl Number for bf16 {
     fn bits(self) -> u32 {
         self.to_bits() as u32
     }
-    /// As they lie in memory, if its numbers begin with their low bytes.
+    /// The words as they are in memory, on a little-endian machine.
     #[inline(always)]
     fn words(row: &[bf16; 32]) -> [u32; 16] {
         bytemuck::cast::<[bf16; 32], [u32; 16]>(*row).map(u32::from_le)
@@ -53,9 +53,9 @@ impl Number for f32 {
     }
 }
 
-/// Packs a part of K of panels `some`, counted from panel `first` of `a`, of `w` rows each; rows past the end are zeros. `to` holds `words`
-/// words of every row of panel after panel, from panel `first` on. Calls `special(panel, rows)`, the panel counted from `first`, where numbers are
-/// not finite: bit i of `rows` stands for row i of the panel.
+/// Packs a part of K of the panels `some`, counted from panel `first` of `a`, with `w` rows each; rows past the end are zeros. `to` holds
+/// `words` words for every row, panel after panel, from panel `first` on. Calls `special(panel, rows)`, with the panel counted from
+/// `first`, if numbers are not finite: bit i of `rows` stands for row i of the panel.
 ///
 /// # Safety
 /// No other thread uses this part of these panels.
@@ -74,7 +74,7 @@ pub unsafe fn pack(
         Operand::Half(m) => m.cs == 1,
         Operand::Full(m) => m.cs == 1,
     };
-    // What lies one after the other along K is read panel by panel; else some rows of K at a time for all panels.
+    // An operand that is contiguous along K is read panel by panel; otherwise some rows of K at a time are read for all panels.
     let step = if along { part.words.max(1) } else { BLOCK };
     for at in (0..part.words).step_by(step) {
         let range = at..(at + step).min(part.words);
@@ -85,7 +85,7 @@ pub unsafe fn pack(
                 Operand::Full(m) => panel(m, index, (i0, w), part, range.clone(), (kern.per, tiles), to),
             }
             if kern.per == 2 && !all_finite(to) {
-                // With tiles a row is a run of words, else every w-th word is of one row.
+                // With tiles, a row is a run of words; otherwise each row has every w-th word.
                 let row = |at: usize| if tiles { at / BLOCK % w } else { at % w };
                 let found = to.iter().enumerate().filter(|(_, x)| !all_finite(&[**x]));
                 special(p, found.fold(0, |rows, (at, _)| rows | 1 << row(at)));
@@ -94,7 +94,7 @@ pub unsafe fn pack(
     }
 }
 
-/// Whether all numbers of these words are finite: an exponent of ones, and one more, carries into the place of the sign.
+/// Whether all numbers of these words are finite: if the exponent is all ones, adding one to it carries into the sign bit.
 fn all_finite(words: &[u32]) -> bool {
     let any = simd(
         #[inline(always)]
@@ -115,7 +115,7 @@ fn panel<S: Number>(
 ) {
     let live = w.min(index.map_or(a.rows, <[u32]>::len) - i0);
     let (begin, end) = (part.from + range.start * per, part.from + part.len.min(range.end * per));
-    // What is not written below: padding of K and rows past the end.
+    // Zeros for what is not written below: the padding of K, and rows past the end.
     if live < w || end < part.from + range.end * per {
         to.fill(0);
     }
@@ -137,7 +137,7 @@ fn panel<S: Number>(
                 for i in (0..live).step_by(16) {
                     let some = 16.min(live - i);
                     for p in (0..count).step_by(BLOCK) {
-                        // Words of 16 rows, as they lie in memory.
+                        // Words of 16 rows in their order in memory.
                         let k = begin + 2 * p;
                         let ahead = end.saturating_sub(k).min(2 * BLOCK);
                         for (r, s) in stage.iter_mut().enumerate().take(some) {
@@ -193,7 +193,7 @@ fn panel<S: Number>(
     );
 }
 
-/// Neighbours of one row as words; zeros past its end.
+/// Neighbours of one row as words, with zeros past its end.
 #[inline(always)]
 fn pairs<S: Number>(row: &[S], out: &mut [u32; 16]) {
     if let Some(row) = row.first_chunk::<32>() {
@@ -206,7 +206,7 @@ fn pairs<S: Number>(row: &[S], out: &mut [u32; 16]) {
     }
 }
 
-/// Elements of two neighbouring lines as words. Either line may be empty: zeros.
+/// Elements of two neighbouring lines as words. An empty line stands for zeros.
 #[inline(always)]
 fn join<S: Number>(low: &[S], high: &[S], out: &mut [u32]) {
     if let (Some(low), Some(high), Some(out)) = (low.first_chunk(), high.first_chunk(), out.first_chunk_mut()) {

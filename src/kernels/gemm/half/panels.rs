@@ -1,4 +1,4 @@
-//! Panels of bf16 numbers for ops that go tile by tile themselves.
+//! Panels of bf16 numbers for ops with their own tile loops.
 
 use super::Operand;
 use super::kernels::{BLOCK, Kernel, WIDE, kernel};
@@ -46,7 +46,7 @@ impl HalfPanels {
     }
 }
 
-/// Two neighbours along K as a word.
+/// A word from two neighbours along K.
 #[inline(always)]
 fn word(low: f32, high: f32) -> u32 {
     to_bf16(low).to_bits() as u32 | (to_bf16(high).to_bits() as u32) << 16
@@ -82,7 +82,7 @@ impl Panels for HalfPanels {
             room.iter_mut().zip(rows).for_each(|(o, &x)| *o = (to_bf16(x).to_bits() as u32) << 16);
             return room;
         }
-        // Two rows become one.
+        // Two rows become one row of words.
         let room = &mut room[..rows.len().div_ceil(2)];
         for (o, two) in room.chunks_exact_mut(WIDE).zip(rows.chunks_exact(2 * nr)) {
             let (low, high) = two.split_at(WIDE);
@@ -120,7 +120,7 @@ impl Panels for HalfPanels {
             out.copy_from_slice(&narrow[..mr * BLOCK]);
             return;
         }
-        // 12 rows of 16 words, turned; the four rows below are zeros.
+        // 12 rows of 16 words, transposed; the four rows below are zeros.
         let mut turned = [0u32; BLOCK * BLOCK];
         turn(&narrow, BLOCK, &mut turned, BLOCK);
         for (o, x) in out.chunks_exact_mut(mr).zip(turned.chunks_exact(BLOCK)) {

@@ -2,23 +2,24 @@
 
 use super::*;
 
-/// Queries handled together. The products dK = dSᵀ·Q and dV = Pᵀ·dO sum over queries, and a micro-kernel call over only one panel of 32
-/// would spend as much on loading and storing its tile as on multiplying; over 128 it is a quarter of that.
+/// Queries that are processed together. The products dK = dSᵀ·Q and dV = Pᵀ·dO sum over queries, and a micro-kernel call over only one
+/// panel of 32 would spend as much time on loading and storing its tile as on multiplying; over 128 it is a quarter of that.
 const QUERIES: usize = 128;
-/// At most so many panels of them.
+/// The most panels that are processed together.
 const MOST_PANELS: usize = 8;
 
-/// Gradients of Q, K and V, recomputing the probabilities from the log-sum-exp; rows of no part are not written.
+/// Gradients of Q, K and V, with the probabilities recomputed from the log-sum-exp; rows of no part are not written.
 ///
 /// With P = exp(S − lse), δᵢ = Σ outᵢ·gradᵢ and dS = P ⊙ (grad·Vᵀ − δ)·scale: dV = Pᵀ·grad, dQ = dS·K, dK = dSᵀ·Q (Dao et al. 2022,
-/// algorithm 4). Five products of 2·pairs·D FLOPs. A task is one key head of one part with all query heads that share it, so that dK and dV are
-/// summed by one thread, in order. It packs K by rows (for S), V by rows (for grad·Vᵀ) and K by columns (for dQ) once, and keeps dK and dV
-/// of all its keys in `ksum` and `vsum`, as tiles. Then, for the panels of [`QUERIES`] queries at a time and up to [`KEYS`] keys:
+/// algorithm 4). These are five products of 2·pairs·D FLOPs. A task is one key head of one part with all query heads that share it, so that
+/// dK and dV are summed by one thread, in order. It packs K by rows (for S), V by rows (for grad·Vᵀ) and K by columns (for dQ) once, and
+/// keeps dK and dV of all its keys in `ksum` and `vsum`, as tiles. Then, for the panels of [`QUERIES`] queries at a time and up to [`KEYS`]
+/// keys:
 ///
-/// 1. for each tile of `mr` keys and each panel, S and grad·Vᵀ by two micro-kernel calls over D, then P and dS in the same tile,
-/// 2. both are turned (queries become the packed steps of a sum: `pt` and `dst`), and dV and dK of these keys grow by one call over all
-///    queries for each tile of D,
-/// 3. dS of all panels is kept for the pass; at its end dQ of each panel grows by one call over up to [`KEYS`] keys for each tile of D.
+/// 1. For each tile of `mr` keys and each panel, two micro-kernel calls over D compute S and grad·Vᵀ; P and dS follow in the same tile.
+/// 2. Both are transposed (queries become the packed steps of a sum: `pt` and `dst`), and one call over all queries for each tile of D
+///    adds to dV and dK of these keys.
+/// 3. dS of all panels is kept for the pass; at its end one call over up to [`KEYS`] keys for each tile of D adds to dQ of each panel.
 ///
 /// All tiles of one pass are in the first two cache levels: 4·240·32 values of dS are 120 KiB in f32.
 pub fn backward<E: Packed>(
@@ -78,7 +79,7 @@ pub fn backward<E: Packed>(
                     let (panels, live_words) = (live.div_ceil(nr), kern.words(live));
                     let [qrow, grow] = &mut rows;
                     let (qrow, grow) = (qrow.get::<Word<E>>(), grow.get::<Word<E>>());
-                    // Queries along K, D along the panel: a padding query is never read, or is zeros.
+                    // Queries along K, D along the panel: a padding query is either not read or zero.
                     let mut special = special
                         | kern.right(&qm, 0..dn, i0..i0 + live, qrow)
                         | kern.right(&gm, 0..dn, i0..i0 + live, grow);
@@ -226,7 +227,7 @@ pub fn backward<E: Packed>(
     });
 }
 
-/// A row of sums as elements.
+/// A row of sums, rounded to the element type.
 fn round_row<E: Packed>(sums: &[Sum<E>], row: &mut [E]) {
     simd(
         #[inline(always)]
@@ -234,7 +235,7 @@ fn round_row<E: Packed>(sums: &[Sum<E>], row: &mut [E]) {
     );
 }
 
-/// Σ aᵢ·bᵢ, in eight sums at a time.
+/// Σ aᵢ·bᵢ, with eight partial sums.
 #[inline(always)]
 fn dot<E: Packed>(a: &[E], b: &[E]) -> Sum<E> {
     let (a, a_rest) = a.as_chunks::<8>();
@@ -254,7 +255,7 @@ fn dot<E: Packed>(a: &[E], b: &[E]) -> Sum<E> {
     sums.iter().fold(rest, |s, &x| s + x)
 }
 
-/// sum += a·b over so many packed words, by way of a tile.
+/// sum += a·b over the given number of packed words, through a temporary tile.
 #[inline(always)]
 fn add_product<P: Panels>(
     kern: P,

@@ -2,16 +2,16 @@
 
 use super::*;
 
-/// Output `[B, T, H, D]` and log-sum-exp `[B, H, T]` per query; rows of no part are not written.
+/// Writes the output `[B, T, H, D]` and the log-sum-exp `[B, H, T]` per query; rows of no part are not written.
 ///
 /// A task is one head of one part and a stretch of its query panels. It packs the keys that the stretch sees once (K by rows, so that the
-/// scores sum over D; V by columns, so that the output sums over keys), which reads each of them once from memory, and then goes
-/// through its panels. For a panel it keeps, in the first-level cache, the packed queries (nr·D), the scores of up to [`KEYS`] keys and the
-/// output so far (D·nr, transposed); the running maximum m and sum z of each query are in two arrays of a lane each. A pass over up
-/// to [`KEYS`] keys
+/// scores sum over D; V by columns, so that the output sums over keys), which reads each of them once from memory, and then processes its
+/// panels. For a panel it keeps, in the first-level cache, the packed queries (nr·D), the scores of up to [`KEYS`] keys and the output so
+/// far (D·nr, transposed); the running maximum m and sum z of each query are in two arrays with one lane per query. A pass over up to
+/// [`KEYS`] keys
 ///
-/// 1. computes the scores tile by tile, masks them, and raises the maximum: m' = max(m, s),
-/// 2. rescales what there is: z and the output by exp(m − m'),
+/// 1. computes the scores tile by tile, masks them, and updates the maximum: m' = max(m, s),
+/// 2. rescales z and the output so far by exp(m − m'),
 /// 3. replaces the scores by exp(s − m') and adds them to z,
 /// 4. adds Pᵀ·V, tile by tile of D, to the output.
 ///
@@ -22,7 +22,7 @@ pub fn forward<E: Packed>(p: &Problem, (q, k, v): (View<E>, View<E>, View<E>), (
     let dp = d.div_ceil(mr);
     let (out, lse) = (Shared::new(out), Shared::new(lse));
     let scale = Sum::<E>::from_f64(p.scale);
-    // A task packs its keys once and then takes a stretch of query panels; long sequences are cut for balance.
+    // A task packs its keys once and then processes a stretch of query panels; long sequences are split for load balance.
     let parts = p.parts();
     let mut all = vec![];
     for part in &parts {
@@ -100,7 +100,7 @@ pub fn forward<E: Packed>(p: &Problem, (q, k, v): (View<E>, View<E>, View<E>), (
                     let mut alpha = [Sum::<E>::ZERO; 64];
                     let mut shift = [Sum::<E>::ZERO; 64];
                     for c in 0..nr {
-                        // A query that has seen nothing yet keeps a shift of 0, so that −∞ − −∞ never occurs.
+                        // A query that has not seen a key yet keeps a shift of 0, so that −∞ − −∞ never occurs.
                         shift[c] = if top[c] == Sum::<E>::NEG_INFINITY { Sum::<E>::ZERO } else { top[c] };
                         alpha[c] =
                             if m[c] == Sum::<E>::NEG_INFINITY { Sum::<E>::ZERO } else { (m[c] - shift[c]).exp() };
@@ -131,7 +131,8 @@ pub fn forward<E: Packed>(p: &Problem, (q, k, v): (View<E>, View<E>, View<E>), (
                         #[inline(always)]
                         || kern.rows_as_right(s, pbuf.get()),
                     );
-                    // Rows of the last panel past the keys hold exp(−∞) = 0 and are padding of V: only those of whole words are read.
+                    // Rows of the last panel past the keys hold exp(−∞) = 0 and belong to the padding of V: only those of whole words are
+                    // read.
                     let live = kern.words(j1.min(base + vs.rows) - j0);
                     for (t, o) in acc.chunks_exact_mut(mr * nr).enumerate() {
                         let values = vpk[t * mr * kern.words(vs.rows) + kern.words(j0 - base) * mr..].as_ptr();

@@ -1,14 +1,14 @@
-//! Attention by blocks: scores are tiles in the cache, never a T × T matrix.
+//! Attention by blocks: scores are tiles in the cache, and no T × T matrix is stored.
 //!
-//! Everything is computed transposed, with queries along the vector. A panel is `nr` queries (32 in f32 with AVX-512), the width of
-//! the micro-kernel of `gemm`, and a tile is `mr` keys (12) by one panel, row-major, so that a row of it is one key against all
-//! queries of the panel. Maximum, exponential and sum over the keys then go lane by lane, without sums across a vector, and the
-//! probabilities of some keys, row after row, are what the micro-kernel takes as its packed right operand: P goes into P·V without
-//! being rearranged. Spans are loop bounds: tiles that no query of a panel sees are not computed. FLOPs 4·pairs·D forward,
-//! 10·pairs·D backward. Forward is parallel over (document, head, query block), backward over (document, key head).
+//! Everything is computed transposed, with queries along the vector. A panel is `nr` queries (32 in f32 with AVX-512), the width of the
+//! micro-kernel of `gemm`, and a tile is `mr` keys (12) by one panel, row-major, so that a row of it is one key against all queries of the
+//! panel. Maximum, exponential and sum over the keys are then computed lane by lane, without sums across a vector, and the rows of
+//! probabilities have the layout of the micro-kernel's packed right operand: P enters P·V without a rearrangement. Spans are loop bounds:
+//! tiles that no query of a panel sees are not computed. FLOPs 4·pairs·D forward, 10·pairs·D backward. The forward pass is parallel over
+//! (document, head, query block), the backward pass over (document, key head).
 //!
-//! Operands in bf16 are multiplied as such and summed in f32 ([`panels`](crate::kernels::gemm::panels)); scores, probabilities and their sums are
-//! f32, and probabilities and dS are rounded to bf16 where they are multiplied.
+//! Operands in bf16 are multiplied in bf16 and summed in f32 ([`panels`](crate::kernels::gemm::panels)); scores, probabilities and their
+//! sums are f32, and probabilities and dS are rounded to bf16 before they are multiplied.
 
 mod backward;
 mod forward;
@@ -47,8 +47,8 @@ pub struct Problem {
     pub dropout: Option<(f64, u64)>,
 }
 
-/// What is computed on its own: a document, or a sequence where there are none. Its queries and keys are counted from its start, and
-/// nothing outside is read: a NaN in one document cannot reach another, as it would by way of 0 · NaN in a tile that has both.
+/// A part is an independent unit of computation: a document, or a sequence if there are no documents. Its queries and keys are counted from
+/// its start, and nothing outside it is read, so that a NaN in one document cannot reach another through 0 · NaN in a shared tile.
 #[derive(Clone, Copy)]
 #[allow(missing_docs)]
 pub struct Part {
@@ -59,7 +59,7 @@ pub struct Part {
 }
 
 impl Problem {
-    /// All documents that are not empty, or all sequences.
+    /// All non-empty documents, or all sequences.
     pub fn parts(&self) -> Vec<Part> {
         match &self.documents {
             Some(documents) => {
@@ -72,18 +72,18 @@ impl Problem {
             }
         }
     }
-    /// Whether some positions are in no part.
+    /// Whether some positions belong to no part.
     pub fn has_padding(&self) -> bool {
         self.documents.as_ref().is_some_and(|d| d.has_padding(self.batch, self.queries))
     }
-    /// Keys at the start of a part of so many that every later query sees, besides those in its window.
+    /// Number of keys at the start of a part of `keys` keys that every later query sees in addition to its window.
     pub fn sinks(&self, keys: usize) -> usize {
         match self.span {
             Span::Sinks { sinks, .. } => sinks.min(keys),
             _ => 0,
         }
     }
-    /// Keys that query `i` of a part sees, but for the [sinks](Problem::sinks).
+    /// Keys that query `i` of a part sees, without the [sinks](Problem::sinks).
     pub fn visible(&self, part: &Part, i: usize) -> Range<usize> {
         let p = part.start + i + self.keys.saturating_sub(self.queries);
         let (start, end) = match self.span {
@@ -105,7 +105,7 @@ impl Problem {
             (0..part.queries).map(|i| seen(i) as u64).sum()
         };
         match &self.documents {
-            // All sequences are alike.
+            // All sequences have the same number.
             None => self.parts().first().map_or(0, of) * self.batch as u64,
             Some(_) => self.parts().iter().map(of).sum(),
         }
@@ -154,20 +154,20 @@ impl<'a, T> View<'a, T> {
     }
 }
 
-/// Where a gradient goes: position t (of all sequences in a row) and head h at `t·step + offset + h·D`.
+/// The target of a gradient: position t (numbered over all sequences) and head h are at `t·step + offset + h·D`.
 #[derive(Clone, Copy)]
 pub struct Target<'a, T> {
-    /// The array, perhaps shared with other targets that take other places of it.
+    /// The array, which may be shared with other targets that write other positions of it.
     pub data: Shared<'a, T>,
-    /// From one position to the next.
+    /// Distance from one position to the next.
     pub step: usize,
-    /// First element.
+    /// Offset of the first element.
     pub offset: usize,
 }
 
 impl<'a, T> Target<'a, T> {
     /// # Safety
-    /// Nobody else holds this row.
+    /// No other thread holds this row.
     unsafe fn row(&self, t: usize, h: usize, d: usize) -> &'a mut [T] {
         let at = t * self.step + self.offset + h * d;
         // SAFETY: the caller's promise.
@@ -175,8 +175,8 @@ impl<'a, T> Target<'a, T> {
     }
 }
 
-/// Keys of one pass over a query panel: 240 · 32 probabilities of f32 are 30 KiB and stay in the first-level cache between the softmax
-/// and the product with V. It is a multiple of every `mr`.
+/// Keys of one pass over a query panel: 240 · 32 probabilities in f32 are 30 KiB and stay in the first-level cache between the softmax and
+/// the product with V. It is a multiple of every `mr`.
 const KEYS: usize = 240;
 
 /// A scratch buffer of elements.
@@ -191,26 +191,26 @@ impl Scratch {
 }
 
 impl Problem {
-    /// Keys that any of the queries `i0..i1` of a part sees.
+    /// The range of keys that any of the queries `i0..i1` of a part sees.
     fn visible_to(&self, part: &Part, i0: usize, i1: usize) -> Range<usize> {
-        // Bounds never fall with the query, so the ends decide; queries that see nothing in between cannot occur.
+        // Bounds never decrease with the query, so the first and the last query determine the range.
         let (a, b) = (self.visible(part, i0), self.visible(part, i1 - 1));
         a.start.min(b.start)..b.end.max(a.end)
     }
-    /// Stretches of keys, of whole tiles but for the end, that queries go through who see `any` and so many sinks.
+    /// The ranges of keys, in whole tiles except at the end, for queries that see the range `any` and the first `sinks` keys.
     fn stretches(any: &Range<usize>, sinks: usize, mr: usize) -> [Range<usize>; 2] {
         let start = any.start / mr * mr;
         [0..(sinks.div_ceil(mr) * mr).min(start), start..any.end]
     }
 }
 
-/// What ALiBi takes from the scores of a tile: slope · (number of positions between query and key).
+/// The ALiBi bias of a tile, which is subtracted from its scores: slope · (number of positions between query and key).
 struct Distances<T> {
     slope: T,
-    /// Positions between the sinks, which are so many, and the next key.
+    /// Number of dropped positions between the sinks and the next key.
     skipped: usize,
     sinks: usize,
-    /// 0, 1, 2, …: the queries of a panel.
+    /// 0, 1, 2, …: the index of each query in its panel.
     lanes: [T; 64],
 }
 
@@ -220,7 +220,7 @@ impl<T: Float> Distances<T> {
         let slope = T::from_f64(alibi_slope(h, p.heads));
         p.alibi.then(|| Distances { slope, skipped: p.skipped, sinks: p.sinks(p.keys), lanes })
     }
-    /// Query `i` of the part is the first of the panel, key `j` the first of the tile.
+    /// Subtracts the bias. Query `i` of the part is the first of the panel, key `j` the first of the tile.
     #[inline(always)]
     fn take_from(&self, tile: &mut [T], nr: usize, i: f64, j: usize) {
         for (r, row) in tile.chunks_exact_mut(nr).enumerate() {
@@ -234,12 +234,12 @@ impl<T: Float> Distances<T> {
     }
 }
 
-/// The keys that each query of a panel sees, `from..to`: side by side, so that a row of a tile is masked by whole vectors.
+/// The keys that each query of a panel sees, `from..to`, as two arrays, so that a row of a tile is masked with whole vectors.
 #[derive(Clone)]
 struct Seen {
     from: [u32; 64],
     to: [u32; 64],
-    /// The first keys that all see besides, so many.
+    /// Number of keys at the start of the part that all queries see in addition.
     sinks: usize,
 }
 
@@ -247,7 +247,7 @@ impl Seen {
     fn new(sinks: usize) -> Seen {
         Seen { from: [0; 64], to: [0; 64], sinks }
     }
-    /// Row by row, `yes` of an element whose query sees its key, `no` of the others; the first key is `j0`.
+    /// Replaces each element by `yes` of it if its query sees its key, and by `no` otherwise; the first key is `j0`.
     #[inline(always)]
     fn select<T: Float>(&self, tile: &mut [T], nr: usize, j0: usize, yes: impl Fn(T) -> T, no: T) {
         for (r, row) in tile.chunks_exact_mut(nr).enumerate() {
@@ -265,7 +265,7 @@ impl Seen {
     }
 }
 
-/// Scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, −∞ where a query does not see a key.
+/// Masks the scores of `mr` keys from `j0` against a query panel: tile ← scale·K·Qᵀ, and −∞ where a query does not see a key.
 #[inline(always)]
 fn mask_tile<T: Float>(tile: &mut [T], nr: usize, scale: T, j0: usize, seen: &Seen, whole: bool) {
     if whole {
@@ -275,13 +275,13 @@ fn mask_tile<T: Float>(tile: &mut [T], nr: usize, scale: T, j0: usize, seen: &Se
     }
 }
 
-/// Zeros where a query does not see a key, whatever stands there: a NaN of a key stays with the queries that see it.
+/// Sets elements to zero where a query does not see a key, even if they are NaN: a key's NaN reaches only the queries that see it.
 #[inline(always)]
 fn clear_unseen<T: Float>(tile: &mut [T], nr: usize, j0: usize, seen: &Seen) {
     seen.select(tile, nr, j0, |s| s, T::ZERO);
 }
 
-/// What every query of a panel sees, and what all of them see.
+/// The range of keys that any query of a panel sees, and the range that all of them see.
 fn panel_ranges(p: &Problem, part: &Part, i0: usize, nr: usize, seen: &mut Seen) -> (Range<usize>, Range<usize>) {
     let live = nr.min(part.queries - i0);
     (seen.from, seen.to) = ([0; 64], [0; 64]);
@@ -305,7 +305,7 @@ fn drop_probabilities<T: Float>(p: &Problem, s: &mut [T], (b, h): (usize, usize)
     }
 }
 
-/// to[c·d + x] = from[x·nr + c]: the columns of sums of D, as rows.
+/// to[c·d + x] = from[x·nr + c]: transposes columns of D sums into rows.
 fn columns<T: Element>(from: &[T], (nr, d): (usize, usize), to: &mut [T]) {
     let mut done = 0;
     if T::DTYPE == DType::F32 && nr.is_multiple_of(16) {
