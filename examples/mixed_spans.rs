@@ -1,5 +1,5 @@
-//! Models whose layers see differently far: all full, all blocks, and full attention in the two layers nearest to the input, trained on
-//! long documents; what each loses where, and what each costs.
+//! Models whose layers have different attention spans: all full, all blocks, and full attention in the two layers nearest to the input.
+//! They are trained on long documents, and their losses by position and their costs are compared.
 //!
 //! ```text
 //! cargo run --release --example mixed_spans
