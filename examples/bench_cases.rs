@@ -291,7 +291,7 @@ fn merge(_: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let p = params.param("w", &[8192, 1024], prismgrad::nn::Init::Zeros)?;
     let set = |seed: u64| Array::generate(p.shape(), DType::F32, |i| philox::uniform(seed, 7, i as u64));
-    // Between 1 and 2 differences are exact.
+    // Differences of values between 1 and 2 are exact.
     p.set(Tensor::new(set(0)).add_scalar(1.0)?.into_array())?;
     let mut pool = VectorPool::new(&params, Tags::new())?;
     for i in 1..5 {
@@ -584,7 +584,7 @@ fn run() -> std::result::Result<(), String> {
         .disable_version_flag(true)
         .arg(Arg::new("words").action(ArgAction::Append).help("parts of case names; every case if there are none"))
         .arg(flag("list", "prints the names of the cases"))
-        .arg(flag("isolate", "runs each case in a process of its own, so that its memory is its own"))
+        .arg(flag("isolate", "runs each case in a process of its own, so that its memory is measured alone"))
         .arg(flag("exact", "takes the words as whole names"))
         .arg(flag("profile", "prints the table of ops as well"))
         .arg(seconds.value_parser(value_parser!(f64)))
@@ -594,7 +594,7 @@ fn run() -> std::result::Result<(), String> {
                 _ => Err("give 0 to 1024 threads"),
             }
         }))
-        .arg(option("dtype", "of activations, f32 or bf16").default_value("f32").value_parser(["f32", "bf16"]))
+        .arg(option("dtype", "dtype of activations, f32 or bf16").default_value("f32").value_parser(["f32", "bf16"]))
         .arg(option("ceilings", "GFLOP/s,GB/s of this machine; measured if not given"))
         .get_matches();
     if matches.get_flag("list") {

@@ -35,14 +35,14 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "models of the mini language, each with its own initial values and order; 3 with --full"),
     ("steps", "700", "60", "training steps of each model, 32 programs each; 1500 with --full"),
     ("samples", "20", "4", "completions of a prefix"),
-    ("rows", "2", "1", "buggy prefixes of a problem at most, of each kind; 4 with --full"),
+    ("rows", "2", "1", "the most buggy prefixes of a problem, of each kind; 4 with --full"),
     (
         "python-runs",
         "120",
         "24",
         "programs of HumanEval that are run in the sandbox; all 1896 pairs, three times, with --full",
     ),
-    ("full", "", "", "the table of docs/results/codeeval.md: three seeds, longer training, every run"),
+    ("full", "", "", "makes the table of docs/results/codeeval.md: three seeds, longer training, every run"),
 ];
 
 const TEMPERATURE: f64 = 0.6;
@@ -437,7 +437,7 @@ fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: b
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("buggy_code", "What a bug in the context does to a code model.", OPTIONS);
+    let args = args::Args::parse("buggy_code", "How a bug in the context affects a code model.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");

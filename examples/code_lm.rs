@@ -37,22 +37,22 @@ use std::time::Instant;
 use study::{interval, verdict};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "1", "1", "models, each with its own initial values and order; they are paired with themselves"),
+    ("seeds", "1", "1", "models, each with its own initial values and order; searches are paired by model"),
     ("steps", "1000", "30", "training steps of 4 windows each; 10000 with --full"),
     ("width", "128", "32", "width of the model; 192 with --full"),
     ("layers", "4", "1", "layers of the model"),
     ("vocab", "2048", "400", "tokens of the byte-pair encoding"),
-    ("rate", "0.003", "0.003", "learning rate of AdamW at its highest"),
+    ("rate", "0.003", "0.003", "peak learning rate of AdamW"),
     ("problems", "200", "6", "problems of HumanEval whose buggy prefixes are searched; 107 have some"),
-    ("megabytes", "16", "0.5", "training text at most"),
-    ("prompt", PROMPT, PROMPT, "a text to continue; it ends with a whole line"),
+    ("megabytes", "16", "0.5", "the most training text, in MB"),
+    ("prompt", PROMPT, PROMPT, "a text to continue, which must end with a whole line"),
     (
         "model",
         "none",
         "none",
         "a folder with config.json, model.safetensors and tokenizer.json in GPT-2's form; nothing is trained",
     ),
-    ("full", "", "", "a larger model, trained for longer"),
+    ("full", "", "", "trains a larger model for longer"),
 ];
 
 const PROMPT: &str = "def count_lines(path):\n    \"\"\"Return the number of lines of a file.\"\"\"";

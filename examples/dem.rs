@@ -47,7 +47,12 @@ const OPTIONS: &[args::Opt] = &[
         "8",
         "privacy budget of the last source when it is tuned privately; the one before it gets half of that",
     ),
-    ("full", "", "", "three seeds, 12 mixtures, a longer base and more tokens of each source: about an hour"),
+    (
+        "full",
+        "",
+        "",
+        "uses three seeds, 12 mixtures, a longer base and more tokens of each source; takes about an hour",
+    ),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 128;

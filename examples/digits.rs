@@ -33,7 +33,7 @@ const OPTIONS: &[args::Opt] = &[
         "layer-wise",
         "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K",
     ),
-    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
+    ("dtype", "f32", "f32", "dtype of activations in training: f32 or bf16; parameters, norms and sums are f32"),
     ("epochs", "30", "2", "passes over the training images"),
     ("seed", "0", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
 ];
@@ -97,7 +97,7 @@ fn evaluate(model: &Model, images: &Images) -> Result<(f64, f64)> {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("digits", "Learns handwritten digits, plainly or privately.", OPTIONS);
+    let args = args::Args::parse("digits", "Trains a classifier of handwritten digits, privately or not.", OPTIONS);
     let name = args.choice("model", &[("mlp", "mlp"), ("convnet", "convnet")]);
     let private = args.has("private");
     let dtype = args.choice("dtype", &[("f32", DType::F32), ("bf16", DType::BF16)]);

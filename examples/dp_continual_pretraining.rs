@@ -24,7 +24,7 @@ use study::{BATCH, Data, Mix, Mlp, Run, best, interval};
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "8", "2", "runs per setting; intervals are 95 % of their mean"),
     ("steps", "300", "10", "training steps"),
-    ("part", "0.2", "0.2", "part of the steps that see public data alone"),
+    ("part", "0.2", "0.2", "share of the steps that use only public data"),
 ];
 const EPSILONS: [f64; 3] = [1.0, 3.0, 8.0];
 

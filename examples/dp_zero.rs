@@ -31,9 +31,9 @@ use std::time::{Duration, Instant};
 const OPTIONS: &[args::Opt] = &[
     ("ranks", "4", "2", "ranks, as threads of this process; under mpirun there are as many as it started"),
     ("steps", "40", "3", "steps of each run"),
-    ("batch", "32", "8", "records of a step, of all ranks together; of the private batch the expected number"),
+    ("batch", "32", "8", "records per step, over all ranks; for private training the expected number"),
     ("epsilon", "8", "8", "privacy budget ε, at δ = 1e-5"),
-    ("seed", "0", "0", "of the initial values, the batches and the test key"),
+    ("seed", "0", "0", "seed of the initial values, the batches and the test key"),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 64;

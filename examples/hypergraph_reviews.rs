@@ -32,10 +32,10 @@ use std::time::Instant;
 use study::interval;
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "3", "2", "choices of the labelled reviews, for all methods alike; at least 2"),
+    ("seeds", "3", "2", "random choices of the labelled reviews, the same for all methods; at least 2"),
     ("steps", "60", "4", "steps of each network, each over all reviews"),
     ("labels", "0.01", "0.01", "share of the reviews that have labels"),
-    ("texts", "100000", "1500", "reviews at most"),
+    ("texts", "100000", "1500", "the most reviews that are used"),
     ("width", "32", "16", "width of the networks"),
     ("rate", "0.01", "0.01", "learning rate of the networks"),
 ];

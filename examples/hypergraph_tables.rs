@@ -37,11 +37,11 @@ use tables::{Data, Recipe, Typed};
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each trained model, paired by seed; 3 with --full"),
     ("steps", "1200", "60", "steps of 32 tables; 4000 with --full"),
-    ("tables", "20000", "1500", "tables at most"),
-    ("often", "150", "40", "a header is a type if so many training tables have it"),
+    ("tables", "20000", "1500", "the most tables that are used"),
+    ("often", "150", "40", "a header is a type if at least this many training tables have it"),
     ("width", "64", "32", "width of HyTrel"),
     ("rate", "0.002", "0.002", "learning rate of the networks"),
-    ("full", "", "", "three seeds, 4000 steps, the ablations one by one"),
+    ("full", "", "", "uses three seeds, 4000 steps, and each ablation by itself"),
 ];
 
 /// The scores of a method on the test tables, one for each seed.

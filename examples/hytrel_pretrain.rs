@@ -35,13 +35,13 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each setting, paired by seed; 3 with --full"),
     ("steps", "400", "20", "pre-training steps of 32 tables; 3000 with --full"),
     ("tune", "160", "20", "fine-tuning steps of 32 tables; 800 with --full"),
-    ("tables", "20000", "1200", "tables at most"),
-    ("often", "150", "30", "a header is a type if so many training tables have it"),
+    ("tables", "20000", "1200", "the most tables that are used"),
+    ("often", "150", "30", "a header is a type if at least this many training tables have it"),
     ("width", "32", "32", "width of HyTrel; 64 with --full"),
-    ("arms", "all", "all", "objectives by name beside scratch, such as corruption,cells; all of them if not given"),
+    ("arms", "all", "all", "objectives to compare with scratch, such as corruption,cells; all for every one"),
     ("rate", "0.002", "0.002", "learning rate"),
     ("epsilon", "8", "8", "privacy budget ε of the private pre-training, at δ = 1e-5"),
-    ("full", "", "", "three seeds, 3000 and 800 steps"),
+    ("full", "", "", "uses three seeds, 3000 and 800 steps"),
 ];
 const BATCH: usize = 32;
 const DELTA: f64 = 1e-5;
@@ -254,7 +254,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("hytrel_pretrain", "What pre-training on tables is worth with few labels.", OPTIONS);
+    let args = args::Args::parse("hytrel_pretrain", "The benefit of pre-training on tables with few labels.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");

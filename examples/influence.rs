@@ -46,7 +46,7 @@ impl Mlp {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("influence", "Finds the training images behind a reading.", OPTIONS);
+    let args = args::Args::parse("influence", "Finds the training images that influenced a prediction.", OPTIONS);
     let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
     let (train, test) = digits()?.shuffled(0).split(1400.0 / 1797.0);
     let params = Params::new(0, DType::F32);

@@ -33,11 +33,11 @@ const OPTIONS: &[args::Opt] = &[
         "only",
         "all",
         "all",
-        "one part: copy, placement (with the copies), language, conversion; all without the placement",
+        "runs one part: copy, placement (with the copies), language, or conversion; all leaves out the placement",
     ),
     ("presets", "full,sparse,bottom(2)", "full,sparse,bottom(2)", "models of the copies: which layers are full"),
-    ("resume", "", "", "go on with a run that was cut short: models of the copies that it has are not trained again"),
-    ("full", "", "", "three seeds, more steps, and the placement as well: hours"),
+    ("resume", "", "", "continue an interrupted run: models of the copies that it has are not trained again"),
+    ("full", "", "", "uses three seeds, more steps, and the placement; takes hours"),
 ];
 /// Number of positions of a sequence, of a block and of a passage that occurs twice.
 const N: usize = 192;

@@ -31,9 +31,9 @@ use study::interval;
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each setting, paired by seed; 3 with --full"),
     ("tokens", "200000", "6000", "training tokens of each model of the first experiment; 1500000 with --full"),
-    ("rate", "0", "0.001", "learning rate; 0 tries 0.001 and 0.003 with every model, and validation chooses"),
+    ("rate", "0", "0.001", "learning rate; 0 tries 0.001 and 0.003 with every model and chooses by validation"),
     ("epsilon", "8", "8", "privacy budget ε of the third experiment, at δ = 1e-5"),
-    ("full", "", "", "the table of docs/results/moe.md: three seeds, 1.5 million tokens"),
+    ("full", "", "", "makes the table of docs/results/moe.md: three seeds, 1.5 million tokens"),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 128;

@@ -33,20 +33,20 @@ use std::path::Path;
 
 const OPTIONS: &[Opt] = &[
     ("private-text", "DIR", "DIR", "folder of private text files; this repository's own by default"),
-    ("epsilon", "8", "8", "privacy budget"),
-    ("delta", "auto", "auto", "below 1/records; a tenth of that by default"),
+    ("epsilon", "8", "8", "privacy budget ε"),
+    ("delta", "auto", "auto", "privacy parameter δ, below 1/records; a tenth of that by default"),
     ("style", "layer-wise", "layer-wise", "clipping: all-layer, layer-wise or parameter-wise"),
-    ("minutes", "2.2", "0.3", "roughly how long: scales the number of steps"),
+    ("minutes", "2.2", "0.3", "approximate duration, which sets the number of steps"),
     ("layers", "2", "2", "transformer blocks"),
     ("width", "128", "128", "model width, a multiple of 32"),
-    ("seq", "64", "64", "tokens of a record"),
-    ("vocab", "1024", "1024", "tokens of the vocabulary, 300 or more"),
+    ("seq", "64", "64", "tokens per record"),
+    ("vocab", "1024", "1024", "size of the vocabulary, 300 or more"),
     ("batch", "128", "128", "expected private batch, in records"),
     ("lr", "0.002", "0.002", "peak learning rate"),
-    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
-    ("seed", "0", "0", "of initial values and public batches (the noise key is secret and fresh)"),
+    ("dtype", "f32", "f32", "dtype of activations in training: f32 or bf16; parameters, norms and sums are f32"),
+    ("seed", "0", "0", "seed of initial values and public batches (the noise key is secret and new in each run)"),
     ("profile", "", "", "print where the time of a few steps goes, and write traces to the run folder"),
-    ("resume", "", "", "go on from the last checkpoint in --out"),
+    ("resume", "", "", "continue from the last checkpoint in --out"),
 ];
 
 #[derive(Clone, Serialize, Deserialize)]

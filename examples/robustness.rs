@@ -43,15 +43,15 @@ const OPTIONS: &[args::Opt] = &[
     ("seed", "0", "0", "the first seed"),
     ("csv", "none", "none", "attack texts of your own, from a file of text,label"),
     ("model", "none", "none", "folder of a model that this example wrote, for --csv; none trains a bag on the file"),
-    ("temperature", "1", "1", "what the logits are divided by in the served model, for --csv"),
+    ("temperature", "1", "1", "temperature by which the served model divides its logits, for --csv"),
     (
         "export",
         "none",
         "none",
         "write a small model, texts and candidates for benches/peers/textattack_verdicts.py here",
     ),
-    ("timing", "none", "none", "time the attacks on what --export wrote here"),
-    ("full", "", "", "the tables of docs/results/robustness.md: encoder and tweets with all texts"),
+    ("timing", "none", "none", "time the attacks on the folder that --export wrote"),
+    ("full", "", "", "makes the tables of docs/results/robustness.md: encoder and tweets with all texts"),
 ];
 /// Seed of the misspellings.
 const SPELLING: u64 = 5;

@@ -37,7 +37,7 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of everything, paired by seed; 3 with --full"),
     ("tokens", "600000", "16384", "tokens of pre-training of each model; 2000000 with --full"),
     ("steps", "60", "3", "steps of fine-tuning; 120 with --full"),
-    ("full", "", "", "the tables of docs/results/uncurl.md: three seeds, 8 and 16 experts, all methods"),
+    ("full", "", "", "makes the tables of docs/results/uncurl.md: three seeds, 8 and 16 experts, all methods"),
     ("mixtral", "none", "none", "a folder with a Mixtral model, to be reduced instead"),
     ("text", "none", "none", "with --mixtral: a file of token ids, separated by spaces, of the task"),
     ("keep", "4", "4", "with --mixtral: experts that stay in each layer"),
@@ -414,7 +414,7 @@ fn mixtral(args: &args::Args, keep: usize) -> Result<()> {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("uncurl", "Fewer experts after training, chosen for a task.", OPTIONS);
+    let args = args::Args::parse("uncurl", "Reduces the experts of a trained model for a task.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");

@@ -28,15 +28,15 @@ const OPTIONS: &[args::Opt] = &[
     ("layers", "40", "40", "layers of the model"),
     ("width", "5120", "5120", "width of the model"),
     ("heads", "40", "40", "attention heads"),
-    ("vocab", "50257", "50257", "tokens of the vocabulary"),
-    ("seq", "2048", "2048", "tokens of a record"),
+    ("vocab", "50257", "50257", "size of the vocabulary"),
+    ("seq", "2048", "2048", "tokens per record"),
     ("ranks", "64", "64", "ranks, one for each device"),
     ("records", "1", "1", "records of a microbatch"),
     ("microbatches", "4", "4", "microbatches of a rank in a step"),
     ("bandwidth", "25", "25", "GB/s that a rank sends and receives"),
-    ("latency", "20", "20", "microseconds of a collective"),
-    ("tflops", "measured", "measured", "TFLOP/s of a rank in a training step; by default what this machine does"),
-    ("device-memory", "80", "80", "GB of a rank's device, for the verdict whether it fits"),
+    ("latency", "20", "20", "latency of a collective in microseconds"),
+    ("tflops", "measured", "measured", "TFLOP/s of a rank in a training step; by default the rate of this machine"),
+    ("device-memory", "80", "80", "GB of memory of a rank's device, for the verdict whether the model fits"),
 ];
 const STAGES: [(Stage, &str); 4] = [
     (Stage::Replicated, "stage 0"),
@@ -109,7 +109,11 @@ fn working(c: &GptConfig, records: usize) -> usize {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("zero_plan", "What a model needs on several ranks, at each stage of ZeRO.", OPTIONS);
+    let args = args::Args::parse(
+        "zero_plan",
+        "Plans the memory, traffic and time of a model on several ranks, at each stage of ZeRO.",
+        OPTIONS,
+    );
     let count = |name: &str, most: usize| {
         args.get(name, &format!("a whole number from 1 to {most}"), |n: &usize| (1..=most).contains(n))
     };
