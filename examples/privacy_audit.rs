@@ -1,6 +1,6 @@
 //! An audit of private training. Canaries are put into the training data by coin flips, an observer of every released gradient guesses
-//! which are in, and the number of right guesses bounds ε from below. Beside it stand the accountant's ε, and the result of the same audit
-//! without noise.
+//! which are in, and the number of right guesses bounds ε from below. For comparison it prints the accountant's ε, and the result of the
+//! same audit without noise.
 //!
 //! ```text
 //! cargo run --release --example privacy_audit

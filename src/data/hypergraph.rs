@@ -223,7 +223,7 @@ impl Hypergraph {
     }
     /// A hypergraph with the same sizes of hyperedges and degrees of nodes, but other members. Pairs of incidences exchange their nodes, in
     /// ten times as many attempts as there are incidences, without making a node a member twice. It serves as a control: a model's gain
-    /// from structure must be gone with it.
+    /// from structure must disappear with it.
     pub fn rewired(&self, rng: &mut Rng) -> Result<Hypergraph> {
         let s = &self.structure;
         let mut members = s.nodes_of().members().to_vec();

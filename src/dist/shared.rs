@@ -31,7 +31,7 @@ pub struct Shared(Arc<Inner>);
 type Job = Box<dyn FnOnce(&dyn Communicator) + Send>;
 
 struct Inner {
-    /// `None` once the last handle is gone.
+    /// `None` after the last handle has been dropped.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     rank: usize,

@@ -7,7 +7,8 @@ use crate::ops::attention::{AttentionOptions, Span};
 use std::ops::Range;
 
 /// Keys and values of the positions seen so far, for generation. A causal layer keeps all of them, a window of w positions the last w in a
-/// ring, a block layer those of the current block, and a window with sinks the sinks besides. Gradients do not flow into the cached values.
+/// ring, a block layer those of the current block, and a window with sinks keeps the sinks as well. Gradients do not flow into the cached
+/// values.
 ///
 /// [`KvCache::bytes`] is 2 · positions · B · H_kv · D · (bytes of an element).
 #[derive(Clone, Default)]

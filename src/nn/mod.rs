@@ -55,8 +55,8 @@ use crate::ops::attention::Documents;
 use crate::{DType, Samples, Tensor};
 use std::sync::Arc;
 
-/// What a forward pass gives to every layer besides its input: whether the model is being trained, the seed of the dropout masks, which
-/// rows belong to which sample, which positions belong together, and the dtype of activations.
+/// What a forward pass gives to every layer in addition to its input: whether the model is being trained, the seed of the dropout masks,
+/// which rows belong to which sample, which positions belong together, and the dtype of activations.
 #[derive(Clone, Debug, Default)]
 pub struct Ctx {
     /// Whether dropout is on.

@@ -149,7 +149,7 @@ impl Params {
     pub fn new(seed: u64, dtype: DType) -> Params {
         Params { store: Arc::default(), prefix: String::new(), seed, dtype, values: Values::Drawn }
     }
-    /// A store whose parameters have names and shapes but take no memory, for planning models that fit on no machine at hand.
+    /// A store whose parameters have names and shapes but take no memory, for planning models that are too large to be made here.
     pub fn described(dtype: DType) -> Params {
         Params { values: Values::None, ..Params::new(0, dtype) }
     }

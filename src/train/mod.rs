@@ -1,5 +1,5 @@
-//! What belongs to a training run besides its steps: its folder, its progress on the terminal, a clean stop, and its plots (feature
-//! `plots`, on by default).
+//! Parts of a training run other than its steps: its folder, its progress on the terminal, a clean stop, and its plots (feature `plots`, on
+//! by default).
 
 pub mod interrupt;
 #[cfg(feature = "plots")]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! runs/digits/
-//!   config.json      what was asked for
+//!   config.json      the settings of the run
 //!   metrics.jsonl    one JSON object per line, each with its step
 //!   checkpoints/     see crate::io::checkpoint
 //!   plots/
@@ -28,7 +28,7 @@ pub enum Existing {
     Refuse,
     /// The run continues from its last checkpoint, or from the beginning if there is none.
     Resume,
-    /// Configuration, metrics, checkpoints, plots and summary are removed, and the run starts anew. Other files stay.
+    /// Configuration, metrics, checkpoints, plots and summary are removed, and the run starts from the beginning. Other files stay.
     Overwrite,
 }
 

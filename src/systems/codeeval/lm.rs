@@ -354,7 +354,7 @@ mod tests {
     fn long_texts_are_cut_on_the_left() {
         let gpt = model(32);
         let lm = CodeLm::new(&gpt, &ByteTokenizer).unwrap();
-        // The first of the four operators stands more than 32 bytes before the last.
+        // The first of the four operators is more than 32 bytes before the last.
         assert_eq!(lm.doubts(&[TEXT.to_string()]).unwrap()[0].len(), 3);
         assert_eq!(lm.whole_doubts(TEXT, &[TEXT.len()]).unwrap()[0].len(), 3);
         let few = Gpt::new(GptConfig::small(200, 32, 1, 16, 2), 0).unwrap();

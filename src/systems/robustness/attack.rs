@@ -1,7 +1,7 @@
 //! Greedy word-substitution attacks, which run on all texts in parallel.
 //!
-//! *Importance*: each word that may be changed is replaced by the unknown word (or left out), and the text is scored.
-//! *Search*: the words are visited from the most to the least important. Of a word's candidates the best one is taken if its score is
+//! 1. *Importance*: each word that may be changed is replaced by the unknown word (or left out), and the text is scored.
+//! 2. *Search*: the words are visited from the most to the least important. Of a word's candidates the best one is taken if its score is
 //!    **strictly** higher than the present one. The search ends when the model predicts another class, when no words or no queries are
 //!    left, or when a limit on the changes is reached.
 //!
@@ -9,7 +9,7 @@
 //! importances, and of equal candidates, the first is taken.
 //!
 //! - PWWS (Ren et al. 2019): a word's importance is softmax(saliency) × the best score among its synonyms.
-//! TextFooler (Jin et al. 2020), without its taggers and encoders: importance by leaving words out; candidates are near words of a vector
+//! - TextFooler (Jin et al. 2020), without its taggers and encoders: importance by leaving words out; candidates are near words of a vector
 //!   space.
 //! - DeepWordBug (Gao et al. 2018), as black-box tools run it: importance by the unknown word; four small misspellings of each word.
 

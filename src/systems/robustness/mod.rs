@@ -7,7 +7,7 @@
 //!
 //! - calibrated: T_a = argmin_T of the negative log-likelihood of validation texts ([`Calibrate`]);
 //! - optimised: T_a = argmin_T Q(T), the accuracy under an attack on validation texts ([`evaluate::best_temperature`]);
-//! on the margin, max_{c≠y} l_c − l_y, a temperature does not change the search at all ([`Score::Margin`]).
+//! - on the margin, max_{c≠y} l_c − l_y, a temperature does not change the search at all ([`Score::Margin`]).
 //!
 //! The model's own class always decides whether an attack has succeeded, so that only the search differs. Accuracy under attack Q is a
 //! share of all texts: those that are wrong without an attack count as wrong.
