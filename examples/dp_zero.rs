@@ -315,7 +315,7 @@ fn run() -> Result<()> {
     let Some(mut folder) = folder else { return Ok(()) };
     memory.save(folder.plot("memory"))?;
     chart.y_label("training loss, nats a token").save(folder.plot("loss"))?;
-    // Times one microbatch of an ordinary step. A private step may need more of them, and stage 2 sends gradients in each.
+    // The bytes that runs sent. A plain step has one microbatch here; a private step may need more, and stage 2 sends gradients in each.
     let of =
         |private: bool, stage: Stage| sent.iter().find(|s| s.0 == private && s.1 == stage).map_or(f64::NAN, |s| s.2);
     let more = of(true, Stage::Optimizer) / of(false, Stage::Optimizer);

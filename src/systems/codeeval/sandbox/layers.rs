@@ -211,6 +211,7 @@ unsafe fn drop_capabilities() -> std::io::Result<()> {
 fn try_in_child(mut what: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) -> bool {
     let mut command = Command::new("/proc/self/exe");
     // The program is never started: the closure returns an error in either case, and the error code says whether `what` succeeded.
+    // SAFETY: `what` makes system calls alone.
     unsafe {
         command.pre_exec(move || {
             what()?;
