@@ -1,4 +1,4 @@
-//! The hot paths, with their FLOPs: `cargo bench`.
+//! The hot paths, with their FLOPs. Run them with `cargo bench`.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use prismgrad::kernels::gemm::{Mat, matmul};
@@ -28,7 +28,7 @@ fn gemm(c: &mut Criterion) {
     });
 }
 
-/// Queries of a linear layer's factored gradient, 8 samples of 256 rows, 256 × 1024.
+/// Queries of a linear layer's factored gradient, for 8 samples of 256 rows and a weight of 256 × 1024.
 fn queries(c: &mut Criterion) {
     let (w, x) = (Param::new("w", wave(&[256, 1024])), Tensor::new(wave(&[8, 256, 256])));
     let y = linear(&x, &w, Layout::InOut, None, Activation::None, None).unwrap();
@@ -61,7 +61,7 @@ fn layers(c: &mut Criterion) {
     });
 }
 
-/// 2,048 tokens of width 256 through two of 8 experts of 1,024 hidden units each.
+/// 2,048 tokens of width 256, each through two of 8 experts with 1,024 hidden units.
 fn experts(c: &mut Criterion) {
     let params = Params::new(1, DType::F32);
     let moe = Moe::new(&params, 256, &MoeConfig::new(8, 2, 1024)).unwrap();

@@ -1,15 +1,18 @@
-//! The cases on which speed is compared, one JSON line each:
+//! The cases on which speed is compared. Each gives one JSON line:
 //!
 //! ```text
 //! cargo run --release --example bench_cases -- [substring…] [--threads N] [--min-seconds S] [--isolate] [--profile]
 //! ```
 //!
-//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`, `elt/OP`, `attn/SPAN[_fwd][/N]` (8 heads of 64 over 2,048 positions, or N), `moe/top2` (2,048 tokens of width 256, two each of 8 experts of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6 cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `merge/4` (four vectors and a base added in a pool), `dp/MODEL/STYLE`. A training case is a whole step:
-//! forward, backward, optimizer. `--isolate` gives each case a process of its own, so that `peak_rss_mb` is the case's;
-//! `base_rss_mb` is what the process held before it. `ceiling_share` is the case's rate over what this machine reached a
-//! moment before: the best of three products of 1024 × 1024 matrices (4096 on a GPU), or the best of three copies of 64 MiB
-//! (256 on a GPU). `--profile` prints a table of ops after each case. `PRISMGRAD_DEVICE=cuda` runs all of it on a GPU, with
-//! `gpt/124M` besides.
+//! `gemm/MxKxN`, `linear/PART/MxKxN` (a layer's parts beside bare products of the same shapes: `gemm_share`), `gpt/S`, `gpt/M`, `mlp`,
+//! `elt/OP`, `attn/SPAN[_fwd][/N]` (8 heads of 64 over 2,048 positions, or N), `moe/top2` (2,048 tokens of width 256, two each of 8 experts
+//! of 1,024, forwards and backwards, beside its products), `hyper/grid` (one layer of HyTrel, width 128, 4 heads, over 256 tables of 11 × 6
+//! cells, forwards and backwards), `hyper/sum/N` (sums of rows of 16 over N incidences, forwards and backwards), `merge/4` (four vectors
+//! and a base added in a pool), `dp/MODEL/STYLE`. A training case is a whole step: forward, backward, optimizer. `--isolate` runs each case
+//! in a process of its own, so that `peak_rss_mb` is the case's; `base_rss_mb` is what the process held before it. `ceiling_share` is the
+//! case's rate divided by the rate that this machine reached just before: the best of three products of 1024 × 1024 matrices (4096 on a
+//! GPU), or the best of three copies of 64 MiB (256 on a GPU). `--profile` prints a table of ops after each case. `PRISMGRAD_DEVICE=cuda`
+//! runs all of it on a GPU, including `gpt/124M`.
 
 use clap::{Arg, ArgAction, Command, value_parser};
 use prismgrad::data::Hypergraph;
@@ -31,19 +34,19 @@ use prismgrad::{Array, DType, Device, Param, Result, Tensor, profile};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-/// Where everything runs.
+/// The device of all cases.
 static DEVICE: OnceLock<Device> = OnceLock::new();
 
 fn device() -> &'static Device {
     DEVICE.get_or_init(Device::cpu)
 }
 
-/// What a case is measured in.
+/// The work of a case.
 enum Work {
     Gflop(f64),
     Gigabytes(f64),
     Tokens(f64, f64),
-    /// Timed in turn with the bare products in it.
+    /// The case is timed in turn with the bare products in it.
     Products(f64, Step),
     None,
 }
@@ -136,8 +139,8 @@ fn gemm(name: &str) -> Result<(Step, Work, usize)> {
     Ok((Box::new(step), Work::Gflop(2.0 * (m * k * n) as f64 / 1e9), 0))
 }
 
-/// A linear layer with bias: forwards (with GELU or without, the pre-activation kept), or forwards and backwards with the
-/// contraction of the weight's gradient; beside the products in it alone.
+/// A linear layer with bias, beside only the products in it: forwards (with GELU, which keeps the pre-activation, or without), or forwards
+/// and backwards with the contraction of the weight's gradient.
 fn linear(name: &str) -> Result<(Step, Work, usize)> {
     let (part, shape) = name[7..].split_once('/').unwrap_or_default();
     let d: Vec<usize> = shape.split('x').filter_map(|x| x.parse().ok()).collect();
@@ -185,20 +188,20 @@ fn gpt_model(name: &str) -> Result<(Gpt, Array, Array)> {
     Ok((model, ids(&[batch, t], vocab, 3)?, ids(&[batch, t], vocab, 4)?))
 }
 
-/// What `--dtype` says.
+/// The dtype given by `--dtype`.
 static DTYPE: std::sync::OnceLock<DType> = std::sync::OnceLock::new();
 
-/// Of the activations; parameters are f32 everywhere.
+/// The dtype of activations; parameters are f32 everywhere.
 fn activation_dtype() -> DType {
     DTYPE.get().copied().unwrap_or(DType::F32)
 }
 
-/// Of a case's activations.
+/// The dtype of a case's activations.
 fn dtype(name: &str) -> DType {
     if name.ends_with("124M") { DType::BF16 } else { activation_dtype() }
 }
 
-/// Training with a case's activations.
+/// The context for training with a case's activations.
 fn ctx(name: &str) -> Ctx {
     Ctx::train(0).with_dtype(dtype(name))
 }
@@ -207,7 +210,7 @@ fn gpt(name: &str) -> Result<(Step, Work, usize)> {
     let (model, x, y) = gpt_model(name)?;
     let params = model.params().count();
     let mut step = PlainStep::new(&model.params().all(), AdamW::default(), Schedule::constant(1e-3))?;
-    // Products only, three times the forward pass, attention halved for causality.
+    // Only products are counted, three times the forward pass, with attention halved for causality.
     let gflop = match &name[4..] {
         "S" => 43.5,
         "124M" => 16.0 * 1024.0 * (6.0 * 123.7e6 + 6.0 * 12.0 * 768.0 * 1024.0) / 1e9,
@@ -283,12 +286,12 @@ fn elt(name: &str) -> Result<(Step, Work, usize)> {
     Ok((step, Work::Gigabytes(passes * bytes), 0))
 }
 
-/// Four vectors added to a base in memory, as a candidate of a search over weights is formed: six arrays of 32 MiB go by.
+/// Four vectors are added to a base in memory, as for a candidate in a search over weights; six arrays of 32 MiB are read or written.
 fn merge(_: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let p = params.param("w", &[8192, 1024], prismgrad::nn::Init::Zeros)?;
     let set = |seed: u64| Array::generate(p.shape(), DType::F32, |i| philox::uniform(seed, 7, i as u64));
-    // Between 1 and 2 differences are exact.
+    // Differences of values between 1 and 2 are exact.
     p.set(Tensor::new(set(0)).add_scalar(1.0)?.into_array())?;
     let mut pool = VectorPool::new(&params, Tags::new())?;
     for i in 1..5 {
@@ -332,14 +335,14 @@ fn attn(name: &str) -> Result<(Step, Work, usize)> {
     Ok((Box::new(step), Work::Gflop(flops / 1e9), 0))
 }
 
-/// A mixture of 8 experts of width 256 and hidden width 1,024, two for each token.
+/// A mixture of 8 experts of width 256 and hidden width 1,024, with two experts for each token.
 fn experts(params: &Params, balance: Balance) -> Result<Moe> {
     let moe = Moe::new(params, 256, &MoeConfig { balance, ..MoeConfig::new(8, 2, 1024) })?;
     params.to(device())?;
     Ok(moe)
 }
 
-/// Forwards and backwards with the contraction of every gradient, beside the products of as many rows for each expert.
+/// The mixture forwards and backwards with the contraction of every gradient, beside products with the same number of rows for each expert.
 fn moe(_: &str) -> Result<(Step, Work, usize)> {
     let params = Params::new(1, DType::F32);
     let moe = experts(&params, Balance::Off)?;
@@ -353,7 +356,7 @@ fn moe(_: &str) -> Result<(Step, Work, usize)> {
         y.backward_from(seed.clone(), false, &mut grads)?;
         all.iter().filter_map(|p| grads.param(p)).try_for_each(|g| g.sum().map(drop))
     };
-    // x, its hidden rows, and both matrices of each expert.
+    // The operands are x, its hidden rows, and both matrices of each expert.
     let operands = load.iter().enumerate().map(|(e, &n)| {
         let t = |shape: &[usize], k: u64| Ok(Tensor::new(activations(shape, 10 * e as u64 + k)?));
         Ok([t(&[n as usize, 256], 3)?, t(&[n as usize, 1024], 4)?, t(&[256, 1024], 5)?, t(&[1024, 256], 6)?])
@@ -392,12 +395,12 @@ fn hyper(_: &str) -> Result<(Step, Work, usize)> {
         Tensor::concat(&[&x, &e], 0)?.backward_from(seed.clone(), false, &mut grads)?;
         all.iter().filter_map(|p| grads.param(p)).try_for_each(|g| g.sum().map(drop))
     };
-    // Keys, values, both feed-forward parts, fusion; backwards twice as much.
+    // The products are keys, values, both feed-forward parts and fusion; backwards takes twice as many.
     let gflop = 3.0 * (D * D * (20 * n + 24 * m)) as f64 / 1e9;
     Ok((Box::new(step), Work::Gflop(gflop), count))
 }
 
-/// Sums over random sets of 10 members on the average.
+/// Sums over random sets of 10 members on average.
 fn hyper_sum(name: &str) -> Result<(Step, Work, usize)> {
     const D: usize = 16;
     let n: usize = name.rsplit('/').next().and_then(|n| n.parse().ok()).unwrap_or(100_000);
@@ -415,7 +418,7 @@ fn hyper_sum(name: &str) -> Result<(Step, Work, usize)> {
 
 fn dp(name: &str) -> Result<(Step, Work, usize)> {
     let (model, style) = name[3..].split_once('/').unwrap_or_default();
-    // Every record is in every batch (rate 1), so that each step is the same work.
+    // Every record is in every batch (rate 1), so that each step has the same work.
     let make = |params: &[Param], batch: usize, losses: Losses| -> Result<Step> {
         let (optimizer, schedule) = (AdamW::default(), Schedule::constant(1e-3));
         if style == "nonprivate" {
@@ -581,7 +584,7 @@ fn run() -> std::result::Result<(), String> {
         .disable_version_flag(true)
         .arg(Arg::new("words").action(ArgAction::Append).help("parts of case names; every case if there are none"))
         .arg(flag("list", "prints the names of the cases"))
-        .arg(flag("isolate", "runs each case in a process of its own, so that its memory is its own"))
+        .arg(flag("isolate", "runs each case in a process of its own, so that its memory is measured alone"))
         .arg(flag("exact", "takes the words as whole names"))
         .arg(flag("profile", "prints the table of ops as well"))
         .arg(seconds.value_parser(value_parser!(f64)))
@@ -591,7 +594,7 @@ fn run() -> std::result::Result<(), String> {
                 _ => Err("give 0 to 1024 threads"),
             }
         }))
-        .arg(option("dtype", "of activations, f32 or bf16").default_value("f32").value_parser(["f32", "bf16"]))
+        .arg(option("dtype", "dtype of activations, f32 or bf16").default_value("f32").value_parser(["f32", "bf16"]))
         .arg(option("ceilings", "GFLOP/s,GB/s of this machine; measured if not given"))
         .get_matches();
     if matches.get_flag("list") {
@@ -620,7 +623,7 @@ fn run() -> std::result::Result<(), String> {
     let cases: Vec<_> = NAMES
         .iter()
         .filter(|(n, _)| {
-            // Minutes a step on a CPU: only if asked for by name.
+            // A step takes minutes on a CPU, so this case runs only if it is named.
             let large = n.ends_with("124M") && device().is_cpu() && !wanted.iter().any(|w| w == n);
             !large && (wanted.is_empty() || wanted.iter().any(|w| if exact { n == w } else { n.contains(w.as_str()) }))
         })
@@ -629,7 +632,7 @@ fn run() -> std::result::Result<(), String> {
         return Err(format!("no case contains {wanted:?}; --list names them"));
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().map_err(|e| e.to_string())?;
-    // A case with a process of its own gets the ceilings as an argument, so that measuring them does not count as its memory.
+    // A case in a process of its own gets the ceilings as an argument, so that its memory does not include that of measuring them.
     let ceilings = match ceilings {
         Some(c) => c,
         None => self::ceilings().map_err(|e| e.to_string())?,

@@ -1,13 +1,13 @@
-//! What a bug in the context does to a code model.
+//! How a bug in the context affects a code model.
 //!
 //! ```text
 //! cargo run --release --example buggy_code
 //! ```
 //!
-//! First, where Python and HumanEval are: buggy prefixes are made from HumanEval, compared with the released ones, and every reference
-//! and every flip is run in the sandbox. Then, always: a model of a small language, trained here, completes clean and buggy prefixes;
-//! control edits tell what a bug does from what an unusual text does; three mitigations; where the model suspects the bug. Writes
-//! `plots/arms` and `summary.json`. `--full` makes the table of `docs/results/codeeval.md`.
+//! The first part runs if Python and HumanEval are present: buggy prefixes are made from HumanEval and compared with the released ones, and
+//! every reference and every flip is run in the sandbox. The second part always runs: a model of a small language is trained and completes
+//! clean and buggy prefixes; control edits separate the effect of a bug from that of unusual text; three mitigations are compared; and the
+//! model locates the bug. Writes `plots/arms` and `summary.json`. `--full` makes the table of `docs/results/codeeval.md`.
 
 #[path = "common/args.rs"]
 mod args;
@@ -35,25 +35,25 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "models of the mini language, each with its own initial values and order; 3 with --full"),
     ("steps", "700", "60", "training steps of each model, 32 programs each; 1500 with --full"),
     ("samples", "20", "4", "completions of a prefix"),
-    ("rows", "2", "1", "buggy prefixes of a problem at most, of each kind; 4 with --full"),
+    ("rows", "2", "1", "the most buggy prefixes of a problem, of each kind; 4 with --full"),
     (
         "python-runs",
         "120",
         "24",
         "programs of HumanEval that are run in the sandbox; all 1896 pairs, three times, with --full",
     ),
-    ("full", "", "", "the table of docs/results/codeeval.md: three seeds, longer training, every run"),
+    ("full", "", "", "makes the table of docs/results/codeeval.md: three seeds, longer training, every run"),
 ];
 
 const TEMPERATURE: f64 = 0.6;
 
-/// The rows of a generator's output as programs.
+/// A source text as a program with the tests of its problem.
 fn program(problems: &[Problem], problem: usize, source: String) -> Program {
     let p = &problems[problem];
     Program { source, entry_point: p.entry_point.clone(), test: p.test.clone() }
 }
 
-/// HumanEval in the sandbox: the generator's counts, references and flips, runs a second.
+/// HumanEval in the sandbox: the counts of the generator, the verdicts on references and flips, and runs per second.
 fn tier_0(runs: Option<usize>) -> Result<Value> {
     let (problems, released) = match (data_file("HumanEval.jsonl.gz"), data_file("buggy-HumanEval.jsonl.gz")) {
         (Ok(problems), Ok(released)) => (read_problems(problems)?, read_released(released)?),
@@ -87,7 +87,7 @@ fn tier_0(runs: Option<usize>) -> Result<Value> {
         rows.iter().flat_map(of).collect()
     };
     let rows: Vec<Row> = if let Some(few) = runs {
-        // Without the runs that decide which flips fail: a sample of the released rows, rebuilt.
+        // Without runs that decide which flips fail, a sample of the released rows is rebuilt.
         let whole = |p: &Problem| Parts::of(p).head + &Parts::of(p).body;
         let believe = Believe(problems.iter().map(whole).collect());
         let made = generate(&problems, &FlipMap::paper(), &believe, Mode::Corrected)?;
@@ -143,7 +143,7 @@ fn tier_0(runs: Option<usize>) -> Result<Value> {
             Some(first) => differing += first.iter().zip(&verdicts).filter(|(a, b)| a != b).count(),
         }
     }
-    // Those that run into no limit show what a run costs.
+    // Programs that reach no limit show the cost of a run.
     let light: Vec<Program> = programs.iter().step_by(2).take(if runs.is_some() { 60 } else { 300 }).cloned().collect();
     let start = Instant::now();
     sandbox.run_all(&light);
@@ -155,7 +155,7 @@ fn tier_0(runs: Option<usize>) -> Result<Value> {
     Ok(out)
 }
 
-/// Judges nothing: these references pass and every flip fails, to rebuild rows that were judged before.
+/// A judge that runs nothing. These references pass and every flip fails, so that rows are rebuilt that were judged before.
 struct Believe(BTreeSet<String>);
 
 impl Judge for Believe {
@@ -183,7 +183,7 @@ fn few(rows: &[Row], each: usize) -> Vec<Row> {
     of.into_values().flat_map(pick).collect()
 }
 
-/// Rows of the flips that no test notices, which the generator drops.
+/// Rows of the flips that fail no test, which the generator drops.
 fn surviving(made: &Generated, problems: &[Problem]) -> Result<Vec<Row>> {
     struct Turned<'a>(&'a Generated);
     impl Judge for Turned<'_> {
@@ -198,7 +198,7 @@ fn surviving(made: &Generated, problems: &[Problem]) -> Result<Vec<Row>> {
     Ok(generate(problems, &FlipMap::paper(), &Turned(made), Mode::Corrected)?.rows)
 }
 
-/// What one model did with one list of prefixes: pass rates of each.
+/// The results of one model for one list of prefixes, with the pass rate of each.
 struct Arm {
     counts: Vec<Count>,
 }
@@ -210,7 +210,7 @@ impl Arm {
     }
 }
 
-/// One model and what it is asked.
+/// One model and its prefixes.
 struct Study<'a> {
     coder: &'a Coder,
     problems: &'a [Problem],
@@ -219,17 +219,17 @@ struct Study<'a> {
 }
 
 impl Study<'_> {
-    /// How the completions of an arm are drawn: each has random numbers of its own.
+    /// The draws for the completions of an arm, each of which has random numbers of its own.
     fn draw(&self, stream: u64) -> Draw {
         Draw { samples: self.samples, temperature: TEMPERATURE, seed: self.seed * 64 + stream }
     }
-    /// Completes prefixes, and judges the programs.
+    /// Completes prefixes and judges the programs.
     fn complete(&self, prefixes: &[(usize, String)], stream: u64) -> Result<Arm> {
         let texts: Vec<String> = prefixes.iter().map(|p| p.1.clone()).collect();
         let numbers: Vec<usize> = prefixes.iter().map(|p| p.0).collect();
         self.judged(&numbers, self.coder.complete(&texts, &self.draw(stream))?)
     }
-    /// Programs of each prefix, whose problems' numbers are given.
+    /// Judges the programs of each prefix; `numbers` are the numbers of the prefixes' problems.
     fn judged(&self, numbers: &[usize], done: Vec<Vec<String>>) -> Result<Arm> {
         let judge = Interpreter::default();
         let count = |(problem, programs): (&usize, Vec<String>)| {
@@ -242,7 +242,7 @@ impl Study<'_> {
     }
 }
 
-/// Names of the arms, in the order in which they are drawn.
+/// Names of the arms, in the order of their draws.
 const ARMS: [&str; 12] = [
     "clean",
     "clean again",
@@ -258,7 +258,7 @@ const ARMS: [&str; 12] = [
     "flip unnoticed",
 ];
 
-/// Everything about one model: pass@1 of every arm, paired drops of the controls, location.
+/// The results of one model: pass@1 of every arm, paired drops of the controls, and location.
 fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), seed: u64) -> Result<Value> {
     let (steps, samples, each) = opts;
     let training = Training { steps, seed, ..Training::default() };
@@ -290,12 +290,12 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
     let numbers: Vec<usize> = rows.iter().map(|r| r.problem).collect();
     let [clean_prefixes, buggy_prefixes] =
         [Prefix::clean, Prefix::buggy].map(|of| rows.iter().map(of).collect::<Vec<Prefix>>());
-    // The oracle: the most likely operator at the true place.
+    // The oracle replaces the operator at the true place by the most likely one.
     let doubts = coder.doubts(&buggy.iter().map(|b| b.1.clone()).collect::<Vec<_>>())?;
     let clean_doubts = coder.doubts(&clean.iter().map(|b| b.1.clone()).collect::<Vec<_>>())?;
     let mut oracle = Vec::new();
     for ((row, all), clean) in rows.iter().zip(&doubts).zip(&clean_doubts) {
-        // The flip is where the two texts differ: the same number of operators, in the same order.
+        // The flip is where the two texts differ; both have the same operators in the same order otherwise.
         let place =
             all.iter().zip(clean).find(|(a, b)| a.line == row.bug_line && (a.observed - b.observed).abs() > 1e-6);
         let text = match place {
@@ -323,7 +323,7 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
         study.complete(&clean, 1)?,
         study.complete(&buggy, 2)?,
         study.judged(&numbers, mitigate::remove(&coder, &buggy_prefixes, &study.draw(3))?)?,
-        // The completions of the arm "buggy", so that rewriting is all that differs; the same of the arm "clean".
+        // The completions of the arm "buggy" are used, so that only the rewriting differs; likewise those of the arm "clean".
         study.judged(&numbers, mitigate::complete_then_rewrite(&coder, &buggy_prefixes, threshold, &study.draw(2))?)?,
         study.judged(&numbers, mitigate::rewrite_then_complete(&coder, &buggy_prefixes, threshold, &study.draw(4))?)?,
         study.complete(&oracle, 5)?,
@@ -348,7 +348,7 @@ fn tier_1_seed(corpus: &Corpus, made: &Generated, opts: (u64, usize, usize), see
         println!("  {name:<24} pass@1 {:.3}", p);
     }
     println!("  drops {drops}");
-    // Location: the largest gap, and at random among the operators of the prefix.
+    // Location by the largest gap, and at random among the operators of the prefix.
     let searched: Vec<Searched> = (rows.iter().zip(doubts).zip(clean_doubts))
         .map(|((r, buggy), clean)| Searched { problem: r.problem, line: r.bug_line, buggy, clean })
         .collect();
@@ -382,7 +382,7 @@ fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: b
         corpus.test.len(),
         start.elapsed().as_secs_f64()
     );
-    // What must be true of any rows, checked in every run: references pass and flips fail.
+    // Checked in every run, since it must hold for any rows: references pass and flips fail.
     for row in &made.rows {
         let both =
             [row.clean_program(), row.buggy_program()].map(|s| judge.run(&program(&corpus.test, row.problem, s)));
@@ -438,7 +438,7 @@ fn tier_1(folder: &mut RunFolder, seeds: u64, opts: (u64, usize, usize), full: b
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("buggy_code", "What a bug in the context does to a code model.", OPTIONS);
+    let args = args::Args::parse("buggy_code", "How a bug in the context affects a code model.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");

@@ -1,4 +1,4 @@
-//! Group-wise clipping: accuracy, time and memory of clipping styles, over widths and depths of the model.
+//! Group-wise clipping (He et al. 2023; Bu et al. 2023): accuracy, time and memory of clipping styles, over widths and depths of the model.
 //!
 //! ```text
 //! cargo run --release --example clipping_styles
@@ -44,7 +44,7 @@ fn run() -> Result<()> {
         ("layer-wise", ClipStyle::LayerWise),
         ("parameter-wise", ClipStyle::ParameterWise),
     ];
-    // Per style, (width, mean, half an interval).
+    // For each style: (width, mean, half an interval).
     let mut lines: Vec<Vec<(f64, f64, f64)>> = vec![Vec::new(); styles.len()];
     let mut rows = Vec::new();
     for (k, (model, widths)) in models.iter().enumerate() {
@@ -65,7 +65,7 @@ fn run() -> Result<()> {
                 "{model:<12} {name:<15} accuracy {mean:.4} ± {half:.4}  {ms:.2} ms a step  (learning rate {})",
                 found.lr
             );
-            // Width on the axis for the models of four hidden layers; the shallow one is in the table.
+            // The axis shows the width of the models with four hidden layers; the shallow model is only in the table.
             if k > 0 {
                 line.push((widths[0] as f64, mean, half));
             }

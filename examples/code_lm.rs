@@ -1,13 +1,14 @@
-//! A language model of Python, trained here: what it completes, and whether it finds a flipped operator.
+//! A language model of Python that is trained here: what it completes, and whether it finds a flipped operator.
 //!
 //! ```text
 //! cargo run --release --example code_lm
 //! ```
 //!
-//! A small GPT reads the standard library of the Python on this machine (without files that share 13 words in a row with the
-//! benchmark), continues a prompt, and says which operator of each buggy prefix of HumanEval it doubts, beside operators counted by their
-//! neighbours (back-off n-grams) and a guess. `--model DIR` takes a model and a tokenizer in GPT-2's form instead. Writes
-//! `plots/location`, `plots/precision`, `plots/recall`, `plots/false_alarms` and `summary.json`. `--full` trains a larger model.
+//! A small GPT is trained on the standard library of the Python on this machine (without files that share 13 words in a row with the
+//! benchmark). It continues a prompt, and names the operator it doubts most in each buggy prefix of HumanEval. It is compared with
+//! operators counted by their neighbours (back-off n-grams) and with a guess. `--model DIR` uses a model and a tokenizer in GPT-2's form
+//! instead. Writes `plots/location`, `plots/precision`, `plots/recall`, `plots/false_alarms` and `summary.json`. `--full` trains a larger
+//! model.
 
 #[path = "common/args.rs"]
 mod args;
@@ -36,36 +37,36 @@ use std::time::Instant;
 use study::{interval, verdict};
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "1", "1", "models, each with its own initial values and order; they are paired with themselves"),
+    ("seeds", "1", "1", "models, each with its own initial values and order; searches are paired by model"),
     ("steps", "1000", "30", "training steps of 4 windows each; 10000 with --full"),
     ("width", "128", "32", "width of the model; 192 with --full"),
     ("layers", "4", "1", "layers of the model"),
     ("vocab", "2048", "400", "tokens of the byte-pair encoding"),
-    ("rate", "0.003", "0.003", "learning rate of AdamW at its highest"),
+    ("rate", "0.003", "0.003", "peak learning rate of AdamW"),
     ("problems", "200", "6", "problems of HumanEval whose buggy prefixes are searched; 107 have some"),
-    ("megabytes", "16", "0.5", "training text at most"),
-    ("prompt", PROMPT, PROMPT, "a text to continue; it ends with a whole line"),
+    ("megabytes", "16", "0.5", "the most training text, in MB"),
+    ("prompt", PROMPT, PROMPT, "a text to continue, which must end with a whole line"),
     (
         "model",
         "none",
         "none",
         "a folder with config.json, model.safetensors and tokenizer.json in GPT-2's form; nothing is trained",
     ),
-    ("full", "", "", "a larger model, trained for longer"),
+    ("full", "", "", "trains a larger model for longer"),
 ];
 
 const PROMPT: &str = "def count_lines(path):\n    \"\"\"Return the number of lines of a file.\"\"\"";
-/// Positions of the model. A longer prefix is cut on the left, where its specification is.
+/// Number of positions of the model. A longer prefix is cut on the left, which removes part of its specification.
 const WINDOW: usize = 192;
-/// Few windows in a step: so little text is read that the number of steps decides.
+/// Number of windows in a step. It is small because with so little text the number of steps is decisive.
 const BATCH: usize = 4;
-/// Words in a row that a training file may not share with the benchmark.
+/// Number of words in a row that a training file may not share with the benchmark.
 const RUN: usize = 13;
 const THRESHOLDS: [f64; 12] = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99];
 /// The paper's threshold.
 const PAPER: f64 = 0.95;
 
-/// The folder of the standard library, from the interpreter itself, and its version.
+/// The folder and the version of the standard library, as the interpreter reports them.
 fn standard_library() -> Result<(PathBuf, String), String> {
     let python = std::env::var_os("PRISMGRAD_PYTHON").unwrap_or_else(|| "python3".into());
     let code = "import sys, sysconfig\nprint(sysconfig.get_paths()['stdlib'])\nprint(sys.version.split()[0])";
@@ -80,7 +81,7 @@ fn standard_library() -> Result<(PathBuf, String), String> {
     }
 }
 
-/// Training and validation files; how many share a passage with the benchmark, and which passages.
+/// Training and validation files, the number of files that share a passage with the benchmark, and these passages.
 struct Text {
     train: Corpus,
     validation: Corpus,
@@ -92,7 +93,7 @@ fn read_text(problems: &[Problem], megabytes: f64) -> Result<Text> {
         let how = "install Python 3, name one by PRISMGRAD_PYTHON, or give a model by --model";
         args::fail(format!("{why}; {how}"))
     });
-    // What others installed is not the standard library, and its tests repeat themselves.
+    // Packages that were installed later are not part of the standard library, and its tests are repetitive.
     let without = ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "turtledemo"];
     let found = Folder::new(&folder).extensions(["py"]).without(without).load()?;
     let mut runs = WordRuns::new(RUN);
@@ -103,7 +104,7 @@ fn read_text(problems: &[Problem], megabytes: f64) -> Result<Text> {
     }
     let all = found.documents.len();
     let (mut kept, mut shared) = (Corpus::default(), Vec::new());
-    // In an order by chance, so that a smaller text is still one of all kinds.
+    // The order is random, so that a smaller part still has text of all kinds.
     let order = prismgrad::data::shuffled(all, 0);
     let mut bytes = 0;
     for document in order.into_iter().map(|i| &found.documents[i]) {
@@ -141,7 +142,7 @@ struct Training {
     rate: f64,
 }
 
-/// Mean loss of some windows, nats per token.
+/// Mean loss over some windows, in nats per token.
 fn mean_loss(model: &Gpt, set: &TokenSet) -> Result<f64> {
     let windows = set.windows(WINDOW)?;
     let few: Vec<usize> = (0..windows.len()).step_by((windows.len() / 96).max(1)).collect();
@@ -183,7 +184,7 @@ fn train(train: &TokenSet, vocab: usize, t: Training, seed: u64) -> Result<(Gpt,
     Ok((model, info))
 }
 
-/// Rows of a problem whose flipped operator is at the same place: their texts begin each other.
+/// Rows of a problem whose flipped operator is at the same place. Each of their texts begins with the shorter ones.
 struct Site {
     problem: usize,
     head_lines: usize,
@@ -211,17 +212,17 @@ fn sites(problems: &[Problem], released: &[Released], most: usize) -> Result<Vec
     Ok(of.into_iter().filter(|(k, _)| few.contains(&k.0)).map(site).collect())
 }
 
-/// Doubts about operators of the body, not of the specification.
+/// The doubts about operators of the body, without those of the specification.
 fn body(site: &Site, doubts: impl IntoIterator<Item = Doubt>) -> Vec<Doubt> {
     doubts.into_iter().filter(|d| d.line >= site.head_lines).collect()
 }
 
-/// What a search thinks of the prefixes of a site: given a text and the lengths of some prefixes of it, the doubts of each.
+/// A search: for a text and the lengths of some prefixes of it, it returns the doubts in each prefix.
 type Search<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<Vec<Doubt>>> + 'a;
 
 fn search(sites: &[Site], of: &mut Search, mut each: impl FnMut(u64)) -> Result<Vec<Searched>> {
     let mut out = Vec::new();
-    // A clean text is that of all sites of its problem: the doubts at the end of each line.
+    // All sites of a problem have the same clean text, so the doubts at the end of each line are kept.
     let mut known: BTreeMap<&str, BTreeMap<usize, Vec<Doubt>>> = BTreeMap::new();
     for (i, site) in sites.iter().enumerate() {
         let Some(longest) = site.rows.last() else { continue };
@@ -242,7 +243,7 @@ fn search(sites: &[Site], of: &mut Search, mut each: impl FnMut(u64)) -> Result<
     Ok(out)
 }
 
-/// Doubts of a text that reads from left to right are those of each of its prefixes.
+/// The doubts of each prefix, for a search that reads from left to right.
 fn by_prefix(text: &str, ends: &[usize], doubts: &[Doubt]) -> Vec<Vec<Doubt>> {
     let lines = |end: usize| text[..end].matches('\n').count();
     ends.iter().map(|&end| doubts.iter().filter(|d| d.line <= lines(end)).cloned().collect()).collect()
@@ -265,8 +266,8 @@ fn shown(name: &str, l: &Location) {
     );
 }
 
-/// The searches by the model, by their names: the paper's rule; the same, given that an operator of its kind is there; and the likelihood
-/// of the whole text with and without the flip.
+/// The names of the model's searches: the paper's rule; the same, given that an operator of its kind follows; and the likelihood of the
+/// whole text with and without the flip.
 const NEXT: &str = "next token";
 const OPERATOR: &str = "next operator";
 const WHOLE: &str = "whole text";
@@ -285,7 +286,7 @@ fn locate(lm: &CodeLm, sites: &[Site], seed: u64) -> Result<BTreeMap<&'static st
 }
 
 fn counted(grams: &OperatorNgrams, sites: &[Site]) -> Result<Location> {
-    // What stands after an operator counts, so that each prefix is read by itself.
+    // The tokens after an operator matter here, so each prefix is read by itself.
     let mut of = |text: &str, ends: &[usize]| ends.iter().map(|&e| grams.doubts(&text[..e])).collect();
     let rows = search(sites, &mut of, |_| {})?;
     score(&rows, &THRESHOLDS)
@@ -316,7 +317,7 @@ fn charts(folder: &RunFolder, runs: &[BTreeMap<&'static str, Location>], grams: 
     for (file, label, of) in kinds {
         let mut chart =
             LineChart::new("The first gap above a threshold, HumanEval").x_label("threshold").y_label(label);
-        // Where no line is named, precision is left out.
+        // Where no line is named, there is no point for precision.
         let points = |curve: &dyn Fn(usize) -> f64| -> Vec<(f64, f64)> {
             let all = THRESHOLDS.iter().enumerate().map(|(i, &t)| (t, curve(i)));
             all.filter(|p| p.1.is_finite()).collect()

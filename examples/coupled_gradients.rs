@@ -1,5 +1,5 @@
-//! Public and private gradients in one step: accuracy against the public share, at three privacy budgets, beside the share
-//! that the theory of the first step predicts.
+//! Coupling of public and private gradients in one step: accuracy against the public share, at three privacy budgets, beside the share that
+//! the theory of the first step predicts.
 //!
 //! ```text
 //! cargo run --release --example coupled_gradients
@@ -36,7 +36,7 @@ fn run() -> Result<()> {
     println!("{} public, {} private and {} test digits", data.public.len(), data.private.len(), data.test.len());
     let mut chart = LineChart::new("Public and private gradients in one step").x_label("public share of the gradient");
     let mut results = Vec::new();
-    // Public data alone are the same at every ε.
+    // With public data alone, runs are the same at every ε.
     let make = |share: f64, sigma: Option<f64>| Run {
         widths: vec![32],
         style: ClipStyle::AllLayer,
@@ -49,7 +49,7 @@ fn run() -> Result<()> {
     let alone = best(&data, &make(1.0, None), &[0.05, 0.1, 0.2], seeds)?;
     for epsilon in EPSILONS {
         let sigma = data.sigma(epsilon, steps)?;
-        // Quantities of the formula where training starts, from public data.
+        // The quantities of the formula at the start of training, from public data.
         let model = Mlp::new(&[32], 0)?;
         let all: Vec<usize> = (0..data.public.len()).collect();
         let losses = || model.losses_of(&data.public, &all);
@@ -64,7 +64,7 @@ fn run() -> Result<()> {
         })?;
         let (mut points, mut band, mut rows) = (Vec::new(), Vec::new(), Vec::new());
         for share in SHARES {
-            // A public gradient is not normalised, a private one is: the more of it is public, the larger its scale.
+            // A public gradient is not normalised and a private one is, so the scale of the mixture grows with the public share.
             let found = match share {
                 1.0 => &alone,
                 _ => &best(&data, &make(share, Some(sigma)), &[0.1, 0.2, 0.5, 1.0], seeds)?,

@@ -1,6 +1,6 @@
 #include "prelude.cuh"
-// y = x * exp(w): x and y are [rows, channels] row-major, w is [channels]; n = rows * channels. One thread for each element, which
-// reads 8 bytes in f32 and writes 4; w stays in the cache.
+// y = x * exp(w): x and y are [rows, channels] row-major, w is [channels]; n = rows * channels. One thread for each element, which reads 8
+// bytes in f32 and writes 4; w is read from the cache.
 template <class T> DEV void exp_scale(const T* x, const T* w, T* y, i64 n, i64 channels) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) y[i] = x[i] * exp_of(w[i % channels]);

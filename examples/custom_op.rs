@@ -21,7 +21,7 @@ use std::sync::Arc;
 /// The kernels, compiled when the op first runs on a GPU.
 static KERNELS: CudaModule = CudaModule::new("exp_scale", include_str!("custom_op.cu"));
 
-/// The op's name for messages, what it delivers for its parameters, and random cases to check it on.
+/// The op's name for messages, the kind of factor that it gives for its parameters, and random cases to check it on.
 static EXP_SCALE: OpInfo = OpInfo {
     name: "exp_scale",
     differentiable: Differentiable::Yes,
@@ -35,7 +35,7 @@ static EXP_SCALE: OpInfo = OpInfo {
     }],
 };
 
-/// What backward needs: the output, the parameter, and its value at the time.
+/// The data for the backward pass: the output, the parameter, and its value at the time of the forward pass.
 struct Back {
     y: Array,
     w: Param,
@@ -51,8 +51,8 @@ impl Rule for Back {
             // ∂y/∂x = exp(w): the op itself, applied to the gradient.
             back.input(0, scaled(&grad, &self.value)?);
         }
-        // ∂y/∂w = y: each row n adds gradₙ ⊙ yₙ, and row n belongs to sample n / T. That is all the engine needs for
-        // sums, norms, clipping and inner products per sample; none of them is written here.
+        // ∂y/∂w = y: each row n adds gradₙ ⊙ yₙ, and row n belongs to sample n / T. From this the engine computes sums, norms, clipping and
+        // inner products per sample; none of them is written here.
         let rows = [self.y.numel() / self.w.numel(), self.w.numel()];
         let samples = Samples::leading(self.y.shape(), 1);
         let (grad, scale) = (grad.contiguous().reshape(&rows)?, self.y.reshape(&rows)?);
@@ -61,7 +61,7 @@ impl Rule for Back {
     }
 }
 
-/// The numbers alone, in f32 or f64, where `x` is.
+/// The computation on arrays, in f32 or f64, on the device of `x`.
 fn scaled(x: &Array, w: &Array) -> Result<Array> {
     match &x.device() {
         Device::Cpu => on_the_cpu(&x.contiguous(), w),

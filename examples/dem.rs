@@ -1,6 +1,6 @@
-//! A distribution-edited model on real text: one base, a model tuned on each source, and their vectors added with searched weights,
-//! beside mixtures of the sources, soups, TIES, DARE and tuning one after the other. Then one source gets other data and alone is tuned
-//! again, and two sources are tuned privately.
+//! A distribution-edited model on real text: a model is tuned from one base on each source, and the vectors are added with searched
+//! weights. It is compared with mixtures of the sources, soups, TIES, DARE and tuning on one source after the other. Then the data of one
+//! source are replaced and only this source is tuned again, and two sources are tuned privately.
 //!
 //! ```text
 //! cargo run --release --example dem
@@ -47,20 +47,25 @@ const OPTIONS: &[args::Opt] = &[
         "8",
         "privacy budget of the last source when it is tuned privately; the one before it gets half of that",
     ),
-    ("full", "", "", "three seeds, 12 mixtures, a longer base and more tokens of each source: about an hour"),
+    (
+        "full",
+        "",
+        "",
+        "uses three seeds, 12 mixtures, a longer base and more tokens of each source; takes about an hour",
+    ),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 128;
 const BATCH: usize = 16;
-/// The source that gets other data.
+/// The source whose data are replaced.
 const RENEWED: usize = 0;
 const DELTA: f64 = 1e-5;
 
-/// A source's text in windows: to tune on, to choose by, and to be read once at the end.
+/// A source's text in windows: for tuning, for choosing, and for one final test.
 struct Source {
     name: &'static str,
     train: Windows,
-    /// Other documents, for when the source is replaced; of one source.
+    /// Other documents, which replace those of one source.
     newer: Option<Windows>,
     validation: Windows,
     test: Windows,
@@ -142,12 +147,12 @@ struct Draw {
     newer: bool,
 }
 
-/// One seed's work: the model, its sources, and what is counted.
+/// The work of one seed: the model, its sources, and the costs that are counted.
 struct Study<'a> {
     model: Gpt,
     sources: &'a [Source],
     seed: u64,
-    /// Windows of each source in a validation loss.
+    /// Number of windows of each source in a validation loss.
     validation: usize,
 }
 
@@ -158,8 +163,8 @@ impl Study<'_> {
     fn flops(&self, tokens: usize) -> f64 {
         6.0 * self.model.params().count() as f64 * tokens as f64
     }
-    /// Trains the model as it is, each batch from one source drawn with these probabilities, and keeps the values with the best mean
-    /// validation loss of the sources that it draws from. Returns that loss and the seconds.
+    /// Trains the model from its present values. Each batch is from one source, drawn with these probabilities, and the values with the
+    /// best mean validation loss over these sources are kept. Returns that loss and the seconds.
     fn train(&self, shares: &[f64], tokens: usize, lr: f64, what: &str) -> Result<(f64, f64)> {
         self.train_on(Draw::default(), shares, tokens, lr, what)
     }
@@ -206,14 +211,14 @@ impl Study<'_> {
         put(params, &kept)?;
         Ok((best, seconds))
     }
-    /// Trains the model as it is on one source privately; a record is a window. The last values are kept: to choose by the source's own
-    /// held-out windows would be another look at it.
+    /// Trains the model privately on one source from its present values; a record is a window. The last values are kept, because choosing
+    /// them by the source's own held-out windows would use private data again.
     fn train_private(&self, i: usize, tokens: usize, lr: f64, epsilon: f64) -> Result<Cost> {
         let (source, batch) = (&self.sources[i], 2 * BATCH);
         let steps = (tokens / (batch * SEQ)).max(2) as u64;
         let config =
             PrivacyConfig::target(epsilon, DELTA).records(source.train.len()).expected_batch(batch as f64).steps(steps);
-        // An experiment that can be repeated; a key for real records comes from NoiseKey::from_os.
+        // The key makes the experiment repeatable; a key for real records comes from NoiseKey::from_os.
         let privacy = step::Privacy::new(config, NoiseKey::from_seed_for_tests(self.seed + 77 + i as u64))?;
         let schedule = Schedule::cosine(lr, (steps / 10).max(1), steps);
         let mut step = PrivateStep::new(&self.model.params().all(), privacy, AdamW::default(), schedule)?;
@@ -242,7 +247,7 @@ impl Study<'_> {
         let each = self.sources.iter().map(|s| evaluate(&self.model, &s.test, 128)).collect::<Result<Vec<f64>>>()?;
         Ok((each.iter().sum::<f64>() / each.len() as f64, each.into_iter().fold(f64::NEG_INFINITY, f64::max)))
     }
-    /// The best of some merges by validation, applied.
+    /// Applies and returns the merge with the best validation loss.
     fn best_merge(&self, pool: &VectorPool, merges: impl IntoIterator<Item = Merge>) -> Result<Merge> {
         let mut best: Option<(f64, Merge)> = None;
         for m in merges {
@@ -258,13 +263,13 @@ impl Study<'_> {
     }
 }
 
-/// The parameters, with these values.
+/// Sets the parameters to these values.
 fn params_at<'a>(params: &'a Params, values: &[Array]) -> Result<&'a Params> {
     put(params, values)?;
     Ok(params)
 }
 
-/// Points of the simplex: even shares first, then exponentials divided by their sum.
+/// Points of the simplex: equal shares first, then random ones (exponentials divided by their sum).
 fn simplex(n: usize, count: usize, seed: u64) -> Vec<Vec<f64>> {
     let mut rng = Rng::new(seed);
     (0..count)
@@ -276,10 +281,10 @@ fn simplex(n: usize, count: usize, seed: u64) -> Vec<Vec<f64>> {
         .collect()
 }
 
-/// What every method of one seed came to: name, training tokens, mean test loss, worst test loss.
+/// The result of each method for one seed: name, training tokens, mean test loss, worst test loss.
 type Row = (String, usize, f64, f64);
 
-/// Weights, rows, loss along each direction, cosines, bf16's lost edits.
+/// The results of one seed: weights, rows, loss along each direction, cosines, edits lost in bf16.
 struct Outcome {
     rows: Vec<Row>,
     weights: Vec<f64>,
@@ -331,7 +336,7 @@ fn one_seed(
     let found = pool.search(&Search::Coordinate { grid: 11, rounds: 2 }, params, None, |_| study.validate())?;
     let tuned = found.loss;
     rows.push(row("DEM", all, &study)?);
-    // Coordinates of each vector in another order, the same weights: the edit must lose its meaning.
+    // The coordinates of each vector are permuted and the weights kept, so that the edit must lose its effect.
     let edited = values(params);
     let mut rng = Rng::new(seed + 5);
     for (p, (b, e)) in params.all().iter().zip(base.iter().zip(&edited)) {
@@ -373,7 +378,8 @@ fn one_seed(
     if let Some((_, (_, _, mean, worst))) = best {
         rows.push((format!("best of {mixtures} mixtures"), mixtures * all, mean, worst));
     }
-    // One source has other data: its vector alone is made again, and beside that all of them are. One round of search for both.
+    // The data of one source are replaced. Once only its vector is made again, and for comparison all of them are. Both searches have one
+    // round.
     let search = Search::Coordinate { grid: 11, rounds: 1 };
     let (draw, mut renewed) = (Draw { order: 1, newer: true }, pool.clone());
     let mut redone = VectorPool::new(params_at(params, &base)?, Tags::new())?;
@@ -389,7 +395,7 @@ fn one_seed(
     rows.push(row("one source replaced", tokens, &study)?);
     redone.search(&search, params, None, |_| study.validate())?;
     rows.push(row("all sources redone", all, &study)?);
-    // Sources with private records, which are disjoint. Weights are chosen on the held-out windows, which are taken to be public.
+    // Two sources have private records, which are disjoint. Weights are chosen on held-out windows, which are assumed to be public.
     let mut private = VectorPool::new(params_at(params, &base)?, Tags::new())?;
     for (i, s) in sources.iter().enumerate() {
         let cost = match i + 2 >= n {
@@ -429,14 +435,14 @@ fn one_seed(
     })
 }
 
-/// Whether a − b is below `limit`: the paired differences, their mean and 95 % interval, and what they say.
+/// The verdict on the claim that a − b is below `limit`: the paired differences, their mean and 95 % interval, and the conclusion.
 fn verdict(claim: &str, a: &[f64], b: &[f64], limit: f64) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
     let word = match () {
         _ if mean + half < limit => "holds",
         _ if mean - half > limit => "contradicted",
-        // One seed has no interval.
+        // A single seed has no interval.
         _ => "undecided",
     };
     match half.is_finite() {
@@ -517,7 +523,7 @@ fn run() -> Result<()> {
         ),
         verdict("null control: permuted vectors are worse", &permuted, &vec![0.0; permuted.len()], 0.0),
     ];
-    // Disjoint records: the whole protects each as its own source does.
+    // The records are disjoint, so the whole protects each as its own source does.
     let of_source =
         |(name, c): &(String, Cost)| c.privacy.map(|p| json!({"source": name, "epsilon": p.epsilon, "delta": p.delta}));
     let private = &outcomes[0].private;

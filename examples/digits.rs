@@ -1,5 +1,5 @@
-//! Digits of 8×8 pixels, learned by a perceptron or a small convolutional network, plainly or with differential
-//! privacy. Shows the two training steps, clipping styles, the privacy budget, and a run folder with plots.
+//! Digits of 8×8 pixels, classified by a multilayer perceptron or a small convolutional network, with ordinary or private training. It
+//! shows the two training steps, clipping styles, the privacy budget, and a run folder with plots.
 //!
 //! ```text
 //! cargo run --release --example digits
@@ -33,7 +33,7 @@ const OPTIONS: &[args::Opt] = &[
         "layer-wise",
         "clipping groups, with --private: all-layer, layer-wise, parameter-wise or uniform-K",
     ),
-    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
+    ("dtype", "f32", "f32", "dtype of activations in training: f32 or bf16; parameters, norms and sums are f32"),
     ("epochs", "30", "2", "passes over the training images"),
     ("seed", "0", "0", "seed; with --private it makes the noise repeatable, and so the run NOT private"),
 ];
@@ -50,7 +50,7 @@ fn mlp(params: &Params) -> Result<Model> {
     Ok(Box::new(move |x| b.forward(&a.forward_act(x, Activation::Tanh, &Ctx::eval())?, &Ctx::eval())))
 }
 
-/// The same through 16 and 32 channels, each followed by a pool that halves the sides.
+/// The same shapes through 16 and 32 channels, each followed by a pool that halves both sides.
 fn convnet(params: &Params) -> Result<Model> {
     let conv = |name: &str, from: usize, to: usize| Conv2d::builder(from, to, 3).padding(1).build(&params.at(name));
     let (a, b) = (conv("conv1", 1, 16)?, conv("conv2", 16, 32)?);
@@ -64,7 +64,7 @@ fn convnet(params: &Params) -> Result<Model> {
     }))
 }
 
-/// Plain or private training, as asked for.
+/// An ordinary or a private training step.
 enum Step {
     Plain(PlainStep),
     Private(PrivateStep),
@@ -97,7 +97,7 @@ fn evaluate(model: &Model, images: &Images) -> Result<(f64, f64)> {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("digits", "Learns handwritten digits, plainly or privately.", OPTIONS);
+    let args = args::Args::parse("digits", "Trains a classifier of handwritten digits, privately or not.", OPTIONS);
     let name = args.choice("model", &[("mlp", "mlp"), ("convnet", "convnet")]);
     let private = args.has("private");
     let dtype = args.choice("dtype", &[("f32", DType::F32), ("bf16", DType::BF16)]);
@@ -110,14 +110,14 @@ fn run() -> Result<()> {
     let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
     let seed: u64 = args.get("seed", "a whole number, 0 or more", |_| true);
 
-    // The split is the same whatever the seed, so that runs compare.
+    // The split is the same for all seeds, so that runs can be compared.
     let (train, test) = digits()?.shuffled(0).split(1400.0 / 1797.0);
     let params = Params::new(seed, DType::F32);
     let model = if name == "mlp" { mlp(&params)? } else { convnet(&params)? };
     let batch = if private { PRIVATE_BATCH } else { BATCH as f64 };
     let steps_at = |epoch: u64| (epoch as f64 * train.len() as f64 / batch).round() as u64;
     let total = steps_at(epochs);
-    // With momentum 0.9 a step of 0.1 moves as far in the end as one of 1 without.
+    // With momentum 0.9 a learning rate of 0.1 has in the end the effect of 1 without momentum.
     let lr = if private { 0.1 } else { 4e-3 };
     let schedule = if private { Schedule::constant(lr) } else { Schedule::cosine(lr, 20, total) };
     let mut step = if private {
@@ -154,7 +154,7 @@ fn run() -> Result<()> {
         let losses = |part: &[usize]| Ok(losses(&model, &train, part, dtype)?.1);
         let mut spent = None;
         match &mut step {
-            // The step draws a Poisson batch, whose size varies; an empty one is a step of noise alone.
+            // The step draws a Poisson batch, whose size varies. A step with an empty batch adds only noise.
             Step::Private(step) => {
                 while step.steps() < steps_at(epoch) {
                     spent = Some(step.run(512, losses)?.epsilon);
@@ -166,7 +166,7 @@ fn run() -> Result<()> {
                 }
             }
         }
-        // Measured on the test images: the training loss would tell about the records that a private run protects.
+        // These are measured on the test images: the training loss would reveal something about the records that a private run protects.
         (accuracy, loss) = evaluate(&model, &test)?;
         folder.log(
             step.as_step().steps(),

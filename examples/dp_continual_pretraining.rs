@@ -1,5 +1,5 @@
-//! A little public data first: private training that begins with a public phase, beside private data alone and public data
-//! alone, at three privacy budgets; and why it works, the private slowdown that public training removes.
+//! DP continual pre-training: private training that begins with a short public phase, beside private data alone and public data alone, at
+//! three privacy budgets. It also measures the slowdown by noise that the public phase removes.
 //!
 //! ```text
 //! cargo run --release --example dp_continual_pretraining
@@ -24,7 +24,7 @@ use study::{BATCH, Data, Mix, Mlp, Run, best, interval};
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "8", "2", "runs per setting; intervals are 95 % of their mean"),
     ("steps", "300", "10", "training steps"),
-    ("part", "0.2", "0.2", "part of the steps that see public data alone"),
+    ("part", "0.2", "0.2", "share of the steps that use only public data"),
 ];
 const EPSILONS: [f64; 3] = [1.0, 3.0, 8.0];
 
@@ -75,8 +75,8 @@ fn run() -> Result<()> {
     }
     chart.save(folder.plot("accuracy"))?;
 
-    // Why: what noise costs, measured on public data while training on them. The first quarter of them is held out, and
-    // tells when to switch: a decision that costs no budget, since nothing private is looked at.
+    // The cost of noise is measured on public data while training on them. A quarter of the public data is held out and shows when to
+    // switch. This decision costs no budget, since it uses no private data.
     let model = Mlp::new(&[32], 0)?;
     let (held, train) = data.public.split(0.25);
     let sigma = data.sigma(1.0, private_steps)?;
@@ -98,7 +98,7 @@ fn run() -> Result<()> {
         let c = curvature(&losses, &model.params.all(), clip, Probes::Random(60, 1))?;
         let (best, error) = c.best_batch_with_error(sigma);
         let (s, e) = (c.slowdown(sigma, BATCH), (c.slowdown(sigma, BATCH) - 1.0) * c.trace_h.1 / c.trace_h.0);
-        // Where the loss curves downwards along the gradient, no batch is the best: the larger the better.
+        // Where the loss curves downwards along the gradient, no batch size is best: a larger one is always better.
         let batch = if best.is_finite() { format!("{best:.0} ± {error:.0}") } else { "none, GᵀHG < 0".into() };
         println!(
             "{at:>4} public steps: loss {:.3}  tr(H) {:.2} ± {:.2}  best private batch {batch}  slowdown {s:.2} ± {e:.2}",

@@ -1,13 +1,13 @@
-//! ZeRO with private training (Bu et al. 2023, DP-ZeRO): ranks share the model's state, and the model is the same.
+//! ZeRO with private training (DP-ZeRO, Bu et al. 2023): ranks share the model's state, and the result is the same model.
 //!
 //! ```text
 //! cargo run --release --example dp_zero -- --ranks 4
 //! mpirun -n 4 target/release/examples/dp_zero
 //! ```
 //!
-//! A GPT is trained on real text by ranks, at each stage, privately and not, beside one rank alone. Ranks are threads of this process, or
-//! the processes that `mpirun` or Slurm has started. Prints what each rank keeps and sends beside the formulas. Writes `plots/memory` and `plots/loss` (`.svg` and `.png`) and
-//! `summary.json` to the run folder.
+//! A GPT is trained on real text by several ranks, at each stage, privately and not, and by one rank for comparison. Ranks are threads of
+//! this process, or processes that `mpirun` or Slurm has started. Prints the memory and the traffic of each rank beside the formulas.
+//! Writes `plots/memory` and `plots/loss` (`.svg` and `.png`) and `summary.json` to the run folder.
 
 #[path = "common/args.rs"]
 mod args;
@@ -31,9 +31,9 @@ use std::time::{Duration, Instant};
 const OPTIONS: &[args::Opt] = &[
     ("ranks", "4", "2", "ranks, as threads of this process; under mpirun there are as many as it started"),
     ("steps", "40", "3", "steps of each run"),
-    ("batch", "32", "8", "records of a step, of all ranks together; of the private batch the expected number"),
+    ("batch", "32", "8", "records per step, over all ranks; for private training the expected number"),
     ("epsilon", "8", "8", "privacy budget ε, at δ = 1e-5"),
-    ("seed", "0", "0", "of the initial values, the batches and the test key"),
+    ("seed", "0", "0", "seed of the initial values, the batches and the test key"),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 64;
@@ -79,7 +79,7 @@ struct Setting<'a> {
     speaks: bool,
 }
 
-/// What one rank has to say of its run.
+/// The results of one rank's run.
 struct Told {
     losses: Vec<f64>,
     held: f64,
@@ -90,7 +90,7 @@ struct Told {
     parameters: Vec<f64>,
 }
 
-/// Who the ranks are.
+/// How the ranks are run.
 enum World {
     Threads(usize),
     Processes(Shared),
@@ -107,7 +107,7 @@ impl World {
     fn speaks(&self) -> bool {
         matches!(self, World::Threads(_)) || matches!(self, World::Processes(r) if r.rank() == 0)
     }
-    /// A number of every rank, from those of this process.
+    /// A number for every rank, from those of the ranks in this process.
     fn of_all(&self, own: Vec<f64>) -> Result<Vec<f64>> {
         match self {
             World::Threads(_) => Ok(own),
@@ -119,7 +119,7 @@ impl World {
 }
 
 impl Setting<'_> {
-    /// A whole run as one of several ranks; the first one shows its progress.
+    /// A whole run as one of several ranks. The first rank shows its progress.
     fn run(&self, rank: Box<dyn Communicator>, stage: Stage, private: bool, name: &str) -> Result<Told> {
         let (me, size) = (rank.rank(), rank.size());
         let model = Gpt::new(GptConfig::small(VOCAB, SEQ, 2, 96, 4), self.seed)?;
@@ -186,7 +186,7 @@ impl Setting<'_> {
             parameters: params.iter().flat_map(|p| p.value().to_f64()).collect(),
         })
     }
-    /// What the ranks of this process have to say: all of them, or the one that this process is.
+    /// The results of the ranks of this process, which are all ranks or one of them.
     fn all(&self, world: &World, stage: Stage, private: bool, name: &str) -> Result<Vec<Told>> {
         match world {
             World::Threads(n) => {
@@ -216,7 +216,7 @@ fn run() -> Result<()> {
     };
     let (train, held) = text()?;
     let setting = setting(&train, &held);
-    // The first rank alone prints and writes.
+    // Only the first rank prints and writes.
     let options = json!({
         "ranks": ranks, "steps": setting.steps, "batch": setting.batch, "epsilon": setting.epsilon, "seed": setting.seed,
     });
@@ -249,19 +249,19 @@ fn run() -> Result<()> {
         for (stage, name) in STAGES {
             let told = setting.all(&world, stage, private, &format!("{kind}, {ranks} ranks, {name}"))?;
             let n = ranks as f64;
-            // f32 with AdamW: parameters, gradient, two buffers.
+            // f32 with AdamW has parameters, gradient and two buffers.
             let formula = match stage {
                 Stage::Replicated => 16.0 * psi,
                 Stage::Optimizer => 8.0 * psi + 8.0 * psi / n,
                 Stage::Gradients => 4.0 * psi + 12.0 * psi / n,
                 Stage::Parameters => 16.0 * psi / n,
             };
-            // Gradients and parameters, at stage 3 the parameters for the forward and for the backward pass.
+            // Gradients and parameters are sent; at stage 3, the parameters for the forward and for the backward pass.
             let traffic = if stage == Stage::Parameters { 12.0 } else { 8.0 } * psi * (n - 1.0) / n;
             let kept = told.iter().map(|t| t.kept.iter().map(|k| k.1).sum::<usize>() as f64).collect();
             let kept = world.of_all(kept)?.into_iter().fold(0.0, f64::max);
             let mean_sent = world.of_all(told.iter().map(|t| t.sent).collect())?.iter().sum::<f64>() / n;
-            // How far the parameters are from one rank's, beside the largest.
+            // The largest difference between these parameters and those of one rank, relative to the largest parameter.
             let most = alone.parameters.iter().fold(0f64, |m, x| m.max(x.abs()));
             let apart = told
                 .iter()
@@ -311,11 +311,11 @@ fn run() -> Result<()> {
             );
         }
     }
-    // The other ranks have nothing to write.
+    // The other ranks write nothing.
     let Some(mut folder) = folder else { return Ok(()) };
     memory.save(folder.plot("memory"))?;
     chart.y_label("training loss, nats a token").save(folder.plot("loss"))?;
-    // One microbatch of a plain step; a private one may need more, and stage 2 sends gradients in each.
+    // The bytes that runs sent. A plain step has one microbatch here; a private step may need more, and stage 2 sends gradients in each.
     let of =
         |private: bool, stage: Stage| sent.iter().find(|s| s.0 == private && s.1 == stage).map_or(f64::NAN, |s| s.2);
     let more = of(true, Stage::Optimizer) / of(false, Stage::Optimizer);

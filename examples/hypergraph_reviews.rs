@@ -1,5 +1,5 @@
-//! A hypergraph of texts and words: film reviews are nodes, words are hyperedges, and few reviews have labels. HGNN, deep sets and set
-//! attention beside networks that see each review's own words alone.
+//! A hypergraph of texts and words: film reviews are nodes, words are hyperedges, and only a few reviews have labels. It compares HGNN,
+//! deep sets and set attention with networks that use only each review's own words.
 //!
 //! ```text
 //! cargo run --release --example hypergraph_reviews
@@ -32,15 +32,15 @@ use std::time::Instant;
 use study::interval;
 
 const OPTIONS: &[args::Opt] = &[
-    ("seeds", "3", "2", "choices of the labelled reviews, for all methods alike; at least 2"),
+    ("seeds", "3", "2", "random choices of the labelled reviews, the same for all methods; at least 2"),
     ("steps", "60", "4", "steps of each network, each over all reviews"),
     ("labels", "0.01", "0.01", "share of the reviews that have labels"),
-    ("texts", "100000", "1500", "reviews at most"),
+    ("texts", "100000", "1500", "the most reviews that are used"),
     ("width", "32", "16", "width of the networks"),
     ("rate", "0.01", "0.01", "learning rate of the networks"),
 ];
 
-/// Texts, their classes, and the hypergraph: a word is a hyperedge over the texts that have it.
+/// Texts, their classes, and the hypergraph, in which a word is a hyperedge over the texts that contain it.
 struct Data {
     labels: Vec<u32>,
     graph: Hypergraph,
@@ -80,7 +80,7 @@ impl Data {
     }
 }
 
-/// How a network looks at the reviews.
+/// The kind of network.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Kind {
     Mlp,
@@ -89,7 +89,7 @@ enum Kind {
     SetAttention,
 }
 
-/// Message passing, twice there and back.
+/// Two rounds of message passing from nodes to hyperedges and back.
 enum Layers {
     None,
     Hgnn(Box<[Hgnn; 2]>),
@@ -97,8 +97,8 @@ enum Layers {
     SetAttention(Box<[SetAttention; 2]>),
 }
 
-/// A review begins as the mean of embeddings of its own words. Its state after message passing is laid beside that; a hidden layer and two
-/// logits follow.
+/// The initial state of a review is the mean of the embeddings of its own words. Its state after message passing is concatenated with that;
+/// a hidden layer and two logits follow.
 struct Network {
     params: Params,
     embed: EmbeddingBag,
@@ -134,7 +134,7 @@ impl Network {
             params,
         })
     }
-    /// Logits of all reviews. `own` is the hypergraph whose words a review begins with, `s` the one that messages go over.
+    /// Logits of all reviews. `own` is the hypergraph whose words give the initial states, `s` the one for message passing.
     fn logits(&self, own: &Hypergraph, s: &Structure, ctx: &Ctx) -> Result<Tensor> {
         let words = own.structure().edges_of();
         let ids = Array::from_slice(words.members(), &[words.len()])?;
@@ -157,7 +157,7 @@ impl Network {
         let h = self.hidden.forward_act(&both, prismgrad::ops::linear::Activation::Relu, ctx)?;
         self.out.forward(&self.drop.forward(&h, ctx)?, ctx)
     }
-    /// Trains on the labelled reviews; the accuracy over the others.
+    /// Trains on the labelled reviews, and returns the accuracy on the others.
     fn accuracy(
         &self,
         data: &Data,
@@ -190,7 +190,7 @@ impl Network {
     }
 }
 
-/// Labelled reviews, half of each class, and the others.
+/// The numbers of the labelled reviews, half of them from each class, and of the others.
 fn chosen(data: &Data, share: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     let each = ((share * data.labels.len() as f64 / 2.0).round() as usize).max(2);
     let mut counts = [0; 2];
@@ -216,7 +216,7 @@ fn linear(data: &Data, labelled: &[usize], rest: &[usize]) -> f64 {
     f1(&found, &wanted, 2).0
 }
 
-/// Whether a is above b, paired by seed.
+/// The verdict on the claim that a is above b, paired by seed.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
@@ -306,7 +306,7 @@ fn run() -> Result<()> {
             mlp,
         ),
     ];
-    // Planted defect: trained on the very reviews that are asked for.
+    // A planted defect: the model is trained on the reviews on which it is tested.
     let (_, rest) = chosen(&data, share, 0);
     let leak = linear(&data, &rest, &rest);
     let few = interval(of("own words, linear")).0;

@@ -1,12 +1,12 @@
-//! What a table's columns are: HyTrel on tables as hypergraphs, beside linear models of words and a network that sees the same text
-//! without the structure.
+//! Prediction of the types of a table's columns: HyTrel on tables as hypergraphs, beside linear models of words and a network that uses the
+//! same text without the structure.
 //!
 //! ```text
 //! cargo run --release --example hypergraph_tables
 //! ```
 //!
-//! Headers are hidden; the type of a column is its header. Writes `plots/f1`, `plots/columns`, `plots/curve`, `plots/attention_columns`
-//! and `plots/attention_rows` (`.svg` and `.png`) and `summary.json` to the run folder. The table of `docs/results/hypergraph.md` is of the
+//! Headers are hidden; the type of a column is its header. Writes `plots/f1`, `plots/columns`, `plots/curve`, `plots/attention_columns` and
+//! `plots/attention_rows` (`.svg` and `.png`) and `summary.json` to the run folder. The table of `docs/results/hypergraph.md` is from the
 //! default run; `--full` has three seeds and more ablations.
 
 #[path = "common/args.rs"]
@@ -37,24 +37,24 @@ use tables::{Data, Recipe, Typed};
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each trained model, paired by seed; 3 with --full"),
     ("steps", "1200", "60", "steps of 32 tables; 4000 with --full"),
-    ("tables", "20000", "1500", "tables at most"),
-    ("often", "150", "40", "a header is a type if so many training tables have it"),
+    ("tables", "20000", "1500", "the most tables that are used"),
+    ("often", "150", "40", "a header is a type if at least this many training tables have it"),
     ("width", "64", "32", "width of HyTrel"),
     ("rate", "0.002", "0.002", "learning rate of the networks"),
-    ("full", "", "", "three seeds, 4000 steps, the ablations one by one"),
+    ("full", "", "", "uses three seeds, 4000 steps, and each ablation by itself"),
 ];
 
-/// A method's scores on the test tables, one of each per seed.
+/// The scores of a method on the test tables, one for each seed.
 struct Row {
     name: String,
     micro: Vec<f64>,
     by_type: Vec<f64>,
-    /// Of the first seed: what was found.
+    /// The types that were predicted with the first seed.
     found: Vec<u32>,
     note: Value,
 }
 
-/// The words of a text: whole, and with digits alike and letters apart from other characters.
+/// The words of a text: once whole, and once with all digits replaced by one character and with letters separated from other characters.
 fn words(text: &str) -> Vec<String> {
     let text = text.to_lowercase();
     let mut all: Vec<String> = text.split_whitespace().map(|w| format!("={w}")).collect();
@@ -83,7 +83,7 @@ fn words(text: &str) -> Vec<String> {
     all
 }
 
-/// The words of every column, every table and every title, counted. Words that no table for training has are left out.
+/// The counted words of every column, every table and every title. Words that occur in no training table are left out.
 struct Counted {
     words: usize,
     columns: Vec<Vec<Vec<(u32, u32)>>>,
@@ -108,8 +108,8 @@ impl Counted {
         }
         Counted { words: ids.len(), columns, titles, headers }
     }
-    /// A bag of the column's own words; with `context` also one of the other columns' words, and one of the title's. `leak` adds the
-    /// header.
+    /// A bag of the column's own words. With `context` it also has a bag of the other columns' words and one of the title's words. `leak`
+    /// adds the header.
     fn bag(&self, (t, c): (usize, usize), context: bool, leak: bool) -> Bag {
         let mut all = bag(&self.columns[t][c], 0);
         let first = self.words as u32;
@@ -124,7 +124,7 @@ impl Counted {
         }
         all
     }
-    /// Softmax regression; `labels` may be others than the columns' own.
+    /// Softmax regression. `labels` replaces the columns' own types if given.
     fn linear(&self, data: &Data, labels: Option<&[u32]>, context: bool, leak: bool, name: &str) -> Row {
         let (train, test) = (data.columns(&data.train), data.columns(&data.test));
         let rows: Vec<Bag> = train.iter().map(|c| self.bag((c.0, c.1), context, leak)).collect();
@@ -139,8 +139,8 @@ impl Counted {
     }
 }
 
-/// The same text without the structure: means of the token embeddings of the column, of the other columns and of the title, side by side,
-/// normed, and the same head.
+/// The network with the same text but without the structure: means of the token embeddings of the column, of the other columns and of the
+/// title are concatenated, normalised, and passed to the same head.
 struct TextOnly {
     params: Params,
     embed: EmbeddingBag,
@@ -180,7 +180,7 @@ impl TextOnly {
         let x = self.norm.forward(&rows.reshape(&[n, 3 * d])?, ctx)?;
         self.head.logits(&x, &Samples::uniform(n, 1), ctx)
     }
-    /// As many columns in a step as HyTrel's tables have on the average.
+    /// A step has as many columns as HyTrel's tables have on average.
     fn train(&self, data: &Data, (steps, lr, seed): (usize, f64, u64)) -> Result<()> {
         let columns = data.columns(&data.train);
         let batch = (32 * columns.len() / data.train.len().max(1)).max(1).min(columns.len());
@@ -214,7 +214,7 @@ impl TextOnly {
     }
 }
 
-/// Whether a is above b: paired by seed where both have seeds; a method without seeds is the same in each.
+/// The verdict on the claim that a is above b, paired by seed if both have seeds; a method without seeds counts the same for each.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let pairs = a.len().max(b.len());
     let at = |x: &[f64], i: usize| x[i.min(x.len() - 1)];
@@ -235,7 +235,7 @@ fn printed(row: &Row) {
     println!("{:<42} micro {:<14} macro {}", row.name, of(&row.micro), of(&row.by_type));
 }
 
-/// A trained arm of HyTrel over the seeds, with the first one's model and curve.
+/// A trained arm of HyTrel over the seeds, with the model and the curve of the first seed.
 type Arm = (Row, Typed, Vec<(f64, f64)>);
 
 fn arm(data: &Data, name: &str, recipe: &Recipe, seeds: u64) -> Result<Arm> {
@@ -265,7 +265,7 @@ fn arm(data: &Data, name: &str, recipe: &Recipe, seeds: u64) -> Result<Arm> {
     Ok((row, typed, curve))
 }
 
-/// Micro F1 by the number of columns of the table.
+/// Micro F1 by the table's number of columns.
 fn by_width(data: &Data, row: &Row) -> Vec<(String, f64, usize)> {
     let columns = data.columns(&data.test);
     let groups = [(1, 5), (6, 7), (8, 20)];
@@ -281,7 +281,7 @@ fn by_width(data: &Data, row: &Row) -> Vec<(String, f64, usize)> {
     groups.iter().map(of).collect()
 }
 
-/// The first layer's attention over one table of the test.
+/// The first layer's attention for one test table.
 fn attention(data: &Data, typed: &Typed, folder: &prismgrad::train::RunFolder) -> Result<()> {
     let fits = |t: &&usize| {
         let e = &data.encoded[**t];
@@ -359,7 +359,7 @@ fn run() -> Result<()> {
         counted.linear(&data, None, false, false, "linear, own column"),
         counted.linear(&data, None, true, false, "linear, own column, others, title"),
     ];
-    // Null control: types dealt out anew over all training columns. Planted defect: the header left where a model can see it.
+    // Null control: types are permuted over all training columns. Planted defect: the header stays where a model can read it.
     let dealt: Vec<u32> = shuffled(train.len(), 7).into_iter().map(|i| train[i].2).collect();
     let nothing = counted.linear(&data, Some(&dealt), true, false, "null: types dealt out anew, linear");
     let leak = counted.linear(&data, None, true, true, "planted leak: header shown, linear");

@@ -1,11 +1,11 @@
-//! Pre-training HyTrel on tables without labels, and what it is worth when few columns have types.
+//! Pre-training of HyTrel on tables without labels, and its benefit when few columns have types.
 //!
 //! ```text
 //! cargo run --release --example hytrel_pretrain
 //! ```
 //!
-//! Writes `plots/f1` and `plots/losses` (`.svg` and `.png`) and `summary.json` to the run folder. The table of
-//! `docs/results/hypergraph.md` is of `--seeds 3 --arms corruption`.
+//! Writes `plots/f1` and `plots/losses` (`.svg` and `.png`) and `summary.json` to the run folder. The table of `docs/results/hypergraph.md`
+//! is from `--seeds 3 --arms corruption`.
 
 #[path = "common/args.rs"]
 mod args;
@@ -35,31 +35,31 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each setting, paired by seed; 3 with --full"),
     ("steps", "400", "20", "pre-training steps of 32 tables; 3000 with --full"),
     ("tune", "160", "20", "fine-tuning steps of 32 tables; 800 with --full"),
-    ("tables", "20000", "1200", "tables at most"),
-    ("often", "150", "30", "a header is a type if so many training tables have it"),
+    ("tables", "20000", "1200", "the most tables that are used"),
+    ("often", "150", "30", "a header is a type if at least this many training tables have it"),
     ("width", "32", "32", "width of HyTrel; 64 with --full"),
-    ("arms", "all", "all", "objectives by name beside scratch, such as corruption,cells; all of them if not given"),
+    ("arms", "all", "all", "objectives to compare with scratch, such as corruption,cells; all for every one"),
     ("rate", "0.002", "0.002", "learning rate"),
     ("epsilon", "8", "8", "privacy budget ε of the private pre-training, at δ = 1e-5"),
-    ("full", "", "", "three seeds, 3000 and 800 steps"),
+    ("full", "", "", "uses three seeds, 3000 and 800 steps"),
 ];
 const BATCH: usize = 32;
 const DELTA: f64 = 1e-5;
 
-/// What a model is pre-trained on.
+/// The objective of pre-training.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Objective {
-    /// Nothing.
+    /// No pre-training.
     Scratch,
     /// Detection of replaced headers and cells.
     Corruption,
-    /// The same with headers hidden: nothing of it has to do with what is asked for later.
+    /// The same with hidden headers, so that pre-training has nothing to do with the later task.
     Cells,
-    /// Two thinned views.
+    /// The contrastive objective with two thinned views.
     Contrastive,
-    /// As corruption, of tables whose cells were dealt out anew over all tables: the null control.
+    /// Like `Corruption`, on tables whose cells were permuted over all tables: the null control.
     Dealt,
-    /// As corruption, privately.
+    /// Like `Corruption`, trained privately.
     Private,
 }
 
@@ -76,7 +76,7 @@ impl Objective {
     }
 }
 
-/// The tables that an objective is trained on, by the numbers of `data.pretrain`.
+/// The tables for the training of an objective, in the order of `data.pretrain`.
 fn seen(data: &Data, objective: Objective) -> Vec<Encoded> {
     let of = |t: &usize| match objective {
         Objective::Cells => data.encoded[*t].clone(),
@@ -93,7 +93,7 @@ fn seen(data: &Data, objective: Objective) -> Vec<Encoded> {
     all
 }
 
-/// Shares of right and of all "replaced": precision and recall of replaced texts as one number, F1.
+/// The F1 score of detected replacements. Each item says whether a text was called "replaced", and whether it was.
 fn detection(said: impl Iterator<Item = (bool, bool)>) -> f64 {
     let (mut hit, mut all) = (0.0, 0.0);
     for (said, is) in said {
@@ -107,7 +107,7 @@ fn detection(said: impl Iterator<Item = (bool, bool)>) -> f64 {
 struct Pretrained {
     params: Option<Params>,
     curve: Vec<(f64, f64)>,
-    /// F1 of the detection on test tables, and that of a model that knows how often each text was a replacement.
+    /// F1 of the detection on test tables, and that of a model that uses only how often each text was a replacement.
     detection: Option<(f64, f64)>,
     seconds: f64,
     epsilon: Option<f64>,
@@ -124,7 +124,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
     let detector = Detector::new(&params.at("detector"), recipe.d)?;
     let tables = seen(data, objective);
     let corruption = Corruption::new(tables.iter(), 0.15)?;
-    // A table is broken anew each time it comes.
+    // Each time a table is used, other texts of it are replaced.
     let broken = |records: &[usize], round: u64| -> Vec<Corrupted> {
         records.iter().map(|&r| corruption.apply(&tables[r], 1000 * recipe.seed + round, r as u64)).collect()
     };
@@ -186,7 +186,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
     }
     progress.finish();
     if objective == Objective::Corruption {
-        // How often each text was a replacement, counted over training tables.
+        // The number of times that each text was a replacement, counted over training tables.
         let mut counts: HashMap<&Vec<u32>, [f64; 2]> = HashMap::new();
         let sample: Vec<usize> = (0..tables.len()).take(3000).collect();
         let train = broken(&sample, 1 << 40);
@@ -205,7 +205,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
             .map(|&t| corruption.apply(&data.with_headers[t], 5 + recipe.seed, t as u64))
             .collect();
         let texts = test.iter().flat_map(|c| c.table.headers.iter().chain(&c.table.cells).zip(&c.replaced));
-        // Both losses weigh replaced texts as much as the others: so does the threshold.
+        // Both losses give replaced texts and others the same total weight, so the threshold does as well.
         let all = train.iter().flat_map(|c| &c.replaced).fold([1e-9; 2], |mut n, r| {
             r.iter().for_each(|r| n[usize::from(*r)] += 1.0);
             n
@@ -216,7 +216,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
         for part in test.chunks(64) {
             let b = batch(&part.iter().map(|c| &c.table).collect::<Vec<_>>())?;
             let logits = no_grad(|| detector.logits(&model, &b, &Ctx::eval()))?.array().to_f64();
-            // Columns of all tables first, then cells.
+            // The columns of all tables come first, then the cells.
             let columns: usize = part.iter().map(|c| c.table.columns).sum();
             let (mut c, mut v) = (0, columns);
             for t in part {
@@ -233,7 +233,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
     Ok(done)
 }
 
-/// Whether a is above b, paired by seed; beside the 95 % interval the difference in standard errors.
+/// The verdict on the claim that a is above b, paired by seed, with the 95 % interval and the difference in standard errors.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
@@ -254,7 +254,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("hytrel_pretrain", "What pre-training on tables is worth with few labels.", OPTIONS);
+    let args = args::Args::parse("hytrel_pretrain", "The benefit of pre-training on tables with few labels.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");
@@ -313,7 +313,7 @@ fn run() -> Result<()> {
         data.test.len()
     );
     let shares = [0.01, 0.1, 1.0];
-    // By objective and share, over seeds: micro and macro F1.
+    // Micro and macro F1 over seeds, by objective and share of labels.
     let mut scores = vec![vec![(Vec::new(), Vec::new()); shares.len()]; objectives.len()];
     let (mut notes, mut curves, mut detections) = (Vec::new(), Vec::new(), Vec::new());
     for seed in 0..seeds {

@@ -1,6 +1,6 @@
-//! Which training images speak for a reading of a test image, and which against it? Inner products of the test image's
-//! gradient with every training image's (TracIn at one checkpoint, Pruthi et al. 2020), taken from factors: no
-//! image's gradient is ever formed.
+//! Which training images support the predicted class of a test image, and which oppose it? The example takes inner products of the test
+//! image's gradient with every training image's gradient (TracIn at one checkpoint, Pruthi et al. 2020). They are computed from factors, so
+//! no image's gradient is ever formed.
 //!
 //! ```text
 //! cargo run --release --example influence
@@ -23,9 +23,9 @@ use serde_json::json;
 use std::time::Instant;
 
 const OPTIONS: &[args::Opt] = &[("epochs", "8", "2", "passes over the training images")];
-/// Training images shown on each side.
+/// Number of training images shown on each side.
 const SHOWN: usize = 5;
-/// Test images shown.
+/// Number of test images shown.
 const ROWS: usize = 5;
 
 struct Mlp {
@@ -46,7 +46,7 @@ impl Mlp {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("influence", "Finds the training images behind a reading.", OPTIONS);
+    let args = args::Args::parse("influence", "Finds the training images that influenced a prediction.", OPTIONS);
     let epochs = args.get("epochs", "a whole number from 1 to 10000", |n: &u64| (1..=10_000).contains(n));
     let (train, test) = digits()?.shuffled(0).split(1400.0 / 1797.0);
     let params = Params::new(0, DType::F32);
@@ -68,11 +68,11 @@ fn run() -> Result<()> {
     let wrong = |&i: &usize| read[i] != f64::from(test.labels[i]);
     let accuracy = 1.0 - all.iter().filter(|i| wrong(i)).count() as f64 / test.len() as f64;
     println!("test accuracy {accuracy:.4} after {epochs} epochs");
-    // Up to three misread images; the rest of the rows are read right.
+    // Up to three misclassified images are shown; the other rows show correctly classified ones.
     let mut chosen: Vec<usize> = all.iter().copied().filter(|i| wrong(i)).take(3).collect();
     chosen.extend(all.iter().copied().filter(|i| !wrong(i)).take(ROWS - chosen.len()));
 
-    // One backward pass over each set delivers factors: for a linear layer, its inputs and its outputs' gradients.
+    // One backward pass over each set gives the factors: for a linear layer, its inputs and its outputs' gradients.
     let start = Instant::now();
     let everything: Vec<usize> = (0..train.len()).collect();
     let of_train = model.losses(&train, &everything)?.1.backward()?;

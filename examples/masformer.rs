@@ -1,5 +1,5 @@
-//! Full attention in few layers, blocks in the others (MASFormer, Zhang et al. 2023): copies from far away, where the full layers lie,
-//! language modelling, and conversion of a model of short sequences.
+//! Full attention in a few layers and blocks in the others (MASFormer, Zhang et al. 2023): copies from far away, the placement of the full
+//! layers, language modelling, and conversion of a model of short sequences.
 //!
 //! ```text
 //! cargo run --release --example masformer
@@ -33,44 +33,45 @@ const OPTIONS: &[args::Opt] = &[
         "only",
         "all",
         "all",
-        "one part: copy, placement (with the copies), language, conversion; all without the placement",
+        "runs one part: copy, placement (with the copies), language, or conversion; all leaves out the placement",
     ),
     ("presets", "full,sparse,bottom(2)", "full,sparse,bottom(2)", "models of the copies: which layers are full"),
-    ("resume", "", "", "go on with a run that was cut short: models of the copies that it has are not trained again"),
-    ("full", "", "", "three seeds, more steps, and the placement as well: hours"),
+    ("resume", "", "", "continue an interrupted run: models of the copies that it has are not trained again"),
+    ("full", "", "", "uses three seeds, more steps, and the placement; takes hours"),
 ];
-/// Positions of a sequence, of a block and of a passage that occurs twice.
+/// Number of positions of a sequence, of a block and of a passage that occurs twice.
 const N: usize = 192;
 const BLOCK: usize = 24;
 const PASSAGE: usize = 48;
 const WIDTH: usize = 64;
 const BATCH: usize = 16;
 
-/// Sequences in which a passage comes twice, and where it comes the second time.
+/// Sequences in which a passage occurs twice, and the position of its second occurrence.
 struct Copies {
     rows: Documents,
     second: Vec<usize>,
 }
 
-/// What stands at the place of the first passage.
+/// What a sequence has at the place of the first passage.
 #[derive(Clone, Copy, PartialEq)]
 enum First {
     Same,
     /// Another passage.
     Other,
-    /// The same tokens in another order: whoever knows only which tokens occurred gains as much from it.
+    /// The same tokens in another order. A model that uses only which tokens occurred gains as much from it.
     Shuffled,
 }
 
-/// A stretch of a document chosen by chance.
+/// A random stretch of a document.
 fn stretch<'a>(documents: &'a Documents, length: usize, rng: &mut Rng) -> &'a [u32] {
     let d = &documents[rng.below(documents.len() as u64) as usize];
     let at = rng.below((d.len() - length + 1) as u64) as usize;
     &d[at..at + length]
 }
 
-/// Far: a passage, at least two blocks of other text, and the passage again, anywhere in other text. The distance is drawn anew for each
-/// sequence, so that it cannot be learnt. Near: passages of a third of a block that come twice in the same block.
+/// Sequences with copies. Far copies have a passage, at least two blocks of other text, and the passage again, at a random place in other
+/// text; the distance is drawn for each sequence, so that it cannot be learnt. Near copies are passages of a third of a block that occur
+/// twice in the same block.
 fn copies(documents: &Documents, count: usize, far: bool, first: First, seed: u64) -> Copies {
     let mut out = Copies { rows: Vec::new(), second: Vec::new() };
     for i in 0..count as u64 {
@@ -83,7 +84,7 @@ fn copies(documents: &Documents, count: usize, far: bool, first: First, seed: u6
                 (PASSAGE, from + PASSAGE + gap, from)
             }
             false => {
-                // The last block that has a whole passage of targets behind it.
+                // The last block after which the targets still have a whole passage.
                 let (length, block) = (BLOCK / 3, N / BLOCK - 1);
                 let gap = rng.below((BLOCK - 2 * length) as u64 + 1) as usize;
                 let from = block * BLOCK + rng.below((BLOCK - 2 * length - gap) as u64 + 1) as usize;
@@ -108,7 +109,7 @@ fn copies(documents: &Documents, count: usize, far: bool, first: First, seed: u6
     out
 }
 
-/// Mean loss of the second passage from its fourth token on, nats per token.
+/// Mean loss on the second passage from its fourth token on, in nats per token.
 fn second_loss(model: &Gpt, c: &Copies, far: bool) -> Result<f64> {
     let length = if far { PASSAGE } else { BLOCK / 3 };
     let losses = long::token_losses(model, &c.rows)?;
@@ -120,13 +121,13 @@ fn second_loss(model: &Gpt, c: &Copies, far: bool) -> Result<f64> {
     Ok(losses.iter().zip(&c.second).map(of).sum::<f64>() / c.rows.len() as f64)
 }
 
-/// One model's losses of the second passage.
+/// The losses of one model on the second passage.
 #[derive(Serialize, Deserialize)]
 struct Copied {
     present: f64,
     absent: f64,
     shuffled: f64,
-    /// Tokens, and the loss on validation text.
+    /// Number of tokens, and the loss on validation text.
     curve: Vec<(f64, f64)>,
     seconds: f64,
 }
@@ -137,7 +138,7 @@ fn copy(arm: &Arm, texts: &Texts, far: bool, t: Training) -> Result<Copied> {
     let validation = held(&texts.validation, First::Same, 77);
     let mut curve = Vec::new();
     let seed = 10 + t.seed;
-    // The passage that comes again is learnt, and what follows it; language as such is another experiment.
+    // The model is trained on the second passage and what follows; language as such is another experiment.
     let batch = |i: u64| {
         let c = copies(&texts.train, t.batch, far, First::Same, seed * 1_000_000 + i);
         (c.rows, Some(c.second))
@@ -152,7 +153,7 @@ fn copy(arm: &Arm, texts: &Texts, far: bool, t: Training) -> Result<Copied> {
     Ok(Copied { present: of(First::Same)?, absent: of(First::Other)?, shuffled: of(First::Shuffled)?, curve, seconds })
 }
 
-/// [`copy`], unless the folder has the same run already; its record goes to the folder.
+/// Runs [`copy`], unless the folder already has the same run. Its record is added to the folder.
 fn copied(arm: &Arm, texts: &Texts, far: bool, t: Training, number: usize, folder: &mut RunFolder) -> Result<Copied> {
     let same = |v: &Value| v["part"] == "copy" && v["arm"] == arm.name.as_str() && v["seed"] == t.seed;
     if let Some(done) = folder.metrics()?.into_iter().find(same)
@@ -171,7 +172,7 @@ fn copied(arm: &Arm, texts: &Texts, far: bool, t: Training, number: usize, folde
 
 type Rows = Vec<Value>;
 
-/// Far copies: the decisive comparison, and with it the placement of the full layers at equal cost.
+/// Far copies: the main comparison, and the placement of the full layers at equal cost.
 fn copy_part(
     texts: &Texts,
     (seeds, steps, lr): (u64, u64, f64),
@@ -186,12 +187,12 @@ fn copy_part(
             [Preset::Middle(2), Preset::Top(2), Preset::Spread(2), Preset::Bottom(1)].map(|p| Arm::new(p, block)),
         );
         arms.push(Arm::new(Preset::Bottom(2), block).blind());
-        // As many pairs as bottom(2) with blocks has.
+        // This window has as many pairs as bottom(2) with blocks.
         arms.push(Arm::new(Preset::Sparse, Span::Window(equal_window(&Arm::new(Preset::Bottom(2), block))?)));
     }
     let full = Arm::new(Preset::Full, block).cost(N, WIDTH)?;
     let (mut rows, mut all) = (Vec::new(), arms.iter().map(|_| Vec::new()).collect::<Vec<Vec<Copied>>>());
-    // A seed at a time, so that what is there when a run is cut short is whole.
+    // Seeds run one after the other, so that an interrupted run has complete seeds.
     for seed in 0..seeds {
         for (i, arm) in arms.iter().enumerate() {
             let c = copied(arm, texts, true, Training { steps, batch: BATCH, lr, seed }, i, folder)?;
@@ -225,7 +226,7 @@ fn copy_part(
     near.name += ", near";
     let near = copied(&near, texts, false, Training { steps, batch: BATCH, lr, seed: 0 }, 99, folder)?;
     println!("null control, both in one block, all blocks: copied {:.3}, absent {:.3}", near.present, near.absent);
-    // Paired by seed: identical initial values and batches.
+    // Runs are paired by seed: they have the same initial values and batches.
     let values = |arm: usize, f: &dyn Fn(&Copied) -> f64| all[arm].iter().map(f).collect::<Vec<f64>>();
     let mut verdicts = vec![verdict(
         "null control: all blocks copy within a block, at least 0.5 nat",
@@ -285,14 +286,14 @@ fn copy_part(
     Ok((rows, verdicts))
 }
 
-/// The window that, in every layer, has most nearly the pairs of an arm.
+/// The window whose pairs, if used in every layer, are nearest in number to those of an arm.
 fn equal_window(arm: &Arm) -> Result<usize> {
     let pairs: u64 = arm.cost(N, WIDTH)?.pairs.iter().sum();
     let off = |w: usize| (Span::Window(w).pairs(N) * LAYERS as u64).abs_diff(pairs);
     Ok((1..=N).min_by_key(|&w| off(w)).unwrap_or(N))
 }
 
-/// Language modelling on documents: losses beyond the first block, by distance from the start, and by offset in the block.
+/// Language modelling on documents, with losses beyond the first block, by distance from the start, and by offset in the block.
 fn language_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &mut RunFolder) -> Result<(Rows, Rows)> {
     let block = Span::Block(BLOCK);
     let bottom = Arm::new(Preset::Bottom(2), block);
@@ -360,8 +361,8 @@ fn language_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &mu
     Ok((out, verdicts))
 }
 
-/// A model of two blocks' positions becomes one of all N: the loss at positions that it did not have, before further training, after 1 %
-/// and after 5 % of the tokens.
+/// A model with the positions of two blocks is converted to all N positions. The loss at the new positions is measured before further
+/// training, and after 1 % and 5 % of the tokens.
 fn conversion_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &mut RunFolder) -> Result<(Rows, Rows)> {
     let (short, block) = (2 * BLOCK, Span::Block(BLOCK));
     let (few, many) = (rows(&texts.train, short), rows(&texts.train, N));
@@ -380,7 +381,7 @@ fn conversion_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &
     for seed in 0..seeds {
         let make = || Gpt::new(Arm::new(Preset::Full, block).config(short, WIDTH)?, seed);
         let base = make()?;
-        // The same tokens in a step: four times as many sequences of a quarter of the length.
+        // A step has the same number of tokens: four times as many sequences of a quarter of the length.
         let t = Training { steps, batch: BATCH * N / short, lr, seed };
         train(&base, t, "short sequences", &|i| batch_of(&few, t.batch, seed, i), &mut |_, _, _| Ok(f64::NAN))?;
         for (k, (preset, how)) in arms.iter().enumerate() {
@@ -394,7 +395,7 @@ fn conversion_part(texts: &Texts, (seeds, steps, lr): (u64, u64, f64), folder: &
             };
             let mut losses = [look(&model)?, f64::NAN, f64::NAN];
             let t = Training { steps: more[1], batch: BATCH, lr: lr / 3.0, seed };
-            // Looked at every eighth of the steps, which is often enough for the first hundredth.
+            // The loss is measured every eighth of the steps, which is often enough for the first hundredth.
             train(
                 &model,
                 t,

@@ -8,8 +8,8 @@
 //! A model is a safetensors file, or a folder with `model.safetensors` or with several files and their index. `recipe.yml` is in
 //! mergekit's form. The result appears whole or not at all, with the base's configuration and tokenizer beside it.
 //!
-//! Without a recipe, the example shows itself: it trains a small base and three models of parts of the sources on this disk, merges
-//! their files by every method, compares with the same merges in memory, and measures what a merge of large files takes. Writes
+//! Without a recipe, the example trains a small base and three models on parts of the sources on this disk, merges their files by every
+//! method, compares the results with the same merges in memory, and measures time and memory of a merge of large files. Writes
 //! `plots/losses` and `summary.json` to the run folder.
 
 #[path = "common/args.rs"]
@@ -40,31 +40,36 @@ const OPTIONS: &[args::Opt] = &[
     ("base", "none", "none", "the model that the others were tuned from; linear needs none"),
     ("models", "none", "none", "files or folders of the models, separated by commas"),
     ("weights", "1", "1", "their weights: one number for all, or one for each"),
-    ("densities", "1", "1", "share of each vector's entries that is kept (ties, dare_linear, dare_ties), likewise"),
-    ("lambda", "1", "1", "factor of what is added to the base"),
+    (
+        "densities",
+        "1",
+        "1",
+        "share of each vector's entries that is kept (ties, dare_linear, dare_ties): one number or one for each",
+    ),
+    ("lambda", "1", "1", "factor of the sum that is added to the base"),
     ("normalize", "default", "default", "yes or no: weights are divided by their sum; by default in linear and ties"),
     (
         "rescale",
         "default",
         "default",
-        "what is left of a vector keeps its size: no, norm (as mergekit) or density (as in the paper)",
+        "how the kept entries are rescaled: no, norm (as mergekit) or density (as in the paper)",
     ),
     ("dtype", "base", "base", "float32, bfloat16 or float16: element type of the result"),
-    ("seed", "0", "0", "seed of what DARE draws, and of the models that are trained here"),
+    ("seed", "0", "0", "seed of DARE's random choices, and of the models that are trained here"),
     ("megabytes", "220", "24", "size of each of the large files whose merge is measured"),
     ("steps", "60", "8", "steps of training the base; the models that are tuned from it get half as many"),
 ];
 const SEQ: usize = 64;
 const BATCH: usize = 16;
 
-/// The most memory that this process has held, in MB.
+/// The peak memory of this process so far, in MB.
 fn peak_memory() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
     Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? * 1024.0 / 1e6)
 }
 
-/// The recipe that the options describe, if they describe one.
+/// The recipe from the options, or `None` if they contain none.
 fn recipe(args: &args::Args) -> Result<Option<Recipe>> {
     let seed = args.get("seed", "a whole number", |_: &u64| true);
     if args.has("config") {
@@ -115,7 +120,7 @@ fn recipe(args: &args::Args) -> Result<Option<Recipe>> {
     Ok(Some(r))
 }
 
-/// Merges with a progress bar, and says what it took.
+/// Merges with a progress bar, and prints the cost.
 fn merge(recipe: &Recipe, out: &Path, replace: bool) -> Result<Merged> {
     let mut progress = Progress::new(format!("{} MB", recipe.method.name()), None, 0);
     let mut shown = 0;
@@ -176,7 +181,7 @@ fn train(model: &Gpt, rows: &[Vec<u32>], steps: u64, lr: f64, what: &str) -> Res
     Ok(())
 }
 
-/// A folder with the model in three files, as large checkpoints are.
+/// Writes the model to a folder in three files, as large checkpoints are stored.
 fn save(model: &Gpt, folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     let all: Vec<(String, Array)> = model.params().all().iter().map(|p| (p.name().to_string(), p.value())).collect();
@@ -204,7 +209,7 @@ fn load(params: &Params, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One file with the values of a model over and over, until it has this size.
+/// Writes one file that repeats the values of a model until it has this size.
 fn enlarge(params: &Params, path: &Path, megabytes: usize) -> Result<()> {
     let (own, mut arrays) = (4 * params.count(), Vec::new());
     for copy in 0..(megabytes * 1_000_000).div_ceil(own) {
@@ -219,7 +224,7 @@ fn verdict(claim: &str, holds: bool, figures: Value) -> Value {
     json!({"claim": claim, "verdict": word, "figures": figures})
 }
 
-/// The largest difference between the values of the model now and those of a folder, and the share of values that differ by 10⁻⁶ or more.
+/// The largest difference between the model's present values and those in a folder, and the share of values that differ by 10⁻⁶ or more.
 fn difference(params: &Params, folder: &Path) -> Result<(f64, f64)> {
     let own: Vec<Vec<f64>> = params.all().iter().map(|p| p.value().to_f64()).collect();
     load(params, folder)?;
@@ -240,7 +245,7 @@ fn show(args: &args::Args) -> Result<()> {
     let mut folder = args.folder(&json!({"seed": seed, "megabytes": megabytes, "steps": steps}))?;
     let at = |name: &str| folder.path().join(name);
     let documents = CrateSources::new().max_bytes(2 << 20).load()?.documents;
-    // Parts that differ: by the size of the file.
+    // The parts are made different by sorting documents by size.
     let mut by_size: Vec<&Document> = documents.iter().collect();
     by_size.sort_by_key(|d| (d.text.len(), &d.name));
     let parts: Vec<&[&Document]> = by_size.chunks(by_size.len().div_ceil(3)).collect();
@@ -300,7 +305,7 @@ fn show(args: &args::Args) -> Result<()> {
     for (name, loss) in &results {
         println!("  {name:<24} held-out loss {loss:.4} nats per byte");
     }
-    // Differences are in f32 here and to the bit in the pool: of entries whose magnitudes are as good as equal, TIES may keep another one.
+    // Differences are f32 here and exact in the pool, so TIES may keep another entry where magnitudes are almost equal.
     let mut verdicts = vec![
         verdict(
             "files are merged as the pool merges in memory",
@@ -313,7 +318,7 @@ fn show(args: &args::Args) -> Result<()> {
             json!({"largest_difference": untouched}),
         ),
     ];
-    // A planted defect: one value that is none, in a copy of a model.
+    // A planted defect: a copy of a model has one value that is not finite.
     let odd = at("odd");
     load(params, &at("tuned0"))?;
     let p = &params.all()[3];
@@ -330,7 +335,7 @@ fn show(args: &args::Args) -> Result<()> {
         refused.as_ref().is_some_and(|e| e.contains("not finite")) && nothing,
         json!({"error": refused}),
     ));
-    // Large files in a process of their own, whose memory is its own.
+    // Large files are merged in a separate process, to measure its memory.
     let own = std::env::current_exe().map_err(|e| Error::io("find", "the program", e))?;
     let text = |p: &Path| p.display().to_string();
     let mut command = Command::new(own);

@@ -1,5 +1,5 @@
-//! Models whose layers see differently far: all full, all blocks, and full attention in the two layers nearest to the input, trained on
-//! long documents; what each loses where, and what each costs.
+//! Models whose layers have different attention spans: all full, all blocks, and full attention in the two layers nearest to the input.
+//! They are trained on long documents, and their losses by position and their costs are compared.
 //!
 //! ```text
 //! cargo run --release --example mixed_spans
@@ -27,14 +27,19 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each model, paired by seed"),
     ("steps", "80", "3", "steps of each model"),
     ("positions", "512", "128", "tokens of a sequence"),
-    ("block", "64", "16", "positions that a block layer sees at most"),
+    ("block", "64", "16", "length of the blocks of a block layer"),
     ("width", "64", "32", "width of the models"),
     ("batch", "8", "4", "sequences of a step"),
-    ("presets", "full,sparse,bottom(2)", "full,sparse,bottom(2)", "which layers are full: presets with commas between"),
+    (
+        "presets",
+        "full,sparse,bottom(2)",
+        "full,sparse,bottom(2)",
+        "which layers are full: presets, separated by commas",
+    ),
 ];
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("mixed_spans", "Layers that see differently far", OPTIONS);
+    let args = args::Args::parse("mixed_spans", "Models whose layers have different attention spans.", OPTIONS);
     let whole = |name: &str, least: usize| {
         args.get(name, &format!("a whole number of at least {least}"), |n: &usize| *n >= least)
     };

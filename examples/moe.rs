@@ -1,4 +1,4 @@
-//! Mixture of experts on real text: sparse against dense models, what keeps the experts' loads even, and private training.
+//! Mixture of experts on real text: sparse against dense models, the effect of balance losses on the experts' loads, and private training.
 //!
 //! ```text
 //! cargo run --release --example moe
@@ -31,25 +31,25 @@ use study::interval;
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each setting, paired by seed; 3 with --full"),
     ("tokens", "200000", "6000", "training tokens of each model of the first experiment; 1500000 with --full"),
-    ("rate", "0", "0.001", "learning rate; 0 tries 0.001 and 0.003 with every model, and validation chooses"),
+    ("rate", "0", "0.001", "learning rate; 0 tries 0.001 and 0.003 with every model and chooses by validation"),
     ("epsilon", "8", "8", "privacy budget ε of the third experiment, at δ = 1e-5"),
-    ("full", "", "", "the table of docs/results/moe.md: three seeds, 1.5 million tokens"),
+    ("full", "", "", "makes the table of docs/results/moe.md: three seeds, 1.5 million tokens"),
 ];
 const VOCAB: usize = 512;
 const SEQ: usize = 128;
 const BATCH: usize = 16;
-/// Tokens of a tweet that are predicted in the third experiment; shorter tweets are left out, so that nothing is padding.
+/// Number of tokens of a tweet that are predicted in the third experiment. Shorter tweets are left out, so that there is no padding.
 const TWEET: usize = 24;
 const DELTA: f64 = 1e-5;
 
-/// Text in windows: to train on, to choose by, and to be read once at the end.
+/// Text in windows: for training, for choosing, and for one final test.
 struct Text {
     train: Windows,
     validation: Windows,
     test: Windows,
 }
 
-/// A shared file, or nothing with a word about it.
+/// A shared file, or `None` with a message about it.
 fn shared(name: &str) -> Result<Option<String>> {
     match data_file(name) {
         Ok(path) => Ok(Some(String::from_utf8_lossy(&read_maybe_gzip(path, 64 << 20)?).into_owned())),
@@ -74,7 +74,7 @@ fn text() -> Result<(Text, Bpe)> {
     Ok((Text { train: windows(&train)?, validation: windows(&validation)?, test: windows(&test)? }, tokenizer))
 }
 
-/// Tweets as text, one record each; lines of crate sources where the tweets are missing.
+/// Tweets as text, one record each, or lines of crate sources if the tweets are missing.
 fn tweets(tokenizer: &Bpe) -> Result<Text> {
     let of = |name: &str, lines: &dyn Fn() -> Result<Vec<String>>| {
         let lines = match shared(name)? {
@@ -105,14 +105,14 @@ struct Arm {
 }
 
 impl Arm {
-    /// Width d, a hidden width where the layers are dense, experts where they are not.
+    /// An arm of width d, with a hidden width where the layers are dense and experts where they are not.
     fn new(name: &'static str, (layers, d, seq): (usize, usize, usize), hidden: usize, moe: Option<MoeConfig>) -> Arm {
         let mut config = GptConfig::small(VOCAB, seq, layers, d, 4);
         config.n_inner = Some(hidden);
         config.moe = moe.map(|c| vec![Some(c); layers]);
         Arm { name, config }
     }
-    /// Parameters in all, and those that a token meets in products.
+    /// The number of all parameters, and of those that a token is multiplied by.
     fn params(&self) -> Result<(usize, usize)> {
         let all = Gpt::new(self.config.clone(), 0)?.params().count();
         let (d, mut active) = (self.config.n_embd, all - self.config.n_positions * self.config.n_embd);
@@ -121,21 +121,21 @@ impl Arm {
         }
         Ok((all, active))
     }
-    /// FLOPs of a token in training: six for each parameter it meets, and attention over half of the positions.
+    /// FLOPs per token in training: six for each parameter that the token is multiplied by, and attention over half of the positions.
     fn flops(&self) -> Result<f64> {
         let c = &self.config;
         Ok(6.0 * self.params()?.1 as f64 + 7.0 * (c.n_embd * c.n_positions * c.n_layer) as f64)
     }
 }
 
-/// What came of a training run.
+/// The results of a training run.
 struct Curve {
-    /// Tokens, seconds of training, validation loss.
+    /// Number of tokens, seconds of training, validation loss.
     points: Vec<(f64, f64, f64)>,
     test: f64,
-    /// Share of the choices of the first layer by expert, along the run.
+    /// Share of the choices of each expert in the first layer, along the run.
     load: Vec<Vec<f64>>,
-    /// On validation text at the end, the mean over layers: entropy of the load in nats, idle experts.
+    /// On validation text at the end, as means over layers: entropy of the load in nats, and number of idle experts.
     entropy: f64,
     idle: f64,
 }
@@ -146,7 +146,7 @@ fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<(Ten
     model.losses_moe(Array::from_slice(&x, &shape)?, Array::from_slice(&y, &shape)?, ctx)
 }
 
-/// Mean loss in nats per token over at most `most` windows, and the mean entropy and idle experts of the layers.
+/// Mean loss in nats per token over at most `most` windows, and the mean entropy of the load and number of idle experts over the layers.
 fn evaluate(model: &Gpt, w: &Windows, most: usize) -> Result<(f64, f64, f64)> {
     let records: Vec<usize> = shuffled(w.len(), 3).into_iter().take(most).collect();
     let (mut sum, mut load) = (0.0, Vec::<Vec<f64>>::new());
@@ -171,7 +171,7 @@ fn evaluate(model: &Gpt, w: &Windows, most: usize) -> Result<(f64, f64, f64)> {
     Ok((sum / records.len() as f64, mean(&entropy), mean(&idle)))
 }
 
-/// Trains on so many tokens; the same seed has the same initial values and batches in every arm.
+/// Trains on `tokens` tokens. The same seed gives the same initial values and batches in every arm.
 fn train(arm: &Arm, text: &Text, tokens: usize, lr: f64, seed: u64, what: &str) -> Result<Curve> {
     let model = Gpt::new(arm.config.clone(), seed)?;
     let steps = (tokens / (BATCH * SEQ)).max(2) as u64;
@@ -207,7 +207,7 @@ fn train(arm: &Arm, text: &Text, tokens: usize, lr: f64, seed: u64, what: &str) 
     Ok(Curve { points, test: evaluate(&model, &text.test, 256)?.0, load, entropy, idle })
 }
 
-/// The learning rate with the best validation loss in short runs, the same number for every arm.
+/// The learning rate with the best validation loss in short runs. Every arm tries the same number of rates.
 fn choose_rate(arm: &Arm, text: &Text, tokens: usize, rates: &[f64]) -> Result<f64> {
     let mut best = (f64::INFINITY, rates[0]);
     for &lr in rates.iter().filter(|_| rates.len() > 1) {
@@ -219,7 +219,7 @@ fn choose_rate(arm: &Arm, text: &Text, tokens: usize, rates: &[f64]) -> Result<f
     Ok(best.1)
 }
 
-/// A mean and its interval in words; one run has none.
+/// A mean and its interval as text; a single run has no interval.
 fn with_interval(x: &[f64]) -> String {
     match interval(x) {
         (mean, half) if half.is_finite() => format!("{mean:.4} ± {half:.4}"),
@@ -227,7 +227,7 @@ fn with_interval(x: &[f64]) -> String {
     }
 }
 
-/// Whether a is below b: the paired differences, their mean and 95 % interval, and what they say.
+/// The verdict on the claim that a is below b: the paired differences, their mean and 95 % interval, and the conclusion.
 fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
     let (mean, half) = interval(&differences);
@@ -237,7 +237,7 @@ fn verdict(claim: &str, a: &[f64], b: &[f64]) -> Value {
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }
 
-/// The validation loss after so many seconds, between the two points around it.
+/// The validation loss after this number of seconds, interpolated between two points.
 fn at_seconds(points: &[(f64, f64, f64)], seconds: f64) -> f64 {
     let after = points.iter().position(|p| p.1 >= seconds).unwrap_or(points.len() - 1);
     let (b, a) = (points[after], points[after.saturating_sub(1)]);
@@ -287,7 +287,7 @@ fn sparse_and_dense(
         curves.push(runs);
     }
     let test = |arm: usize| curves[arm].iter().map(|r| r.test).collect::<Vec<f64>>();
-    // Of each pair, at the time of the faster.
+    // Of each pair, the losses at the time when the faster one ends.
     let timed = |a: usize, b: usize| -> (Vec<f64>, Vec<f64>) {
         let pairs = curves[a].iter().zip(&curves[b]).map(|(x, y)| {
             let end = |c: &Curve| c.points.last().map_or(0.0, |p| p.1);
@@ -325,7 +325,7 @@ fn sparse_and_dense(
     Ok((rows, verdicts))
 }
 
-/// Coefficients and forms of the balance loss.
+/// Compares forms and coefficients of the balance loss.
 fn balance(
     text: &Text,
     (tokens, seeds, lr): (usize, u64, f64),
@@ -373,7 +373,7 @@ fn balance(
     Ok((rows, verdicts))
 }
 
-/// Steps and validation losses along a private run, its test loss, ε.
+/// The result of a private run: steps and validation losses, test loss, ε.
 type PrivateRun = (Vec<(f64, f64)>, f64, f64);
 
 /// One private run.
@@ -408,7 +408,7 @@ fn train_privately(
     Ok((points, evaluate(&model, &text.test, 512)?.0, spent))
 }
 
-/// Tweets at ε: dense, experts with the balance loss of each sample, experts without.
+/// Tweets at ε, by three models: dense, experts with the balance loss of each sample, and experts without.
 fn private(
     text: &Text,
     (epsilon, steps, batch): (f64, u64, f64),
@@ -453,8 +453,8 @@ fn private(
     Ok((rows, verdicts))
 }
 
-/// With equal experts and renormalised weights the choice cannot matter: the largest difference of the losses of a mixture and
-/// the dense model it was made of.
+/// With equal experts and renormalised weights the choice of experts must not matter. Returns the largest difference between the losses of
+/// such a mixture and of the dense model it was made of.
 fn null_control(text: &Text) -> Result<f64> {
     let shape = (2, 32, SEQ);
     let dense = Gpt::new(Arm::new("dense", shape, 64, None).config, 0)?;
@@ -490,11 +490,11 @@ fn run() -> Result<()> {
     let seeds = of("seeds", 3, "a whole number from 1 to 10", 1..=10);
     let tokens = of("tokens", 1_500_000, "a whole number from 5000 to 100000000", 5_000..=100_000_000) as usize;
     let epsilon = args.get("epsilon", "a positive number, such as 8", |e: &f64| e.is_finite() && *e > 0.0);
-    // Tried by every arm in shorter runs, and chosen by validation.
+    // Every arm tries these rates in shorter runs, and chooses by validation.
     let rate = args.get("rate", "0 or a positive number, such as 0.001", |r: &f64| r.is_finite() && *r >= 0.0);
     let rates = if rate > 0.0 { vec![rate] } else { vec![1e-3, 3e-3] };
     let rates = rates.as_slice();
-    // Of the third experiment: steps, and the expected batch.
+    // For the third experiment: the number of steps, and the expected batch.
     let (steps, batch) = match (full, args.has("quick")) {
         (true, _) => (120, 512.0),
         (_, true) => (3, 64.0),

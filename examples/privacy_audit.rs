@@ -1,6 +1,6 @@
-//! Is it private? Canaries go into the training data by coin flips, an observer of every released gradient guesses which are in,
-//! and the number of right guesses bounds ε from below. Beside it: what the accountant promises, and what the same training
-//! would show with its noise left out.
+//! An audit of private training. Canaries are put into the training data by coin flips, an observer of every released gradient guesses
+//! which are in, and the number of right guesses bounds ε from below. For comparison it prints the accountant's ε, and the result of the
+//! same audit without noise.
 //!
 //! ```text
 //! cargo run --release --example privacy_audit
@@ -32,8 +32,8 @@ const OPTIONS: &[args::Opt] = &[
 const DELTA: f64 = 1e-6;
 const CONFIDENCE: f64 = 0.95;
 
-/// The digits' model, and a parameter that only canaries use: each has a coordinate of its own, which is the strongest
-/// canary there is.
+/// The digits' model, with a parameter that only canaries use. Each canary has a coordinate of its own, which makes it the strongest
+/// possible canary.
 struct Audited {
     mlp: Mlp,
     canary: Param,
@@ -46,8 +46,8 @@ impl Audited {
         let canary = mlp.params.at("canary").param("weight", &[canaries], Init::Zeros)?;
         Ok(Audited { mlp, canary, digits: data.private.len() })
     }
-    /// One loss per record; records past the digits are canaries, with a gradient far above the threshold. A canary whose coin
-    /// said no is not in the data: its loss is constant.
+    /// One loss per record. Records after the digits are canaries, with a gradient far above the threshold. A canary whose coin came up
+    /// tails is not in the data, and its loss is constant.
     fn losses(&self, data: &Data, coins: &[bool], records: &[usize]) -> Result<Tensor> {
         let (n, m) = (records.len(), self.canary.numel());
         let is_digit = |r: usize| r < self.digits;
@@ -86,7 +86,7 @@ fn run() -> Result<()> {
     let (mut released, mut silent) = (vec![0.0; m], vec![0.0; m]);
     for t in 1..=steps {
         let report = step.run(512, |part| {
-            // The same sum before noise: what a step that forgot it would release.
+            // The same sum before noise, as a step without noise would release it.
             let losses = model.losses(&data, &coins, part)?;
             let sums = clipped_gradient(&losses, &params, &ClipStyle::AllLayer, ClipFn::Abadi, 1.0)?;
             let at = params.iter().position(|p| *p == model.canary).unwrap_or_default();

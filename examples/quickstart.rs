@@ -8,8 +8,8 @@
 //! 2. Continues *privately* (ε = 8 by default) on this repository's own files, or on `--private-text DIR`.
 //! 3. Trains the same model privately from scratch, at the same ε, for comparison.
 //!
-//! What is protected is one record: a chunk of `--seq` tokens of the private text. The tokenizer is trained on public
-//! text only. The run folder holds metrics, a plot of the three curves, checkpoints, and a text sample of each model.
+//! What is protected is one record: a chunk of `--seq` tokens of the private text. The tokenizer is trained on public text only. The run
+//! folder has metrics, a plot of the three curves, checkpoints, and a text sample of each model.
 
 #[path = "common/args.rs"]
 mod args;
@@ -33,20 +33,20 @@ use std::path::Path;
 
 const OPTIONS: &[Opt] = &[
     ("private-text", "DIR", "DIR", "folder of private text files; this repository's own by default"),
-    ("epsilon", "8", "8", "privacy budget"),
-    ("delta", "auto", "auto", "below 1/records; a tenth of that by default"),
+    ("epsilon", "8", "8", "privacy budget ε"),
+    ("delta", "auto", "auto", "privacy parameter δ, below 1/records; a tenth of that by default"),
     ("style", "layer-wise", "layer-wise", "clipping: all-layer, layer-wise or parameter-wise"),
-    ("minutes", "2.2", "0.3", "roughly how long: scales the number of steps"),
+    ("minutes", "2.2", "0.3", "approximate duration, which sets the number of steps"),
     ("layers", "2", "2", "transformer blocks"),
     ("width", "128", "128", "model width, a multiple of 32"),
-    ("seq", "64", "64", "tokens of a record"),
-    ("vocab", "1024", "1024", "tokens of the vocabulary, 300 or more"),
+    ("seq", "64", "64", "tokens per record"),
+    ("vocab", "1024", "1024", "size of the vocabulary, 300 or more"),
     ("batch", "128", "128", "expected private batch, in records"),
     ("lr", "0.002", "0.002", "peak learning rate"),
-    ("dtype", "f32", "f32", "of activations while training: f32 or bf16; parameters, norms and sums are f32"),
-    ("seed", "0", "0", "of initial values and public batches (the noise key is secret and fresh)"),
+    ("dtype", "f32", "f32", "dtype of activations in training: f32 or bf16; parameters, norms and sums are f32"),
+    ("seed", "0", "0", "seed of initial values and public batches (the noise key is secret and new in each run)"),
     ("profile", "", "", "print where the time of a few steps goes, and write traces to the run folder"),
-    ("resume", "", "", "go on from the last checkpoint in --out"),
+    ("resume", "", "", "continue from the last checkpoint in --out"),
 ];
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ struct Config {
     dtype: DType,
     seed: u64,
     records: usize,
-    /// Found for the budget and the plan.
+    /// The noise multiplier for the budget and the plan.
     noise_multiplier: Option<f64>,
 }
 
@@ -126,7 +126,7 @@ fn run(args: &Args) -> Result<()> {
     config.records = data.private.len();
     config.delta = match args.text("delta") {
         "auto" => 0.1 / config.records as f64,
-        // Below that the composed ε of both models cannot be told from infinity.
+        // Below this δ, the composed ε of both models cannot be distinguished from infinity.
         _ => args.get("delta", "a number from 1e-15 to below 1", |v| *v >= 1e-15 && *v < 1.0),
     };
     println!(
@@ -142,7 +142,7 @@ fn run(args: &Args) -> Result<()> {
         (_, true) => Existing::Overwrite,
         _ => Existing::Refuse,
     };
-    // Everything about privacy is checked before the folder is touched, and the noise is found once, for both private models.
+    // Everything about privacy is checked before the folder is changed, and the noise multiplier is computed once for both private models.
     let asked = privacy_config(&config)?;
     asked.check()?;
     let rate = asked.expected_batch / asked.records as f64;
@@ -189,7 +189,7 @@ fn run(args: &Args) -> Result<()> {
                 let at = (t % per_epoch) as usize * 32;
                 let batch = &order[at..(at + 32).min(order.len())];
                 let report = step.run_one(|| losses(&model, &data.public, batch, ctx))?;
-                // On a GPU reading the loss waits for the step, so it is not read every time.
+                // On a GPU, reading the loss waits for the step, so it is not read every time.
                 let loss = if t % 8 == 0 { Some(report.loss()?) } else { None };
                 Ok(Taken { loss, epsilon: None, clipped: None })
             })?;
@@ -198,7 +198,7 @@ fn run(args: &Args) -> Result<()> {
             resume(from.take(), &model, &mut step, name)?;
             let p = step.privacy();
             epsilon = p.epsilon(config.private_steps)?;
-            // Both private models are trained on the same records: what they reveal together is their composition.
+            // Both private models are trained on the same records, so what they reveal together is the composition.
             both.record(p.noise_multiplier(), p.rate(), config.private_steps)?;
             println!(
                 "{name}: noise multiplier {:.4}, sensitivity {:.3}, rate {:.4}, {} steps give ε = {epsilon:.3} at δ = {:.1e}",
@@ -209,7 +209,7 @@ fn run(args: &Args) -> Result<()> {
                 config.delta
             );
             run.train(&mut step, &mut folder, &checkpoints, |step, t, ctx| {
-                // The step draws a Poisson batch and hands out at most 64 of its records at a time.
+                // The step draws a Poisson batch and passes at most 64 of its records at a time.
                 let report = step.run(64, |records| losses(&model, &data.private, records, ctx))?;
                 let read = t % 8 == 0;
                 let loss = if read { Some(report.loss()?) } else { None };
@@ -262,9 +262,9 @@ fn public_step(c: &Config, model: &Gpt) -> Result<PlainStep> {
 }
 
 fn private_step(c: &Config, phase: usize, model: &Gpt, key: &[NoiseKey; 2], folder: &Path) -> Result<PrivateStep> {
-    // Each private run has a key of its own: the same noise in two runs would cancel in their difference.
+    // Each private run has its own key, because the same noise in two runs would cancel in their difference.
     let privacy = Privacy::new(privacy_config(c)?, key[phase - 1].clone())?;
-    // On disk before it is taken: a kill cannot make ε look smaller than it is.
+    // A step is on disk before it is taken, so that a kill cannot make ε look smaller than it is.
     let privacy = privacy.log_to(folder.join(format!("privacy-{phase}.jsonl")))?;
     let lr = if phase == 1 { 0.5 * c.lr } else { c.lr };
     PrivateStep::new(&model.params().all(), privacy, AdamW::default(), Schedule::cosine(lr, 5, c.private_steps))
@@ -280,7 +280,7 @@ fn losses(model: &Gpt, w: &Windows, records: &[usize], ctx: &Ctx) -> Result<pris
     model.losses(&Array::from_slice(&x, &shape)?, &Array::from_slice(&y, &shape)?, ctx)
 }
 
-/// Mean loss on held-out private text, in nats per token. Reported for the demonstration; it is not private.
+/// Mean loss on held-out private text, in nats per token. It is reported for the demonstration and is not private.
 fn evaluate(model: &Gpt, w: &Windows) -> Result<f64> {
     let records: Vec<usize> = shuffled(w.len(), 3).into_iter().take(128).collect();
     let mut sum = 0.0;
@@ -291,7 +291,7 @@ fn evaluate(model: &Gpt, w: &Windows) -> Result<f64> {
     Ok(sum / records.len() as f64)
 }
 
-/// Goes on from a checkpoint, if there is one.
+/// Continues from a checkpoint, if there is one.
 fn resume(from: Option<prismgrad::io::Checkpoint>, model: &Gpt, step: &mut impl TrainStep, name: &str) -> Result<()> {
     let Some(checkpoint) = from else { return Ok(()) };
     state::load::<Position>(&checkpoint, model.params(), step)?;
@@ -299,7 +299,7 @@ fn resume(from: Option<prismgrad::io::Checkpoint>, model: &Gpt, step: &mut impl 
     Ok(())
 }
 
-/// What is shown of a step, and logged where the data are public.
+/// The values of a step that are shown, and are logged if the data are public.
 struct Taken {
     loss: Option<f64>,
     epsilon: Option<f64>,
@@ -316,7 +316,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Takes the phase's steps, each by `advance(step, steps taken before, context)`.
+    /// Takes the steps of the phase, each by `advance(step, steps taken before, context)`.
     fn train<S: TrainStep>(
         &self,
         step: &mut S,
@@ -335,7 +335,7 @@ impl Run<'_> {
         let (mut loss, mut session) = (f64::NAN, None);
         while step.steps() < total {
             let t = step.steps();
-            // The second to the fourth step, or what there is of them.
+            // The second to the fourth step are profiled, if there are as many.
             if self.profiled && t == 1 {
                 session = Some(profile::start(&step.flat().device())?);
             }
@@ -370,8 +370,8 @@ impl Run<'_> {
         progress.finish();
         Ok(())
     }
-    /// One line of metrics. Training losses and clipped shares of a private phase look at the records that it protects: they
-    /// are shown while it runs and not written down. The held-out loss is, for this demonstration.
+    /// Writes one line of metrics. Training losses and clipped shares of a private phase depend on the records that it protects: they are
+    /// shown while it runs and not written. The held-out loss is written, for this demonstration.
     fn log(&self, folder: &mut RunFolder, before: u64, step: u64, taken: Option<&Taken>) -> Result<()> {
         #[derive(Serialize)]
         struct Line<'a> {
@@ -392,7 +392,7 @@ impl Run<'_> {
     }
 }
 
-/// `epsilon`: of each private model, and of both together.
+/// Writes the summary. `epsilon` is that of each private model, and `both` that of both together.
 fn finish(c: &Config, data: &Data, folder: &mut RunFolder, (epsilon, both): (f64, f64)) -> Result<()> {
     let metrics = folder.metrics()?;
     let curve = |phase: usize| -> Vec<(f64, f64)> {

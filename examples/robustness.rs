@@ -1,4 +1,4 @@
-//! The illusion of robustness: attacks on text classifiers as they are served, calibrated, and on the margin.
+//! The illusion of robustness: attacks on text classifiers as served, after calibration, and on the margin.
 //!
 //! ```text
 //! cargo run --release --example robustness
@@ -43,17 +43,17 @@ const OPTIONS: &[args::Opt] = &[
     ("seed", "0", "0", "the first seed"),
     ("csv", "none", "none", "attack texts of your own, from a file of text,label"),
     ("model", "none", "none", "folder of a model that this example wrote, for --csv; none trains a bag on the file"),
-    ("temperature", "1", "1", "what the logits are divided by in the served model, for --csv"),
+    ("temperature", "1", "1", "temperature by which the served model divides its logits, for --csv"),
     (
         "export",
         "none",
         "none",
         "write a small model, texts and candidates for benches/peers/textattack_verdicts.py here",
     ),
-    ("timing", "none", "none", "time the attacks on what --export wrote here"),
-    ("full", "", "", "the tables of docs/results/robustness.md: encoder and tweets with all texts"),
+    ("timing", "none", "none", "time the attacks on the folder that --export wrote"),
+    ("full", "", "", "makes the tables of docs/results/robustness.md: encoder and tweets with all texts"),
 ];
-/// Of the misspellings.
+/// Seed of the misspellings.
 const SPELLING: u64 = 5;
 const PLAIN: Score = Score::Probability(Precision::F32);
 
@@ -71,8 +71,8 @@ impl Data {
     }
 }
 
-/// What is there without the shared data: comments of the crates that this project was built from. The classes are the two crates with
-/// most of them; words that stand in the same places take the place of synonyms.
+/// A substitute for the shared data: comments of the crates that this project was built from. The classes are the two crates with the most
+/// comments, and words that occur in the same contexts serve as synonyms.
 fn substitute() -> Result<(Data, Synonyms)> {
     let corpus = CrateSources::new().max_bytes(8 << 20).load()?;
     let mut by: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -103,7 +103,7 @@ fn substitute() -> Result<(Data, Synonyms)> {
     Ok((Data::of("comments", set.split()), synonyms))
 }
 
-/// How a model of this kind is trained by default; the epochs were chosen on validation texts, the rates are usual ones.
+/// The default training of a model of this kind. The epochs were chosen on validation texts; the rates are common ones.
 fn training(architecture: Architecture, seed: u64) -> Training {
     let lr = if architecture == Architecture::Bag { 3e-3 } else { 1e-3 };
     Training { epochs: 3, lr, seed, ..Training::default() }
@@ -117,7 +117,7 @@ fn train(data: &Data, architecture: Architecture, training: &Training) -> Result
     let model = Classifier::new(config, Vocabulary::of_texts(&data.train.texts, 2, 20_000), training.seed)?;
     let steps = (training.epochs as u64).max(1);
     if architecture == Architecture::Bag {
-        // A second or so, very often.
+        // This takes about a second.
         training.run(&model, &data.train, |_, _| {})?;
         return Ok(model);
     }
@@ -127,15 +127,15 @@ fn train(data: &Data, architecture: Architecture, training: &Training) -> Result
     Ok(model)
 }
 
-/// Whether a number is above a limit in every seed's run beyond chance: the mean difference and its 95 % interval.
+/// The verdict on the claim that a number is above a limit, from its mean and 95 % interval over seeds.
 fn verdict(claim: &str, values: &[f64], limit: f64) -> Value {
     let (mean, half) = interval(&values.iter().map(|v| v - limit).collect::<Vec<_>>());
     let word = match () {
-        // Equal in every run.
+        // The values are equal in every run.
         _ if values.len() > 1 && half == 0.0 && mean >= 0.0 => "holds",
         _ if mean - half > 0.0 => "holds",
         _ if mean + half < 0.0 => "contradicted",
-        // One seed has no interval.
+        // A single seed has no interval.
         _ => "undecided",
     };
     println!("{claim}: {word} ({:.2} on average, {} seeds)", mean + limit, values.len());
@@ -143,7 +143,7 @@ fn verdict(claim: &str, values: &[f64], limit: f64) -> Value {
     json!({"claim": claim, "verdict": word, "mean": mean + limit, "half_interval": half, "seeds": values.len()})
 }
 
-/// Whether a number stays at or below a limit.
+/// The verdict on the claim that a number stays at or below a limit.
 fn below(claim: &str, values: &[f64], limit: f64) -> Value {
     let negative: Vec<f64> = values.iter().map(|v| -v).collect();
     let mut v = verdict(claim, &negative, -limit);
@@ -163,7 +163,7 @@ fn row(report: &Report, paper: Option<&Attacked>) -> Value {
     })
 }
 
-/// What is attacked with what.
+/// The model, the attacks and the settings of an experiment.
 struct Study<'a> {
     attacks: [Attack<'a>; 2],
     /// A third attack, of the bag model on film reviews in the experiment on the illusion alone: its candidates come from vectors of the
@@ -193,7 +193,7 @@ fn illusion(
         (_, true, _) => &[1e-4, 1e-2, 0.5, 1.0, 2.0, 1e3, 1e6, 1e7, 1e9],
         _ => &[1e-4, 1e-2, 1.0, 1e9],
     };
-    // The margin is tried further out.
+    // The margin is also tested at more extreme temperatures.
     let extremes: &[f64] = if bag { &[1e-6, 1e9] } else { &[] };
     let name = format!("{}, {}", data.name, if bag { "bag" } else { "encoder" });
     let (test, few) = (data.test.sample(count, 3), data.validation.sample(if bag { 200 } else { 60 }, 4));
@@ -324,8 +324,8 @@ fn illusion(
     Ok((rows, verdicts))
 }
 
-/// The planted defect of this experiment would be an evaluator that takes classes from scaled probabilities: every found text must be
-/// read by the model itself as the attack says.
+/// Checks that the model itself predicts, for every text that an attack found, the class that the attack reports. An evaluator that took
+/// classes from scaled probabilities would fail here.
 fn judged_by_the_model(model: &Classifier, set: &TextSet, attacked: &Attacked) -> Result<()> {
     let texts: Vec<Text> = attacked.found.iter().zip(&set.texts).map(|(f, t)| f.text(t)).collect();
     let differ = model.predict(&texts)?.iter().zip(&attacked.found).filter(|(a, f)| **a != f.label).count();
@@ -352,7 +352,7 @@ fn reliability_plot(one: &Report, other: &Report, t: f64, folder: &RunFolder, se
         .map(drop)
 }
 
-/// Equal cost: accuracy under attack against the budget of queries, for three ways to look at the same model.
+/// At equal cost: accuracy under attack against the budget of queries, for three scores of the same model.
 fn budgets(study: &Study, data: &Data, folder: &RunFolder) -> Result<Vec<Value>> {
     let model = train(data, Architecture::Bag, &training(Architecture::Bag, study.seeds[0]))?;
     model.save(folder.path().join("model"), None)?;
@@ -379,7 +379,7 @@ fn budgets(study: &Study, data: &Data, folder: &RunFolder) -> Result<Vec<Value>>
             .y_label("accuracy under attack, %")
             .save(folder.plot(&format!("queries-{}", attack.name().to_lowercase())))?;
     }
-    // The page and the terminal's view of attacked texts.
+    // The page and the terminal output of attacked texts.
     let attack = &study.attacks[0];
     let some = test.sample(40.min(test.len()), 7);
     let columns = [
@@ -409,7 +409,7 @@ fn budgets(study: &Study, data: &Data, folder: &RunFolder) -> Result<Vec<Value>>
     Ok(rows)
 }
 
-/// What makes models look robust by accident, and which flags say so.
+/// Causes that make models look robust by accident, and the flags that reveal them.
 fn accidents(study: &Study, data: &Data, folder: &mut RunFolder) -> Result<Vec<Value>> {
     let base = training(Architecture::Bag, 0);
     let longer = Training { epochs: 4 * base.epochs, ..base.clone() };
@@ -461,7 +461,7 @@ fn accidents(study: &Study, data: &Data, folder: &mut RunFolder) -> Result<Vec<V
     Ok(rows)
 }
 
-/// Training temperatures beside adversarial training and augmentation.
+/// Training temperatures, compared with adversarial training and augmentation.
 fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> Result<(Vec<Value>, Vec<Value>)> {
     let base = training(Architecture::Bag, 0);
     let rates: &[f64] = if study.full { &[1e-3, 3e-3, 1e-2] } else { &[3e-3] };
@@ -470,7 +470,7 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
     for &temperature in temperatures {
         arms.push((format!("training T = {temperature}"), Training { temperature, ..base.clone() }, false));
     }
-    // An adversarial step costs about four plain ones: the same cost is four times the epochs.
+    // An adversarial step costs about four plain ones, so the control of equal cost has four times the epochs.
     arms.push(("plain, four times the epochs".into(), Training { epochs: 4 * base.epochs, ..base.clone() }, false));
     for radius in if study.quick { vec![0.03] } else { vec![0.01, 0.03, 0.1] } {
         arms.push((
@@ -483,7 +483,7 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
     let test = data.test.sample(study.texts, 3);
     let mut rows = Vec::new();
     let mut calibrated: Vec<[Vec<f64>; 2]> = Vec::new();
-    // The training temperature is chosen by validation texts under attack, calibrated.
+    // The training temperature is chosen on validation texts under attack, after calibration.
     let chosen_by = data.validation.sample(study.texts.min(200), 3);
     let mut validated = vec![0.0; temperatures.len()];
     let mut curves: [Vec<(f64, f64, f64)>; 2] = Default::default();
@@ -607,7 +607,7 @@ fn training_temperature(study: &Study, data: &Data, folder: &mut RunFolder) -> R
     Ok((rows, verdicts))
 }
 
-/// The user's own texts and model.
+/// Evaluates the user's own texts and model.
 fn own(args: &args::Args, csv: &str, synonyms: &Synonyms) -> Result<()> {
     let temperature: f64 =
         args.get("temperature", "a positive number, such as 0.01", |t: &f64| t.is_finite() && *t > 0.0);
@@ -621,7 +621,7 @@ fn own(args: &args::Args, csv: &str, synonyms: &Synonyms) -> Result<()> {
         }
         let data = Data { name: "your texts", train: train_set, validation, test };
         let base = training(Architecture::Bag, 0);
-        // As many steps as the film reviews have, however few the texts.
+        // The number of steps is that for the film reviews, however few the texts are.
         let epochs = base.epochs.max(25_600 / data.train.len().max(1)).min(100);
         let model = train(&data, Architecture::Bag, &Training { epochs, ..base })?;
         (model, data.validation, data.test)
@@ -652,7 +652,7 @@ fn own(args: &args::Args, csv: &str, synonyms: &Synonyms) -> Result<()> {
     folder.finish(&json!({"reports": summary}))
 }
 
-/// A small model in 16 bits, 200 test texts and their candidates, for the script that asks TextAttack the same questions.
+/// Writes a small model in 16 bits, 200 test texts and their candidates, for the script that runs TextAttack on the same inputs.
 fn export(path: &Path, data: &Data, synonyms: &Synonyms) -> Result<()> {
     let config = ModelConfig { width: 16, hidden: 16, ..ModelConfig::bag(&data.train.classes) };
     let model = Classifier::new(config, Vocabulary::of_texts(&data.train.texts, 2, 3000), 0)?;
@@ -675,7 +675,7 @@ fn export(path: &Path, data: &Data, synonyms: &Synonyms) -> Result<()> {
     Ok(())
 }
 
-/// Seconds a text of both attacks on an exported folder, as JSON.
+/// Seconds per text of both attacks on an exported folder, as JSON.
 fn timing(path: &Path, data: &Data, synonyms: &Synonyms) -> Result<()> {
     let model = Classifier::load(path)?;
     let set = data.test.sample(200, 11);

@@ -1,13 +1,13 @@
-//! Fewer experts after training, chosen for a task: UNCURL (Sarkar et al. 2024) beside its rivals, on real text.
+//! Reduction of experts after training, chosen for a task: UNCURL (Sarkar et al. 2024) beside other methods, on real text.
 //!
 //! ```text
 //! cargo run --release --example uncurl
 //! ```
 //!
-//! A language model with mixtures of experts is trained on several domains and reduced for each of three tasks; reduced models are
-//! compared with each other and with small models that were trained from the start. Writes `plots/methods`, `plots/threshold`,
-//! `plots/similarity`, `plots/domains` (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes the tables of
-//! `docs/results/uncurl.md`. With `--mixtral DIR --text FILE --keep N` it reduces a Mixtral folder on a text of yours instead.
+//! A language model with mixtures of experts is trained on several domains and reduced for each of three tasks; reduced models are compared
+//! with each other and with small models that were trained from the start. Writes `plots/methods`, `plots/threshold`, `plots/similarity`,
+//! `plots/domains` (`.svg` and `.png`) and `summary.json` to the run folder. `--full` makes the tables of `docs/results/uncurl.md`. With
+//! `--mixtral DIR --text FILE --keep N` it reduces the Mixtral model in a folder for a text of your own instead.
 
 #[path = "common/args.rs"]
 mod args;
@@ -37,7 +37,7 @@ const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of everything, paired by seed; 3 with --full"),
     ("tokens", "600000", "16384", "tokens of pre-training of each model; 2000000 with --full"),
     ("steps", "60", "3", "steps of fine-tuning; 120 with --full"),
-    ("full", "", "", "the tables of docs/results/uncurl.md: three seeds, 8 and 16 experts, all methods"),
+    ("full", "", "", "makes the tables of docs/results/uncurl.md: three seeds, 8 and 16 experts, all methods"),
     ("mixtral", "none", "none", "a folder with a Mixtral model, to be reduced instead"),
     ("text", "none", "none", "with --mixtral: a file of token ids, separated by spaces, of the task"),
     ("keep", "4", "4", "with --mixtral: experts that stay in each layer"),
@@ -50,7 +50,7 @@ fn config(vocab: usize, experts: usize) -> GptConfig {
     c
 }
 
-/// Trains on all domains alike; the same seed has the same batches for every number of experts.
+/// Trains on all domains equally. The same seed has the same batches for every number of experts.
 fn pretrain(domains: &[Domain], vocab: usize, experts: usize, tokens: usize, seed: u64) -> Result<Gpt> {
     let model = Gpt::new(config(vocab, experts), seed)?;
     let steps = (tokens / (BATCH * SEQ)).max(2) as u64;
@@ -76,7 +76,7 @@ fn pretrain(domains: &[Domain], vocab: usize, experts: usize, tokens: usize, see
     Ok(model)
 }
 
-/// A fresh model with the same values.
+/// A new model with the same values.
 fn copy(model: &Gpt) -> Result<Gpt> {
     let new = Gpt::new(model.config().clone(), 0)?;
     for (to, from) in new.params().all().iter().zip(model.params().all()) {
@@ -90,8 +90,8 @@ fn statistics(model: &Gpt, batches: Vec<Batch>) -> Result<Statistics> {
     observe(model, batches.into_iter().map(Ok), &Observe::default())
 }
 
-/// Mutual information of expert and domain in bits, of each layer with experts: what specialisation there is to keep. And the share of
-/// each domain's tokens by expert in the last such layer.
+/// The mutual information of expert and domain in bits, for each layer with experts, which measures how specialised the experts are. Also
+/// the share of each domain's tokens by expert in the last such layer.
 fn specialisation(model: &Gpt, domains: &[Domain]) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
     let all = domains.iter().map(|d| statistics(model, d.batches(8)?)).collect::<Result<Vec<_>>>()?;
     let layers = (0..all[0].layers.len()).filter(|&l| all[0].layers[l].is_some());
@@ -112,7 +112,7 @@ fn specialisation(model: &Gpt, domains: &[Domain]) -> Result<(Vec<f64>, Vec<Vec<
     Ok((layers.iter().map(|&l| bits(shares(l))).collect(), last))
 }
 
-/// One cell of the tables: what was done, to which task, and what came of it.
+/// One cell of the tables: the method, the task, and the result.
 #[derive(Clone)]
 struct Cell {
     experiment: &'static str,
@@ -136,7 +136,7 @@ impl Cell {
     }
 }
 
-/// What a run has so far.
+/// The results of a run so far.
 struct Bench<'a> {
     tasks: &'a [Task],
     steps: u64,
@@ -145,7 +145,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Fine-tunes a copy of a model on each task that `reduced` gives one for, and reads its test set.
+    /// Fine-tunes a copy of a model on each task for which `reduced` gives one, and evaluates it on the task's test set.
     fn run(
         &mut self,
         (experiment, from, to, seed): (&'static str, usize, usize, u64),
@@ -180,7 +180,7 @@ impl Bench<'_> {
         println!("{experiment}: {from} to {to}, {method}, {}: {}", router.name(), line.join(", "));
         Ok(())
     }
-    /// For each seed, the difference of two arms' test losses, the mean over tasks.
+    /// For each seed, the difference between two arms' test losses, averaged over tasks.
     fn paired(&self, a: impl Fn(&Cell) -> bool, b: impl Fn(&Cell) -> bool) -> Vec<f64> {
         let mut of: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for x in self.cells.iter().filter(|c| a(c)) {
@@ -192,7 +192,7 @@ impl Bench<'_> {
     }
 }
 
-/// What paired differences say of the claim that they are below 0.
+/// The verdict on the claim that paired differences are below 0.
 fn verdict(claim: String, differences: &[f64]) -> Value {
     let (mean, half) = interval(differences);
     let word = study::word(-mean, half);
@@ -205,7 +205,7 @@ fn verdict(claim: String, differences: &[f64]) -> Value {
     })
 }
 
-/// A reduction for a task: statistics, plan, new model.
+/// Reduces a model for a task: plan, then new model.
 fn reduce(model: &Gpt, stats: &Statistics, to: usize, method: Method, router: RouterInit, seed: u64) -> Result<Gpt> {
     plan(model, stats, to, method, router, seed)?.apply(model)
 }
@@ -214,7 +214,7 @@ fn plan(model: &Gpt, stats: &Statistics, to: usize, method: Method, router: Rout
     Reduce { method, router, seed, ..Reduce::new(Keep::Same(to)) }.plan(model, stats)
 }
 
-/// Every experiment with one full model and the native ones.
+/// All experiments with one full model and the native ones.
 fn study(
     bench: &mut Bench,
     domains: &[Domain],
@@ -276,7 +276,7 @@ fn study(
     Ok(())
 }
 
-/// The step times of a reduced model and a native one of its size, in turn: medians in milliseconds.
+/// Step times of a reduced model and a native one of its size, taken in turn, as medians in milliseconds.
 fn step_times(native: &Gpt, reduced: &Gpt) -> Result<(f64, f64)> {
     let ids = Array::generate(&[BATCH, SEQ], prismgrad::DType::U32, |i| (i * 31 % 500) as f64);
     let mut steps = Vec::new();
@@ -349,7 +349,7 @@ fn plots(
     }
     lines = lines.series(Series::new("equal", vec![(2.0, 0.0), (4.0, 0.0)]).dashed());
     lines.y_label("UNCURL − native, test loss").save(bench.folder.plot("threshold"))?;
-    // Experts in the order of the clusters of the first task, in the last layer.
+    // The experts of the last layer in the order of the clusters for the first task.
     let stats = statistics(full, bench.tasks[0].batches()?)?;
     let reduced = plan(full, &stats, large / 2, Method::Uncurl, RouterInit::Keep, 0)?;
     if let (Some(Some(layer)), Some(Some(stats))) = (reduced.layers.get(2), stats.layers.get(2)) {
@@ -382,7 +382,7 @@ fn plots(
     Ok(())
 }
 
-/// Reduces a Mixtral folder on a file of token ids, and writes the result beside it.
+/// Reduces the Mixtral model in a folder for a file of token ids, and writes the result beside it.
 fn mixtral(args: &args::Args, keep: usize) -> Result<()> {
     let (dir, text) = (args.text("mixtral"), args.text("text"));
     if text == "none" {
@@ -414,7 +414,7 @@ fn mixtral(args: &args::Args, keep: usize) -> Result<()> {
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("uncurl", "Fewer experts after training, chosen for a task.", OPTIONS);
+    let args = args::Args::parse("uncurl", "Reduces the experts of a trained model for a task.", OPTIONS);
     let (full, quick) = (args.has("full"), args.has("quick"));
     if full && quick {
         args::fail("--full and --quick exclude each other");
@@ -526,8 +526,8 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// For each number of experts the largest factor at which the reduced model is not above the native one, and what that says of the
-/// claim that it does not rise with the number of experts.
+/// For each number of experts, the largest factor at which the reduced model is not above the native one, with the verdict on the claim
+/// that this factor does not rise with the number of experts.
 fn threshold(bench: &Bench, sizes: &[usize]) -> Value {
     let critical = |from: usize| -> usize {
         let below = |f: &usize| {

@@ -1,12 +1,12 @@
-//! What a GPT of any size needs on any number of ranks, before there is a machine for it.
+//! A plan of the memory, traffic and time that a GPT of any size needs on any number of ranks, made without running it.
 //!
 //! ```text
 //! cargo run --release --example zero_plan -- --layers 96 --width 12288 --heads 96 --ranks 1024
 //! ```
 //!
-//! Plans a step at each stage of ZeRO, privately and not: bytes of a rank, bytes that it sends, seconds. The rate of a rank and what
-//! private training costs are measured on this machine unless they are given. Before that, plans of four small models are held beside
-//! what their steps took. Writes `plots/memory` and `plots/seconds` (`.svg` and `.png`) and `summary.json` to the run folder.
+//! It plans a step at each stage of ZeRO, privately and not: bytes of a rank, bytes that it sends, and seconds. The speed of a rank and the
+//! cost of private training are measured on this machine unless they are given. Before that, plans of four small models are compared with
+//! measurements of their steps. Writes `plots/memory` and `plots/seconds` (`.svg` and `.png`) and `summary.json` to the run folder.
 
 #[path = "common/args.rs"]
 mod args;
@@ -28,15 +28,15 @@ const OPTIONS: &[args::Opt] = &[
     ("layers", "40", "40", "layers of the model"),
     ("width", "5120", "5120", "width of the model"),
     ("heads", "40", "40", "attention heads"),
-    ("vocab", "50257", "50257", "tokens of the vocabulary"),
-    ("seq", "2048", "2048", "tokens of a record"),
+    ("vocab", "50257", "50257", "size of the vocabulary"),
+    ("seq", "2048", "2048", "tokens per record"),
     ("ranks", "64", "64", "ranks, one for each device"),
     ("records", "1", "1", "records of a microbatch"),
     ("microbatches", "4", "4", "microbatches of a rank in a step"),
     ("bandwidth", "25", "25", "GB/s that a rank sends and receives"),
-    ("latency", "20", "20", "microseconds of a collective"),
-    ("tflops", "measured", "measured", "TFLOP/s of a rank in a training step; by default what this machine does"),
-    ("device-memory", "80", "80", "GB of a rank's device, for the verdict whether it fits"),
+    ("latency", "20", "20", "latency of a collective in microseconds"),
+    ("tflops", "measured", "measured", "TFLOP/s of a rank in a training step; by default the rate of this machine"),
+    ("device-memory", "80", "80", "GB of memory of a rank's device, for the verdict whether the model fits"),
 ];
 const STAGES: [(Stage, &str); 4] = [
     (Stage::Replicated, "stage 0"),
@@ -44,22 +44,22 @@ const STAGES: [(Stage, &str); 4] = [
     (Stage::Gradients, "stage 2"),
     (Stage::Parameters, "stage 3"),
 ];
-/// Ways of training: a name, and the style if it is private.
+/// Ways of training: a name, and the clipping style if it is private.
 const WAYS: [(&str, Option<ClipStyle>); 3] = [
     ("plain", None),
     ("private, layer-wise", Some(ClipStyle::LayerWise)),
     ("private, all layers", Some(ClipStyle::AllLayer)),
 ];
 
-/// A step that was taken.
+/// The measurements of a step.
 struct Taken {
-    /// Bytes: of the model's state, and most of activations, factors and scratch.
+    /// Bytes of the model's state, and the peak of activations, factors and scratch.
     state: usize,
     working: usize,
     seconds: f64,
 }
 
-/// The second of two steps of a model on `records` records, alone.
+/// Measures the second of two steps of a model on `records` records, on one rank.
 fn take(config: &GptConfig, records: usize, style: &Option<ClipStyle>) -> Result<Taken> {
     let model = Gpt::new(config.clone(), 0)?;
     let (params, schedule) = (model.params().all(), Schedule::constant(1e-3));
@@ -101,15 +101,19 @@ fn take(config: &GptConfig, records: usize, style: &Option<ClipStyle>) -> Result
     last.ok_or_else(|| Error::Invalid { op: "zero_plan", message: "no step was taken".into() })
 }
 
-/// Bytes of activations and factors of a microbatch: what the forward pass keeps, and the gradient of the logits. On the way back each layer
-/// gives up as many bytes as the factors take that a private step keeps of it: the input of each of its products is kept in both cases,
-/// and the gradient of each output takes the place of what it is the gradient of.
+/// Bytes of activations and factors of a microbatch: what the forward pass keeps, and the gradient of the logits. In the backward pass each
+/// layer frees as many bytes as a private step's factors for it take: the input of each of its products is kept in both cases, and the
+/// gradient of each output takes the place of the output.
 fn working(c: &GptConfig, records: usize) -> usize {
     records * (span_cost(c, c.n_positions).activation_bytes + 4 * c.n_positions * c.vocab_size)
 }
 
 fn run() -> Result<()> {
-    let args = args::Args::parse("zero_plan", "What a model needs on several ranks, at each stage of ZeRO.", OPTIONS);
+    let args = args::Args::parse(
+        "zero_plan",
+        "Plans the memory, traffic and time of a model on several ranks, at each stage of ZeRO.",
+        OPTIONS,
+    );
     let count = |name: &str, most: usize| {
         args.get(name, &format!("a whole number from 1 to {most}"), |n: &usize| (1..=most).contains(n))
     };
@@ -166,7 +170,7 @@ fn run() -> Result<()> {
             );
             if way == 0 {
                 plain = taken.seconds;
-                // That of the largest model is the last one.
+                // The last model is the largest, so its rate is the one that stays.
                 rate = 3.0 * flops / taken.seconds;
             }
             cost[way] = taken.seconds / plain;

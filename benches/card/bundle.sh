@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds what a machine with a card, but without cargo, needs: stripped tests and benchmarks, the PyTorch side, one command.
+# Builds a bundle for a machine with a card but without cargo: stripped tests and benchmarks, the PyTorch scripts, and one command.
 #
 #   benches/card/bundle.sh            # makes target/card.tar.gz
 #   tar xzf card.tar.gz && card/run.sh   # there: needs a driver and NVRTC; PyTorch and compute-sanitizer if they are there
@@ -11,7 +11,7 @@ mkdir -p "$out"
 tests=(cuda cuda_device cuda_blas engine)
 cargo build --release --example bench_cases
 cp target/release/examples/bench_cases "$out/"
-# The tests are those of the emulated device; PRISMGRAD_ON_CARD=1 gives them the real one.
+# The tests are those of the emulated device; with PRISMGRAD_ON_CARD=1 they use the real one.
 args=()
 for t in "${tests[@]}"; do args+=(--test "$t"); done
 cargo test --release --features emulator --no-run --message-format=json "${args[@]}" 2>/dev/null |

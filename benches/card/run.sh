@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a bundle on a machine with a card: all suites, compute-sanitizer, the benchmarks beside PyTorch; one table at the end.
+# Runs a bundle on a machine with a card: all suites, compute-sanitizer, and the benchmarks beside PyTorch, with a table at the end.
 #
 #   card/run.sh [folder for the results]
 #
-# PRISMGRAD_NVRTC names the folder of libnvrtc where it is not found by itself. Exits 1 if a suite fails.
+# PRISMGRAD_NVRTC names the folder of libnvrtc if it is not found automatically. The exit status is 1 if a suite fails.
 set -uo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${1:-$PWD/card-results}"
@@ -28,7 +28,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>
 
 for t in "$here"/test_cuda*; do suite "$(basename "$t")" "$t"; done
 suite "test_devices" "$here/test_engine" devices::
-# A fault is reported by the launch that caused it, and guarded memory catches what strays out of a block.
+# A fault is reported by the launch that caused it, and guarded memory detects accesses outside a block.
 for mode in guard poison; do
   suite "test_cuda_ops_$mode" env PRISMGRAD_CUDA_POOL=$mode PRISMGRAD_CUDA_SYNC=1 "$here/test_cuda" ops::
 done

@@ -1,4 +1,4 @@
-"""One table of a card's results: table.py FOLDER (prismgrad.jsonl, torch.jsonl, card.txt)."""
+"""Prints a table of a card's results: table.py FOLDER (with prismgrad.jsonl, torch.jsonl and card.txt)."""
 import json, pathlib, sys
 
 folder = pathlib.Path(sys.argv[1])

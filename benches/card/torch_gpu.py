@@ -1,4 +1,4 @@
-"""PyTorch on the card, the same cases as bench_cases, f32 with tf32 off: one JSON line each (case, or case@compile)."""
+"""Runs the cases of bench_cases with PyTorch on the card, in f32 with tf32 off. Prints one JSON line each (case, or case@compile)."""
 import json, time
 import torch, torch.nn.functional as F
 
@@ -70,7 +70,7 @@ def gpt(name, vocab, t, layers, d, heads, tied):
 
         try:
             bench(f"gpt/{name}{how}", step)
-        except Exception as e:  # no compiler on the machine, or no memory: the others still count
+        except Exception as e:  # there may be no compiler or not enough memory; the other cases still run
             print(json.dumps(dict(tool="torch", case=f"skipped {name}{how}", median_ms=9e9, min_ms=9e9, why=str(e)[:200])))
         del model, opt
         torch.cuda.empty_cache()

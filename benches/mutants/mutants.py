@@ -1,11 +1,11 @@
-"""Careless edits, one alive at a time: which of them does no test notice?
+"""Mutation tests: careless edits are made one at a time, and those that no test detects are listed.
 
     python3 benches/mutants/mutants.py [--only 3,17] [--list] [--out target/mutants]
 
-The tree is copied to the output folder, and all edits of the list below are put into the copy at once, each asleep: where an edit says
-M0, the copy asks whether this mutant is awake. So everything is compiled once. Then the tests run once for each mutant with its number
-in PRISMGRAD_MUTANT, the test binaries that ought to notice it. A line for each; the survivors are listed at the end. The exit status is
-1 if more than 3 % survive. It takes about an hour on two cores: a nightly command.
+The tree is copied to the output folder, and all edits of the list below are put into the copy at once. Each is inactive at first: where an
+edit has M0, the copy checks whether this mutant is active. So everything is compiled once. Then, for each mutant, the test binaries that
+should detect it run with its number in PRISMGRAD_MUTANT. Each mutant gives a line of output, and the survivors are listed at the end. The
+exit status is 1 if more than 3 % survive. It takes about an hour on two cores, so it is a nightly command.
 """
 
 import argparse, json, os, re, subprocess, sys, time
@@ -13,9 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# (file below src, text that occurs in it once, edit with M0, M1, … for its mutants, what they do, the files of tests that ought to notice).
-# An edit of several places has a tuple of texts and one of edits. Tests after a + are built with the feature `emulator`; of a binary that
-# takes long, what follows a colon is part of the names of the tests that run.
+# Each entry: (file below src, text that occurs in it once, edit with M0, M1, … for its mutants, what they do, the test files that should
+# detect them). An edit in several places has a tuple of texts and a tuple of edits. Tests after a + are built with the feature `emulator`.
+# After a colon, a slow binary has a part of the names of the tests that should run.
 EDITS = [
     ("privacy/clip.rs", "ClipFn::Abadi => threshold / n,", "ClipFn::Abadi => (if M0 { 2.0 } else { 1.0 }) * threshold / n,",
      ["Abadi clips to twice the threshold"], "lib:clip sensitivity"),
@@ -39,7 +39,7 @@ EDITS = [
     ("step/noise.rs", "self.gradient_noise_multiplier() * self.sensitivity()",
      "(if M0 { 0.5 } else { 1.0 }) * self.gradient_noise_multiplier() * (if M1 { 1.0 } else { self.sensitivity() })",
      ["noise halved", "noise without the sensitivity"], "privacy training"),
-    # The step goes into the key of a release and into the stream that is drawn under it; either alone keeps steps apart.
+    # The step is part of the key of a release and of the stream that is drawn with it; either of them is enough to separate steps.
     ("step/noise.rs", ("_ => key.for_release(step, context, sum),", "add_gaussian::<T>(key, step, first as u64, std,"),
      ("_ => key.for_release(if M0 { 0 } else { step }, if M1 { [0; 4] } else { context }, if M2 { [0; 4] } else { sum }),",
       "add_gaussian::<T>(key, if M0 { 0 } else { step }, first as u64, std,"),
@@ -103,7 +103,7 @@ EDITS = [
     ("privacy/log.rs", "match file.try_lock() {", "match if M0 { Ok(()) } else { file.try_lock() } {", ["the log is not locked"], "budget"),
     ("privacy/accountant/mod.rs", "s.sigma == sigma && s.rate == rate", "s.sigma == sigma && (M0 || s.rate == rate)",
      ["steps of one σ merged whatever their rate"], "accountant:rates"),
-    # Removing a record costs more than adding one wherever this was looked at, so that leaving out the other direction changes nothing.
+    # Removing a record costs more than adding one in all cases that were examined, so that leaving out the other direction changes nothing.
     ("privacy/accountant/mod.rs", "        let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).fold(0.0, f64::max);",
      "        let epsilon = self.composed(Aim::Delta(delta))?.iter().map(|c| c.epsilon(delta)).rev().take(if M0 { 1 } else { 9 }).fold(0.0, f64::max) * if M1 { 0.998 } else { 1.0 };",
      ["only adding a record is compared, not removing one", "ε 0.2 % too small"], "accountant:mixed_runs:finer_grids"),
@@ -162,14 +162,14 @@ EDITS = [
     ("step/flat.rs", "decay: p.shape().len() > 1", "decay: M0 || p.shape().len() > 1", ["biases and gains count as matrices"], "training:optimizers"),
     ("train/state.rs", "if state.privacy != now {", "if state.privacy != now && !M0 {",
      ["a checkpoint loads under another privacy setting"], "all_or_nothing"),
-    # Survives: what has been written and not synced is lost by a power cut alone, which no test here can make.
+    # This mutant survives: data that are written and not synced are lost only by a power cut, which no test here can cause.
     ("privacy/log.rs", ".and_then(|()| file.sync_data())", ".and_then(|()| if M0 { Ok(()) } else { file.sync_data() })",
      ["a release is in the log and not yet on the disk"], "budget"),
 ]
 
 
 def place(copy):
-    """Brings the copy up to date, with every edit in it; what has not changed is not written, so that it is not compiled again.
+    """Brings the copy up to date, with every edit in it. Unchanged files are not written, so that they are not compiled again.
     Returns (number, file, what, tests) of each mutant."""
     files = [f for name in ["src", "tests", "cuda", "examples", "benches", "docs"] for f in (ROOT / name).rglob("*") if f.is_file()]
     files = [f for f in files if f != Path(__file__).resolve()]
@@ -205,7 +205,7 @@ pub fn mutant(number: u32) -> bool {
 
 
 def binary(name):
-    """The test binary of a name of the list: a file of tests/, or a file in one of its folders, which is a binary together."""
+    """The test binary for a name in the list: a file in tests/, or the folder below tests/ that has the file, which is one binary."""
     module = name.split(":")[0]
     files = (ROOT / "tests").glob(f"*/{module.removeprefix('+')}.rs")
     inside = next((f for f in files if f.parent.name not in ("common", "cuda")), None)
@@ -213,7 +213,7 @@ def binary(name):
 
 
 def filters(name):
-    """Which tests of that binary run."""
+    """The names of the tests of that binary that should run."""
     module, *some = name.split(":")
     return some or ([] if binary(name) == module else [module.removeprefix("+") + "::"])
 

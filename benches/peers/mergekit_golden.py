@@ -1,11 +1,11 @@
-"""Writes tests/data/mergekit.safetensors: a small model, two tuned ones, and what mergekit makes of them.
+"""Writes tests/data/mergekit.safetensors: a small model, two models tuned from it, and mergekit's merges of them.
 
     python3 -m venv venv && venv/bin/pip install mergekit==0.1.5
     venv/bin/python benches/peers/mergekit_golden.py
 
-Each method runs through mergekit's own entry with its defaults, in float32, on folders on disk. One thing is put in its place: the random
-mask of DARE, which is drawn here as the crate draws it (Philox of seed, model, tensor, element), so that what mergekit does with a mask
-can be compared: rescaling, election of signs, sums. Tensors are named CASE/NAME; base, a and b are the models.
+Each method runs through mergekit's own entry point with its defaults, in float32, on folders on disk. Only one part is replaced: the random
+mask of DARE is drawn here as the crate draws it (Philox of seed, model, tensor, element), so that what mergekit computes with a mask can be
+compared: rescaling, election of signs, sums. Tensors are named CASE/NAME; base, a and b are the models.
 """
 
 import json
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def uniform(stream, index):
-    """Element `index` of the crate's stream: Philox 4x32-10 of Salmon et al. 2011, 53 bits."""
+    """Element `index` of the crate's random stream: 53 bits of Philox 4x32-10 (Salmon et al. 2011)."""
     mask = 0xFFFFFFFF
     block = index // 2
     c, k = [block & mask, block >> 32, stream & mask, stream >> 32], [SEED & mask, SEED >> 32]

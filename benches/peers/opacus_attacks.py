@@ -3,9 +3,9 @@
     python3 -m venv venv && venv/bin/pip install torch opacus==1.6.0
     venv/bin/python benches/peers/opacus_attacks.py
 
-Every line is one attack on a single private step whose clipping bound is R = 1 and says how far one record moves what is noised, in
-multiples of R, or what the released numbers tell. tests/engine/sensitivity.rs, tests/private/independence.rs and tests/private/privacy.rs do the same to
-Prismgrad. Losses are summed over the batch, so that no division hides the sensitivity.
+Every line of output is one attack on a single private step with the clipping bound R = 1. It says how far one record changes the sum to
+which noise is added, in multiples of R, or what the released numbers reveal. tests/engine/sensitivity.rs, tests/private/independence.rs and
+tests/private/privacy.rs run the same attacks on Prismgrad. Losses are summed over the batch, so that no division hides the sensitivity.
 """
 
 import json
@@ -23,7 +23,7 @@ torch.set_num_threads(2)
 
 
 def clipped_sum(model, x, loss_of, batch):
-    """The clipped sum of one step with noise 0: what the noise would be added to."""
+    """The clipped sum of one step with noise 0, which is the sum that noise would be added to."""
     module = GradSampleModule(model, loss_reduction="sum")
     optimizer = DPOptimizer(
         torch.optim.SGD(module.parameters(), lr=1.0),
@@ -58,7 +58,7 @@ def ghost_sum(model, x, y):
 
 
 def cancelling_rows(scale, tries=60):
-    """The worst of some records of two rows whose outer products nearly cancel; ghost norms are inner products in f32."""
+    """The worst of several records with two rows whose outer products nearly cancel; ghost norms are inner products in f32."""
     return max(cancelling_record(scale, seed) for seed in range(tries))
 
 
@@ -76,7 +76,7 @@ def cancelling_record(scale, seed):
 
 
 def moved(between, records=24):
-    """How far removing one record moves the clipped sum of two linear layers with `between` after the first."""
+    """The change of the clipped sum when one record is removed, for two linear layers with `between` after the first."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -94,7 +94,7 @@ def moved(between, records=24):
 
 
 def loss_per_token(tokens=32):
-    """Records of 32 tokens that the model sees as rows: each row is clipped by itself."""
+    """Records of 32 tokens that the model treats as rows, each of which is clipped by itself."""
     torch.manual_seed(3)
     model = nn.Linear(8, 8)
     x = torch.randn(1, tokens, 8) + 3.0
@@ -103,7 +103,7 @@ def loss_per_token(tokens=32):
 
 
 def tokens_from_low_bits(std=1.74, vocabulary=2000, width=32, batch=24, length=16):
-    """Which rows of an embedding a batch has touched, from the released gradient alone: elements that no rounded std·z can be."""
+    """The rows of an embedding that a batch used, found from the released gradient alone by elements that no rounded std·z can be."""
     torch.manual_seed(4)
     model = nn.Embedding(vocabulary, width)
     ids = torch.randint(0, vocabulary, (batch, length))
@@ -131,7 +131,7 @@ def tokens_from_low_bits(std=1.74, vocabulary=2000, width=32, batch=24, length=1
 
 
 def noise_again():
-    """Two steps whose generators begin alike, on other data: their difference has no noise."""
+    """Two steps on different data whose generators start in the same state, so that their difference has no noise."""
 
     def release(shift):
         torch.manual_seed(5)
@@ -158,7 +158,7 @@ def noise_again():
 
 
 def not_finite():
-    """One record with an infinite loss: what is left of the sum of the others."""
+    """One record with an infinite loss, and what is left of the sum over the other records."""
     torch.manual_seed(6)
     model, x = nn.Linear(6, 6), torch.randn(8, 6)
     x[0, 0] = float("inf")

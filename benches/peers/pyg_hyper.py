@@ -1,10 +1,10 @@
-"""One layer of HyTrel in the scatter form of PyTorch Geometric, on the work of the case `hyper/grid`.
+"""One layer of HyTrel in the scatter form of PyTorch Geometric, on the same input as the case `hyper/grid`.
 
     python3 -m venv venv && venv/bin/pip install torch torch_geometric
     venv/bin/python benches/peers/pyg_hyper.py [seconds]
 
-256 tables of 11 x 6 cells, width 128, 4 heads: attention from cells to the hyperedges of tables, columns, rows and cells, fusion, attention
-back; forwards and backwards. Rows are gathered by incidence, softmax and sums are scatters, as in the package. Prints one
+256 tables of 11 x 6 cells, width 128, 4 heads: attention from cells to the hyperedges of tables, columns, rows and cells, fusion, and attention
+back to the cells; forwards and backwards. Rows are gathered by incidence, and softmax and sums are scatters, as in the package. Prints one
 JSON line in the format of `cargo run --release --example bench_cases -- hyper/grid`; run both in turn on one machine.
 """
 

@@ -1,4 +1,4 @@
-"""What TextAttack 0.3.11 finds with the model, the texts and the candidates of `examples/robustness.rs`, and how long it takes.
+"""Runs TextAttack 0.3.11 with the model, the texts and the candidates of `examples/robustness.rs`, and measures its time.
 
 Set-up (Python 3.10 to 3.12; about 3 GB, because torch comes with CUDA):
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TA_CACHE_DIR", os.path.join(tempfile.gettempdir(), "ta-cache"))
-# On import it reads a list of stop words, which it would download; it gets ours.
+# On import TextAttack would download a list of stop words; it gets ours instead.
 EXPORT = json.loads((Path(sys.argv[1]) / "texts.json").read_text())
 NLTK = Path(tempfile.mkdtemp()) / "corpora" / "stopwords"
 NLTK.mkdir(parents=True)
@@ -53,7 +53,7 @@ class Stable(np.ndarray):
 
 
 class StableNumpy:
-    """numpy, except that the arrays that it makes are sorted stably."""
+    """numpy, except that its arrays are sorted stably."""
 
     def __getattr__(self, name):
         return getattr(np, name)
@@ -121,7 +121,7 @@ METHODS = {"pwws": "weighted-saliency", "deepwordbug": "unk"}
 
 def run(attack, given, name, text):
     given.candidates = text["candidates"][name]
-    # A transformation's results are cached by text; candidates change with the text, and so they agree.
+    # A transformation's results are cached by text; candidates depend on the text alone, so cached results stay valid.
     result = attack.attack(text["text"], text["label"])
     after = result.perturbed_result
     broken = after.goal_status == GoalFunctionResultStatus.SUCCEEDED
@@ -141,7 +141,7 @@ def main():
             for name, method in METHODS.items():
                 attack, given = attacker(model, data["stop_words"], method)
                 start = time.perf_counter()
-                # A quarter of the texts: it takes one after the other, and the time of each is much the same.
+                # A quarter of the texts is enough, because they run one after the other and take about the same time each.
                 some = data["texts"][:50]
                 for text in some:
                     run(attack, given, name, text)

@@ -1,5 +1,4 @@
-//! The command line of the examples, which is the same everywhere: `--quick`, `--out`, `--overwrite`, `--help`, and the options of
-//! the example.
+//! The command line of the examples. It is the same for all: `--quick`, `--out`, `--overwrite`, `--help`, and the options of the example.
 #![allow(dead_code)]
 
 use clap::parser::ValueSource;
@@ -11,17 +10,17 @@ use std::path::PathBuf;
 use std::process::exit;
 use std::str::FromStr;
 
-/// An option: its name, its default (empty for a flag), its value under `--quick`, and what it does.
+/// An option: its name, its default (empty for a flag), its value under `--quick`, and its help text.
 pub type Opt = (&'static str, &'static str, &'static str, &'static str);
 
-/// The options given.
+/// The options of the command line.
 pub struct Args {
     options: &'static [Opt],
     matches: ArgMatches,
 }
 
 impl Args {
-    /// Reads the command line. `--help` prints the options; a wrong one ends the program with code 2 and a sentence.
+    /// Reads the command line. `--help` prints the options; a wrong option ends the program with a message and code 2.
     pub fn parse(example: &'static str, about: &'static str, options: &'static [Opt]) -> Args {
         let mut command = Command::new(example)
             .about(about)
@@ -50,7 +49,7 @@ impl Args {
     pub fn has(&self, name: &str) -> bool {
         self.matches.value_source(name) == Some(ValueSource::CommandLine)
     }
-    /// The value of an option as text: the one given, else its default, which depends on `--quick`.
+    /// The value of an option as text: the given value, or its default, which depends on `--quick`.
     pub fn text(&self, name: &str) -> &str {
         let quick = self.options.iter().find(|o| o.0 == name && self.has("quick") && !self.has(name));
         match quick {
@@ -58,18 +57,18 @@ impl Args {
             None => self.matches.get_one::<String>(name).map_or("", String::as_str),
         }
     }
-    /// The run folder, which may have any name that the system takes.
+    /// The run folder, whose name may be any that the system accepts.
     pub fn out(&self) -> PathBuf {
         self.matches.get_one::<PathBuf>("out").cloned().unwrap_or_default()
     }
-    /// The value of an option, read and checked; `accepted` says what is accepted.
+    /// The value of an option, parsed and checked; `accepted` describes valid values in the error.
     pub fn get<T: FromStr>(&self, name: &str, accepted: &str, accept: impl Fn(&T) -> bool) -> T {
         match self.text(name).parse() {
             Ok(value) if accept(&value) => value,
             _ => fail(format!("--{name} cannot be '{}'; give {accepted}", self.text(name))),
         }
     }
-    /// One of a few words, and what it stands for.
+    /// The meaning of an option whose value is one of a few words.
     pub fn choice<T: Copy>(&self, name: &str, choices: &[(&str, T)]) -> T {
         let known: Vec<&str> = choices.iter().map(|c| c.0).collect();
         match choices.iter().find(|c| c.0 == self.text(name)) {
@@ -77,7 +76,7 @@ impl Args {
             None => fail(format!("--{name} cannot be '{}'; choose from {}", self.text(name), known.join(", "))),
         }
     }
-    /// The run folder of `--out`, with this configuration; one with a run in it is refused unless `--overwrite` is given.
+    /// The run folder of `--out` with this configuration. A folder that has a run already is refused unless `--overwrite` is given.
     pub fn folder(&self, config: &impl serde::Serialize) -> Result<RunFolder> {
         let existing = if self.has("overwrite") { Existing::Overwrite } else { Existing::Refuse };
         RunFolder::create(self.out(), config, existing, &[])

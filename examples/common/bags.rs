@@ -1,12 +1,12 @@
-//! Bags of words, and softmax regression over them: the linear controls of the experiments on text.
+//! Bags of words, and softmax regression over them, as linear controls for the experiments on text.
 #![allow(dead_code)]
 
 use std::collections::HashMap;
 
-/// A row's features by number, and their values.
+/// The features of a row: their numbers and values.
 pub type Bag = Vec<(u32, f32)>;
 
-/// Numbers of words; those that come after [`Words::freeze`] for the first time have none.
+/// Numbers of words. Words that are new after [`Words::freeze`] have none.
 #[derive(Default)]
 pub struct Words {
     ids: HashMap<String, u32>,
@@ -14,7 +14,7 @@ pub struct Words {
 }
 
 impl Words {
-    /// Stops taking in new words.
+    /// Stops the numbering of new words.
     pub fn freeze(&mut self) {
         self.frozen = true;
     }
@@ -31,14 +31,14 @@ impl Words {
             id
         })
     }
-    /// How often each word comes, by number.
+    /// The number of occurrences of each word, by the word's number.
     pub fn counts<'a>(&mut self, words: impl Iterator<Item = &'a str>) -> Vec<(u32, u32)> {
         let ids: Vec<u32> = words.filter_map(|w| self.id(w)).collect();
         sums(ids.into_iter().map(|id| (id, 1)))
     }
 }
 
-/// Counts of one word added up, by number.
+/// Adds up the counts of each word.
 pub fn sums(counts: impl Iterator<Item = (u32, u32)>) -> Vec<(u32, u32)> {
     let mut all: Vec<(u32, u32)> = counts.collect();
     all.sort_unstable_by_key(|c| c.0);
@@ -50,7 +50,7 @@ pub fn sums(counts: impl Iterator<Item = (u32, u32)>) -> Vec<(u32, u32)> {
     all
 }
 
-/// A bag of length 1: each word by the logarithm of its count, its number raised by `first`.
+/// A bag of length 1. Each word has the logarithm of its count, and `first` is added to its number.
 pub fn bag(counts: &[(u32, u32)], first: u32) -> Bag {
     let mut bag: Bag = counts.iter().map(|&(id, n)| (first + id, 1.0 + (n as f32).ln())).collect();
     let length = bag.iter().map(|f| f.1 * f.1).sum::<f32>().sqrt().max(1e-12);
@@ -65,7 +65,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// The rows in an order of each epoch's own; a step of `rate` over the root of the squares so far.
+    /// Trains on the rows in a different order in each epoch. A step is `rate` divided by the root of the sum of squared gradients so far.
     pub fn train(
         rows: &[&Bag],
         labels: &[u32],
@@ -115,7 +115,7 @@ fn scores(weights: &[f32], row: &Bag, classes: usize, out: &mut [f32]) {
     }
 }
 
-/// 0..n in an order that depends on the seed.
+/// The numbers 0..n in an order that depends on the seed.
 fn order(n: usize, seed: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -126,8 +126,8 @@ fn order(n: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// Shares of right answers: over all rows (micro F1, where each row has one class), and the mean of the classes' F1 (macro) over the
-/// classes that occur.
+/// Two scores: the share of right predictions over all rows (micro F1, since each row has one class), and the mean F1 over the classes that
+/// occur (macro F1).
 pub fn f1(found: &[u32], wanted: &[u32], classes: usize) -> (f64, f64) {
     let (mut hit, mut said, mut is) = (vec![0f64; classes], vec![0f64; classes], vec![0f64; classes]);
     for (&f, &w) in found.iter().zip(wanted) {

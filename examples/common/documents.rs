@@ -1,8 +1,8 @@
-//! Texts cut into documents.
+//! Division of texts into documents.
 
 use prismgrad::data::Document;
 
-/// Pieces of a text of about 4 kB, so that a part of it can be held out.
+/// Cuts a text into pieces of about 4 kB, so that some of them can be held out.
 pub fn pieces(name: &str, text: &str) -> Vec<Document> {
     let (mut out, mut piece) = (Vec::new(), String::new());
     for line in text.lines() {

@@ -1,4 +1,4 @@
-//! The domains and tasks on which models with mixtures of experts are reduced, and what is done with a reduced model.
+//! The domains and tasks for which models with mixtures of experts are reduced, and the tuning of reduced models.
 
 use crate::documents::pieces;
 use prismgrad::data::{
@@ -16,7 +16,7 @@ use std::process::Command;
 pub const VOCAB: usize = 1024;
 pub const SEQ: usize = 128;
 pub const BATCH: usize = 16;
-/// Tokens of a labelled text, the label included; longer texts lose their beginning.
+/// Number of tokens of a labelled text, including the label; longer texts are cut at the beginning.
 const LONG: usize = 48;
 
 /// Text of one kind.
@@ -45,14 +45,14 @@ fn shared(name: &str) -> Result<Option<String>> {
     }
 }
 
-/// The folder of Python's standard library, where Python is.
+/// The folder of Python's standard library; `None` without Python.
 fn standard_library() -> Option<PathBuf> {
     let out = Command::new("python3").args(["-c", "import os; print(os.path.dirname(os.__file__))"]).output().ok()?;
     let path = PathBuf::from(String::from_utf8(out.stdout).ok()?.trim());
     (out.status.success() && path.is_dir()).then_some(path)
 }
 
-/// What there is of Rust, Python, plays, reviews, tweets and Markdown, about `bytes` of each, and a tokenizer of all.
+/// The available text in Rust, Python, plays, reviews, tweets and Markdown, about `bytes` of each, and a tokenizer for all of it.
 pub fn domains(bytes: usize) -> Result<(Vec<Domain>, Bpe)> {
     let mut texts: Vec<(&'static str, Vec<Document>)> = Vec::new();
     texts.push(("rust", CrateSources::new().max_bytes(bytes).load()?.documents));
@@ -91,20 +91,20 @@ pub fn domains(bytes: usize) -> Result<(Vec<Domain>, Bpe)> {
     Ok((domains, tokenizer))
 }
 
-/// What is done with a router, and whether the whole model is tuned afterwards.
+/// How a reduced model is tuned: how the router is treated, and whether the whole model is tuned afterwards.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Treatment {
-    /// Tuned at once.
+    /// Everything is tuned from the start.
     Kept,
-    /// The router alone for a quarter of the steps, then everything.
+    /// The router alone is trained for a quarter of the steps, then everything.
     WarmedUp,
-    /// The router distilled from the full model for a quarter of the steps, then everything.
+    /// The router is distilled from the full model for a quarter of the steps, then everything is trained.
     Distilled,
-    /// Nothing at all.
+    /// There is no tuning.
     OneShot,
-    /// The router alone for a quarter of the steps.
+    /// The router alone is trained, for a quarter of the steps.
     WarmedUpOnly,
-    /// The router distilled for a quarter of the steps.
+    /// The router alone is distilled, for a quarter of the steps.
     DistilledOnly,
 }
 
@@ -142,14 +142,14 @@ impl Samples {
     }
 }
 
-/// A task: text whose next token is a label, or text to go on with.
+/// A task: text in which the next token is a label, or text to be continued.
 pub struct Task {
     pub name: &'static str,
     train: Samples,
     test: Samples,
-    /// The tokens that stand for the labels; none where text is to be gone on with.
+    /// The tokens that represent the labels; empty for text to be continued.
     labels: Vec<u32>,
-    /// What fills short texts up.
+    /// The token for padding.
     padding: u32,
 }
 
@@ -161,7 +161,7 @@ impl Task {
         train: &[(String, usize)],
         test: &[(String, usize)],
     ) -> Task {
-        // A token for each label: the first of its word that no other label has.
+        // The token for each label: the first token of its word that no other label has.
         let mut labels: Vec<u32> = Vec::new();
         for word in words {
             let tokens = tokenizer.encode(&format!(" {word}"));
@@ -192,7 +192,7 @@ impl Task {
         let (train, test) = (samples(&domain.train, usize::MAX)?, samples(&domain.test, most)?);
         Ok(Task { name, train, test, labels: Vec::new(), padding: IGNORE })
     }
-    /// Tokens of the task to observe a model on; padding does not count.
+    /// The task's tokens for observing a model; padding does not count.
     pub fn batches(&self) -> Result<Vec<Batch>> {
         let order = shuffled(self.train.len(), 7);
         order
@@ -205,8 +205,8 @@ impl Task {
             })
             .collect()
     }
-    /// Tunes a model, and reads the test set once: the mean loss in nats for each label or token, and the accuracy among the labels,
-    /// ties counted as half; NaN where there are no labels.
+    /// Tunes a model, and evaluates it once on the test set: the mean loss in nats per label or token, and the accuracy among the labels,
+    /// where ties count as half; NaN without labels.
     pub fn tune(&self, model: &Gpt, full: &Gpt, treatment: Treatment, steps: u64, seed: u64) -> Result<(f64, f64)> {
         let order = shuffled(self.train.len(), 31 * seed + 1);
         let per = (order.len() / BATCH).max(1) as u64;
@@ -233,7 +233,7 @@ impl Task {
             Treatment::Kept | Treatment::OneShot => {}
         }
         if matches!(treatment, Treatment::Kept | Treatment::WarmedUp | Treatment::Distilled) {
-            // Every method trains on as many tokens: those of the router's own steps are taken off.
+            // Every method trains on the same number of tokens, so the router's own steps are subtracted.
             let left = if treatment == Treatment::Kept { steps } else { steps - alone.min(steps - 1) };
             let schedule = Schedule::cosine(1e-3, left / 10 + 1, left);
             let mut step = PlainStep::new(&model.params().all(), AdamW::default(), schedule)?;
@@ -271,7 +271,8 @@ impl Task {
     }
 }
 
-/// Sentiment of reviews, emotion of tweets, and going on with plays; what there is of them, and going on with the first domain.
+/// The tasks: sentiment of reviews, emotion of tweets, and continuing plays, as far as their data are present, and continuing the first
+/// domain.
 pub fn tasks(domains: &[Domain], tokenizer: &Bpe, quick: bool) -> Result<Vec<Task>> {
     let most = if quick { 32 } else { 600 };
     let mut tasks = Vec::new();

@@ -1,6 +1,6 @@
-//! Long real documents, and small GPTs over them whose layers have different spans: what the examples about spans share.
+//! Long documents, and small GPTs over them whose layers have different spans. The examples about spans share this.
 
-// Each example uses some of it.
+// Each example uses a part of this file.
 #![allow(dead_code)]
 
 #[path = "study.rs"]
@@ -25,12 +25,12 @@ pub const LAYERS: usize = 6;
 /// Documents as tokens.
 pub type Documents = Vec<Vec<u32>>;
 
-/// Sources of crates that have at least `least` tokens: to train on, to choose by, and to be read once at the end.
+/// Sources of crates that have at least `least` tokens: for training, for choosing, and for one final test.
 pub struct Texts {
     pub train: Documents,
     pub validation: Documents,
     pub test: Documents,
-    /// Documents that were too short, of all.
+    /// The number of documents that were too short, and of all documents.
     pub short: usize,
     pub all: usize,
 }
@@ -39,7 +39,7 @@ impl Texts {
     pub fn load(bytes: usize, least: usize) -> Result<Texts> {
         let (train, held) = CrateSources::new().max_bytes(bytes).load()?.split(0.15, 1);
         let (validation, test) = held.split(0.5, 2);
-        // A part of the text is enough for 512 tokens.
+        // A part of the text is enough for a vocabulary of 512 tokens.
         let mut sample = 0;
         let texts = train.texts().take_while(|t| {
             sample += t.len();
@@ -72,7 +72,7 @@ impl Texts {
     }
 }
 
-/// Rows of n + 1 tokens, one after the other from each document; what is left at its end is dropped.
+/// Cuts each document into rows of n + 1 tokens; the incomplete row at its end is dropped.
 pub fn rows(documents: &Documents, n: usize) -> Documents {
     documents.iter().flat_map(|d| d.chunks_exact(n + 1).map(<[u32]>::to_vec)).collect()
 }
@@ -82,13 +82,13 @@ pub fn first_rows(documents: &Documents, n: usize) -> Documents {
     documents.iter().filter(|d| d.len() > n).map(|d| d[..=n].to_vec()).collect()
 }
 
-/// A model of a comparison: which layers are full, and what the others see.
+/// A model of a comparison: which layers are full, and the span of the others.
 #[derive(Clone)]
 pub struct Arm {
     pub name: String,
     pub preset: Preset,
     pub sparse: Span,
-    /// Whether full layers know no positions; the others have rotary ones.
+    /// Whether full layers have no positions; the others have rotary ones.
     pub blind: bool,
 }
 
@@ -111,7 +111,7 @@ impl Arm {
     pub fn config(&self, n: usize, d: usize) -> Result<GptConfig> {
         let list = spans(&self.preset, LAYERS, self.sparse)?;
         let mut c = GptConfig::small(VOCAB, n, LAYERS, d, 4).rotary();
-        // GPT-2's 0.02 is for a width of 768; narrow layers with it hardly move at first.
+        // GPT-2's 0.02 is for a width of 768; with it, narrow layers hardly change at first.
         c.initializer_range = 0.6 / (d as f64).sqrt();
         if self.blind {
             let of = |s: &Span| if *s == Span::Causal { Positions::None } else { Positions::Rotary };
@@ -124,7 +124,7 @@ impl Arm {
     }
 }
 
-/// Inputs and targets of rows; of each, tokens before `from` are no targets.
+/// Inputs and targets of rows. In each row, tokens before `from` are not targets.
 fn arrays(rows: &[Vec<u32>], from: Option<&[usize]>) -> Result<[Array; 2]> {
     let n = rows.first().map_or(0, |r| r.len() - 1);
     let inputs: Vec<u32> = rows.iter().flat_map(|r| r[..n].iter().copied()).collect();
@@ -137,7 +137,7 @@ fn arrays(rows: &[Vec<u32>], from: Option<&[usize]>) -> Result<[Array; 2]> {
     Ok([Array::from_slice(&inputs, &[rows.len(), n])?, Array::from_slice(&targets, &[rows.len(), n])?])
 }
 
-/// The loss in nats of each token of each row but its first.
+/// The loss in nats of each token of each row except the first.
 pub fn token_losses(model: &Gpt, rows: &[Vec<u32>]) -> Result<Vec<Vec<f64>>> {
     let mut out = Vec::new();
     for part in rows.chunks(16) {
@@ -152,14 +152,14 @@ pub fn token_losses(model: &Gpt, rows: &[Vec<u32>]) -> Result<Vec<Vec<f64>>> {
     Ok(out)
 }
 
-/// Mean of the losses at positions that are asked for.
+/// Mean of the losses at the positions for which `at` is true.
 pub fn mean_loss(losses: &[Vec<f64>], at: impl Fn(usize) -> bool) -> f64 {
     let all = losses.iter().flat_map(|row| row.iter().enumerate().filter(|(p, _)| at(*p)).map(|(_, l)| *l));
     let (sum, count) = all.fold((0.0, 0usize), |(s, c), l| (s + l, c + 1));
     sum / count.max(1) as f64
 }
 
-/// Rows, and of each the first token that is a target; all are if it is not said.
+/// Rows, and the first token of each that is a target; all tokens are if absent.
 pub type Batch = (Documents, Option<Vec<usize>>);
 
 /// How a model is trained.
@@ -171,7 +171,7 @@ pub struct Training {
     pub seed: u64,
 }
 
-/// Trains on batches that depend on the step alone, and calls `look` eight times on the way and at the end. Returns the seconds of its
+/// Trains on batches that depend only on the step, and calls `look` eight times during training and at the end. Returns the seconds of its
 /// steps.
 pub fn train(
     model: &Gpt,
@@ -199,7 +199,7 @@ pub fn train(
     Ok(seconds)
 }
 
-/// The rows of step `i`: an order of all rows for each epoch, the same in every arm.
+/// The rows of step `i`. Each epoch has its own order of all rows, which is the same in every arm.
 pub fn batch_of(rows: &Documents, batch: usize, seed: u64, i: u64) -> Batch {
     let per_epoch = (rows.len() / batch).max(1) as u64;
     let order = shuffled(rows.len(), 1_000 * seed + i / per_epoch);
@@ -207,7 +207,7 @@ pub fn batch_of(rows: &Documents, batch: usize, seed: u64, i: u64) -> Batch {
     (order.iter().cycle().skip(at).take(batch).map(|&r| rows[r].clone()).collect(), None)
 }
 
-/// A mean and its interval in words; one run has none.
+/// A mean and its interval as text; a single run has no interval.
 pub fn words(x: &[f64]) -> String {
     match interval(x) {
         (mean, half) if half.is_finite() => format!("{mean:.3} ± {half:.3}"),
@@ -215,7 +215,7 @@ pub fn words(x: &[f64]) -> String {
     }
 }
 
-/// Whether values, one for each seed, lie below `limit`: their mean, its 95 % interval, and what it says.
+/// The verdict on the claim that values, one for each seed, lie below `limit`: their mean, its 95 % interval, and the conclusion.
 pub fn verdict(claim: &str, values: &[f64], limit: f64) -> Value {
     let (mean, half) = interval(values);
     let word = study::word(limit - mean, half);
@@ -224,7 +224,7 @@ pub fn verdict(claim: &str, values: &[f64], limit: f64) -> Value {
     json!({"claim": claim, "verdict": word, "value": mean, "half_interval": half, "limit": limit, "seeds": values.len()})
 }
 
-/// What spans cost, in words: shares of the full model's FLOPs that are saved.
+/// The cost of spans as text: the share of the full model's FLOPs that is saved.
 pub fn cost_words(cost: &SpanCost, full: &SpanCost) -> String {
     let (attention, model) = cost.saved(full);
     format!(

@@ -1,10 +1,10 @@
-//! What a run with two private phases keeps secret or never throws away: its noise keys, and the logs of what was released.
+//! Secrets and logs of a run with two private phases: its noise keys are kept secret, and its logs of releases are never deleted.
 
 use prismgrad::random::NoiseKey;
 use prismgrad::{Error, Result};
 use std::path::Path;
 
-/// Two secret keys kept beside the run until it is finished, so that a resumed run repeats its noise exactly.
+/// Two secret keys, which are stored beside the run until it is finished, so that a resumed run repeats its noise exactly.
 pub fn keys(folder: &Path) -> Result<[NoiseKey; 2]> {
     let path = folder.join("noise.key");
     if let Ok(bytes) = std::fs::read(&path)
@@ -15,7 +15,7 @@ pub fn keys(folder: &Path) -> Result<[NoiseKey; 2]> {
     }
     let keys = [NoiseKey::from_os()?, NoiseKey::from_os()?];
     let bytes = [keys[0].to_bytes(), keys[1].to_bytes()].concat();
-    // Readable by its owner alone from the first moment on.
+    // The file is readable only by its owner from the moment it is created.
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
@@ -28,8 +28,8 @@ pub fn keys(folder: &Path) -> Result<[NoiseKey; 2]> {
     Ok(keys)
 }
 
-/// A new run in an old folder has keys and logs of its own. The old run's logs of private steps are kept under another name, because
-/// what they record has been released; its key is removed.
+/// Prepares an old folder for a new run, which has its own keys and logs. The old run's logs of private steps are renamed, because what
+/// they record has been released; its key is removed.
 pub fn set_aside(folder: &Path, phases: usize) -> Result<()> {
     let key = folder.join("noise.key");
     match std::fs::remove_file(&key) {

@@ -1,10 +1,10 @@
-//! Small private training runs on digits, many of them: what the examples about clipping and public data share.
+//! Many small private training runs on digits, which the examples about clipping and public data share.
 //!
-//! Digits shuffled once: 140 public, 1260 private, 397 test. MLPs with tanh, SGD with momentum 0.9, Poisson batches of 128
-//! expected, AUTO-S, δ = 1e-4. Learning rates are chosen by the test score, for every method alike, so compare methods and
-//! do not take the level for a result on new data.
+//! Digits shuffled once: 140 public, 1260 private, 397 test. MLPs with tanh, SGD with momentum 0.9, Poisson batches of 128 expected,
+//! AUTO-S, δ = 1e-4. Learning rates are chosen by the test score, in the same way for every method. Methods can therefore be compared, but
+//! the level is not a result on new data.
 
-// Each example uses some of it.
+// Each example uses a part of this file.
 #![allow(dead_code)]
 
 use prismgrad::data::{Images, digits, shuffled};
@@ -21,10 +21,10 @@ use std::time::Instant;
 
 pub const DELTA: f64 = 1e-4;
 pub const BATCH: f64 = 128.0;
-/// Public samples in a step that has some.
+/// Number of public samples in a step that uses public data.
 pub const PUBLIC_BATCH: usize = 32;
 
-/// Learning rate of a public phase: the best for public data alone.
+/// Learning rate of a public phase, which is the best for public data alone.
 pub const PUBLIC_LR: f64 = 0.1;
 
 pub struct Data {
@@ -42,7 +42,7 @@ impl Data {
     pub fn rate(&self) -> f64 {
         BATCH / self.private.len() as f64
     }
-    /// The noise multiplier for so many private steps at ε.
+    /// The noise multiplier for `steps` private steps at ε.
     pub fn sigma(&self, epsilon: f64, steps: u64) -> Result<f64> {
         Accountant::new().calibrate(epsilon, DELTA, self.rate(), steps)
     }
@@ -54,7 +54,7 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// 64 pixels through layers of these widths to 10 classes.
+    /// A network from 64 pixels through layers of these widths to 10 classes.
     pub fn new(widths: &[usize], seed: u64) -> Result<Mlp> {
         let params = Params::new(seed, DType::F32);
         let all: Vec<usize> = [64].iter().chain(widths).chain(&[10]).copied().collect();
@@ -86,12 +86,12 @@ impl Mlp {
     }
 }
 
-/// Which data a step sees.
+/// Which data a step uses.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mix {
-    /// This share of the gradient from public data, at every step.
+    /// At every step, this share of the gradient is from public data.
     Share(f64),
-    /// Public data for this part of the steps, then private data alone; the momentum is reset between.
+    /// Public data for this part of the steps, then private data alone; the momentum is reset in between.
     Switch(f64),
 }
 
@@ -100,10 +100,10 @@ pub struct Run {
     pub widths: Vec<usize>,
     pub style: ClipStyle,
     pub mix: Mix,
-    /// Noise multiplier; without one, nothing private is touched.
+    /// Noise multiplier; without it, no private data are used.
     pub sigma: Option<f64>,
     pub steps: u64,
-    /// Of a run with a switch, of its private phase.
+    /// The learning rate; for a run with a switch, that of its private phase.
     pub lr: f64,
     pub seed: u64,
 }
@@ -120,7 +120,7 @@ impl Run {
         let start = Instant::now();
         let model = Mlp::new(&self.widths, self.seed)?;
         let config = PrivacyConfig::target(1e6, DELTA).records(data.private.len()).expected_batch(BATCH);
-        // What the noise costs was settled when it was calibrated; here the budget only has to be out of the way.
+        // The noise was determined by calibration; here the budget must only not stop the run.
         let sigma = self.sigma.unwrap_or(1e3);
         let config = config.steps(self.steps).style(self.style.clone()).noise_multiplier(sigma);
         let privacy = Privacy::new(config, NoiseKey::from_seed_for_tests(self.seed))?;
@@ -160,7 +160,7 @@ impl Run {
     }
 }
 
-/// Mean, and half the width of the 95 % interval of the mean by Student's t.
+/// The mean, and half the width of its 95 % interval by Student's t.
 pub fn interval(x: &[f64]) -> (f64, f64) {
     let n = x.len() as f64;
     let mean = x.iter().sum::<f64>() / n;
@@ -169,7 +169,7 @@ pub fn interval(x: &[f64]) -> (f64, f64) {
     (mean, T.get(x.len() - 1).copied().unwrap_or(1.96) * sd / n.sqrt())
 }
 
-/// What a difference with its interval says of the claim that it is above 0. One seed has no interval, and says nothing.
+/// The verdict on the claim that a difference with this interval is above 0. A single seed has no interval and gives no verdict.
 pub fn word(mean: f64, half: f64) -> &'static str {
     match () {
         _ if mean - half > 0.0 => "holds",
@@ -178,7 +178,7 @@ pub fn word(mean: f64, half: f64) -> &'static str {
     }
 }
 
-/// Whether differences, one for each seed, are above 0: says and returns the verdict by their 95 % t-interval.
+/// Prints and returns the verdict on the claim that differences, one for each seed, are above 0, by their 95 % t-interval.
 pub fn verdict(claim: &str, differences: &[f64]) -> Value {
     let (mean, half) = interval(differences);
     let word = word(mean, half);
@@ -188,7 +188,7 @@ pub fn verdict(claim: &str, differences: &[f64]) -> Value {
     json!({"claim": claim, "verdict": word, "difference": mean, "half_interval": half, "seeds": differences.len()})
 }
 
-/// A method's runs at its best learning rate: accuracies over seeds, the rate, and the runs themselves.
+/// A method's runs at its best learning rate: accuracies over seeds, the rate, and the runs.
 pub struct Best {
     pub accuracies: Vec<f64>,
     pub lr: f64,

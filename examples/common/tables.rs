@@ -1,4 +1,4 @@
-//! Tables whose hidden headers are to be told: what the examples about tables share.
+//! Tables whose hidden headers are to be predicted. The examples about tables share this.
 #![allow(dead_code)]
 
 use crate::bags::f1;
@@ -15,38 +15,38 @@ use prismgrad::{Array, DType, Result, Tensor, no_grad};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-/// Tables, the types of their columns, and which are for what. A table's headers are hidden from every model: `encoded` has none.
+/// Tables, the types of their columns, and their division into parts. Headers are hidden from every model: `encoded` has none.
 pub struct Data {
     pub tables: Vec<Table>,
     pub tokenizer: TableTokenizer,
     pub encoded: Vec<Encoded>,
-    /// With headers, for pre-training.
+    /// The tables with headers, for pre-training.
     pub with_headers: Vec<Encoded>,
-    /// Of each table, the type of each column; `None` where the header is too rare to be one.
+    /// The type of each column of each table; `None` where the header is too rare to be a type.
     pub labels: Vec<Vec<Option<u32>>>,
     pub types: Vec<String>,
-    /// Tables with at least one typed column.
+    /// Training tables with at least one typed column.
     pub train: Vec<usize>,
     pub validation: Vec<usize>,
     pub test: Vec<usize>,
-    /// All tables that are neither for validation nor for the test, typed columns or not.
+    /// All tables that are neither in validation nor in the test, with or without typed columns.
     pub pretrain: Vec<usize>,
-    /// Whether these are Wikipedia's tables, and not the substitute.
+    /// Whether these are Wikipedia's tables and not the substitute.
     pub real: bool,
     pub cuts: Cuts,
 }
 
-/// A title's template: digits are alike, so that "1982 season" and "1983 season" are one.
+/// The template of a title, in which all digits are equal, so that "1982 season" and "1983 season" have the same template.
 fn template(title: &str) -> String {
     title.chars().map(|c| if c.is_ascii_digit() { '#' } else { c }).collect()
 }
 
-/// FNV-1a.
+/// The FNV-1a hash.
 fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Tables that can be made on every machine: what the functions, fields and imports of the crates on this disk are called and typed.
+/// Tables that can be made on every machine: names and types of the functions, fields and imports of the crates on this disk.
 fn of_sources() -> Result<Vec<Table>> {
     let mut tables = Vec::new();
     for document in CrateSources::new().max_bytes(4 << 20).load()?.documents {
@@ -77,8 +77,8 @@ fn of_sources() -> Result<Vec<Table>> {
 }
 
 impl Data {
-    /// At most `most` tables; a header is a type if so many tables for training have it. One page's tables, and those of pages whose titles
-    /// differ by digits alone, are in one part: a tenth of the templates for validation, a tenth for the test.
+    /// Loads at most `most` tables. A header is a type if at least `often` training tables have it. The tables of one page, and of pages
+    /// whose titles differ only by digits, are in one part; a tenth of the templates is for validation, and a tenth for the test.
     pub fn load(most: usize, often: usize, vocab: usize) -> Result<Data> {
         let (mut tables, real) = match TabFact::load() {
             Ok(set) => {
@@ -159,14 +159,14 @@ impl Data {
     }
 }
 
-/// How a model is made and trained.
+/// The sizes and the training of a model.
 #[derive(Clone)]
 pub struct Recipe {
     pub d: usize,
     pub layers: usize,
     pub sets: Sets,
     pub captions: bool,
-    /// Steps of `batch` tables.
+    /// Number of steps, each with `batch` tables.
     pub steps: usize,
     pub batch: usize,
     pub lr: f64,
@@ -183,7 +183,7 @@ pub struct Typed {
 }
 
 impl Typed {
-    /// With fresh values, but for those of the encoder that `start` has.
+    /// A model with new values, except those of the encoder that `start` has.
     pub fn new(data: &Data, recipe: &Recipe, start: Option<&Params>) -> Result<Typed> {
         let params = Params::new(recipe.seed, DType::F32);
         let config = HyTrelConfig { d: recipe.d, layers: recipe.layers, ..HyTrelConfig::small(data.tokenizer.vocab()) };
@@ -207,7 +207,7 @@ impl Typed {
         };
         TableBatch::new(&all, &data.tokenizer, self.recipe.sets)
     }
-    /// One loss per table: the sum over its typed columns.
+    /// One loss per table, which is the sum over its typed columns.
     fn losses(&self, data: &Data, labels: &[Vec<Option<u32>>], tables: &[usize], ctx: &Ctx) -> Result<Tensor> {
         let (logits, of) = self.head.column_types(&self.model, &self.batch(data, tables)?, ctx)?;
         let targets: Vec<i64> =
@@ -215,7 +215,7 @@ impl Typed {
         let options = CrossEntropy { samples: Some(of), reduce: Reduce::Sum, ..CrossEntropy::default() };
         cross_entropy(&logits, Array::from_slice(&targets, &[targets.len()])?, &options)
     }
-    /// Trains on `train` with these labels; afterwards `found` of validation tables every fifth of the way.
+    /// Trains on `train` with these labels. Returns the score on validation tables after each fifth of the steps.
     pub fn train(
         &mut self,
         data: &Data,
@@ -250,7 +250,7 @@ impl Typed {
         progress.finish();
         Ok(curve)
     }
-    /// The type found for each typed column of `tables`, in the order of [`Data::columns`].
+    /// The predicted type for each typed column of `tables`, in the order of [`Data::columns`].
     pub fn found(&self, data: &Data, tables: &[usize]) -> Result<Vec<u32>> {
         let mut found = Vec::new();
         for part in tables.chunks(128) {
@@ -262,7 +262,7 @@ impl Typed {
         }
         Ok(found)
     }
-    /// Micro and macro F1.
+    /// Micro and macro F1 on the typed columns of `tables`.
     pub fn f1(&self, data: &Data, tables: &[usize]) -> Result<(f64, f64)> {
         let wanted: Vec<u32> = data.columns(tables).iter().map(|c| c.2).collect();
         Ok(f1(&self.found(data, tables)?, &wanted, data.types.len()))

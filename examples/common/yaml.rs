@@ -1,4 +1,4 @@
-//! YAML as the values that JSON has.
+//! YAML converted to JSON values.
 #![allow(dead_code)]
 
 use prismgrad::{Error, Result};
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use std::path::Path;
 use yaml_rust2::{Yaml, YamlLoader};
 
-/// The one document of a YAML text, which is in the file `path`.
+/// Parses a YAML text that must have one document. `path` names the file in errors.
 pub fn parse(path: &Path, text: &str) -> Result<Value> {
     let bad = |message: String| Error::format(path, format!("is no YAML with one document: {message}"));
     let documents = YamlLoader::load_from_str(text).map_err(|e| bad(e.to_string()))?;

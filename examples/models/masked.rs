@@ -1,10 +1,10 @@
-// A masked language model, as BERT is: the tokens are the 17 grey levels of 8×8 digits, and a sixth of them is to be guessed.
+// A masked language model, as BERT is. The tokens are the 17 grey levels of 8×8 digits, of which a sixth is hidden and predicted.
 use prismgrad::data::{Images, digits, shuffled};
 use prismgrad::prelude::*;
 
 const MASK: u32 = 17;
 
-/// Tokens with some hidden, and the hidden ones with the rest ignored.
+/// Tokens with some of them hidden, and targets in which the others are ignored.
 fn batch(images: &Images, indices: &[usize], seed: u64) -> Result<(Tensor, Tensor)> {
     let levels: Vec<u32> = images.batch(indices)?.0.iter().map(|p| (p * 16.0).round() as u32).collect();
     let mut hidden = vec![false; levels.len()];

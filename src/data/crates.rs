@@ -1,4 +1,4 @@
-//! A text set that every user already has: the sources of the crates that their own build depends on.
+//! A text set that every user already has: the sources of the crates on which their own build depends.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,11 +10,10 @@ use super::stable_hash;
 use super::text::{Corpus, Document, FoundFile, LEFT_OUT, list_files, read_text};
 use crate::base::{Error, Result};
 
-/// Rust sources of the crates that the running project depends on.
+/// Rust sources of the crates on which the running project depends.
 ///
-/// They are found through `cargo metadata`, offline; where cargo does not answer, in the sources that cargo has
-/// unpacked (`$CARGO_HOME/registry/src`). The project's own packages are left out. The set is the same wherever the
-/// lock file and the platform are.
+/// They are found through `cargo metadata`, offline. If cargo does not answer, the sources that cargo has unpacked
+/// (`$CARGO_HOME/registry/src`) are used. The project's own packages are left out. The set is the same for the same lock file and platform.
 #[derive(Clone, Debug)]
 pub struct CrateSources {
     max_bytes: usize,
@@ -37,13 +36,13 @@ impl Default for CrateSources {
 }
 
 impl CrateSources {
-    /// Up to 8 MiB, in files of at most 128 KiB (larger ones are mostly generated tables).
+    /// A set of up to 8 MiB, in files of at most 128 KiB (larger ones are mostly generated tables).
     pub fn new() -> Self {
         CrateSources { max_bytes: 8 << 20, max_file_bytes: 128 << 10, project: None }
     }
 
-    /// Size of the whole set. It is spread over the crates: small crates are taken whole, large ones give the same
-    /// number of bytes each, in files chosen by the hash of their names.
+    /// Sets the size of the whole set. Small crates are taken as a whole, and large ones contribute the same number of bytes each, in files
+    /// chosen by the hash of their names.
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self
@@ -55,7 +54,7 @@ impl CrateSources {
         self
     }
 
-    /// The folder of the project whose dependencies are read: by default that of the running one.
+    /// Sets the folder of the project whose dependencies are read, which is the running project by default.
     pub fn project(mut self, folder: impl AsRef<Path>) -> Self {
         self.project = Some(folder.as_ref().to_path_buf());
         self
@@ -64,7 +63,7 @@ impl CrateSources {
     /// Reads the set, sorted by crate, version and path. Names look like `serde-1.0.200/src/lib.rs`.
     ///
     /// # Errors
-    /// [`Error::Format`] if no sources are found, telling where they were looked for.
+    /// [`Error::Format`] if no sources are found; the error says where they were looked for.
     pub fn load(&self) -> Result<Corpus> {
         let mut packages = self.packages()?;
         packages.sort_by(|a, b| a.name.cmp(&b.name));
@@ -131,7 +130,7 @@ impl CrateSources {
     }
 }
 
-/// The level at which packages are cut, so that together they stay within `limit`.
+/// The size to which each package is cut, so that together they stay within `limit`.
 fn fair_share(sizes: &[u64], limit: u64) -> u64 {
     let mut sorted = sizes.to_vec();
     sorted.sort_unstable();
@@ -146,8 +145,8 @@ fn fair_share(sizes: &[u64], limit: u64) -> u64 {
     u64::MAX
 }
 
-/// Files within the share, chosen by the hash of their names and returned in the order of their names: taking the first
-/// by name would prefer benches and build scripts.
+/// Files within the share, chosen by the hash of their names and returned in the order of their names. The first files by name would be
+/// mostly benchmarks and build scripts.
 fn choose(mut files: Vec<FoundFile>, share: u64) -> Vec<FoundFile> {
     files.sort_by_cached_key(|f| (stable_hash(&f.name, 0), f.name.clone()));
     let mut left = share;
@@ -170,7 +169,7 @@ struct MetadataPackage {
     name: String,
     version: String,
     manifest_path: PathBuf,
-    /// Absent for the project's own packages and its path dependencies.
+    /// It is absent for the project's own packages and its path dependencies.
     source: Option<String>,
 }
 
@@ -193,7 +192,7 @@ fn from_metadata(project: &Path) -> Result<Vec<Package>, String> {
         let first = text.lines().next().unwrap_or("no message").trim_start_matches("error: ");
         Err(format!("cargo {} in {}: {first}", args[0], project.display()))
     };
-    // Without the filter, cargo needs the crates of every other platform too, which are not downloaded.
+    // Without the filter, cargo would also need the crates of every other platform, which are not downloaded.
     let version = ask(&["-vV"])?;
     let version = String::from_utf8_lossy(&version);
     let host = version.lines().find_map(|l| l.strip_prefix("host: ")).map(str::trim);
@@ -208,7 +207,7 @@ fn from_metadata(project: &Path) -> Result<Vec<Package>, String> {
     Ok(metadata.packages.into_iter().filter_map(package).collect())
 }
 
-/// Every crate that cargo has unpacked.
+/// The packages of every crate that cargo has unpacked.
 fn from_registry() -> Result<Vec<Package>, String> {
     let home = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| env::home_dir().map(|h| h.join(".cargo")));
     let root = home.ok_or("no home folder")?.join("registry").join("src");
@@ -257,7 +256,7 @@ mod tests {
         let scratch = Scratch::new("no-project");
         assert!(from_metadata(scratch.path()).unwrap_err().contains("metadata"));
         assert!(from_metadata(&scratch.join("absent")).is_err());
-        // The registry's sources are there wherever these tests were built.
+        // The registry's sources are on every machine that built these tests.
         assert!(!CrateSources::new().project(scratch.path()).max_bytes(1 << 16).load().unwrap().documents.is_empty());
     }
 }

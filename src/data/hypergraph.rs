@@ -1,4 +1,4 @@
-//! Hypergraphs: nodes, and hyperedges that are sets of nodes, each of a kind.
+//! Hypergraphs, which consist of nodes and of hyperedges. A hyperedge is a set of nodes and has a kind.
 
 use crate::Samples;
 use crate::array::Array;
@@ -22,15 +22,15 @@ pub mod kind {
     pub const OWN: u16 = 3;
 }
 
-/// What becomes of a node that is named twice in one hyperedge.
+/// How a node that occurs twice in one hyperedge is treated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Repeats {
-    /// An error that names both.
+    /// It is an error, which names the node and the hyperedge.
     #[default]
     Refuse,
-    /// It is in the hyperedge once.
+    /// The node is in the hyperedge once.
     Merge,
-    /// It counts twice.
+    /// The node counts twice.
     Keep,
 }
 
@@ -54,8 +54,8 @@ pub struct Hypergraph {
 }
 
 impl Hypergraph {
-    /// From (node, hyperedge) pairs in any order. A hyperedge may be empty, and a node in none. Fails for numbers outside the ranges and,
-    /// unless they are merged or kept, for pairs that come twice.
+    /// A hypergraph from (node, hyperedge) pairs in any order. A hyperedge may be empty, and a node may be in none. Fails for numbers
+    /// outside the ranges and, with [`Repeats::Refuse`], for pairs that occur twice.
     pub fn from_pairs(nodes: usize, edges: usize, pairs: &[(u32, u32)], repeats: Repeats) -> Result<Hypergraph> {
         let mut sets = vec![Vec::new(); edges];
         for (i, &(node, edge)) in pairs.iter().enumerate() {
@@ -67,10 +67,10 @@ impl Hypergraph {
         }
         Hypergraph::from_sets(nodes, &sets, repeats)
     }
-    /// From the nodes of each hyperedge.
+    /// A hypergraph from the nodes of each hyperedge.
     pub fn from_sets(nodes: usize, sets: &[Vec<u32>], repeats: Repeats) -> Result<Hypergraph> {
         let op = "hypergraph";
-        // The last hyperedge that each node was seen in.
+        // The last hyperedge in which each node occurred.
         let mut seen = vec![u32::MAX; nodes];
         let (mut members, mut lengths) = (Vec::new(), Vec::with_capacity(sets.len()));
         for (e, set) in sets.iter().enumerate() {
@@ -95,7 +95,7 @@ impl Hypergraph {
         let nodes_of = Incidence::new(&Segments::lengths(&lengths), members, nodes)?;
         Ok(Hypergraph { structure: Structure::whole(nodes_of)?, kinds: vec![0; sets.len()] })
     }
-    /// From a dense incidence `[nodes, edges]` of zeros and ones.
+    /// A hypergraph from a dense incidence matrix `[nodes, edges]` of zeros and ones.
     pub fn from_dense(incidence: &Array) -> Result<Hypergraph> {
         let op = "Hypergraph::from_dense";
         let &[nodes, edges] = incidence.shape() else {
@@ -114,8 +114,8 @@ impl Hypergraph {
         }
         Hypergraph::from_sets(nodes, &sets, Repeats::Refuse)
     }
-    /// The grid of a table: a node for each cell, row by row; hyperedge 0 is the whole table, then come the columns and the rows. Fails for
-    /// a table without cells.
+    /// The hypergraph of a table. It has a node for each cell, row by row. Hyperedge 0 is the whole table; the columns follow, then the
+    /// rows. Fails for a table without cells.
     pub fn table(rows: usize, columns: usize) -> Result<Hypergraph> {
         if rows == 0 || columns == 0 {
             let message = format!("a table of {rows} rows and {columns} columns has no cells");
@@ -134,8 +134,8 @@ impl Hypergraph {
         let kinds = repeat(kind::TABLE, 1).chain(repeat(kind::COLUMN, columns)).chain(repeat(kind::ROW, rows));
         Ok(Hypergraph { structure: Structure::whole(nodes_of)?, kinds: kinds.collect() })
     }
-    /// Texts as nodes and words as hyperedges: a word is a run of letters and digits in lower case, and stays if the number of texts that
-    /// have it lies in `texts_with_it`. Also the word of each hyperedge, in alphabetical order.
+    /// A hypergraph with texts as nodes and words as hyperedges. A word is a run of letters and digits in lower case, and is kept if the
+    /// number of texts that contain it lies in `texts_with_it`. Also returns the word of each hyperedge, in alphabetical order.
     pub fn of_words<T: AsRef<str>>(
         texts: &[T],
         texts_with_it: RangeInclusive<usize>,
@@ -157,8 +157,8 @@ impl Hypergraph {
         let (words, sets): (Vec<String>, Vec<Vec<u32>>) = sets.into_iter().unzip();
         Ok((Hypergraph::from_sets(texts.len(), &sets, Repeats::Refuse)?, words))
     }
-    /// Several hypergraphs as one, each a sample: nodes and hyperedges are numbered on, each from where those of the one before end. A
-    /// hypergraph without nodes or without hyperedges stays a sample.
+    /// Joins several hypergraphs into one, in which each is a sample. Nodes and hyperedges of each are numbered after those of the one
+    /// before. A hypergraph without nodes or without hyperedges still counts as a sample.
     pub fn batch(graphs: &[Hypergraph]) -> Result<Hypergraph> {
         let (mut members, mut lengths, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
         let (mut nodes, mut edges) = (vec![0], vec![0]);
@@ -178,7 +178,7 @@ impl Hypergraph {
         let structure = Structure::new(nodes_of, Samples::ragged(&nodes)?, Samples::ragged(&edges)?)?;
         Ok(Hypergraph { structure, kinds })
     }
-    /// The same with a kind for each hyperedge.
+    /// The same hypergraph with a kind for each hyperedge.
     pub fn with_kinds(mut self, kinds: Vec<u16>) -> Result<Hypergraph> {
         if kinds.len() != self.edges() {
             let message = format!("{} kinds for {} hyperedges", kinds.len(), self.edges());
@@ -187,8 +187,8 @@ impl Hypergraph {
         self.kinds = kinds;
         Ok(self)
     }
-    /// The same with one more hyperedge for each node, which has this node alone; they come last, in the order of the nodes. In a batch
-    /// they come after the hyperedges of all samples.
+    /// The same hypergraph with one more hyperedge for each node, which contains only this node. The new hyperedges come last, in the order
+    /// of the nodes; in a batch, after the hyperedges of all samples.
     pub fn with_own_edges(&self) -> Result<Hypergraph> {
         let (n, s) = (self.nodes(), &self.structure);
         let members = s.nodes_of().members().iter().copied().chain(0..n as u32).collect();
@@ -200,7 +200,7 @@ impl Hypergraph {
         let kinds = self.kinds.iter().copied().chain(std::iter::repeat_n(kind::OWN, n)).collect();
         Ok(Hypergraph { structure: Structure::new(nodes_of, s.nodes().clone(), edges)?, kinds })
     }
-    /// The same without the incidences for which `keep(node, hyperedge)` is false; nodes and hyperedges stay, if empty.
+    /// The same hypergraph without the incidences for which `keep(node, hyperedge)` is false. Nodes and hyperedges stay, even if empty.
     pub fn filtered(&self, mut keep: impl FnMut(u32, u32) -> bool) -> Result<Hypergraph> {
         let s = &self.structure;
         let (mut members, mut lengths) = (Vec::new(), vec![0; self.edges()]);
@@ -214,15 +214,16 @@ impl Hypergraph {
         let structure = Structure::new(nodes_of, s.nodes().clone(), s.edges().clone())?;
         Ok(Hypergraph { structure, kinds: self.kinds.clone() })
     }
-    /// The same with each incidence left out with probability `p`, but for those of nodes' own hyperedges.
+    /// The same hypergraph with each incidence left out with probability `p`, except those of nodes' own hyperedges.
     pub fn thinned(&self, p: f64, rng: &mut Rng) -> Result<Hypergraph> {
         if !(0.0..=1.0).contains(&p) {
             return Err(Error::invalid("Hypergraph::thinned", format!("probability {p}; it must lie in [0, 1]")));
         }
         self.filtered(|_, e| self.kinds[e as usize] == kind::OWN || rng.uniform() >= p)
     }
-    /// The same sizes of hyperedges and degrees of nodes, but other members: pairs of incidences exchange their nodes, ten times as many
-    /// attempts as there are incidences, without making a node a member twice. What a model gains by structure must be gone with it.
+    /// A hypergraph with the same sizes of hyperedges and degrees of nodes, but other members. Pairs of incidences exchange their nodes, in
+    /// ten times as many attempts as there are incidences, without making a node a member twice. It serves as a control: a model's gain
+    /// from structure must disappear with it.
     pub fn rewired(&self, rng: &mut Rng) -> Result<Hypergraph> {
         let s = &self.structure;
         let mut members = s.nodes_of().members().to_vec();
@@ -248,7 +249,7 @@ impl Hypergraph {
         let structure = Structure::new(nodes_of, s.nodes().clone(), s.edges().clone())?;
         Ok(Hypergraph { structure, kinds: self.kinds.clone() })
     }
-    /// What layers take.
+    /// The structure that layers use.
     pub fn structure(&self) -> &Structure {
         &self.structure
     }
@@ -264,7 +265,7 @@ impl Hypergraph {
     pub fn kinds(&self) -> &[u16] {
         &self.kinds
     }
-    /// Numbers of the hyperedges of a kind.
+    /// The numbers of the hyperedges of a kind.
     pub fn of_kind(&self, kind: u16) -> Vec<u32> {
         (0..self.edges() as u32).filter(|&e| self.kinds[e as usize] == kind).collect()
     }

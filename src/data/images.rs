@@ -1,4 +1,4 @@
-//! Small labelled images: the 8×8 digits that ship with the crate, and files in MNIST's IDX format.
+//! Small labelled images: the 8×8 digits that come with the crate, and files in MNIST's IDX format.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ pub struct Images {
     pub width: usize,
     /// Rows per image.
     pub height: usize,
-    /// Number of classes; labels lie below it.
+    /// Number of classes; labels are less than it.
     pub classes: usize,
     /// Pixels from 0 to 1, image after image, row after row.
     pub pixels: Vec<f32>,
@@ -26,7 +26,7 @@ impl Images {
     pub fn len(&self) -> usize {
         self.labels.len()
     }
-    /// Whether there is none.
+    /// Whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
@@ -42,7 +42,7 @@ impl Images {
         &self.pixels[i * self.size()..(i + 1) * self.size()]
     }
 
-    /// The images at these places: pixels of shape [n, height, width] and n labels.
+    /// The images at these indices, as pixels of shape [n, height, width] and n labels.
     pub fn batch(&self, indices: &[usize]) -> Result<(Vec<f32>, Vec<u32>)> {
         if let Some(i) = indices.iter().find(|&&i| i >= self.len()) {
             return Err(Error::invalid("Images::batch", format!("index {i}, but there are {} images", self.len())));
@@ -52,13 +52,13 @@ impl Images {
         Ok((pixels, indices.iter().map(|&i| self.labels[i]).collect()))
     }
 
-    /// Some images as a tensor `[B, pixels]`, and their labels `[B]`.
+    /// The images at these indices as a tensor `[B, pixels]`, and their labels `[B]`.
     pub fn tensors(&self, indices: &[usize]) -> Result<(Tensor, Tensor)> {
         let (pixels, labels) = self.batch(indices)?;
         let n = indices.len();
         Ok((Tensor::from_slice(&pixels, &[n, self.size()])?, Tensor::from_slice(&labels, &[n])?))
     }
-    /// The share of images whose largest logit is that of their label. `logits` returns `[B, classes]` for `[B, pixels]`.
+    /// The share of images for which the class of the largest logit is the label. `logits` returns `[B, classes]` for `[B, pixels]`.
     pub fn accuracy(&self, logits: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<f64> {
         let (pixels, labels) = self.tensors(&(0..self.len()).collect::<Vec<usize>>())?;
         let read = no_grad(|| logits(&pixels))?.argmax(-1)?;
@@ -71,7 +71,7 @@ impl Images {
         self.select(&shuffled(self.len(), seed))
     }
 
-    /// The first images, `fraction` of all, and the rest. Shuffle before, if the file is ordered.
+    /// Splits into the first images, which are the share `fraction` of all, and the rest. Shuffle before, if the file is ordered.
     pub fn split(&self, fraction: f64) -> (Images, Images) {
         let count = ((self.len() as f64 * fraction.clamp(0.0, 1.0)).round() as usize).min(self.len());
         let order: Vec<usize> = (0..self.len()).collect();
@@ -87,8 +87,8 @@ impl Images {
     }
 }
 
-/// 1,797 handwritten digits of 8×8 pixels, part of the crate (UCI, E. Alpaydin and C. Kaynak, CC BY 4.0; see
-/// `examples/data/NOTICE`). They come in the order of the file; [`Images::shuffled`] mixes the writers.
+/// 1,797 handwritten digits of 8×8 pixels, part of the crate (UCI, E. Alpaydin and C. Kaynak, CC BY 4.0; see `examples/data/NOTICE`). They
+/// are in the order of the file; [`Images::shuffled`] mixes the writers.
 pub fn digits() -> Result<Images> {
     const FILE: &str = "examples/data/digits.csv.gz";
     let packed: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/digits.csv.gz"));
@@ -142,7 +142,7 @@ pub fn idx(images: impl AsRef<Path>, labels: impl AsRef<Path>) -> Result<Images>
     })
 }
 
-/// An IDX file of unsigned bytes: its dimensions and its content.
+/// Reads an IDX file of unsigned bytes, and returns its dimensions and its content.
 pub fn read_idx(path: impl AsRef<Path>) -> Result<(Vec<usize>, Vec<u8>)> {
     let path = path.as_ref();
     let mut bytes = read_maybe_gzip(path, 1 << 30)?;

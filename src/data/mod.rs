@@ -1,4 +1,4 @@
-//! Data: text and its tokenizers, sample windows with owners, small images, tables and hypergraphs.
+//! Data sets: text and its tokenizers, windows of tokens with owners, small images, tables and hypergraphs.
 //!
 //! Loaders return plain vectors; the training code puts them on a device. Everything is deterministic: the same files give
 //! the same samples in the same order, whatever the file system or the number of threads.
@@ -32,7 +32,7 @@ pub use tokens::{IGNORE, TokenSet, Windows};
 /// Finds a data file by name: in `$PRISMGRAD_DATA`, else in `examples/data` of the running project.
 ///
 /// # Errors
-/// [`Error::Format`] that tells both places and what to do if the file is in neither.
+/// [`Error::Format`] if the file is in neither place; the error names both and says what to do.
 pub fn data_file(name: &str) -> Result<PathBuf> {
     let folder = std::env::var_os("PRISMGRAD_DATA").map(PathBuf::from);
     let project = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from);
@@ -48,9 +48,9 @@ pub fn data_file(name: &str) -> Result<PathBuf> {
     Err(Error::format(name, message))
 }
 
-/// Reads a file whole; one whose content starts like gzip is unpacked, whatever its name.
+/// Reads a whole file. If its content starts like gzip it is unpacked, whatever its name.
 ///
-/// At most `limit` bytes are accepted, so that a hostile archive cannot fill the memory.
+/// At most `limit` bytes are accepted, so that a malicious archive cannot fill the memory.
 pub fn read_maybe_gzip(path: impl AsRef<Path>, limit: usize) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
@@ -76,14 +76,14 @@ pub fn shuffled(count: usize, seed: u64) -> Vec<usize> {
     let mut state = seed;
     for i in (1..count).rev() {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        // Multiply-shift maps 64 bits to 0..=i; its bias of i/2^64 is far below what a shuffle can show.
+        // Multiply-shift maps 64 bits to 0..=i; its bias of i/2^64 is far too small to matter in a shuffle.
         let j = ((u128::from(mix(state)) * (i as u128 + 1)) >> 64) as usize;
         order.swap(i, j);
     }
     order
 }
 
-/// A hash that is the same on every machine and in every release; the finaliser brings the seed into every bit.
+/// A hash that is the same on every machine and in every release. Every bit of it depends on the seed.
 pub(crate) fn stable_hash(name: &str, seed: u64) -> u64 {
     mix(crate::base::hash(name) ^ mix(seed))
 }

@@ -1,4 +1,4 @@
-//! Tables of text: a title, headers, rows of cells.
+//! Tables of text, each with a title, headers and rows of cells.
 
 use crate::base::{Error, Result};
 use std::collections::BTreeMap;
@@ -11,31 +11,31 @@ use std::process::{Command, Stdio};
 pub struct Table {
     /// A name that no other table of the set has.
     pub name: String,
-    /// Caption or title of the page; empty where there is none.
+    /// Caption or title of the page; empty if there is none.
     pub caption: String,
-    /// Headers of the columns; an empty one is missing.
+    /// Headers of the columns; an empty string is a missing header.
     pub headers: Vec<String>,
-    /// Cells by row; an empty one is missing.
+    /// Cells by row; an empty string is a missing cell.
     pub rows: Vec<Vec<String>>,
 }
 
-/// What reading a set of tables met, in numbers of tables.
+/// Counts of what was found while reading a set of tables, in numbers of tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableCounts {
-    /// Read.
+    /// Tables that were read.
     pub read: usize,
-    /// Left out: without a column or without a row.
+    /// Tables that were left out because they have no column or no row.
     pub empty: usize,
-    /// With a row of more or fewer cells than there are headers; it was cut, or filled up with missing cells.
+    /// Tables that have a row with more or fewer cells than there are headers. Such a row was cut, or filled up with missing cells.
     pub ragged: usize,
-    /// With two headers that are equal.
+    /// Tables with two equal headers.
     pub repeated_headers: usize,
-    /// With bytes that are not UTF-8; they became U+FFFD.
+    /// Tables with bytes that are not UTF-8. These bytes became U+FFFD.
     pub not_utf8: usize,
 }
 
 impl Table {
-    /// Fails for a table without columns or rows, and for a row of another number of cells.
+    /// Makes a table. Fails without columns or rows, and for a row with another number of cells than headers.
     pub fn new(
         name: impl Into<String>,
         caption: impl Into<String>,
@@ -54,8 +54,8 @@ impl Table {
         }
         Ok(Table { name, caption: caption.into(), headers, rows })
     }
-    /// Text whose first line has the headers and whose cells are divided by `separator`, without quotes. Rows are made as long as the
-    /// headers. `None` without a header or a row. What was met is counted in `counts`.
+    /// Reads a table from text whose first line has the headers and whose cells are divided by `separator`, without quotes. Every row is
+    /// cut or filled up to the number of headers. `None` without a header or a row. `counts` is updated.
     pub fn parse(name: &str, caption: &str, bytes: &[u8], separator: char, counts: &mut TableCounts) -> Option<Table> {
         let text = String::from_utf8_lossy(bytes);
         counts.not_utf8 += usize::from(std::str::from_utf8(bytes).is_err());
@@ -90,7 +90,7 @@ impl Table {
     pub fn column(&self, c: usize) -> impl Iterator<Item = &str> {
         self.rows.iter().map(move |r| r[c].as_str())
     }
-    /// Rows and columns in another order: new row i is old row `rows[i]`, new column j old column `columns[j]`.
+    /// The same table with rows and columns in another order: new row i is old row `rows[i]`, new column j is old column `columns[j]`.
     pub fn reordered(&self, rows: &[usize], columns: &[usize]) -> Table {
         let row = |r: &Vec<String>| columns.iter().map(|&c| r[c].clone()).collect();
         Table {
@@ -106,19 +106,19 @@ impl Table {
 pub struct TabFact {
     /// All tables, by name.
     pub tables: Vec<Table>,
-    /// Of each table, whether the set's authors have it for training (0), validation (1) or test (2).
+    /// The part of the set to which its authors assigned each table: training (0), validation (1) or test (2).
     pub part: Vec<u8>,
-    /// What was met while reading.
+    /// Counts of what was found while reading.
     pub counts: TableCounts,
 }
 
-/// Where the tables are, as a sentence for those who lack them.
+/// Where to get the tables, as a text for users who lack them.
 pub const TABFACT_FROM: &str = "git clone --depth 1 https://github.com/wenhuchen/Table-Fact-Checking, into the folder that PRISMGRAD_DATA \
                                 names";
 
 impl TabFact {
-    /// From `tabfact-tables.tar.xz` or the folder `Table-Fact-Checking` in the folder that PRISMGRAD_DATA names. The archive is unpacked by
-    /// the program `xz`.
+    /// Reads the set from `tabfact-tables.tar.xz` or the folder `Table-Fact-Checking` in the folder that PRISMGRAD_DATA names. The archive
+    /// is unpacked by the program `xz`.
     pub fn load() -> Result<TabFact> {
         if let Ok(path) = super::data_file("tabfact-tables.tar.xz") {
             return TabFact::of_files(&path, untar(&path, &unxz(&path)?)?);
@@ -135,8 +135,8 @@ impl TabFact {
             }
         }
     }
-    /// From the set's files by path: `….csv` divided by `#`, `table_to_page.json`, and the names of each part in `train_id.json`,
-    /// `val_id.json` and `test_id.json`.
+    /// Reads the set from its files by path: `….csv` with cells divided by `#`, `table_to_page.json`, and the names of each part in
+    /// `train_id.json`, `val_id.json` and `test_id.json`.
     fn of_files(path: &Path, files: BTreeMap<String, Vec<u8>>) -> Result<TabFact> {
         let json = |name: &str| -> Result<serde_json::Value> {
             let found = files.iter().find(|(n, _)| n.rsplit('/').next() == Some(name));
@@ -168,7 +168,7 @@ impl TabFact {
     }
 }
 
-/// What `xz` unpacks, at most 256 MB.
+/// The output of `xz` for a file, which may be at most 256 MB.
 fn unxz(path: &Path) -> Result<Vec<u8>> {
     const LIMIT: u64 = 256 << 20;
     let mut child = Command::new("xz")
@@ -216,7 +216,7 @@ fn untar(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>> {
                     if prefix.is_empty() { text(&head[..100]) } else { format!("{prefix}/{}", text(&head[..100])) };
                 files.insert(long.take().unwrap_or(short), data.to_vec());
             }
-            // GNU's form of a path of more than 100 bytes: the content of an entry before the file's.
+            // The GNU form of a path of more than 100 bytes: it is the content of an entry before the file's entry.
             b'L' => long = Some(text(data)),
             _ => long = None,
         }
@@ -225,7 +225,7 @@ fn untar(path: &Path, bytes: &[u8]) -> Result<BTreeMap<String, Vec<u8>>> {
     Ok(files)
 }
 
-/// The files below a folder that a set of tables is made of.
+/// Reads the files of a set of tables below a folder.
 fn read_folder(folder: &Path, files: &mut BTreeMap<String, Vec<u8>>) -> Result<()> {
     let failed = |e| Error::io("read", folder, e);
     for entry in std::fs::read_dir(folder).map_err(failed)? {

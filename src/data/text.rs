@@ -1,4 +1,4 @@
-//! Text sets: documents with names, read from a folder of the user's.
+//! Text sets: documents with names, read from a folder of the user.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -28,20 +28,20 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Bytes of text.
+    /// The number of bytes of text.
     pub fn bytes(&self) -> usize {
         self.documents.iter().map(|d| d.text.len()).sum()
     }
 
-    /// The texts, such as a tokenizer is trained on.
+    /// The texts, for example to train a tokenizer on.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         self.documents.iter().map(|d| d.text.as_str())
     }
 
     /// Training and validation documents.
     ///
-    /// Whether a document is held out depends on its name and the seed alone, so it stays on its side when others come
-    /// or go. About `validation` of the documents are held out, and at least one of two or more.
+    /// Whether a document is held out depends on its name and the seed alone, so it stays in its part when documents are added or removed.
+    /// About `validation` of the documents are held out, and at least one of two or more.
     pub fn split(self, validation: f64, seed: u64) -> (Corpus, Corpus) {
         let hash = |d: &Document| stable_hash(&d.name, seed);
         let limit = (validation.clamp(0.0, 1.0) * u64::MAX as f64) as u64;
@@ -58,8 +58,8 @@ impl Corpus {
         TokenSet::new(documents, tokenizer.end_of_text())
     }
 
-    /// One number per document that says which top folder it lies in: for sets made of several projects, where the
-    /// project is the one whose privacy counts.
+    /// For each document, the number of the top folder that contains it. This is for sets made of several projects, if the privacy of a
+    /// whole project is to be protected.
     pub fn top_folder_owners(&self) -> Vec<u32> {
         let top = |d: &Document| d.name.split('/').next().unwrap_or("").to_string();
         let names: BTreeSet<String> = self.documents.iter().map(top).collect();
@@ -68,7 +68,7 @@ impl Corpus {
     }
 }
 
-/// Folders of these names hold nothing that a person wrote here.
+/// Folders with these names contain nothing that was written by hand.
 pub(super) const LEFT_OUT: [&str; 2] = ["target", "node_modules"];
 
 /// Reads the text files of a folder and of the folders in it.
@@ -84,21 +84,21 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Any text file of at most 1 MiB below `root`.
+    /// All text files of at most 1 MiB below `root`.
     pub fn new(root: impl AsRef<Path>) -> Self {
         let root = root.as_ref().to_path_buf();
         let without = LEFT_OUT.map(String::from).to_vec();
         Folder { root, extensions: Vec::new(), without, max_file_bytes: 1 << 20, max_bytes: usize::MAX }
     }
 
-    /// Only files with one of these extensions, given without the dot; case does not matter.
+    /// Restricts the set to files with one of these extensions, given without the dot; case does not matter.
     pub fn extensions<S: AsRef<str>>(mut self, extensions: impl IntoIterator<Item = S>) -> Self {
         self.extensions =
             extensions.into_iter().map(|e| e.as_ref().trim_start_matches('.').to_ascii_lowercase()).collect();
         self
     }
 
-    /// Leaves out folders of these names as well, wherever they are.
+    /// Leaves out folders with these names as well, at any depth.
     pub fn without<S: Into<String>>(mut self, folders: impl IntoIterator<Item = S>) -> Self {
         self.without.extend(folders.into_iter().map(Into::into));
         self
@@ -110,7 +110,7 @@ impl Folder {
         self
     }
 
-    /// Stops before the set grows above this size.
+    /// Limits the size of the whole set: reading stops before it is exceeded.
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.max_bytes = bytes;
         self
@@ -119,7 +119,7 @@ impl Folder {
     /// Reads the set, sorted by relative path.
     ///
     /// # Errors
-    /// [`Error::Io`] for a folder that cannot be read, [`Error::Format`] if no file is left, telling why.
+    /// [`Error::Io`] for a folder that cannot be read, [`Error::Format`] if no file is left, which says why.
     pub fn load(&self) -> Result<Corpus> {
         let files = list_files(&self.root, &self.extensions, &self.without)?;
         let (mut large, mut binary, mut total) = (0, 0, 0usize);

@@ -1,11 +1,10 @@
-//! What a tokenizer is, and the one that needs no training: bytes.
+//! The trait of tokenizers, and one that needs no training: bytes.
 
 use crate::base::{Error, Result};
 
-/// Text to token ids and back.
+/// Converts text to token ids and back.
 pub trait Tokenizer: Send + Sync {
-    /// The ids of a text. No special token is added, and none is read out of the text: what stands in a document stays
-    /// text, whatever it looks like.
+    /// The ids of a text. No special token is added, and none is recognised in the text: text that looks like a special token stays text.
     fn encode(&self, text: &str) -> Vec<u32>;
 
     /// The bytes of one token; empty for a special token, `None` for an id outside the vocabulary.
@@ -14,10 +13,10 @@ pub trait Tokenizer: Send + Sync {
     /// Number of ids, special tokens included: the size of the embedding.
     fn vocab_size(&self) -> usize;
 
-    /// The token that closes a document.
+    /// The token at the end of a document.
     fn end_of_text(&self) -> u32;
 
-    /// The text of some ids. Special tokens give nothing; bytes that are not UTF-8 (a character cut in two) give U+FFFD.
+    /// The text of some ids. Special tokens are left out; bytes that are not UTF-8 (a character cut in two) give U+FFFD.
     ///
     /// # Errors
     /// [`Error::Invalid`] for an id outside the vocabulary.
@@ -32,11 +31,11 @@ pub trait Tokenizer: Send + Sync {
     }
 }
 
-/// One token per byte: 256 ids, and 256 for the end of a text.
+/// One token per byte: 256 ids for bytes, and the id 256 for the end of a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ByteTokenizer;
 
-/// Every byte, so that a token's bytes can be borrowed from somewhere.
+/// Every byte, so that [`Tokenizer::token_bytes`] can return a reference.
 static BYTES: [u8; 256] = {
     let mut bytes = [0; 256];
     let mut i = 0;

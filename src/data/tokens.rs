@@ -1,13 +1,13 @@
-//! Token streams cut into training samples of one length, each with its owner.
+//! Token streams cut into training samples of one length, each of which has an owner.
 
 use std::sync::Arc;
 
 use crate::base::{Error, Result};
 
-/// The target at positions that carry no loss: the padding of a short chunk.
+/// The target at positions without a loss: the padding of a short chunk.
 pub const IGNORE: u32 = u32::MAX;
 
-/// Tokens of all documents, one after the other, each document closed by the end-of-text token.
+/// Tokens of all documents, one document after the other, each followed by the end-of-text token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenSet {
     tokens: Arc<[u32]>,
@@ -16,7 +16,7 @@ pub struct TokenSet {
 }
 
 impl TokenSet {
-    /// Joins the documents and closes each with `end_of_text`.
+    /// Joins the documents and adds `end_of_text` after each.
     pub fn new(documents: impl IntoIterator<Item = Vec<u32>>, end_of_text: u32) -> Self {
         let (mut tokens, mut offsets) = (Vec::new(), vec![0]);
         for document in documents {
@@ -47,8 +47,8 @@ impl TokenSet {
         &self.tokens[self.offsets[i]..self.offsets[i + 1]]
     }
 
-    /// Cuts the stream into windows of `seq_len` targets with no regard to documents: every position is used once, no
-    /// padding, the short rest is dropped. For training that is not private.
+    /// Cuts the stream into windows of `seq_len` targets regardless of documents. Every position is used once, there is no padding, and the
+    /// incomplete window at the end is dropped. This is for training that is not private.
     ///
     /// # Errors
     /// [`Error::Invalid`] if not even one window fits.
@@ -64,10 +64,10 @@ impl TokenSet {
         Ok(Windows { set: self.clone(), seq_len, cuts: (0..count).map(cut).collect() })
     }
 
-    /// Cuts each document for itself: no sample holds tokens of two documents, so that each belongs to one owner.
+    /// Cuts each document separately: no sample has tokens of two documents, so that each sample belongs to one owner.
     ///
-    /// The last chunk of a document is filled up with the end-of-text token, and its targets with [`IGNORE`]. This is
-    /// the unit for private training: a sample for record-level privacy, its [owner](Windows::owner) for user-level.
+    /// The last chunk of a document is filled up with the end-of-text token, and its targets with [`IGNORE`]. For private training, a
+    /// sample is the unit of record-level privacy, and its [owner](Windows::owner) that of user-level privacy.
     ///
     /// # Errors
     /// [`Error::Invalid`] if there is no token to predict.
@@ -96,7 +96,7 @@ fn check_length(op: &'static str, seq_len: usize) -> Result<()> {
     Ok(())
 }
 
-/// A sample: `targets` predictions from `start` on.
+/// The position of a sample: `targets` predictions from `start` on.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     start: usize,
@@ -104,7 +104,7 @@ struct Cut {
     owner: u32,
 }
 
-/// Samples of one length over a [`TokenSet`]; cheap to clone.
+/// Samples of one length over a [`TokenSet`]. Clones are cheap.
 #[derive(Clone, Debug)]
 pub struct Windows {
     set: TokenSet,
@@ -117,16 +117,16 @@ impl Windows {
     pub fn len(&self) -> usize {
         self.cuts.len()
     }
-    /// Whether there is none.
+    /// Whether there are no samples.
     pub fn is_empty(&self) -> bool {
         self.cuts.is_empty()
     }
-    /// Tokens per sample.
+    /// The number of tokens per sample.
     pub fn seq_len(&self) -> usize {
         self.seq_len
     }
 
-    /// One sample: `seq_len` inputs and the token after each. Targets of the padding are [`IGNORE`].
+    /// One sample: `seq_len` inputs, and for each the token after it as its target. Targets of the padding are [`IGNORE`].
     ///
     /// # Panics
     /// If `i` is not below [`len`](Self::len), as with a slice.
@@ -162,7 +162,7 @@ impl Windows {
         self.cuts[i].targets
     }
 
-    /// Who owns a sample: the number of its document, unless [`with_owners`](Self::with_owners) changed it.
+    /// The owner of a sample: the number of its document, unless [`with_owners`](Self::with_owners) changed it.
     pub fn owner(&self, i: usize) -> u32 {
         self.cuts[i].owner
     }
@@ -171,7 +171,7 @@ impl Windows {
         self.cuts.iter().map(|c| c.owner).collect()
     }
 
-    /// Gives the samples of document `d` to `owners[d]`, such as the project or person that a file belongs to.
+    /// Assigns the samples of document `d` to `owners[d]`, such as the project or person that a file belongs to.
     ///
     /// # Errors
     /// [`Error::Invalid`] if `owners` has not one entry per document.

@@ -6,13 +6,13 @@ use crate::base::{DType, Error, Result};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// A collective as one rank called it.
+/// A rank's call of a collective.
 #[derive(Clone)]
 struct Post {
     /// Kind and name, shape and dtype: the same on every rank.
     call: String,
     data: Array,
-    /// The group that is made of some ranks, if this one is their first.
+    /// The group made for some of the ranks, if this rank is the first of them.
     part: Option<Arc<Group>>,
 }
 
@@ -20,7 +20,7 @@ struct Post {
 struct Board {
     posts: Vec<Option<Post>>,
     taken: usize,
-    /// Why a rank is gone, if it is.
+    /// The reason for which each rank has left, if it has.
     gone: Vec<Option<String>>,
 }
 
@@ -40,7 +40,7 @@ impl Group {
     }
 }
 
-/// One of several ranks that are threads of this process.
+/// One rank of a group whose ranks are threads of this process.
 ///
 /// ```
 /// use prismgrad::dist::{Communicator, Local};
@@ -59,15 +59,15 @@ pub struct Local {
 }
 
 impl Local {
-    /// A group of ranks, to be handed to as many threads. A rank that waits for the others longer than `patience` stops with an
+    /// A group of `size` ranks, one for each of as many threads. A rank that waits for the others longer than `patience` stops with an
     /// error that names them.
     pub fn group(size: usize, patience: Duration) -> Vec<Local> {
         let group = Group::new(size, patience);
         let new = |rank| Local { rank, size, group: group.clone(), counter: Counter::default() };
         (0..size).map(new).collect()
     }
-    /// Runs `body` as every rank, each on a thread of its own, and returns their results in order. A rank that fails or panics
-    /// ends the others' next collective.
+    /// Runs `body` as every rank, each on a thread of its own, and returns their results in order. If a rank fails or panics, the next
+    /// collective of the others fails.
     pub fn run<T: Send>(size: usize, body: impl Fn(Local) -> Result<T> + Sync) -> Vec<Result<T>> {
         let ranks = Local::group(size, Duration::from_secs(60));
         std::thread::scope(|s| {
@@ -106,8 +106,8 @@ impl Local {
         }
         Ok(board)
     }
-    /// Everybody's array for this call, in the order of the ranks. The share of its bytes that this rank sends is counted for each
-    /// of the others.
+    /// The arrays of all ranks for this call, in the order of the ranks. The traffic counts, for each of the other ranks, the share `share`
+    /// of the array's bytes as sent.
     fn exchange(&self, kind: &str, what: &str, data: &Array, share: f64) -> Result<Vec<Array>> {
         let call = format!("{kind} of {what} {:?} {}", data.shape(), data.dtype());
         let all = self.post(call, data)?;
@@ -115,7 +115,7 @@ impl Local {
         self.counter.count(bytes * share * (self.size as f64 - 1.0));
         Ok(all)
     }
-    /// Everybody's array, if all ranks made the same call.
+    /// The arrays of all ranks, if all of them made the same call.
     fn post(&self, call: String, data: &Array) -> Result<Vec<Array>> {
         Ok(self.post_with(call, data, None)?.into_iter().map(|p| p.data).collect())
     }
@@ -133,7 +133,7 @@ impl Local {
             group.changed.notify_all();
             e
         };
-        // The round before is over when every rank has taken it.
+        // The previous round is over when every rank has read its results.
         board = match self.wait(board, (&call, until), |b| b.posts[self.rank].is_none()) {
             Ok(board) => board,
             Err(e) => return Err(fail(e)),
@@ -159,7 +159,7 @@ impl Local {
         }
         Ok(posts)
     }
-    /// Bytes in units of (N − 1) times the buffer.
+    /// One part of N of a buffer, as the share that is sent to each other rank.
     fn one_nth(&self) -> f64 {
         1.0 / self.size as f64
     }
@@ -217,7 +217,7 @@ impl Communicator for Local {
     fn all_to_all_rows(&self, what: &str, x: &Array, rows: &[usize]) -> Result<(Array, Vec<usize>)> {
         let op = "all_to_all_rows";
         expect_rows(x, rows, self.size)?;
-        // Counts first, then rows: their number differs from rank to rank, the rest of their shape does not.
+        // The numbers of rows are exchanged first, then the rows. Numbers differ from rank to rank, the rest of the shape does not.
         let counts: Vec<i64> = rows.iter().map(|&r| r as i64).collect();
         let counts = self.post(format!("counts of {what}"), &Array::from_slice(&counts, &[self.size])?)?;
         let counts = counts.iter().map(|c| c.to_vec::<i64>()).collect::<Result<Vec<_>>>()?;
@@ -239,7 +239,7 @@ impl Communicator for Local {
         self.exchange("barrier", "all", &Array::zeros(&[0], DType::U8), 0.0).map(|_| ())
     }
     fn split(&self, colour: usize) -> Result<Box<dyn Communicator>> {
-        // Everybody brings a group that would be large enough; that of the first rank of a colour is the one.
+        // Every rank provides a group that would be large enough; that of the first rank of a colour is used.
         let own = Group::new(self.size, self.group.patience);
         let posts = self.post_with("split".into(), &Array::from_slice(&[colour as i64], &[1])?, Some(own))?;
         self.counter.count(8.0 * (self.size as f64 - 1.0));
@@ -263,7 +263,7 @@ impl Communicator for Local {
     }
     fn abort(&self, why: &str) {
         let mut board = self.group.lock();
-        // What it has posted stays: others may not have taken the round before yet.
+        // The rank's posted array stays, since other ranks may not have read the previous round yet.
         board.gone[self.rank].get_or_insert_with(|| why.into());
         self.group.changed.notify_all();
     }

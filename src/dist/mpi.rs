@@ -1,8 +1,8 @@
-//! Ranks as processes that `mpirun` or Slurm starts: Open MPI, found when the program runs.
+//! Ranks as processes that `mpirun` or Slurm starts. They communicate through Open MPI, whose library is loaded when the program runs.
 //!
-//! Only messages between two ranks are used, and sums are taken here, in the order of the ranks: results have the bits that
-//! [`Local`](super::Local) gives. Each collective begins with a line from every rank to every other that says what it is about to do,
-//! so that a rank that does something else, or nothing, is named.
+//! Only messages between two ranks are used, and sums are taken here, in the order of the ranks, so that results have the bits that
+//! [`Local`](super::Local) gives. Before each collective, every rank sends every other a line that names the collective. A rank that calls
+//! something else, or nothing, can therefore be named.
 
 use super::{Communicator, Counter, Traffic, equal_parts, expect_part, expect_rows, join, sum};
 use crate::array::Array;
@@ -18,7 +18,7 @@ type Handle = *mut c_void;
 type Send_ = unsafe extern "C" fn(*const c_void, c_int, Handle, c_int, c_int, Handle, *mut Handle) -> c_int;
 type Recv = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, c_int, Handle, *mut Handle) -> c_int;
 
-/// What is used of the library.
+/// The functions of the library that are used.
 struct Functions {
     finalize: unsafe extern "C" fn() -> c_int,
     comm_rank: unsafe extern "C" fn(Handle, *mut c_int) -> c_int,
@@ -29,7 +29,7 @@ struct Functions {
     test: unsafe extern "C" fn(*mut Handle, *mut c_int, *mut c_void) -> c_int,
     world: Handle,
     byte: Handle,
-    // The functions are valid as long as it is.
+    // The functions are valid as long as the library is loaded.
     _library: Library,
 }
 
@@ -38,10 +38,10 @@ unsafe impl Send for Functions {}
 // SAFETY: as above.
 unsafe impl Sync for Functions {}
 
-/// The library of this process, initialised once: MPI cannot be started a second time.
+/// The library of this process, initialised once because MPI cannot be started a second time.
 struct Engine {
     functions: Functions,
-    /// One call at a time, from whichever thread.
+    /// Held during each call: calls come from any thread, one at a time.
     turn: Mutex<()>,
 }
 
@@ -90,7 +90,7 @@ impl Engine {
                 byte,
                 _library: library,
             };
-            // 2 is MPI_THREAD_SERIALIZED: one call at a time, from any thread.
+            // 2 is MPI_THREAD_SERIALIZED: calls come from any thread, one at a time.
             let mut given = 0;
             if init(null_mut(), null_mut(), 2, &mut given) != 0 || given < 2 {
                 return Err(format!("Open MPI did not start with threads (level {given}, 2 is needed)"));
@@ -105,13 +105,13 @@ impl Engine {
 
 /// Bytes of the line that ranks exchange before a collective.
 const LINE: usize = 256;
-/// Most bytes of one message: MPI counts them in a C int.
+/// The most bytes of one message: MPI counts them in a C int.
 const MESSAGE: usize = 1 << 30;
 /// Tags of lines and of data.
 const LINES: c_int = 1;
 const DATA: c_int = 2;
 
-/// One of several ranks that are processes, started by `mpirun` or `srun`.
+/// One rank of a group whose ranks are processes, started by `mpirun` or `srun`.
 ///
 /// ```text
 /// mpirun -n 4 target/release/examples/dp_zero
@@ -123,16 +123,16 @@ pub struct Mpi {
     size: usize,
     patience: Duration,
     counter: Counter,
-    /// Why this rank takes part in nothing more.
+    /// Why this rank takes no further part, if so.
     broken: Mutex<Option<String>>,
-    /// Whether MPI ends with this communicator.
+    /// Whether dropping this communicator ends MPI.
     first: bool,
 }
 
 // SAFETY: the handle is an address in the library; calls are made one at a time.
 unsafe impl Send for Mpi {}
 
-/// A message on its way, with its bytes.
+/// A message in progress, with its bytes.
 struct Message {
     request: Handle,
     with: usize,
@@ -141,8 +141,8 @@ struct Message {
 }
 
 impl Mpi {
-    /// All ranks that were started together. A rank that waits for the others longer than `patience` stops with an error that names
-    /// them. Can be called once in a process. Without `mpirun` there is one rank.
+    /// All ranks that were started together. A rank that waits for the others longer than `patience` stops with an error that names them.
+    /// It can be called once in a process. Without `mpirun` there is one rank.
     pub fn world(patience: Duration) -> Result<Mpi> {
         let fail = |e: &String| Error::device("Mpi::world", e);
         let again = ENGINE.get().is_some();
@@ -170,7 +170,7 @@ impl Mpi {
             code => Err(Error::device("Mpi::world", format!("MPI_Comm_rank or MPI_Comm_size gave {code}"))),
         }
     }
-    /// Ends this rank's part, and says why.
+    /// Ends this rank's participation, and returns the error that says why.
     fn fail(&self, call: &str, why: impl Into<String>) -> Error {
         let why = why.into();
         self.abort(&why);
@@ -179,12 +179,12 @@ impl Mpi {
     fn others(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.size).filter(|r| *r != self.rank)
     }
-    /// Posts a message; the data's place in memory is that of a vector, which does not move with it.
+    /// Starts sending or receiving a message. Its data are in a vector, whose place in memory stays the same when the message is moved.
     fn post(&self, with: usize, mut bytes: Vec<u8>, tag: c_int, receives: bool) -> Result<Message> {
         let f = &self.engine.functions;
         let (count, mut request) = (bytes.len() as c_int, null_mut());
         let _turn = self.engine.lock();
-        // SAFETY: `bytes` is in memory until the message is over: `wait` keeps it, or gives it up for ever.
+        // SAFETY: `bytes` stays in memory until the message is complete: `wait` keeps it, or leaks it.
         let said = unsafe {
             match receives {
                 true => {
@@ -198,8 +198,8 @@ impl Mpi {
             code => Err(Error::device("collective", format!("MPI gave error {code} for a message with rank {with}"))),
         }
     }
-    /// Waits until the messages are over. At the deadline their memory is given up, since MPI may still write to it, and the ranks
-    /// that have not answered are returned.
+    /// Waits until the messages are complete. At the deadline their memory is leaked, since MPI may still write to it, and the ranks that
+    /// have not answered are returned.
     fn wait(&self, mut messages: Vec<Message>) -> std::result::Result<Vec<Message>, Vec<usize>> {
         let until = Instant::now() + self.patience;
         let mut rounds = 0u32;
@@ -229,7 +229,7 @@ impl Mpi {
                 return Err(late);
             }
             rounds += 1;
-            // A short wait takes no processor from a rank on the same machine.
+            // Short waits spin or yield and longer ones sleep, so that the processor is free for ranks on the same machine.
             match rounds {
                 0..200 => std::hint::spin_loop(),
                 200..2000 => std::thread::yield_now(),
@@ -237,7 +237,7 @@ impl Mpi {
             }
         }
     }
-    /// Tells every other rank what this one is about to do, and expects the same of them.
+    /// Sends every other rank the name of this rank's next collective, and checks that all ranks have the same one.
     fn agree(&self, call: &str) -> Result<()> {
         if let Some(why) = &*self.broken.lock().unwrap_or_else(|e| e.into_inner()) {
             return Err(Error::invalid("collective", format!("rank {} at {call}: it has failed: {why}", self.rank)));
@@ -259,7 +259,7 @@ impl Mpi {
             _ => self.fail(call, format!("rank {} is gone: {said}", m.with)),
         })
     }
-    /// Sends bytes to each rank, and returns what each sent here: `receive[r]` bytes. What is for this rank itself stays.
+    /// Sends `send[r]` to each rank r, and returns the `receive[r]` bytes that each sent here. The bytes for this rank itself are not sent.
     fn swap(&self, call: &str, mut send: Vec<Vec<u8>>, receive: &[usize]) -> Result<Vec<Vec<u8>>> {
         let mut all: Vec<Vec<u8>> = vec![Vec::new(); self.size];
         all[self.rank] = std::mem::take(&mut send[self.rank]);
@@ -292,7 +292,7 @@ impl Mpi {
         }
         Ok(all)
     }
-    /// [`Mpi::swap`] of arrays of one dtype: `send[r]` to rank r, `receive[r]` elements of it.
+    /// [`Mpi::swap`] for arrays of one dtype: `send[r]` goes to rank r, and `receive[r]` elements come from it.
     fn swap_arrays(&self, call: &str, send: &[Array], receive: &[usize], dtype: DType) -> Result<Vec<Array>> {
         if let Some(x) = send.iter().find(|x| x.device().is_cuda()) {
             return Err(self.fail(call, format!("ranks exchange arrays of the CPU, not of {}", x.device())));
@@ -302,7 +302,7 @@ impl Mpi {
         let got = self.swap(call, bytes, &sizes)?;
         got.iter().zip(receive).map(|(b, n)| Array::from_bytes(b, &[*n], dtype)).collect()
     }
-    /// This rank's part of the sum over ranks, and how `x` is cut: in stretches that differ by at most one element.
+    /// This rank's part of the sum over ranks, and the lengths of the parts into which `x` is cut, which differ by at most one element.
     fn scattered(&self, call: &str, x: &Array) -> Result<(Array, Vec<usize>)> {
         let (n, flat) = (x.numel(), x.reshape(&[x.numel()])?);
         let cuts: Vec<usize> = (0..=self.size).map(|r| n * r / self.size).collect();
@@ -311,11 +311,11 @@ impl Mpi {
         let got = self.swap_arrays(call, &send, &vec![parts[self.rank]; self.size], x.dtype())?;
         Ok((sum(got.into_iter().map(Ok))?, parts))
     }
-    /// Everybody's part, one after the other.
+    /// The parts of all ranks, joined in order.
     fn gathered(&self, call: &str, own: &Array, parts: &[usize]) -> Result<Array> {
         join(&self.swap_arrays(call, &vec![own.clone(); self.size], parts, own.dtype())?, own.dtype())
     }
-    /// Counts a collective in which a rank sends a share of a buffer for each other rank.
+    /// Counts a collective in which a rank sends the share `share` of a buffer to each other rank.
     fn count(&self, x: &Array, share: f64) {
         self.counter.count((x.numel() * x.dtype().size()) as f64 * share * (self.size as f64 - 1.0));
     }
@@ -324,13 +324,13 @@ impl Mpi {
     }
 }
 
-/// The kind of a line, and as much of the text as there is room for.
+/// A line with its kind and as much of the text as fits.
 fn line(kind: u8, text: &str) -> Vec<u8> {
     let mut line = vec![0; LINE];
     line[0] = kind;
     let n = text.len().min(LINE - 1);
     line[1..=n].copy_from_slice(&text.as_bytes()[..n]);
-    // What does not fit in counts, too.
+    // A text that does not fit is replaced at its end by a checksum of the whole.
     if text.len() > n {
         let rest = crc32fast::hash(text.as_bytes());
         line[LINE - 8..].copy_from_slice(format!("{rest:08x}").as_bytes());
@@ -386,7 +386,7 @@ impl Communicator for Mpi {
         let call = named(&format!("broadcast from {root}"), what, x);
         self.agree(&call)?;
         self.count(x, self.one_nth());
-        // The root deals out a part to each rank, and all of them give theirs to the others.
+        // The root sends a part to each rank, and each rank sends its part to all others.
         let (n, flat) = (x.numel(), x.reshape(&[x.numel()])?);
         let cut = |r: usize| -> Range<usize> { n * r / self.size..n * (r + 1) / self.size };
         let part = |r: usize| if self.rank == root { cut(r) } else { 0..0 };
@@ -437,7 +437,7 @@ impl Communicator for Mpi {
         {
             let _turn = self.engine.lock();
             let f = &self.engine.functions;
-            // SAFETY: all ranks are here, and give their colour and their number in it.
+            // SAFETY: all ranks are in this call, and each gives its colour and its number in the new group.
             let said = unsafe { (f.comm_split)(self.comm, colour as c_int, self.rank as c_int, &mut comm) };
             if said != 0 {
                 return Err(Error::device("split", format!("MPI_Comm_split gave {said}")));
@@ -455,7 +455,7 @@ impl Communicator for Mpi {
             return;
         }
         *broken = Some(why.to_string());
-        // Whoever is at the next collective reads this instead; nobody waits for it to be read.
+        // A rank at its next collective receives this line; nothing waits until it is received.
         for r in self.others() {
             if let Ok(message) = self.post(r, line(b'x', why), LINES, false) {
                 std::mem::forget(message);
@@ -474,11 +474,11 @@ impl Drop for Mpi {
         }
         let broken = self.broken.lock().unwrap_or_else(|e| e.into_inner()).is_some();
         if broken || std::thread::panicking() {
-            // The other ranks may be gone; MPI would wait for them. The process ends without it, which `mpirun` notices.
+            // The other ranks may have ended, and MPI would wait for them. The process ends without finalising MPI, which `mpirun` notices.
             return;
         }
         let _turn = self.engine.lock();
-        // SAFETY: no message is on its way, and this is the communicator that started MPI.
+        // SAFETY: no message is in progress, and this is the communicator that started MPI.
         unsafe { (self.engine.functions.finalize)() };
     }
 }

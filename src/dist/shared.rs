@@ -1,4 +1,4 @@
-//! One communicator for several owners, whose collectives go on in the background.
+//! One communicator for several users, whose collectives run in the background.
 
 use super::{Communicator, Traffic};
 use crate::array::Array;
@@ -7,11 +7,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-/// A handle on a communicator that several parts of a program use in turn, such as a training step and the layers that it
-/// differentiates. Clones are handles on the same one; its traffic is that of all of them.
+/// A handle on a communicator that several parts of a program use in turn, such as a training step and the layers that it differentiates.
+/// Clones are handles on the same communicator, and its traffic is that of all of them.
 ///
-/// A thread of its own makes the collectives, one after the other in the order in which they were begun: [`Shared::begin`] returns at
-/// once, and the program computes while the bytes travel.
+/// The collectives run on a separate thread, one after the other in the order in which they were begun. [`Shared::begin`] returns at once,
+/// and the program computes while data are sent.
 ///
 /// ```
 /// use prismgrad::dist::{Communicator, Local, Shared};
@@ -31,28 +31,28 @@ pub struct Shared(Arc<Inner>);
 type Job = Box<dyn FnOnce(&dyn Communicator) + Send>;
 
 struct Inner {
-    /// `None` once the last handle is gone.
+    /// `None` after the last handle has been dropped.
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     rank: usize,
     size: usize,
-    /// What the communicator's traffic was after the last collective.
+    /// The communicator's traffic after the last collective.
     traffic: Arc<Mutex<Traffic>>,
 }
 
-/// A collective that was begun; other ranks wait for it as for any other. Dropped, it is made all the same.
+/// A collective that was begun. Other ranks wait for it as for any other, and it runs even if this value is dropped.
 #[must_use = "a collective that fails says so in `wait` alone"]
 pub struct Pending<T = Array>(Receiver<Result<T>>);
 
 impl<T> Pending<T> {
-    /// What the collective gave, once it is over. It fails when the collective did, and no later than that: collectives have deadlines.
+    /// Waits for the result of the collective. It fails if the collective did. It cannot wait for ever, because collectives have deadlines.
     pub fn wait(self) -> Result<T> {
         self.0.recv().unwrap_or_else(|_| Err(Error::invalid("collective", "the thread of the communicator is gone")))
     }
 }
 
 impl Shared {
-    /// A first handle. Fails if no thread can be started.
+    /// Makes the first handle. Fails if no thread can be started.
     pub fn new(ranks: impl Communicator + 'static) -> Result<Shared> {
         let (rank, size, traffic) = (ranks.rank(), ranks.size(), Arc::new(Mutex::new(ranks.traffic())));
         let (jobs, todo) = channel::<Job>();
@@ -69,14 +69,14 @@ impl Shared {
             .map_err(|e| Error::invalid("Shared::new", format!("no thread for collectives: {e}")))?;
         Ok(Shared(Arc::new(Inner { jobs: Some(jobs), thread: Some(thread), rank, size, traffic })))
     }
-    /// Begins one or more collectives, which follow all that were begun before.
+    /// Begins one or more collectives, which run after all that were begun before.
     pub fn begin<T: Send + 'static>(
         &self,
         collective: impl FnOnce(&dyn Communicator) -> Result<T> + Send + 'static,
     ) -> Pending<T> {
         let (done, result) = channel();
         let traffic = self.0.traffic.clone();
-        // Nobody may be waiting any more: that is no error. A thread that is gone shows in `wait`.
+        // The receiver may have been dropped, which is no error. If the thread has ended, `wait` fails.
         let job: Job = Box::new(move |ranks| {
             let made = collective(ranks);
             *traffic.lock().unwrap_or_else(|e| e.into_inner()) = ranks.traffic();
@@ -90,7 +90,7 @@ impl Shared {
 }
 
 impl Drop for Inner {
-    /// Waits for what was begun, and for the communicator's own end: MPI's must come before that of the process.
+    /// Waits for the collectives that were begun, and until the communicator itself is dropped: MPI must end before the process does.
     fn drop(&mut self) {
         let jobs = self.jobs.take();
         if let Some(jobs) = jobs.as_ref().filter(|_| std::thread::panicking()) {

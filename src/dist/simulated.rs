@@ -1,4 +1,4 @@
-//! A slow or unreliable network around any communicator.
+//! A simulation of a slow or unreliable network around any communicator.
 
 use super::{Communicator, Traffic};
 use crate::array::Array;
@@ -6,18 +6,18 @@ use crate::base::{Error, Result};
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// What goes wrong at one collective of a rank.
+/// A fault at one collective of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The rank takes no part in it for so long.
+    /// The rank is late by this time.
     Stall(Duration),
-    /// The rank fails, and takes part in nothing more.
+    /// The rank fails, and takes no further part.
     Fail,
 }
 
-/// Any communicator, made as slow as a network between machines: each collective takes the latency longer, and the time in which a
-/// link of the given bandwidth carries the bytes that a rank sends in it. A sleep takes no processor, so that what goes on in the
-/// background overlaps with computing as it does on a cluster. Faults can be planted, and calls are written down.
+/// Any communicator, slowed down to a network between machines. Each collective takes longer by the latency, and by the time in which a
+/// link of the given bandwidth transfers the bytes that a rank sends in it. The delay is a sleep and uses no processor, so that collectives
+/// in the background overlap with computing as they do on a cluster. Faults can be added, and calls are recorded.
 ///
 /// ```
 /// use prismgrad::dist::{Communicator, Local, Simulated};
@@ -52,21 +52,22 @@ impl<C: Communicator> Simulated<C> {
         }
         Ok(Simulated { inner, latency, bandwidth, faults: Vec::new(), calls: Mutex::new(Vec::new()) })
     }
-    /// Plants a fault before collective number `call` of this rank, from 0.
+    /// Adds a fault before collective number `call` of this rank, counted from 0.
     pub fn fault(mut self, call: u64, fault: Fault) -> Simulated<C> {
         self.faults.push((call, fault));
         self
     }
-    /// Bytes that each rank sends of so many elements like those of `x`, whoever owns them.
+    /// The bytes that each rank sends in a ring for `elements` elements of the dtype of `x`, however they are divided.
     fn ring(&self, elements: usize, x: &Array) -> f64 {
         let n = self.inner.size() as f64;
         (elements * x.dtype().size()) as f64 * (n - 1.0) / n
     }
-    /// The collectives so far: kind and buffer.
+    /// The collectives so far, each with its kind and buffer.
     pub fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
-    /// `ring` is what a rank sends of this collective in a ring, where that is not what its own traffic says.
+    /// Runs a collective with its delay and faults. `ring` is the number of bytes that a rank sends for it in a ring, where the rank's own
+    /// traffic differs from that.
     fn through<R>(
         &self,
         (kind, what): (&str, &str),

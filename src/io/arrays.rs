@@ -20,7 +20,7 @@ fn element(dtype: DType) -> ElementType {
     }
 }
 
-/// An array as an entry that owns its bytes.
+/// An array as a safetensors entry that owns its bytes.
 pub fn entry<'a>(name: &'a str, a: &Array) -> Entry<'a> {
     Entry { name: name.into(), dtype: element(a.dtype()), shape: a.shape().to_vec(), bytes: a.to_bytes().into() }
 }
@@ -32,12 +32,12 @@ pub fn save_arrays(path: impl AsRef<Path>, arrays: &[(String, Array)], metadata:
     safetensors::write(path, &entries, &metadata)
 }
 
-/// Reads every tensor of a safetensors file. Element types this crate does not compute with are an error.
+/// Reads every tensor of a safetensors file. An element type that has no [`DType`] is an error.
 pub fn load_arrays(path: impl AsRef<Path>) -> Result<Vec<(String, Array)>> {
     arrays_of(&SafeTensors::open(path)?)
 }
 
-/// The dtype of an element type, where this crate computes with it.
+/// The dtype of a tensor's element type. Fails if there is none.
 fn dtype_of(file: &SafeTensors, name: &str, element_type: ElementType) -> Result<DType> {
     let known = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::U32, DType::I64, DType::U8];
     known
@@ -46,14 +46,14 @@ fn dtype_of(file: &SafeTensors, name: &str, element_type: ElementType) -> Result
         .ok_or_else(|| Error::format(file.path(), format!("tensor {name} is {element_type}, which is not supported")))
 }
 
-/// One tensor of an open file.
+/// Reads one tensor of an open file.
 pub fn array_of(file: &SafeTensors, name: &str) -> Result<Array> {
     let info = file.info(name)?;
     let dtype = dtype_of(file, name, info.dtype)?;
     Array::from_bytes(&file.read(name)?, &info.shape, dtype)
 }
 
-/// Every tensor of an open file.
+/// Reads every tensor of an open file.
 pub fn arrays_of(file: &SafeTensors) -> Result<Vec<(String, Array)>> {
     file.read_all()?
         .into_iter()

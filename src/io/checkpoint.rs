@@ -1,4 +1,4 @@
-//! Checkpoint folders that are there whole or not at all.
+//! Checkpoint folders that are either complete or absent.
 //!
 //! A checkpoint is written to `step-<n>.tmp-<process>-<k>`: every file is synced, then a manifest with the size and the
 //! CRC-32 of each file, then the folder, which is renamed to `step-<n>`. A process killed at any point leaves either the
@@ -39,7 +39,7 @@ struct FileRecord {
     crc32: u32,
 }
 
-/// A folder of checkpoints, with the rule which of them are kept.
+/// A folder of checkpoints, with a rule for which of them are kept.
 #[derive(Clone, Debug)]
 pub struct CheckpointFolder {
     root: PathBuf,
@@ -47,19 +47,19 @@ pub struct CheckpointFolder {
     keep_best: bool,
 }
 
-/// The newest whole checkpoint, and what had to be passed over to find it.
+/// The newest complete checkpoint, and the damaged ones that are newer.
 #[derive(Debug)]
 pub struct Latest {
-    /// `None` if there is no whole checkpoint.
+    /// `None` if there is no complete checkpoint.
     pub checkpoint: Option<Checkpoint>,
-    /// One line for each newer checkpoint that is damaged; show them to the user.
+    /// One line for each newer checkpoint that is damaged. Show them to the user.
     pub warnings: Vec<String>,
 }
 
 impl CheckpointFolder {
-    /// Opens (and creates) the folder, and removes what killed processes left in it.
+    /// Opens the folder, creates it if necessary, and removes what killed processes left in it.
     ///
-    /// Keeps the last three checkpoints and the best one by default. Only one process may write.
+    /// Keeps the last three checkpoints and the best one by default. Only one process may write to the folder.
     pub fn open(root: impl AsRef<Path>) -> Result<Self> {
         let root = root.as_ref().to_path_buf();
         create_folder(&root)?;
@@ -68,13 +68,13 @@ impl CheckpointFolder {
         Ok(folder)
     }
 
-    /// How many of the newest checkpoints stay (at least one).
+    /// Sets how many of the newest checkpoints stay (at least one).
     pub fn keep_last(mut self, count: usize) -> Self {
         self.keep_last = count.max(1);
         self
     }
 
-    /// Whether the checkpoint with the lowest score stays as well.
+    /// Sets whether the checkpoint with the lowest score stays as well.
     pub fn keep_best(mut self, keep: bool) -> Self {
         self.keep_best = keep;
         self
@@ -87,9 +87,8 @@ impl CheckpointFolder {
 
     /// Writes a checkpoint and removes those that the rule no longer keeps. This one always stays, even if others have higher numbers.
     ///
-    /// `score` is what "best" means: lower is better, such as a validation loss. Files are added by `write`. If
-    /// anything fails, the temporary folder is removed and every earlier checkpoint is as it was. A checkpoint of the
-    /// same step is replaced.
+    /// `score` ranks the checkpoints: lower is better, such as a validation loss. Files are added by `write`. If anything fails, the
+    /// temporary folder is removed and every earlier checkpoint is as it was. A checkpoint of the same step is replaced.
     pub fn save(
         &self,
         step: u64,
@@ -105,7 +104,7 @@ impl CheckpointFolder {
             let _ = fs::remove_dir_all(&folder);
         }
         let path = written?;
-        // The checkpoint is there: what cannot be removed now is tried again after the next one.
+        // The checkpoint is complete. What cannot be removed now is tried again after the next one.
         let _ = self.prune(step);
         Ok(path)
     }
@@ -119,7 +118,7 @@ impl CheckpointFolder {
     ) -> Result<()> {
         let mut writer = CheckpointWriter { folder: folder.to_path_buf(), files: Vec::new() };
         write(&mut writer)?;
-        // JSON has no NaN: a run that diverged simply has no score.
+        // JSON has no NaN, so a run that diverged has no score.
         let score = score.filter(|s| s.is_finite());
         let manifest = Manifest { format: FORMAT, step, score, files: writer.files };
         let path = folder.join(MANIFEST);
@@ -148,7 +147,7 @@ impl CheckpointFolder {
         Ok(path)
     }
 
-    /// Steps of all checkpoints, whole or not, in ascending order.
+    /// Steps of all checkpoints, complete or not, in ascending order.
     pub fn steps(&self) -> Result<Vec<u64>> {
         let entries = fs::read_dir(&self.root).map_err(|e| Error::io("list", &self.root, e))?;
         let mut steps = Vec::new();
@@ -166,7 +165,7 @@ impl CheckpointFolder {
         Checkpoint::open(self.root.join(format!("step-{step:010}")))
     }
 
-    /// The newest checkpoint that is whole. Damaged ones are passed over with a warning, not removed.
+    /// The newest checkpoint that is complete. Damaged ones are skipped with a warning, and not removed.
     pub fn latest(&self) -> Result<Latest> {
         let mut warnings = Vec::new();
         for step in self.steps()?.into_iter().rev() {
@@ -178,7 +177,7 @@ impl CheckpointFolder {
         Ok(Latest { checkpoint: None, warnings })
     }
 
-    /// The whole checkpoint with the lowest score, if any has one.
+    /// The complete checkpoint with the lowest score, if any has one.
     pub fn best(&self) -> Result<Option<Checkpoint>> {
         let mut scored: Vec<(f64, u64)> =
             self.whole_at_a_glance()?.into_iter().filter_map(|(s, v)| Some((v?, s))).collect();
@@ -186,7 +185,7 @@ impl CheckpointFolder {
         Ok(scored.into_iter().find_map(|(_, step)| self.at(step).ok()))
     }
 
-    /// Removes temporary folders whose process is gone, and finishes or undoes a replacement that was cut short.
+    /// Removes temporary folders whose process has ended, and completes or undoes a replacement that was interrupted.
     fn recover(&self) -> Result<()> {
         let entries = fs::read_dir(&self.root).map_err(|e| Error::io("list", &self.root, e))?;
         for entry in entries {
@@ -206,7 +205,7 @@ impl CheckpointFolder {
         Ok(())
     }
 
-    /// Step and score of every checkpoint whose files have the right sizes; does not read them.
+    /// Step and score of every checkpoint whose files have the right sizes. The files are not read.
     fn whole_at_a_glance(&self) -> Result<Vec<(u64, Option<f64>)>> {
         let whole = |step: &u64| {
             let path = self.root.join(format!("step-{step:010}"));
@@ -217,7 +216,7 @@ impl CheckpointFolder {
         Ok(self.steps()?.iter().filter_map(whole).collect())
     }
 
-    /// Removes what the rule no longer keeps, but never the one that has just been `written`, whatever its number.
+    /// Removes the checkpoints that the rule no longer keeps, but never the step that has just been `written`, whatever its number.
     fn prune(&self, written: u64) -> Result<()> {
         let whole = self.whole_at_a_glance()?;
         let best = whole.iter().filter_map(|&(step, score)| Some((score?, step))).min_by(|a, b| a.0.total_cmp(&b.0));
@@ -226,7 +225,7 @@ impl CheckpointFolder {
             if step == written || (self.keep_best && best.is_some_and(|(_, b)| b == step)) {
                 continue;
             }
-            // Renamed first: a removal that is cut short must not look like a damaged checkpoint.
+            // Renamed first, so that an interrupted removal does not look like a damaged checkpoint.
             let path = self.root.join(format!("step-{step:010}"));
             let doomed = self.root.join(format!("step-{step:010}{}", unique_suffix()));
             fs::rename(&path, &doomed).map_err(|e| Error::io("retire", &path, e))?;
@@ -236,14 +235,14 @@ impl CheckpointFolder {
     }
 }
 
-/// Names of the temporary folders that this process is writing right now; they are unlike any other of its own.
+/// Names of the temporary folders that this process is writing now. The process never uses a name twice.
 static ACTIVE: Mutex<BTreeSet<OsString>> = Mutex::new(BTreeSet::new());
 
 fn active() -> MutexGuard<'static, BTreeSet<OsString>> {
     ACTIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder's entry in [`ACTIVE`], for as long as it is being written.
+/// A folder's entry in [`ACTIVE`] while the folder is being written.
 struct Active(OsString);
 
 impl Active {
@@ -260,8 +259,8 @@ impl Drop for Active {
     }
 }
 
-/// Whether a temporary folder is left over: its process is gone, or has the number of this one (as in a container,
-/// where every run gets the same) but it is not among the folders being written, or it is a day old.
+/// Whether a temporary folder is left over: its process has ended, or has the number of this one (as in a container, where every run has
+/// the same number) without being in [`ACTIVE`], or the folder is a day old.
 fn abandoned(owner: &str, path: &Path) -> bool {
     let process = owner.split('-').next().and_then(|p| p.parse::<u32>().ok());
     let alive = match process {
@@ -299,7 +298,7 @@ impl CheckpointWriter {
         self.file(name, |out| out.write_all(bytes))
     }
 
-    /// Adds a file that is produced piece by piece; its size and checksum are taken on the way.
+    /// Adds a file that is produced piece by piece; its size and checksum are computed while it is written.
     pub fn file(&mut self, name: &str, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
         check_name(name)?;
         if name == MANIFEST || self.files.iter().any(|f| f.name == name) {
@@ -318,7 +317,7 @@ impl CheckpointWriter {
     }
 }
 
-/// A plain file name: nothing that could lead out of the folder.
+/// Refuses a file name that could lead out of the folder.
 fn check_name(name: &str) -> Result<()> {
     if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
         return Err(Error::invalid("checkpoint", format!("'{name}' is not a plain file name")));
@@ -344,7 +343,7 @@ impl<W: Write> Write for Counting<W> {
     }
 }
 
-/// A whole checkpoint: every file has been compared with its checksum.
+/// A complete checkpoint: every file has been compared with its checksum.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -369,15 +368,15 @@ impl Checkpoint {
     pub fn path(&self) -> &Path {
         &self.path
     }
-    /// The step it was taken at.
+    /// The training step of the checkpoint.
     pub fn step(&self) -> u64 {
         self.manifest.step
     }
-    /// Its score, if it was given one; lower is better.
+    /// The score, if it has one; lower is better.
     pub fn score(&self) -> Option<f64> {
         self.manifest.score
     }
-    /// Names of its files, in the order they were written.
+    /// The names of its files, in the order in which they were written.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.manifest.files.iter().map(|f| f.name.as_str())
     }
@@ -542,7 +541,7 @@ mod tests {
         let scratch = Scratch::new("ckpt-stale");
         let folder = CheckpointFolder::open(scratch.path()).unwrap();
         save(&folder, 1, None);
-        // No process has this number: Linux stops at 2^22.
+        // No process has this number, because Linux assigns numbers below 2^22.
         fs::create_dir(scratch.join("step-0000000002.tmp-4294967295-0")).unwrap();
         fs::create_dir(scratch.join("step-0000000003.tmp-1-0")).unwrap();
         fs::create_dir(scratch.join("mine.tmp-4294967295-0")).unwrap();

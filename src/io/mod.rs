@@ -1,7 +1,7 @@
 //! Files: tensors in safetensors, checkpoints that survive a kill, and atomic writes.
 //!
-//! Everything here works on bytes and JSON values, so that it can be tested (and used) without a tensor. One rule
-//! holds for every writer: the old file stays whole until the new one is on the disk.
+//! Everything here works on bytes and JSON values, so that it can be tested (and used) without a tensor. Every writer keeps the old file
+//! intact until the new one is on the disk.
 
 mod arrays;
 pub mod checkpoint;
@@ -47,19 +47,18 @@ pub fn write_atomic_with(
         sync_folder(parent(path))
     });
     if result.is_err() {
-        // The temporary file may not even exist: the first error is the one to report.
+        // The temporary file may not exist. The first error is the one to report.
         let _ = fs::remove_file(&temporary);
     }
     result
 }
 
-/// Makes a folder that is there whole or not at all: `fill` writes into a temporary folder beside it, which is then renamed.
+/// Makes a folder that is either complete or absent: `fill` writes into a temporary folder beside it, which is then renamed.
 ///
-/// A folder of that name is an error, unless `replace` is set: then it is exchanged for the new one. On any error the temporary folder
-/// is removed and what was there before is untouched. A killed process leaves a folder `.NAME.tmp-…`, which may be deleted.
+/// If the folder exists, this is an error, unless `replace` is set: then the new folder takes its place. On any error the temporary folder
+/// is removed and the old folder is untouched. A killed process leaves a folder `.NAME.tmp-…`, which may be deleted.
 ///
-/// # Errors
-/// If the name is taken, what `fill` returns, or if the disk refuses.
+/// # Errors If the folder exists and `replace` is not set, if `fill` fails, or if writing fails.
 pub fn write_folder(path: impl AsRef<Path>, replace: bool, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let path = path.as_ref();
     let Some(name) = path.file_name() else {
@@ -121,7 +120,7 @@ pub(crate) fn json_bytes(path: &Path, value: &impl serde::Serialize) -> Result<V
     Ok(bytes)
 }
 
-/// Creates a new file, writes it and syncs it.
+/// Creates a new file, writes it and syncs it to the disk.
 pub(crate) fn write_synced(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<()> {
     let file = File::create(path).map_err(|e| Error::io("create", path, e))?;
     let mut writer = BufWriter::with_capacity(1 << 20, file);
@@ -130,7 +129,7 @@ pub(crate) fn write_synced(path: &Path, write: impl FnOnce(&mut BufWriter<File>)
     file.sync_all().map_err(|e| Error::io("sync", path, e))
 }
 
-/// Makes renames and new names inside a folder durable. Only Unix can (and has to) sync a folder.
+/// Makes renames and new names inside a folder durable. Only on Unix can a folder be synced, and only there it has to be.
 pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io("sync folder", path, e))?;
@@ -138,7 +137,7 @@ pub(crate) fn sync_folder(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Creates a folder with its parents. An empty path is refused: it would stand for the folder that the program happens to run in.
+/// Creates a folder with its parents. An empty path is refused, because it would mean the current working folder.
 pub(crate) fn create_folder(path: &Path) -> Result<()> {
     if path.as_os_str().is_empty() {
         return Err(Error::invalid("create folder", "an empty path; name a folder ('.' for the current one)"));
@@ -146,7 +145,7 @@ pub(crate) fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| Error::io("create folder", path, e))
 }
 
-/// The folder of a file; "." for a bare name.
+/// The folder of a file; "." for a name without a folder.
 pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -154,7 +153,7 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// `.tmp-<process>-<n>`: unlike any other that this process makes.
+/// `.tmp-<process>-<n>`, with another `n` at each call.
 pub(crate) fn unique_suffix() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!(".tmp-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))

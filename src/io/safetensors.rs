@@ -1,10 +1,10 @@
 //! The safetensors format: a JSON header with name, element type, shape and byte range of each tensor, then the bytes.
 //!
-//! The `safetensors` crate says what the format is: its element types, the entries of a header, and which ranges and
-//! sizes it allows. Here are the words for what it refuses, and what it does not do. It accepts doubled names, of which
-//! the last one wins; and it reads from one slice and writes into one vector, where this module reads tensors one at a
-//! time, so that opening a large file costs only its header, and writes them without a second copy. A file that shrinks
-//! while it is open gives an error, where a memory map would kill the process.
+//! The `safetensors` crate defines the format: its element types, the entries of a header, and which ranges and sizes are valid. This
+//! module adds error messages and what the crate does not do. The crate accepts duplicate names, of which the last one is used; and it
+//! reads from one slice and writes into one vector. This module reads tensors one at a time, so that opening a large file reads only its
+//! header, and writes them without a second copy. A file that shrinks while it is open gives an error, where a memory map would kill the
+//! process.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -22,13 +22,13 @@ use serde_json::value::{RawValue, Value};
 
 use crate::base::{Error, Result};
 
-/// Element types that the format knows.
+/// The element types of the format.
 pub use ::safetensors::Dtype as ElementType;
 
-/// Headers above this size are refused, as by the reference reader: they would only serve to exhaust memory.
+/// Headers above this size are refused, as by the reference reader: larger ones could only be meant to exhaust memory.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// The name in a header that belongs to no tensor.
+/// The name in a header that is not a tensor's.
 const METADATA: &str = "__metadata__";
 
 /// A tensor to be written: little-endian bytes in row-major order.
@@ -45,7 +45,7 @@ pub struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    /// An entry that borrows or owns its bytes.
+    /// An entry with bytes that are borrowed or owned.
     pub fn new(
         name: impl Into<Cow<'a, str>>,
         dtype: ElementType,
@@ -56,7 +56,7 @@ impl<'a> Entry<'a> {
     }
 }
 
-/// What the header says about one tensor.
+/// The header's entry for one tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Name.
@@ -71,7 +71,7 @@ pub struct TensorInfo {
     pub bytes: usize,
 }
 
-/// An open safetensors file: its header has been read and checked, its tensors are read on demand.
+/// An open safetensors file. Its header has been read and checked; its tensors are read when a method is called.
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
@@ -86,7 +86,7 @@ impl SafeTensors {
     /// Opens a file and checks its header against its size.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be read, [`Error::Format`] naming the first thing that is wrong with it.
+    /// [`Error::Io`] if the file cannot be read, [`Error::Format`] that names the first fault in it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
@@ -123,7 +123,7 @@ impl SafeTensors {
         &self.path
     }
 
-    /// All tensors in the order of their bytes.
+    /// All tensors in the order of their bytes in the file.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
@@ -178,7 +178,7 @@ impl SafeTensors {
     /// Reads a part of one tensor, from byte `start` of it on, until the buffer is full.
     ///
     /// # Errors
-    /// If there is no such tensor, or it ends before the part does.
+    /// If there is no such tensor, or if the part extends beyond its end.
     pub fn read_part(&self, name: &str, start: usize, buffer: &mut [u8]) -> Result<()> {
         let info = self.info(name)?;
         match start.checked_add(buffer.len()) {
@@ -202,7 +202,7 @@ impl SafeTensors {
     }
 
     fn read_at(&self, info: &TensorInfo, buffer: &mut [u8]) -> Result<()> {
-        // A reader that panicked cannot have left the file in a bad state: every read seeks first.
+        // A reader that panicked cannot have left the file in a bad state, because every read seeks first.
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.seek(SeekFrom::Start(self.data_start + info.start)).and_then(|_| file.read_exact(buffer)).map_err(|e| {
             match e.kind() {
@@ -218,19 +218,19 @@ impl SafeTensors {
 /// Writes tensors and metadata to a file, atomically (see [`crate::io::write_atomic`]).
 ///
 /// # Errors
-/// [`Error::Invalid`] for a doubled name or bytes that do not fit the shape; [`Error::Io`] if the disk refuses.
+/// [`Error::Invalid`] for a duplicate name or bytes that do not fit the shape; [`Error::Io`] if writing fails.
 pub fn write(path: impl AsRef<Path>, entries: &[Entry<'_>], metadata: &BTreeMap<String, String>) -> Result<()> {
     let plan = Plan::new(entries, metadata)?;
     super::write_atomic_with(path, |file| plan.write(file))
 }
 
-/// Writes tensors whose bytes are made piece by piece, so that none has to be in memory as a whole; atomically, as [`write()`].
+/// Writes tensors whose bytes are made piece by piece, so that no tensor has to be in memory as a whole. Atomic, as [`write()`].
 ///
-/// `tensors` are name, element type and shape of each. `fill` is called once for each, with its name and a function that takes the
-/// next piece of its bytes (little-endian, row-major).
+/// `tensors` has the name, element type and shape of each. `fill` is called once for each, with its name and a function that takes the next
+/// piece of its bytes (little-endian, row-major).
 ///
 /// # Errors
-/// As [`write()`], what `fill` returns, and if it gives another number of bytes than the shape has.
+/// Those of [`write()`], those that `fill` returns, and an error if `fill` gives more or fewer bytes than the shape has.
 pub fn write_pieces(
     path: impl AsRef<Path>,
     tensors: &[(String, ElementType, Vec<usize>)],
@@ -287,13 +287,13 @@ struct Planned<'a> {
     bytes: usize,
 }
 
-/// The order of tensors in a file. Widest elements first keeps every tensor aligned; names make the file independent of the caller's
-/// order.
+/// The order of tensors in a file. With the widest elements first every tensor is aligned. Sorting by name makes the file independent of
+/// the caller's order.
 fn in_file(a: &Planned, b: &Planned) -> Ordering {
     b.dtype.bitsize().cmp(&a.dtype.bitsize()).then_with(|| a.name.cmp(b.name))
 }
 
-/// The header of tensors that are in the order of their bytes.
+/// Makes the header for tensors that are in the order of their bytes.
 fn header(order: &[Planned], metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
     let refused = |message: String| Error::invalid("write safetensors", message);
     let mut names = HashSet::new();
@@ -312,7 +312,7 @@ fn header(order: &[Planned], metadata: &BTreeMap<String, String>) -> Result<Vec<
     }
     let checked = check(&described).map_err(refused)?;
     drop(described);
-    // By way of a value, so that names are in order whatever the crate's own order is.
+    // The header is converted to a JSON value first, so that names are sorted whatever order the crate uses.
     let mut header = serde_json::to_value(checked).map_err(|e| refused(e.to_string()))?;
     if !metadata.is_empty() {
         header[METADATA] = serde_json::json!(metadata);
@@ -330,7 +330,7 @@ fn write_header(header: &[u8], out: &mut impl Write) -> io::Result<()> {
     out.write_all(header)
 }
 
-/// The header and the order of the tensors, checked before a byte is written.
+/// The header and the order of the tensors, which are checked before anything is written.
 pub(crate) struct Plan<'a> {
     header: Vec<u8>,
     order: Vec<&'a Entry<'a>>,
@@ -352,7 +352,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A JSON object whose names are all different: a map would take the last of two.
+/// A JSON object whose names must all be different; a map would silently keep the last of two.
 struct Object<T>(BTreeMap<String, T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -378,7 +378,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
     }
 }
 
-/// The checked header: tensors in the order of their bytes, and the metadata.
+/// Checks the header. Returns the tensors in the order of their bytes, and the metadata.
 fn parse_header(header: &[u8], data: u64) -> Result<(Vec<TensorInfo>, BTreeMap<String, String>), String> {
     let text = std::str::from_utf8(header).map_err(|e| format!("its header is not UTF-8 text: {e}"))?;
     let object: Object<&RawValue> =
@@ -394,7 +394,7 @@ fn parse_header(header: &[u8], data: u64) -> Result<(Vec<TensorInfo>, BTreeMap<S
             tensors.push((name, tensor));
         }
     }
-    // Stable: of tensors without elements the first by name comes first.
+    // The sort is stable: of tensors without elements, the first by name comes first.
     tensors.sort_by_key(|(_, t)| t.data_offsets);
     let end = check(&tensors)?.data_len() as u64;
     if end != data {
@@ -407,8 +407,8 @@ fn parse_header(header: &[u8], data: u64) -> Result<(Vec<TensorInfo>, BTreeMap<S
     Ok((tensors.into_iter().map(info).collect(), metadata.0))
 }
 
-/// A tensor's entry. Field by field: the crate's own reader would also take an array for the entry, and does not say
-/// which field is wrong.
+/// Reads a tensor's entry field by field: the crate's own reader would also accept an array as the entry, and its errors do not name the
+/// wrong field.
 fn parse_tensor(text: &str, data: u64) -> Result<Described, String> {
     fn field<T: DeserializeOwned>(entry: &BTreeMap<String, Value>, name: &str) -> Result<T, String> {
         let value = entry.get(name).ok_or_else(|| format!("has no {name}"))?;
@@ -429,16 +429,16 @@ fn parse_tensor(text: &str, data: u64) -> Result<Described, String> {
     Ok(tensor)
 }
 
-/// The header of these tensors, which come in the order of their bytes; or what the format has against them.
+/// The header of these tensors, which must be in the order of their bytes, or a message that says why the format does not allow it.
 fn check(tensors: &[(String, Described)]) -> Result<Metadata, String> {
     for (name, Described { dtype, shape, .. }) in tensors {
-        // Stricter than the crate: strides must not overflow either, for which no dimension makes up by being 0.
+        // This is stricter than the crate: strides must not overflow either, even if a dimension is 0.
         if shape.iter().try_fold(dtype.bitsize(), |n, &d| n.checked_mul(d.max(1))).is_none() {
             return Err(format!("tensor '{name}': shape {shape:?} is too large"));
         }
     }
     Metadata::new(None, tensors.to_vec()).map_err(|error| {
-        // The crate's error does not always say which tensor it means, nor what it found there.
+        // The crate's error does not always say which tensor it is about, nor what was found there.
         let mut end = 0;
         for (name, Described { dtype, shape, data_offsets: (start, stop) }) in tensors {
             if *start < end {
@@ -523,7 +523,7 @@ mod tests {
         };
         write_pieces(&pieces, &described, &metadata, |name, sink| made(sink, name, usize::MAX)).unwrap();
         assert_eq!(fs::read(&whole).unwrap(), fs::read(&pieces).unwrap());
-        // One piece too few, and an error on the way: the old file stays.
+        // One piece is missing, and then there is an error while writing: the old file stays.
         let short = write_pieces(&pieces, &described, &metadata, |name, sink| made(sink, name, 1)).unwrap_err();
         assert!(short.to_string().contains("3 were given"), "{short}");
         let own = write_pieces(&pieces, &described, &metadata, |_, _| Err(Error::invalid("test", "no more")));
@@ -627,7 +627,7 @@ mod tests {
             (raw(&two("[0,2]", "[2,4]").replace("\"y\"", "\"x\""), &[0; 4]), "twice"),
             (raw(r#"{"__metadata__":{"a":1}}"#, &[]), "metadata"),
             (raw(r#"{"x":3}"#, &[]), "dtype"),
-            // What the crate takes and we do not.
+            // The crate accepts this, and this module refuses it.
             (raw(r#"{"x":["F32",[1],[0,4]]}"#, &[0; 4]), "tensor 'x' is not given by one dtype"),
             (raw(&one("F32", "[1]", "[0,4]").replace("\"F32\"", r#"{"F32":null}"#), &[0; 4]), "no valid dtype"),
             (raw(&one("F32", "[1]", "[0,4]").replace("\"shape\"", r#""dtype":"U8","shape""#), &[0; 4]), "twice"),
@@ -668,7 +668,7 @@ mod tests {
             for flip in [0x01, 0x10, 0x80, 0xff] {
                 let mut bytes = good.clone();
                 bytes[position] ^= flip;
-                // Damage to the data or to a name cannot be seen here; checkpoints carry checksums for that.
+                // Damage to the data or to a name is not detected here; checkpoints have checksums for that.
                 if let Ok(file) = open_bytes(&path, &bytes) {
                     file.read_all().unwrap();
                 }

@@ -9,18 +9,19 @@ use crate::random::Rng;
 
 /// A model that continues a sequence of tokens, with a cache for each layer.
 pub trait LanguageModel {
-    /// Number of tokens it knows.
+    /// Number of tokens of the vocabulary.
     fn vocabulary(&self) -> usize;
-    /// Its longest sequence.
+    /// Number of positions, the length of the longest sequence.
     fn positions(&self) -> usize;
-    /// Number of caches.
+    /// Number of caches, one per layer.
     fn layers(&self) -> usize;
-    /// Logits `[B, T, vocab]` of positions that continue the `past` ones in `caches`, which are empty at first.
+    /// Logits `[B, T, vocab]` of the positions of `ids` `[B, T]`, which continue the `past` positions in `caches`. The caches are empty at
+    /// first.
     fn forward_cached(&self, ids: &Array, caches: &mut [KvCache], past: usize, ctx: &Ctx) -> Result<Tensor>;
 }
 
-/// Refuses caches that are not those of `past` positions, one for each layer, of the shape `[B, heads, width]`, dtype and span that layer
-/// will add: before any of them is changed.
+/// Refuses caches that do not hold `past` positions, one cache for each layer, or whose shape `[B, heads, width]`, dtype or span is not
+/// that of the layer's new keys. The check runs before any cache is changed.
 pub(crate) fn check_caches(
     caches: Option<&[KvCache]>,
     layers: usize,
@@ -42,13 +43,13 @@ pub(crate) fn check_caches(
 /// How the next token is drawn.
 #[derive(Clone, Debug)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the most likely token.
+    /// Divides the logits; at 0 the most likely token is taken.
     pub temperature: f64,
-    /// Draw among the k most likely only; 0 for all.
+    /// Only the k most likely tokens can be drawn; 0 for all.
     pub top_k: usize,
-    /// Draw among the most likely that together reach this probability; 1 for all (Holtzman et al. 2020).
+    /// Only the most likely tokens that together reach this probability can be drawn; 1 for all (Holtzman et al. 2020).
     pub top_p: f64,
-    /// Same seed, same text.
+    /// Seed of the draws; the same seed gives the same text.
     pub seed: u64,
 }
 
@@ -68,7 +69,7 @@ impl Sampling {
         }
         Ok(())
     }
-    /// Draws a token from logits.
+    /// Draws a token from the logits `[vocab]`.
     pub fn draw(&self, logits: &[f64], rng: &mut Rng) -> u32 {
         let mut order: Vec<usize> = (0..logits.len()).collect();
         order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
@@ -98,8 +99,8 @@ impl Sampling {
     }
 }
 
-/// Continues `prompt` by up to `count` tokens, stopping after `stop`. The cache is refilled with the later half of the
-/// text whenever the model's positions run out.
+/// Continues `prompt` by up to `count` tokens, and stops after the token `stop`. Returns the new tokens. When the model's positions run
+/// out, the cache is filled again with the last tokens of the text, half as many as there are positions.
 pub fn generate(
     model: &impl LanguageModel,
     prompt: &[u32],

@@ -21,20 +21,20 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// How the positions of queries and keys enter a layer's attention, besides the table of learned positions.
+/// How the positions of queries and keys enter a layer's attention, in addition to the table of learned positions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Positions {
-    /// Not at all.
+    /// They do not.
     None,
-    /// Queries and keys are turned by their positions (Su et al. 2021).
+    /// Queries and keys are rotated by angles that depend on their positions (Su et al. 2021).
     Rotary,
-    /// Scores fall with the distance between query and key (ALiBi, Press et al. 2022).
+    /// Scores decrease with the distance between query and key (ALiBi, Press et al. 2022).
     Alibi,
 }
 
-/// Sizes and options; serialised as Hugging Face's `config.json`, with fields of our own that are left out where they have their
-/// defaults (`spans`, `moe`, `n_head_kv`, `learned_positions`, `layer_positions`, `rope_theta`).
+/// Sizes and options; serialised as Hugging Face's `config.json`, with additional fields that are left out where they have their defaults
+/// (`spans`, `moe`, `n_head_kv`, `learned_positions`, `layer_positions`, `rope_theta`).
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(default)]
 pub struct GptConfig {
@@ -42,13 +42,13 @@ pub struct GptConfig {
     pub model_type: String,
     /// Number of tokens.
     pub vocab_size: usize,
-    /// Longest sequence.
+    /// Length of the longest sequence.
     pub n_positions: usize,
     /// Width.
     pub n_embd: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub n_layer: usize,
-    /// Attention heads.
+    /// Number of attention heads.
     pub n_head: usize,
     /// Hidden width of the MLP; 4·n_embd if absent.
     pub n_inner: Option<usize>,
@@ -64,18 +64,18 @@ pub struct GptConfig {
     pub layer_norm_epsilon: f64,
     /// Standard deviation of initial weights.
     pub initializer_range: f64,
-    /// Output head = token embedding.
+    /// Whether the output head is the token embedding.
     pub tie_word_embeddings: bool,
     /// Attention span per layer; causal everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spans: Option<Vec<Span>>,
-    /// Heads of keys and values, each of which serves equally many heads of queries; `n_head` if absent.
+    /// Number of heads of keys and values, each of which serves equally many heads of queries; `n_head` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub n_head_kv: Option<usize>,
-    /// Whether a learned vector for its position is added to each token's.
+    /// Whether a learned vector for each position is added to the token's embedding.
     #[serde(skip_serializing_if = "is_true")]
     pub learned_positions: bool,
-    /// Positions in each layer's attention; [`Positions::None`] everywhere if absent.
+    /// How positions enter each layer's attention; [`Positions::None`] everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_positions: Option<Vec<Positions>>,
     /// Base of the rotary frequencies.
@@ -84,8 +84,8 @@ pub struct GptConfig {
     /// The mixture of experts of each layer, `None` where it has an MLP; MLPs everywhere if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moe: Option<Vec<Option<MoeConfig>>>,
-    /// What else a file says, such as `eos_token_id`: kept, and written again. Options that would change the numbers are refused by
-    /// [`GptConfig::validate`].
+    /// Other fields of a file, such as `eos_token_id`. They are kept and written again. Options that would change the numbers are refused
+    /// by [`GptConfig::validate`].
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
 }
@@ -128,7 +128,7 @@ impl Default for GptConfig {
 }
 
 impl GptConfig {
-    /// A small model without dropout, with exact GELU.
+    /// A small model without dropout, with exact GELU, for `vocab` tokens and sequences of up to `positions`.
     pub fn small(vocab: usize, positions: usize, layers: usize, d: usize, heads: usize) -> GptConfig {
         GptConfig {
             vocab_size: vocab,
@@ -143,30 +143,30 @@ impl GptConfig {
             ..GptConfig::default()
         }
     }
-    /// The same with rotary positions in every layer instead of the learned table.
+    /// The same configuration with rotary positions in every layer instead of the learned table.
     pub fn rotary(mut self) -> GptConfig {
         self.learned_positions = false;
         self.layer_positions = Some(vec![Positions::Rotary; self.n_layer]);
         self
     }
-    /// The same with a span for each layer, for instance from [`spans`](super::spans()).
+    /// The same configuration with a span for each layer, for instance from [`spans`](super::spans()).
     pub fn with_spans(mut self, spans: Vec<Span>) -> GptConfig {
         self.spans = Some(spans);
         self
     }
-    /// The span of layer `i`.
+    /// The attention span of layer `i`.
     pub fn span(&self, i: usize) -> Span {
         self.spans.as_ref().and_then(|s| s.get(i).copied()).unwrap_or(Span::Causal)
     }
-    /// The positions of layer `i`.
+    /// How positions enter the attention of layer `i`.
     pub fn positions_of(&self, i: usize) -> Positions {
         self.layer_positions.as_ref().and_then(|p| p.get(i).copied()).unwrap_or(Positions::None)
     }
-    /// Width of a head.
+    /// The width of a head.
     pub(crate) fn head(&self) -> usize {
         self.n_embd / self.n_head.max(1)
     }
-    /// Heads of keys and values.
+    /// The number of heads of keys and values.
     pub(crate) fn kv_heads(&self) -> usize {
         self.n_head_kv.unwrap_or(self.n_head)
     }
@@ -185,13 +185,13 @@ impl GptConfig {
             }
         })
     }
-    /// Numbers that the model needs at least (biases and norms are left out); `None` where that is no number of 64 bits.
+    /// The number of elements that the model has at least (biases and norms are left out); `None` if it overflows.
     fn parameters(&self) -> Option<usize> {
         let d = self.n_embd;
         let inner = self.n_inner.map_or_else(|| d.checked_mul(4), Some)?;
         let tokens = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
         let positions = if self.learned_positions { self.n_positions.checked_mul(d)? } else { 0 };
-        // Sines and cosines of rotations are kept as f32 and as f64.
+        // Sines and cosines of the rotations are kept as f32 and as f64.
         let turned = self.layer_positions.as_ref().is_some_and(|p| p.contains(&Positions::Rotary));
         let turns = if turned { self.n_positions.checked_mul(self.head())?.checked_mul(3)? } else { 0 };
         let mlp = d.checked_mul(inner)?.checked_mul(2)?;
@@ -206,7 +206,7 @@ impl GptConfig {
         })?;
         tokens.checked_add(positions)?.checked_add(turns)?.checked_add(layers)?.checked_add(experts)
     }
-    /// Refuses sizes that make no model, and options that are not there.
+    /// Fails for sizes with which no model can be made, and for options that are not supported.
     pub fn validate(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -228,7 +228,7 @@ impl GptConfig {
         if self.model_type != "gpt2" {
             return bad(format!("model_type {:?}; this is gpt2", self.model_type));
         }
-        // Options of GPT-2's that change the numbers, and the values with which they do not.
+        // Options of GPT-2 that change the numbers, with the values that leave them unchanged.
         for (name, usual) in [
             ("scale_attn_weights", true),
             ("scale_attn_by_inverse_layer_idx", false),
@@ -304,7 +304,7 @@ impl GptConfig {
 pub struct GptOut {
     /// `[B, T, vocab]`.
     pub logits: Tensor,
-    /// What each layer's mixture of experts returned; `None` where the layer has an MLP.
+    /// The output of each layer's mixture of experts; `None` where the layer has an MLP.
     pub layers: Vec<Option<MoeOut>>,
 }
 
@@ -313,7 +313,7 @@ fn is_lora(name: &str) -> bool {
     name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
 }
 
-/// The language model.
+/// The language model: token embeddings, blocks, a final norm and an output head.
 pub struct Gpt {
     config: GptConfig,
     params: Params,
@@ -342,25 +342,25 @@ impl LanguageModel for Gpt {
 }
 
 impl Gpt {
-    /// A model with fresh parameters, f32.
+    /// A model with new parameters in f32. Initial values depend on `seed`.
     pub fn new(config: GptConfig, seed: u64) -> Result<Gpt> {
         Gpt::with_dtype(config, seed, DType::F32)
     }
-    /// A model with fresh parameters of a dtype.
+    /// A model with new parameters of a dtype.
     pub fn with_dtype(config: GptConfig, seed: u64, dtype: DType) -> Result<Gpt> {
         Gpt::over(config, Params::new(seed, dtype))
     }
-    /// A model whose parameters have names and shapes, and no values: it takes no memory, and is there to be planned for
+    /// A model whose parameters have names and shapes but no values. It takes no memory, and is meant for planning
     /// ([`zero_plan`](crate::step::zero_plan)).
     pub fn described(config: GptConfig) -> Result<Gpt> {
         Gpt::over(config, Params::described(DType::F32))
     }
-    /// A model whose parameters are made in a store.
+    /// A model whose parameters are created in the store `params`.
     fn over(config: GptConfig, params: Params) -> Result<Gpt> {
         config.validate()?;
         let std = config.initializer_range;
         let init = Init::Normal { std };
-        // Projections into the residual stream are scaled down by the number of additions to it.
+        // Projections into the residual stream are scaled by 1/√(number of additions to it).
         let init_out = Init::Normal { std: std / (2.0 * config.n_layer as f64).sqrt() };
         let d = config.n_embd;
         let wte = params.at("wte").param("weight", &[config.vocab_size, d], init)?;
@@ -403,7 +403,7 @@ impl Gpt {
     pub fn config(&self) -> &GptConfig {
         &self.config
     }
-    /// Whether it has low-rank adapters.
+    /// Whether the model has low-rank adapters.
     pub(crate) fn has_adapters(&self) -> bool {
         self.lora.is_some()
     }
@@ -415,17 +415,17 @@ impl Gpt {
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.forward_moe(ids, ctx)?.logits)
     }
-    /// Logits, and what the mixtures of experts returned.
+    /// Logits, and the outputs of the mixtures of experts.
     pub fn forward_moe(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<GptOut> {
         let (x, layers) = self.hidden(ids.as_ref(), 0, None, ctx)?;
         Ok(GptOut { logits: self.logits(&x, ctx)?, layers })
     }
-    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32 or i64), in nats per token. While training, the losses of the
-    /// mixtures of experts are added.
+    /// One loss per sequence, `[B]`: the mean cross-entropy of `targets [B, T]` (u32 or i64), in nats per token. While training, the losses
+    /// of the mixtures of experts are added.
     pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.losses_moe(ids, targets, ctx)?.0)
     }
-    /// [`Gpt::losses`], and what the mixtures of experts returned.
+    /// [`Gpt::losses`], and the outputs of the mixtures of experts.
     pub fn losses_moe(
         &self,
         ids: impl AsRef<Array>,
@@ -443,11 +443,11 @@ impl Gpt {
     pub fn place_experts(&mut self, ranks: &crate::dist::Shared) -> Result<()> {
         self.blocks.iter_mut().filter_map(TransformerBlock::moe_mut).try_for_each(|moe| moe.place(ranks))
     }
-    /// The mixture of experts of each layer, `None` where it has an MLP.
+    /// The mixture of experts of each layer, `None` where the layer has an MLP.
     pub fn moe(&self) -> Vec<Option<&Moe>> {
         self.blocks.iter().map(TransformerBlock::moe).collect()
     }
-    /// Logits of positions that continue those in `caches` (one per layer, empty at first).
+    /// Logits `[B, T, vocab]` of positions that continue those in `caches` (one per layer, empty at first).
     pub fn forward_cached(
         &self,
         ids: impl AsRef<Array>,
@@ -501,15 +501,15 @@ impl Gpt {
         Ok((self.ln_f.forward(&x, ctx)?, layers))
     }
 
-    /// Freezes the model and gives the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`) low-rank
-    /// adapters, which alone are trained from then on. Returns how many there are.
+    /// Freezes the model and gives low-rank adapters to the layers whose names end in one of the targets (`c_attn`, `c_proj`, `c_fc`). From
+    /// then on only the adapters are trained. Returns the number of adapters.
     ///
     /// Fails if the model has adapters already, or if no layer has one of these names. A failure leaves the model as it was.
     pub fn add_lora(&mut self, c: &LoraConfig) -> Result<usize> {
         self.adapt(c, true, |_| Ok(()))
     }
-    /// Adds adapters and calls `fill` with their parameters, whose values are drawn or zeros. An error of either leaves the model
-    /// as it was before: parameters, layers, and what is trained.
+    /// Adds adapters and calls `fill` with their parameters, whose values are drawn or zeros. If either fails, the model is as it was
+    /// before: its parameters, its layers, and what is trained.
     fn adapt(&mut self, c: &LoraConfig, draw: bool, fill: impl FnOnce(&[Param]) -> Result<()>) -> Result<usize> {
         if self.lora.is_some() {
             return Err(Error::invalid("LoRA", "the model has adapters already; load it again for others"));
@@ -553,12 +553,12 @@ impl Gpt {
         }
         Ok(adapted)
     }
-    /// Adds the adapters to their weights: the model is as fast as without, and can be saved as a whole. A failure leaves all of them
-    /// as they were. Checkpoints are refused until [`Gpt::unmerge_lora`].
+    /// Adds the adapters to their weights, so that the model is as fast as without them and can be saved as a whole. If it fails, all
+    /// weights are as they were. Checkpoints are refused until [`Gpt::unmerge_lora`].
     pub fn merge_lora(&mut self) -> Result<()> {
         self.each_adapter(true)
     }
-    /// Takes them out again, bit for bit. A failure leaves all of them as they were.
+    /// Undoes [`Gpt::merge_lora`]: all weights have their former bits again. If it fails, all of them stay as they were.
     pub fn unmerge_lora(&mut self) -> Result<()> {
         self.each_adapter(false)
     }
@@ -571,7 +571,7 @@ impl Gpt {
             match if merge { l.merge() } else { l.unmerge() } {
                 Ok(()) => changed.push(l),
                 Err(e) => {
-                    // What was done a moment ago can be undone.
+                    // The layers changed so far are changed back.
                     let undo = |l: &mut &mut Linear| if merge { l.unmerge() } else { l.merge() };
                     return changed.iter_mut().try_for_each(undo).and(Err(e));
                 }
@@ -579,7 +579,7 @@ impl Gpt {
         }
         Ok(())
     }
-    /// Writes the adapters alone as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+    /// Writes only the adapters, in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
     pub fn save_lora(&self, dir: impl AsRef<Path>) -> Result<()> {
         let (op, dir) = ("Gpt::save_lora", dir.as_ref());
         let Some(c) = &self.lora else {
@@ -592,13 +592,13 @@ impl Gpt {
             all.map(|p| (format!("base_model.model.transformer.{}", p.name()), p.value())).collect();
         crate::io::save_arrays(dir.join("adapter_model.safetensors"), &named, &[("format", "pt")])
     }
-    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote: [`Gpt::add_lora`] with the values of the file. A failure, such as a
-    /// missing file, another shape or a missing adapter, leaves the model as it was.
+    /// Adds the adapters that [`Gpt::save_lora`] or PEFT wrote, as [`Gpt::add_lora`] with the values of the file. If it fails, for example
+    /// because of a missing file, another shape or a missing adapter, the model is as it was before.
     pub fn load_lora(&mut self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         let c: LoraConfig = crate::io::read_json(dir.join("adapter_config.json"))?;
         let file = SafeTensors::open(dir.join("adapter_model.safetensors"))?;
-        // Nothing is allocated for a rank that the file does not have.
+        // Nothing is allocated for a rank that differs from the file's.
         let of = |t: &&TensorInfo| t.name.ends_with("lora_A.weight") && t.shape.first() != Some(&c.r);
         if let Some(t) = file.tensors().iter().find(of) {
             let message = format!("{} is {:?}, adapter_config.json says rank {}", t.name, t.shape, c.r);
@@ -611,7 +611,7 @@ impl Gpt {
         self.adapt(&c, false, |adapters| take(adapters, &file, &name, Strict::AllowUnexpected).map(drop)).map(drop)
     }
 
-    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically; adapters only where they are merged.
+    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically. Adapters must be merged.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         crate::io::create_folder(dir)?;
@@ -623,7 +623,7 @@ impl Gpt {
         let named: Vec<(String, Array)> = all.map(|p| (name(p.name()), p.value())).collect();
         crate::io::save_arrays(dir.join("model.safetensors"), &named, &[("format", "pt")])
     }
-    /// Reads what [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.
+    /// Reads a model that [`Gpt::save`] or Hugging Face's `save_pretrained` wrote.
     pub fn load(dir: impl AsRef<Path>) -> Result<Gpt> {
         let dir = dir.as_ref();
         let path = dir.join("config.json");
@@ -632,7 +632,8 @@ impl Gpt {
             serde_json::from_str(&text).map_err(|e| Error::format(&path, format!("not a GPT-2 configuration: {e}")))?;
         config.validate()?;
         let file = SafeTensors::open(dir.join("model.safetensors"))?;
-        // Nothing is allocated that the file is far from filling; what is missing in a file of about the right size is named below.
+        // A model is not allocated if the file is much too small for it. Tensors missing from a file of about the right size are named
+        // below.
         let held: u128 = file.tensors().iter().map(|t| t.shape.iter().map(|&d| d as u128).product::<u128>()).sum();
         const SLACK: u128 = 16 << 20;
         if let Some(n) = config.parameters().filter(|&n| n as u128 > 4 * held + SLACK) {
@@ -640,11 +641,11 @@ impl Gpt {
                 format!("config.json describes a model of at least {n} parameters, the file has {held} numbers");
             return Err(Error::format(file.path(), message));
         }
-        // No initial values are drawn: each is in the file.
+        // No initial values are drawn, because every value is in the file.
         let params = Params::new(0, DType::F32);
         let mut model = Gpt::over(config, params.drawing(false))?;
         model.params = params;
-        // Files of Hugging Face hold causal masks beside the parameters.
+        // Hugging Face's files contain causal masks beside the parameters.
         let name = |n: &str| vec![n.to_string(), format!("transformer.{n}")];
         take(&model.params.all(), &file, &name, Strict::AllowUnexpected)?;
         Ok(model)

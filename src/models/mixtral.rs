@@ -1,8 +1,8 @@
 //! Mixtral (Jiang et al. 2024): a decoder of RMS norms, rotary positions, grouped queries and SwiGLU experts.
 //!
-//! Reads the two layouts in which Hugging Face's transformers write it: a tensor for each matrix of each expert
-//! (`block_sparse_moe.experts.N.w1`, `w2`, `w3`), and one for all of a layer (`mlp.experts.gate_up_proj`, gate first, and
-//! `down_proj`). Writes the first, which every version reads.
+//! It reads the two layouts in which Hugging Face's transformers write the model: with a tensor for each matrix of each expert
+//! (`block_sparse_moe.experts.N.w1`, `w2`, `w3`), or with one for all experts of a layer (`mlp.experts.gate_up_proj`, gate first, and
+//! `down_proj`). It writes the first, which every version reads.
 
 use super::LanguageModel;
 use crate::array::Array;
@@ -32,41 +32,41 @@ pub struct MixtralConfig {
     pub hidden_size: usize,
     /// Hidden width of each expert.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub num_hidden_layers: usize,
-    /// Heads of the queries.
+    /// Number of heads of queries.
     pub num_attention_heads: usize,
-    /// Heads of keys and values; each serves equally many heads of queries.
+    /// Number of heads of keys and values; each serves equally many heads of queries.
     pub num_key_value_heads: usize,
     /// Width of a head; hidden_size/num_attention_heads if absent.
     pub head_dim: Option<usize>,
     /// Always `silu`.
     pub hidden_act: String,
-    /// Longest sequence.
+    /// Length of the longest sequence.
     pub max_position_embeddings: usize,
     /// What the norms add to the mean square.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// The same where newer files have it.
+    /// Options of the rotary positions in newer files, instead of `rope_theta`.
     #[serde(skip_serializing)]
     pub rope_parameters: Option<RopeParameters>,
-    /// Positions that a query sees, itself included; all before it if absent.
+    /// Number of positions that a query sees, including its own; all earlier ones if absent.
     pub sliding_window: Option<usize>,
-    /// Experts of each layer: a number, or a list where the layers differ.
+    /// Number of experts of each layer: one number, or a list where the layers differ.
     pub num_local_experts: ExpertCounts,
-    /// Experts for each token.
+    /// Number of experts for each token.
     pub num_experts_per_tok: usize,
     /// Coefficient of the balance loss, here [`Balance::PerSample`].
     pub router_aux_loss_coef: f64,
     /// Jitter of the router's logits while training.
     pub router_jitter_noise: f64,
-    /// Output head = token embedding.
+    /// Whether the output head is the token embedding.
     pub tie_word_embeddings: bool,
     /// Standard deviation of initial weights.
     pub initializer_range: f64,
-    /// What else a file says, such as `eos_token_id`: kept, and written again. Options that would change the numbers are refused by
-    /// [`MixtralConfig::validate`].
+    /// Other fields of a file, such as `eos_token_id`. They are kept and written again. Options that would change the numbers are refused
+    /// by [`MixtralConfig::validate`].
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
 }
@@ -75,7 +75,7 @@ pub struct MixtralConfig {
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(untagged)]
 pub enum ExpertCounts {
-    /// As many in every layer.
+    /// The same number in every layer.
     Same(usize),
     /// A number for each layer, as after a reduction by [`pruning`](crate::systems::pruning); readers that expect one number
     /// refuse such a file.
@@ -83,21 +83,21 @@ pub enum ExpertCounts {
 }
 
 impl ExpertCounts {
-    /// A number for each of `layers`; one number where they are equal.
+    /// The counts `layers`, as one number if they are all equal.
     pub fn of(layers: &[usize]) -> ExpertCounts {
         match layers {
             [first, rest @ ..] if rest.iter().all(|n| n == first) => ExpertCounts::Same(*first),
             _ => ExpertCounts::PerLayer(layers.to_vec()),
         }
     }
-    /// The experts of a layer; 0 past the list's end.
+    /// The number of experts of a layer; 0 if the list is too short.
     pub fn at(&self, layer: usize) -> usize {
         match self {
             ExpertCounts::Same(n) => *n,
             ExpertCounts::PerLayer(all) => all.get(layer).copied().unwrap_or(0),
         }
     }
-    /// The one number of every layer. An error that lists the numbers where layers differ.
+    /// The number of experts, if every layer has the same; otherwise an error that lists the numbers.
     pub fn same(&self) -> Result<usize> {
         match self {
             ExpertCounts::Same(n) => Ok(*n),
@@ -122,7 +122,7 @@ pub struct RopeParameters {
     pub rope_theta: f64,
     /// `default`; scaled variants are refused.
     pub rope_type: String,
-    /// What else there is; refused where it would change the numbers.
+    /// Other fields, which are refused where they would change the numbers.
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
 }
@@ -167,7 +167,7 @@ impl MixtralConfig {
     fn head(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
-    /// Refuses sizes that make no model.
+    /// Fails for sizes with which no model can be made.
     pub fn validate(&self) -> Result<()> {
         let bad = |message: String| Err(Error::invalid("MixtralConfig", message));
         let sizes = [
@@ -200,7 +200,7 @@ impl MixtralConfig {
                 self.model_type, self.hidden_act
             ));
         }
-        // Options of this family that change the numbers, and the value with which they do not.
+        // Options of this family of models that change the numbers, with the value that leaves them unchanged.
         for (name, usual) in [
             ("rope_scaling", Value::Null),
             ("partial_rotary_factor", json!(1.0)),
@@ -212,7 +212,7 @@ impl MixtralConfig {
             ("is_encoder_decoder", json!(false)),
             ("quantization_config", Value::Null),
         ] {
-            // 0 and 0.0 are one number.
+            // 0 and 0.0 are the same number.
             let same = |v: &Value| v.is_null() || *v == usual || (v.is_number() && v.as_f64() == usual.as_f64());
             if let Some(v) = self.other.get(name).filter(|v| !same(v)) {
                 return bad(format!("{name} is {v}, which is not there; it must be {usual}, or left out"));
@@ -268,14 +268,14 @@ impl MixtralConfig {
         {
             return bad(format!("{} numbers of experts for {} layers", all.len(), self.num_hidden_layers));
         }
-        // Where the layers are equal, one stands for all.
+        // Where all layers are equal, one layer is checked for all.
         let layers = match self.num_local_experts {
             ExpertCounts::Same(_) => 1,
             ExpertCounts::PerLayer(_) => self.num_hidden_layers,
         };
         (0..layers).try_for_each(|i| self.moe(i).validate())
     }
-    /// Numbers that the model needs at least, in matrices and in the table of rotations; `None` where that is no number of 64 bits.
+    /// The number of elements that the model has at least, in matrices and in the table of rotations; `None` if it overflows.
     fn numbers(&self) -> Option<usize> {
         let (d, head) = (self.hidden_size, self.head());
         let tokens = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
@@ -316,7 +316,7 @@ struct Block {
     moe: Moe,
 }
 
-/// The language model.
+/// The language model: token embeddings, blocks, a final norm and an output head.
 pub struct Mixtral {
     config: MixtralConfig,
     params: Params,
@@ -343,15 +343,15 @@ impl LanguageModel for Mixtral {
 }
 
 impl Mixtral {
-    /// A model with fresh parameters, f32.
+    /// A model with new parameters in f32. Initial values depend on `seed`.
     pub fn new(config: MixtralConfig, seed: u64) -> Result<Mixtral> {
         Mixtral::with_dtype(config, seed, DType::F32)
     }
-    /// A model with fresh parameters of a dtype.
+    /// A model with new parameters of a dtype.
     pub fn with_dtype(config: MixtralConfig, seed: u64, dtype: DType) -> Result<Mixtral> {
         Mixtral::over(config, Params::new(seed, dtype))
     }
-    /// A model whose parameters are made in a store.
+    /// A model whose parameters are created in the store `params`.
     fn over(mut config: MixtralConfig, params: Params) -> Result<Mixtral> {
         config.validate()?;
         if let Some(r) = config.rope_parameters.take() {
@@ -402,12 +402,12 @@ impl Mixtral {
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.forward_moe(ids, ctx)?.0)
     }
-    /// Logits, and what each layer's mixture of experts returned.
+    /// Logits, and the output of each layer's mixture of experts.
     pub fn forward_moe(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<(Tensor, Vec<MoeOut>)> {
         self.run(ids.as_ref(), 0, None, ctx)
     }
-    /// One loss per sequence: mean cross-entropy of `targets [B, T]` (u32), in nats per token. While training, the balance losses
-    /// are added.
+    /// One loss per sequence, `[B]`: the mean cross-entropy of `targets [B, T]` (u32), in nats per token. While training, the balance
+    /// losses are added.
     pub fn losses(&self, ids: impl AsRef<Array>, targets: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         let (logits, layers) = self.forward_moe(ids, ctx)?;
         let mut losses = cross_entropy(&logits, targets, &CrossEntropy::default())?;
@@ -467,7 +467,7 @@ impl Mixtral {
         Ok((logits, layers))
     }
 
-    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically, a tensor for each matrix of each expert.
+    /// Writes `config.json` and `model.safetensors` into `dir`, each atomically, with a tensor for each matrix of each expert.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let dir = dir.as_ref();
         io::create_folder(dir)?;
@@ -481,21 +481,21 @@ impl Mixtral {
         }
         io::save_arrays(dir.join("model.safetensors"), &named, &[("format", "pt")])
     }
-    /// Reads what [`Mixtral::save`] or Hugging Face's `save_pretrained` wrote, in either layout, in one file or several. Every
-    /// tensor is read exactly once; what is missing, left over or of another shape is listed in the error.
+    /// Reads a model that [`Mixtral::save`] or Hugging Face's `save_pretrained` wrote, in either layout, in one file or several. Every
+    /// tensor must be used exactly once; the error lists tensors that are missing, left over or of another shape.
     pub fn load(dir: impl AsRef<Path>) -> Result<Mixtral> {
         let dir = dir.as_ref();
         let config: MixtralConfig = io::read_json(dir.join("config.json"))?;
         config.validate()?;
         let files = Files::open(dir)?;
-        // Nothing is allocated that the files are far from filling.
+        // A model is not allocated if the files are much too small for it.
         let held: u128 = files.at.values().map(|(_, s)| s.iter().map(|&d| d as u128).product::<u128>()).sum();
         const SLACK: u128 = 16 << 20;
         if let Some(n) = config.numbers().filter(|&n| n as u128 > 4 * held + SLACK) {
             return Err(files
                 .misfit(&[format!("config.json describes a model of at least {n} numbers, the files have {held}")]));
         }
-        // No initial values are drawn: each is in the files.
+        // No initial values are drawn, because every value is in the files.
         let params = Params::new(0, DType::F32);
         let mut model = Mixtral::over(config, params.drawing(false))?;
         model.params = params;
@@ -521,7 +521,7 @@ impl Mixtral {
         for p in &all {
             let want = shape(p, layout);
             for name in pieces(p, layout) {
-                // Gate and up share a tensor in the stacked layout.
+                // In the stacked layout, gate and up share a tensor.
                 match (left.remove(name.as_str()), files.at.get(&name)) {
                     (_, None) => wrong.push(format!("{name} is missing")),
                     (_, Some((_, got))) if *got != want => {
@@ -546,7 +546,7 @@ impl Mixtral {
                 }
                 (true, Layout::Stacked) => match half(p) {
                     Some(half) => {
-                        // The second of the two takes it out.
+                        // The second of the two parameters removes the tensor from the map.
                         let whole = match shared.remove(&names[0]) {
                             Some(whole) => whole,
                             None => files.read(&names[0])?.into_array(),
@@ -564,18 +564,18 @@ impl Mixtral {
             };
             Ok((p, value.cast(p.dtype())))
         });
-        // Everything has been read before the first parameter changes.
+        // Everything is read before the first parameter changes.
         let values = values.collect::<Result<Vec<(&Param, Array)>>>()?;
         values.into_iter().try_for_each(|(p, v)| p.set(v))
     }
 }
 
-/// How a file lays out the experts.
+/// The layout of the experts in a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
     /// A tensor for each matrix of each expert.
     Single,
-    /// A tensor for the same matrix of all experts, gate and up in one.
+    /// One tensor for the same matrix of all experts, with gate and up in one.
     Stacked,
 }
 
@@ -584,7 +584,7 @@ fn is_stack(p: &Param) -> bool {
     p.name().contains(".moe.experts.")
 }
 
-/// Which half of `gate_up_proj` a parameter is.
+/// Which half of `gate_up_proj` a parameter is: 0 or 1; `None` if it is neither.
 fn half(p: &Param) -> Option<usize> {
     match () {
         _ if p.name().ends_with("gate_proj.weight") => Some(0),
@@ -593,7 +593,7 @@ fn half(p: &Param) -> Option<usize> {
     }
 }
 
-/// The names of a parameter's tensors in a file.
+/// The names of the tensors in a file that make up a parameter.
 fn pieces(p: &Param, layout: Layout) -> Vec<String> {
     let Some((block, part)) = p.name().split_once(".moe.") else {
         let name = p.name();
@@ -617,7 +617,7 @@ fn pieces(p: &Param, layout: Layout) -> Vec<String> {
     }
 }
 
-/// The shape of each of these tensors.
+/// The shape of each of the tensors that make up a parameter.
 fn shape(p: &Param, layout: Layout) -> Vec<usize> {
     match (is_stack(p), layout) {
         (true, Layout::Single) => p.shape()[1..].to_vec(),
@@ -626,14 +626,14 @@ fn shape(p: &Param, layout: Layout) -> Vec<usize> {
     }
 }
 
-/// The safetensors files of a folder: where each tensor is, and its shape.
+/// The safetensors files of a folder, with the file and the shape of each tensor.
 struct Files {
     files: Vec<SafeTensors>,
     at: BTreeMap<String, (usize, Vec<usize>)>,
 }
 
 impl Files {
-    /// `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names.
     fn open(dir: &Path) -> Result<Files> {
         #[derive(Deserialize)]
         struct Index {
@@ -664,7 +664,7 @@ impl Files {
         };
         Ok(Tensor::new(io::array_of(&self.files[*file], name)?))
     }
-    /// The number of experts of a layer, by the names or the shapes.
+    /// The number of experts of a layer, from the shapes or the names of its tensors; `None` if there are none.
     fn experts(&self, layer: usize) -> Option<usize> {
         let stacked = self.at.get(&format!("model.layers.{layer}.mlp.experts.down_proj"));
         if let Some((_, shape)) = stacked {

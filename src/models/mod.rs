@@ -1,4 +1,4 @@
-//! Models made of the layers.
+//! Models made of the layers in [`nn`](crate::nn).
 
 pub mod extend;
 pub mod generate;

@@ -1,5 +1,5 @@
-//! Which layers see everything, and what that costs: full attention in few layers and a narrow span in the others, as in MASFormer
-//! (Zhang et al. 2023, "Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer").
+//! Attention spans by layer, and their cost: full attention in a few layers and a narrow span in the others, as in MASFormer (Zhang et al.
+//! 2023, "Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer").
 
 use super::GptConfig;
 use crate::base::{Error, Result};
@@ -8,32 +8,32 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Which layers of a model see everything before them; the others have a sparse span. Layers are counted from the input.
+/// Which layers of a model have full causal attention; the others have a sparse span. Layers are counted from the input.
 ///
 /// As text: `full`, `sparse`, `bottom(2)`, `top(2)`, `middle(2)`, `spread(2)`, `first_middle_last`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Preset {
-    /// All of them.
+    /// All layers are full.
     Full,
-    /// None of them.
+    /// No layer is full.
     Sparse,
-    /// The first l.
+    /// The first l layers.
     Bottom(usize),
-    /// The last l.
+    /// The last l layers.
     Top(usize),
-    /// l next to each other, as many before them as after (one fewer before, if that does not come out even).
+    /// l neighbouring layers with as many layers before as after them (one fewer before, if the number is odd).
     Middle(usize),
-    /// l at equal distances: of L layers, layer ⌊(2i + 1)·L/2l⌋ for i below l.
+    /// l layers at equal distances: of L layers, layer ⌊(2i + 1)·L/2l⌋ for i below l.
     Spread(usize),
-    /// The first, the middle one ⌊L/2⌋, and the last.
+    /// The first layer, the middle one ⌊L/2⌋, and the last.
     FirstMiddleLast,
-    /// A span for each layer.
+    /// A list with the span of each layer.
     List(Vec<Span>),
 }
 
 impl Preset {
-    /// Whether layer `i` of `layers` sees everything.
+    /// Whether layer `i` of `layers` is full.
     fn is_full(&self, i: usize, layers: usize) -> bool {
         match *self {
             Preset::Full => true,
@@ -45,7 +45,7 @@ impl Preset {
             Preset::FirstMiddleLast => i == 0 || i == layers / 2 || i + 1 == layers,
         }
     }
-    /// Number of full layers, where it is said.
+    /// The number of full layers, if the preset has it as a number.
     fn count(&self) -> Option<usize> {
         match *self {
             Preset::Bottom(l) | Preset::Top(l) | Preset::Middle(l) | Preset::Spread(l) => Some(l),
@@ -93,7 +93,7 @@ impl FromStr for Preset {
     }
 }
 
-/// The span of each of `layers` layers: causal where the preset says full, else `sparse`.
+/// The span of each of `layers` layers: causal where the preset has a full layer, else `sparse`.
 ///
 /// ```
 /// use prismgrad::models::{Preset, spans};
@@ -117,39 +117,40 @@ pub fn spans(preset: &Preset, layers: usize, sparse: Span) -> Result<Vec<Span>> 
     Ok((0..layers).map(|i| if preset.is_full(i, layers) { Span::Causal } else { sparse }).collect())
 }
 
-/// What a model costs at a length, per sequence, in f32.
+/// The cost of a model for one sequence of a given length, in f32.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SpanCost {
-    /// (query, key) pairs of one head, in each layer.
+    /// Number of (query, key) pairs of one head, in each layer.
     pub pairs: Vec<u64>,
-    /// FLOPs of a forward pass for scores and for the values that they weigh: 4 · pairs · n_embd, over the layers. A backward pass
-    /// takes 2.5 times as many.
+    /// FLOPs of a forward pass for scores and weighted sums of values: 4 · pairs · n_embd, summed over the layers. A backward pass takes
+    /// 2.5 times as many.
     pub attention_flops: u64,
-    /// FLOPs of all matrix products of a forward pass: these, projections, hidden layers and the head. A backward pass takes twice as
-    /// many for all but attention.
+    /// FLOPs of all matrix products of a forward pass: attention, projections, hidden layers and the output head. A backward pass takes
+    /// twice as many for all but attention.
     pub model_flops: u64,
-    /// Bytes of keys and values of a generation of this length: of each layer min(tokens, what its span sees) positions.
+    /// Bytes of keys and values for a generation of this length. Each layer holds as many positions as its span sees, at most all.
     pub cache_bytes: usize,
-    /// Bytes that a training step keeps from its forward pass for its backward pass. It is linear in the tokens whatever the spans, since
-    /// scores are never kept. Without dropout; a mixture of experts counts as the MLP of the experts that a token meets.
+    /// Bytes that a training step without dropout keeps from its forward pass for its backward pass. They are linear in the number of
+    /// tokens whatever the spans, since scores are never kept. A mixture of experts counts as an MLP of the experts that a token is sent
+    /// to.
     pub activation_bytes: usize,
 }
 
 impl SpanCost {
-    /// Shares of the FLOPs that this saves of another model's: of attention alone, and of the whole model.
+    /// The shares of the FLOPs of the model `of` that this one saves: of attention alone, and of the whole model.
     pub fn saved(&self, of: &SpanCost) -> (f64, f64) {
         let share = |a: u64, b: u64| 1.0 - a as f64 / (b as f64).max(1.0);
         (share(self.attention_flops, of.attention_flops), share(self.model_flops, of.model_flops))
     }
 }
 
-/// What a model of this configuration costs for a sequence of `tokens`, by its spans.
+/// The cost of a model of this configuration for a sequence of `tokens` tokens, by its spans.
 pub fn span_cost(c: &GptConfig, tokens: usize) -> SpanCost {
     let (d, kv) = (c.n_embd as u64, (c.kv_heads() * c.head()) as u64);
     let spans: Vec<Span> = (0..c.n_layer).map(|i| c.span(i)).collect();
     let pairs: Vec<u64> = spans.iter().map(|s| s.pairs(tokens)).collect();
     let attention_flops = 4 * d * pairs.iter().sum::<u64>();
-    // Parameters of products that a token meets, and numbers that are kept of a token.
+    // `met` is the number of weights that a token is multiplied by, and `kept` the number of elements that are kept per token.
     let (mut met, mut kept) = (c.vocab_size as u64 * d, 2 * d + 3 + c.vocab_size as u64);
     for i in 0..c.n_layer {
         let (feed, hidden) = match c.moe.as_ref().and_then(|m| m.get(i).copied().flatten()) {
@@ -160,8 +161,8 @@ pub fn span_cost(c: &GptConfig, tokens: usize) -> SpanCost {
             }
         };
         met += d * (d + 2 * kv) + d * d + feed;
-        // Inputs and outputs of both norms with their statistics, queries, keys, values, what attention gives, its log-sum-exp, and
-        // the hidden layer before and after its activation.
+        // Inputs and outputs of both norms with their statistics, queries, keys, values, the output of attention, its log-sum-exp, and the
+        // hidden layer before and after its activation.
         kept += 4 * d + 4 + (d + 2 * kv) + d + c.n_head as u64 + 2 * hidden;
     }
     let positions: usize = spans.iter().map(|s| s.reach().map_or(tokens, |r| r.min(tokens))).sum();

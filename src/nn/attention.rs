@@ -7,9 +7,8 @@ use crate::ops::attention::{AttentionOptions, Span, attention, attention_qkv};
 use crate::ops::linear::Layout;
 use crate::ops::rotary::{Pairing, RotaryTable};
 
-/// Multi-head self-attention: one fused projection to Q, K and V, attention within the layer's span, one projection
-/// back. Parameters `c_attn` `[d, d + 2·H_kv·d/H]` (`[d, 3d]` where there are as many heads of keys as of queries) and `c_proj`
-/// `[d, d]`, as in GPT-2.
+/// Multi-head self-attention (Vaswani et al. 2017): one fused projection to Q, K and V, attention within the layer's span, and an output
+/// projection. Parameters `c_attn` `[d, d + 2·H_kv·d/H]` (`[d, 3d]` without grouped queries) and `c_proj` `[d, d]`, as in GPT-2.
 pub struct MultiHeadAttention {
     qkv: Linear,
     out: Linear,
@@ -43,22 +42,23 @@ impl MultiHeadAttentionBuilder {
         bias: bool,
         /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
         span: Span,
-        /// Heads of keys and values, each of which serves equally many heads of queries; as many as these if not given.
+        /// Number of heads of keys and values (grouped-query attention), each of which serves equally many heads of queries. One for each
+        /// head of queries if not given.
         kv_heads: Option<usize>,
-        /// Turns queries and keys by their positions, with pairs half a head apart; a table may be shared between layers.
+        /// Rotary position embedding of queries and keys, with pairs half a head apart; a table may be shared between layers.
         rotary: Option<RotaryTable>,
-        /// Whether scores fall with the distance between query and key
-        /// ([`alibi_slope`](crate::ops::attention::alibi_slope)).
+        /// Whether attention scores decrease with the distance between query and key ([`alibi_slope`](crate::ops::attention::alibi_slope)).
         alibi: bool,
         /// Dropout of the attention probabilities while training; 0 if not given.
         dropout: f64,
         /// Initial values of the projection to Q, K and V; [`Init::KaimingUniform`] if not given.
         init: Init,
-        /// Initial values of the projection back; [`Init::KaimingUniform`] if not given.
+        /// Initial values of the output projection; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The layer. Fails if the width does not divide into the heads, or these into groups of `kv_heads`, if the span has a width of 0, if
-    /// the rotary table is for other heads, if the dropout lies outside [0, 1), or if the names are taken in `params`.
+    /// Makes the layer. Fails if the width does not divide into the heads, if the heads do not divide into groups of `kv_heads`, if the
+    /// span has a width of 0, if the rotary table was made for another head size, if the dropout lies outside [0, 1), or if the names are
+    /// taken in `params`.
     pub fn build(self, params: &Params) -> Result<MultiHeadAttention> {
         params.whole(|params| {
             let MultiHeadAttentionBuilder { d, heads, span, alibi, dropout, .. } = self;
@@ -127,12 +127,11 @@ impl MultiHeadAttention {
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 2] {
         [&mut self.qkv, &mut self.out]
     }
-    /// `[B, T, d]` → `[B, T, d]`. Positions attend within the documents or lengths of the context ([`Ctx::with_lengths`]), if it has
-    /// some.
+    /// `[B, T, d]` → `[B, T, d]`. If the context has documents or lengths ([`Ctx::with_lengths`]), positions attend only within their own.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self.run(x, None, ctx)
     }
-    /// As [`MultiHeadAttention::forward`] for positions that continue those in the cache.
+    /// Does the same as [`MultiHeadAttention::forward`] for positions that continue those in the cache.
     pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache, ctx: &Ctx) -> Result<Tensor> {
         self.run(x, Some(cache), ctx)
     }

@@ -7,7 +7,8 @@ use crate::ops::attention::{AttentionOptions, Span};
 use std::ops::Range;
 
 /// Keys and values of the positions seen so far, for generation. A causal layer keeps all of them, a window of w positions the last w in a
-/// ring, a block layer those of the current block, and a window with sinks the sinks besides. Gradients do not flow into what it holds.
+/// ring, a block layer those of the current block, and a window with sinks keeps the sinks as well. Gradients do not flow into the cached
+/// values.
 ///
 /// [`KvCache::bytes`] is 2 · positions · B · H_kv · D · (bytes of an element).
 #[derive(Clone, Default)]
@@ -19,7 +20,7 @@ pub struct KvCache {
     reserve: usize,
 }
 
-/// Positions that a later query may see, in order, after `seen` of them.
+/// The positions that a later query may see after `seen` positions, in order.
 fn live(span: Span, seen: usize) -> [Range<usize>; 2] {
     match span {
         Span::Full | Span::Causal => [0..0, 0..seen],
@@ -32,7 +33,7 @@ fn live(span: Span, seen: usize) -> [Range<usize>; 2] {
     }
 }
 
-/// Where position `p` lies.
+/// The slot in which position `p` is stored.
 fn slot(span: Span, p: usize) -> usize {
     match span {
         Span::Full | Span::Causal => p,
@@ -42,7 +43,7 @@ fn slot(span: Span, p: usize) -> usize {
     }
 }
 
-/// Stretches of some positions that lie one after the other in memory as well: position, slot, length.
+/// Splits positions into stretches that are contiguous in memory as well. Each is (position, slot, length).
 fn runs(span: Span, positions: Range<usize>) -> Vec<(usize, usize, usize)> {
     let (mut out, mut p) = (Vec::new(), positions.start);
     while p < positions.end {
@@ -60,28 +61,29 @@ fn runs(span: Span, positions: Range<usize>) -> Vec<(usize, usize, usize)> {
 }
 
 impl KvCache {
-    /// An empty cache that takes memory for so many positions at once (a million at most), or for what the span can see if that is less.
-    /// Without it, and beyond, memory grows by half whenever it is full.
+    /// An empty cache that allocates memory for `positions` positions at once (a million at most), or for as many as the span can see if
+    /// that is less. Otherwise, and beyond that size, the memory grows by half whenever it is full.
     pub fn reserving(positions: usize) -> KvCache {
         KvCache { reserve: positions.min(1 << 20), ..KvCache::default() }
     }
-    /// Positions held.
+    /// The number of positions held.
     pub fn len(&self) -> usize {
         self.span.map_or(0, |span| live(span, self.seen).iter().map(Range::len).sum())
     }
-    /// Nothing held.
+    /// Whether no position is held.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Positions that went in, of which a window or block layer has forgotten some: the next one stands there.
+    /// The number of positions that have been added, including those that a window or block layer no longer holds. The next position has
+    /// this number.
     pub fn seen(&self) -> usize {
         self.seen
     }
-    /// Bytes of the positions held.
+    /// The size in bytes of the positions held.
     pub fn bytes(&self) -> usize {
         self.len() * self.bytes_each()
     }
-    /// Bytes of memory taken.
+    /// The size in bytes of the allocated memory.
     pub fn capacity_bytes(&self) -> usize {
         self.kv.as_ref().map_or(0, |[k, _]| k.shape()[0]) * self.bytes_each()
     }
@@ -89,7 +91,7 @@ impl KvCache {
         let each = |[k, _]: &[Array; 2]| 2 * k.shape()[1..].iter().product::<usize>() * k.dtype().size();
         self.kv.as_ref().map_or(0, each)
     }
-    /// Refuses keys `[B, H_kv, D]` of another batch, layer or dtype than those held, and another span.
+    /// Refuses keys `[B, H_kv, D]` whose batch, layer or dtype differs from that of the keys held, and a different span.
     pub(crate) fn check(&self, keys: &[usize; 3], dtype: DType, span: Span) -> Result<()> {
         if let Some([held, _]) = &self.kv
             && (held.shape()[1..] != *keys || held.dtype() != dtype)
@@ -106,8 +108,8 @@ impl KvCache {
         }
         Ok(())
     }
-    /// Takes the keys and values `[B, T, H_kv, D]` of new positions, and returns what their queries attend over; `options.span` becomes
-    /// the one that holds there.
+    /// Adds the keys and values `[B, T, H_kv, D]` of new positions, and returns the keys and values that their queries attend over.
+    /// `options.span` is set to the span that is valid for these.
     pub(crate) fn extend(&mut self, k: Tensor, v: Tensor, options: &mut AttentionOptions) -> Result<(Tensor, Tensor)> {
         let span = options.span;
         span.validate()?;
@@ -118,7 +120,7 @@ impl KvCache {
             self.store(span, [k.array(), v.array()], 0)?;
             return Ok((k, v));
         }
-        // A ring is out of order, which matters to distances alone.
+        // The slots of a ring are not in the order of positions, which matters only where scores depend on distance.
         let ordered = match span {
             Span::Window(w) => before < w,
             Span::Sinks { window, sinks } => before < window.saturating_add(sinks),
@@ -127,7 +129,7 @@ impl KvCache {
         if t == 1 && (ordered || !options.alibi) {
             self.store(span, [k.array(), v.array()], before)?;
             options.span = Span::Full;
-            // All that is held, and a block that the position completes.
+            // Everything that is held, including a block that this position completes.
             let count = match span {
                 Span::Block(n) => before % n + 1,
                 _ => self.len(),
@@ -143,7 +145,7 @@ impl KvCache {
         let [k, v] = all;
         Ok((k, v))
     }
-    /// What is held of keys (0) or values (1), in the order of positions, with the new ones after it: `[B, held + T, H_kv, D]`.
+    /// The keys (`which` = 0) or values (1) held, in the order of positions, followed by the new ones: `[B, held + T, H_kv, D]`.
     fn in_order(&self, span: Span, new: &Tensor, which: usize) -> Result<Tensor> {
         let held = &self.kv.as_ref().ok_or_else(|| Error::invalid("KvCache", "an empty cache"))?[which];
         let (n, each) = (self.len(), held.shape()[1..].iter().product::<usize>());
@@ -158,10 +160,10 @@ impl KvCache {
         out.write(n * each, &new.array().permute(&[1, 0, 2, 3])?)?;
         Ok(Tensor::new(out.permute(&[1, 0, 2, 3])?))
     }
-    /// Keeps of new positions, the first of which is `before`, what later queries can see.
+    /// Stores those of the new positions that later queries can see. `before` is the number of the first new position.
     fn store(&mut self, span: Span, new: [&Array; 2], before: usize) -> Result<()> {
         let (t, seen) = (new[0].shape()[1], before + new[0].shape()[1]);
-        // One position that completes a block is seen by its own query alone, which reads it from here.
+        // A single position that completes a block is seen only by its own query, which reads it from here.
         let ranges = match span {
             Span::Block(_) if t == 1 => [0..0, before..seen],
             _ => live(span, seen),
@@ -181,7 +183,7 @@ impl KvCache {
         (self.seen, self.span) = (seen, Some(span));
         Ok(())
     }
-    /// Makes room for so many slots.
+    /// Enlarges the memory to `needed` slots.
     fn grow(&mut self, span: Span, needed: usize, like: &Array) -> Result<()> {
         let limit = span.reach().unwrap_or(usize::MAX);
         let have = self.kv.as_ref().map_or(0, |[k, _]| k.shape()[0]);

@@ -6,10 +6,11 @@ use crate::ops::loss::{CrossEntropy, Reduce, cross_entropy};
 use crate::random::masks;
 use crate::{Samples, Tensor};
 
-/// InfoNCE (van den Oord et al. 2018) of two views `a` and `b` `[n, d]` of the same n things, from `a` to `b`: with rows scaled to length
-/// 1, −log softmax over j of ⟨aᵢ, bⱼ⟩ / temperature, at j = i; the mean over each sample's rows, `[samples]`.
+/// InfoNCE (van den Oord et al. 2018) of two views `a` and `b` `[n, d]` of the same n things, from `a` to `b`. With rows scaled to length
+/// 1, the loss of row i is −log softmax over j of ⟨aᵢ, bⱼ⟩ / temperature, at j = i. The result `[samples]` has the mean over each sample's
+/// rows.
 ///
-/// Every row is compared with those of all samples, so that a private step refuses it by name.
+/// Every row is compared with those of all samples, so a private step refuses this loss by name.
 pub fn contrastive_loss(a: &Tensor, b: &Tensor, temperature: f64, samples: &Samples) -> Result<Tensor> {
     let op = "contrastive_loss";
     if masks::in_private_step() {

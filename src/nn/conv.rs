@@ -32,12 +32,12 @@ macro_rules! layer {
                 /// Initial values of the weight; [`Init::KaimingUniform`] if not given.
                 init: Init,
             }
-            /// Step between windows; 1 if not given.
+            /// Step between neighbouring windows; 1 if not given.
             pub fn stride(mut self, stride: impl Into<Sides<$rank>>) -> Self {
                 self.conv.stride = stride.into().pair(1);
                 self
             }
-            /// Zeros before and after; none if not given.
+            /// Number of zeros added before and after; none if not given.
             pub fn padding(mut self, padding: impl Into<Sides<$rank>>) -> Self {
                 self.conv.padding = padding.into().pair(0);
                 self
@@ -47,12 +47,12 @@ macro_rules! layer {
                 self.conv.dilation = dilation.into().pair(1);
                 self
             }
-            /// The number of groups of channels that do not see each other; 1 if not given.
+            /// The number of groups of channels, each of which is convolved by itself; 1 if not given.
             pub fn groups(mut self, groups: usize) -> Self {
                 self.conv.groups = groups;
                 self
             }
-            /// The layer, with the parameters `weight` and `bias`. Fails if these names are taken in `params`, or if the groups do
+            /// Makes the layer, with the parameters `weight` and `bias`. Fails if these names are taken in `params`, or if the groups do
             /// not divide both numbers of channels.
             pub fn build(self, params: &Params) -> Result<$name> {
                 params.whole(|params| {
@@ -72,8 +72,8 @@ macro_rules! layer {
         }
 
         impl $name {
-            /// From `cin` to `cout` channels with a window of `kernel` that moves by 1, no padding, with a bias. Fails if the names
-            /// `weight` and `bias` are taken in `params`.
+            /// A layer from `cin` to `cout` channels with a window of `kernel` that moves by 1, without padding, with a bias. Fails if the
+            /// names `weight` and `bias` are taken in `params`.
             pub fn new(params: &Params, cin: usize, cout: usize, kernel: impl Into<Sides<$rank>>) -> Result<Self> {
                 $name::builder(cin, cout, kernel).build(params)
             }
@@ -90,7 +90,7 @@ macro_rules! layer {
             pub fn bias(&self) -> Option<&Param> {
                 self.bias.as_ref()
             }
-            /// The convolution of `x`; every image is a sample unless the context maps them otherwise.
+            /// The convolution of `x`; each entry of dimension 0 is a sample unless the context maps them otherwise.
             pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
                 $op(&ctx.activations(x)?, &self.weight, self.bias.as_ref(), self.conv, ctx.samples.as_ref())
             }

@@ -21,7 +21,7 @@ fn expect_row(padding: u32, rows: usize) -> Result<()> {
     Ok(())
 }
 
-/// A table `[V, d]` looked up by id: ids `[B, …]` (u32 or i64) to `[B, …, d]`.
+/// A table `[V, d]` whose rows are looked up by id. It maps ids `[B, …]` (u32 or i64) to `[B, …, d]`.
 ///
 /// ```
 /// use prismgrad::nn::{Ctx, Embedding, Params};
@@ -57,7 +57,8 @@ impl EmbeddingBuilder {
         self.padding = Some(id);
         self
     }
-    /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`, or if the padding id is no row.
+    /// Makes the layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`, or if the padding id is not less
+    /// than V.
     pub fn build(self, params: &Params) -> Result<Embedding> {
         params.whole(|params| {
             let (rows, d) = self.sizes;
@@ -74,7 +75,7 @@ impl EmbeddingBuilder {
 }
 
 impl Embedding {
-    /// `rows` rows of d elements, N(0, 1). Fails if the name `weight` is taken in `params`.
+    /// A table of `rows` rows of d elements, initialised from N(0, 1). Fails if the name `weight` is taken in `params`.
     pub fn new(params: &Params, rows: usize, d: usize) -> Result<Embedding> {
         Embedding::builder(rows, d).build(params)
     }
@@ -82,13 +83,13 @@ impl Embedding {
     pub fn builder(rows: usize, d: usize) -> EmbeddingBuilder {
         EmbeddingBuilder { sizes: (rows, d), padding: None, init: Init::Normal { std: 1.0 } }
     }
-    /// Over a parameter `[V, d]` that exists already, such as the weight of an output layer: clones of a [`Param`] are the same
-    /// parameter, and its gradient stays exact per sample. Fails if it is not a matrix.
+    /// A layer over a parameter `[V, d]` that exists already, such as the weight of an output layer: clones of a [`Param`] are the same
+    /// parameter, and its gradient stays exact per sample. Fails if the parameter is not a matrix.
     pub fn tied(weight: Param) -> Result<Embedding> {
         expect_table("Embedding", &weight)?;
         Ok(Embedding { weight, padding: None })
     }
-    /// The same table with rows looked up by the id `padding` receiving no gradient. Fails if the id is no row.
+    /// The same table, in which the row of the id `padding` receives no gradient. Fails if the id is not less than V.
     pub fn with_padding(mut self, padding: u32) -> Result<Embedding> {
         expect_row(padding, self.weight.shape()[0])?;
         self.padding = Some(padding);
@@ -98,14 +99,14 @@ impl Embedding {
     pub fn weight(&self) -> &Param {
         &self.weight
     }
-    /// Rows of `ids` (u32 or i64) in the dtype of activations; dimension 0 counts samples unless the context maps the ids
+    /// The rows of `ids` (u32 or i64) in the dtype of activations. Dimension 0 counts samples unless the context maps the ids to samples
     /// otherwise.
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         ctx.activations(&embedding(&self.weight, ids, self.padding, ctx.samples.as_ref())?)
     }
 }
 
-/// A table `[V, d]` of which bags of ids are summed or averaged: `[bags, d]`.
+/// A table `[V, d]` whose rows are summed or averaged over bags of ids. The result is `[bags, d]`.
 #[derive(Clone, Debug)]
 pub struct EmbeddingBag {
     weight: Param,
@@ -127,7 +128,7 @@ impl EmbeddingBagBuilder {
         /// Initial values of the table; N(0, 1), as in PyTorch, if not given.
         init: Init,
     }
-    /// The layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`.
+    /// Makes the layer, with the parameter `weight` `[V, d]`. Fails if this name is taken in `params`.
     pub fn build(self, params: &Params) -> Result<EmbeddingBag> {
         params.whole(|params| {
             let (rows, d) = self.sizes;
@@ -137,7 +138,8 @@ impl EmbeddingBagBuilder {
 }
 
 impl EmbeddingBag {
-    /// `rows` rows of d elements, N(0, 1), of which bags take the mean. Fails if the name `weight` is taken in `params`.
+    /// A table of `rows` rows of d elements, initialised from N(0, 1), whose bags are averaged. Fails if the name `weight` is taken in
+    /// `params`.
     pub fn new(params: &Params, rows: usize, d: usize) -> Result<EmbeddingBag> {
         EmbeddingBag::builder(rows, d).build(params)
     }
@@ -145,7 +147,7 @@ impl EmbeddingBag {
     pub fn builder(rows: usize, d: usize) -> EmbeddingBagBuilder {
         EmbeddingBagBuilder { sizes: (rows, d), mode: BagMode::Mean, init: Init::Normal { std: 1.0 } }
     }
-    /// Over a parameter `[V, d]` that exists already. Fails if it is not a matrix.
+    /// A layer over a parameter `[V, d]` that exists already. Fails if the parameter is not a matrix.
     pub fn tied(weight: Param, mode: BagMode) -> Result<EmbeddingBag> {
         expect_table("EmbeddingBag", &weight)?;
         Ok(EmbeddingBag { weight, mode })
@@ -154,7 +156,7 @@ impl EmbeddingBag {
     pub fn weight(&self) -> &Param {
         &self.weight
     }
-    /// Bags of one length: ids `[B, k]` (u32 or i64) to `[B, d]`. Every bag is a sample unless the context maps the bags
+    /// Bags of equal length: ids `[B, k]` (u32 or i64) to `[B, d]`. Every bag is a sample unless the context maps the bags to samples
     /// otherwise.
     pub fn forward(&self, ids: impl AsRef<Array>, ctx: &Ctx) -> Result<Tensor> {
         let ids = ids.as_ref();
@@ -164,7 +166,7 @@ impl EmbeddingBag {
         };
         self.forward_bags(ids, &Segments::uniform(count, each), None, ctx)
     }
-    /// Bags of any length over the ids, each id's row scaled by `scale` `[N]` if given.
+    /// Bags of any length over the ids, to `[bags, d]`. Each id's row is scaled by `scale` `[N]` if given.
     pub fn forward_bags(
         &self,
         ids: impl AsRef<Array>,

@@ -1,8 +1,8 @@
 //! Operators on tensors.
 //!
-//! An operation can fail, where shapes do not fit or memory runs out, and nothing here panics on a user's input. A `?` after every
-//! operator would bury the formula, and the language does not allow operators on `Result`. So operators give an [`Expr`]: a tensor
-//! or the first error, on which further operators work; [`Expr::tensor`] gives the one or the other.
+//! An operation can fail, where shapes do not fit or memory runs out, and nothing here panics on a user's input. A `?` after every operator
+//! would make formulas hard to read, and the language does not allow operators on `Result`. Operators therefore give an [`Expr`], which
+//! holds a tensor or the first error. Further operators work on it, and [`Expr::tensor`] returns the tensor or the error.
 
 use crate::Tensor;
 use crate::base::Result;
@@ -31,7 +31,7 @@ impl Expr {
     }
 }
 
-/// What stands beside an operator: a tensor, an expression or a number.
+/// What an operator may be applied to: a tensor, an expression or a number.
 pub enum Operand {
     /// A tensor, or the error in its place.
     Tensor(Result<Tensor>),
@@ -60,7 +60,7 @@ impl From<Expr> for Operand {
     }
 }
 
-/// `a op b`, with the tensor's own method where both are tensors.
+/// Computes `a op b`, by the tensor's own method where both are tensors.
 fn apply(
     a: Operand,
     b: Operand,

@@ -8,7 +8,7 @@ use crate::ops::linear::{Layout, linear};
 use crate::ops::norm::{group_norm, layer_norm, rms_norm};
 use crate::{Param, Tensor};
 
-/// y = act(x·Wᵀ + b) over the last dimension.
+/// A linear layer with an optional fused activation, y = act(x·Wᵀ + b), over the last dimension.
 ///
 /// ```
 /// use prismgrad::nn::{Ctx, Init, Linear, Params};
@@ -46,8 +46,8 @@ impl LinearBuilder {
         /// How the weight lies in memory; [`Layout::OutIn`], as in PyTorch, if not given.
         layout: Layout,
     }
-    /// The layer, with the parameters `weight` (`[p, d]`, or `[d, p]` for [`Layout::InOut`]) and `bias` `[p]`. Fails if these
-    /// names are taken in `params`.
+    /// Makes the layer, with the parameters `weight` (`[p, d]`, or `[d, p]` for [`Layout::InOut`]) and `bias` `[p]`. Fails if these names
+    /// are taken in `params`.
     pub fn build(self, params: &Params) -> Result<Linear> {
         params.whole(|params| {
             let (d, p) = self.sizes;
@@ -63,8 +63,8 @@ impl LinearBuilder {
 }
 
 impl Linear {
-    /// From d inputs to p outputs, with a bias, the weight `[p, d]` uniform in ±1/√d. Fails if the names `weight` and `bias` are
-    /// taken in `params`.
+    /// A layer from d inputs to p outputs, with a bias and a weight `[p, d]` drawn uniformly from ±1/√d. Fails if the names `weight` and
+    /// `bias` are taken in `params`.
     pub fn new(params: &Params, d: usize, p: usize) -> Result<Linear> {
         Linear::builder(d, p).build(params)
     }
@@ -76,7 +76,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         self.forward_act(x, Activation::None, ctx)
     }
-    /// With an activation fused into the product.
+    /// [`Linear::forward`] with an activation fused into the product.
     pub fn forward_act(&self, x: &Tensor, act: Activation, ctx: &Ctx) -> Result<Tensor> {
         let x = &ctx.activations(x)?;
         let run = |act| linear(x, &self.weight, self.layout, self.bias.as_ref(), act, ctx.samples.as_ref());
@@ -101,19 +101,19 @@ impl Linear {
         self.bias.iter().for_each(|b| b.set_trainable(false));
         Ok(())
     }
-    /// Takes the adapter away as if it had never been given; its parameters stay in the store.
+    /// Removes the adapter without changing the weight or what is trainable; the adapter's parameters stay in the store.
     pub(crate) fn forget_adapter(&mut self) {
         self.lora = None;
     }
-    /// Adds the adapter to the weight, so that it costs nothing any more; nothing without one.
+    /// Adds the adapter to the weight, so that it costs no time any more. Without an adapter this does nothing.
     pub fn merge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.merge(&self.weight, self.layout))
     }
-    /// Whether it has an adapter that has been added to the weight.
+    /// Whether the layer has an adapter that has been added to the weight.
     pub fn merged(&self) -> bool {
         self.lora.as_ref().is_some_and(Lora::merged)
     }
-    /// Takes it out again, bit for bit.
+    /// Undoes [`Linear::merge`]: the weight has its former bits again.
     pub fn unmerge(&mut self) -> Result<()> {
         self.lora.as_mut().map_or(Ok(()), |l| l.unmerge(&self.weight))
     }
@@ -127,7 +127,7 @@ impl Linear {
     }
 }
 
-/// Refuses an ε with which a norm is no number.
+/// Refuses an ε that would make a norm's output undefined.
 fn expect_eps(layer: &'static str, eps: f64) -> Result<()> {
     match eps.is_finite() && eps >= 0.0 {
         true => Ok(()),
@@ -157,7 +157,7 @@ impl LayerNormBuilder {
         /// What is added to the variance; 1e-5 if not given.
         eps: f64,
     }
-    /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`.
+    /// Makes the layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<LayerNorm> {
         params.whole(|params| {
             expect_eps("LayerNorm", self.eps)?;
@@ -169,7 +169,7 @@ impl LayerNormBuilder {
 }
 
 impl LayerNorm {
-    /// Over d elements, with weight and bias, ε = 1e-5. Fails if the names `weight` and `bias` are taken in `params`.
+    /// A norm over d elements, with weight and bias, ε = 1e-5. Fails if the names `weight` and `bias` are taken in `params`.
     pub fn new(params: &Params, d: usize) -> Result<LayerNorm> {
         LayerNorm::builder(d).build(params)
     }
@@ -201,7 +201,7 @@ impl RmsNormBuilder {
         /// What is added to the mean square; 1e-6 if not given.
         eps: f64,
     }
-    /// The layer, with the parameter `weight` (ones). Fails if this name is taken in `params`.
+    /// Makes the layer, with the parameter `weight` (ones). Fails if this name is taken in `params`.
     pub fn build(self, params: &Params) -> Result<RmsNorm> {
         params.whole(|params| {
             expect_eps("RmsNorm", self.eps)?;
@@ -211,7 +211,7 @@ impl RmsNormBuilder {
 }
 
 impl RmsNorm {
-    /// Over d elements, ε = 1e-6. Fails if the name `weight` is taken in `params`.
+    /// A norm over d elements, ε = 1e-6. Fails if the name `weight` is taken in `params`.
     pub fn new(params: &Params, d: usize) -> Result<RmsNorm> {
         RmsNorm::builder(d).build(params)
     }
@@ -225,8 +225,8 @@ impl RmsNorm {
     }
 }
 
-/// Group norm (Wu and He 2018): each sample's channels are normalised in groups, (x − mean)/√(variance + ε) over a group's channels
-/// and all places, then scaled and shifted by `weight` and `bias` `[C]`. Unlike batch norm it keeps samples apart, so that it can be trained
+/// Group norm (Wu and He 2018): each sample's channels are normalised in groups, (x − mean)/√(variance + ε) over a group's channels and all
+/// positions, then scaled and shifted by `weight` and `bias` `[C]`. Unlike batch norm it keeps samples apart, so that it can be trained
 /// privately.
 pub struct GroupNorm {
     weight: Param,
@@ -248,7 +248,7 @@ impl GroupNormBuilder {
         /// What is added to the variance; 1e-5 if not given.
         eps: f64,
     }
-    /// The layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`, or if the
+    /// Makes the layer, with the parameters `weight` (ones) and `bias` (zeros). Fails if these names are taken in `params`, or if the
     /// groups do not divide the channels.
     pub fn build(self, params: &Params) -> Result<GroupNorm> {
         params.whole(|params| {
@@ -267,12 +267,12 @@ impl GroupNormBuilder {
 }
 
 impl GroupNorm {
-    /// `channels` in `groups` groups of equal size, in PyTorch's order, with ε = 1e-5. Fails if the names `weight` and `bias` are
-    /// taken in `params`, or if the groups do not divide the channels.
+    /// A norm of `channels` channels in `groups` groups of equal size, with PyTorch's order of arguments and ε = 1e-5. Fails if the names
+    /// `weight` and `bias` are taken in `params`, or if the groups do not divide the channels.
     pub fn new(params: &Params, groups: usize, channels: usize) -> Result<GroupNorm> {
         GroupNorm::builder(groups, channels).build(params)
     }
-    /// Options for a norm of `channels` in `groups` groups.
+    /// Options for a norm of `channels` channels in `groups` groups.
     pub fn builder(groups: usize, channels: usize) -> GroupNormBuilder {
         GroupNormBuilder { groups, channels, eps: 1e-5 }
     }
@@ -298,7 +298,7 @@ impl Dropout {
         }
         Ok(Dropout { p, id: params.id("dropout") })
     }
-    /// Any shape.
+    /// Applies dropout to a tensor of any shape.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         if ctx.train { x.dropout(self.p, ctx.dropout_seed(self.id)) } else { Ok(x.clone()) }
     }

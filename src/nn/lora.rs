@@ -1,7 +1,7 @@
 //! Low-rank adapters (Hu et al. 2022): y = W·x + (α/r)·B·A·x with W frozen.
 //!
-//! A and B are two linear layers, so that their gradients stay factored and private training clips them as any other. B starts
-//! at zero: an adapter that has not been trained changes nothing.
+//! A and B are two linear layers, so that their gradients stay factored and private training clips them like any others. B starts at zero,
+//! so an adapter that has not been trained changes nothing.
 
 use super::{Ctx, Init, Params};
 use crate::array::Array;
@@ -22,15 +22,15 @@ pub struct LoraConfig {
     pub r: usize,
     /// α; the adapter's output is scaled by α/r.
     pub lora_alpha: f64,
-    /// Last parts of the names of the layers that get an adapter, such as `c_attn`.
+    /// The last parts of the names of the layers that get an adapter, such as `c_attn`.
     pub target_modules: Vec<String>,
-    /// Weights lie `[in, out]`, as GPT-2's do.
+    /// Whether weights are stored as `[in, out]`, as GPT-2's are.
     pub fan_in_fan_out: bool,
-    /// Biases stay frozen.
+    /// Always `none`: biases stay frozen.
     pub bias: String,
     /// Always `CAUSAL_LM`.
     pub task_type: String,
-    /// What else PEFT wrote. Settings that would change the numbers are refused by [`LoraConfig::validate`]; the others are kept.
+    /// Other settings that PEFT wrote. Settings that would change the numbers are refused by [`LoraConfig::validate`]; the others are kept.
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
 }
@@ -82,7 +82,7 @@ impl LoraConfig {
                 Value::Null | Value::Bool(false) => true,
                 Value::Object(o) => o.is_empty(),
                 Value::Array(a) => a.is_empty(),
-                // What says something only where the option beside it is on.
+                // Settings that have an effect only where another option is on.
                 Value::Number(_) => name == "qalora_group_size",
                 _ => false,
             };
@@ -108,7 +108,7 @@ pub(super) struct Lora {
     a: Param,
     b: Param,
     scale: f64,
-    /// The weight as it was, while the adapter is merged into it.
+    /// The original weight, while the adapter is merged into it.
     before: Option<Array>,
 }
 
@@ -124,7 +124,7 @@ impl Lora {
             before: None,
         })
     }
-    /// What is added to W·x; nothing while merged.
+    /// The term that is added to W·x; `None` while the adapter is merged.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Option<Tensor>> {
         if self.before.is_some() {
             return Ok(None);
@@ -132,7 +132,7 @@ impl Lora {
         let through = |x: &Tensor, w: &Param| linear(x, w, Layout::OutIn, None, Activation::None, ctx.samples.as_ref());
         through(&through(x, &self.a)?, &self.b)?.mul_scalar(self.scale).map(Some)
     }
-    /// Adds (α/r)·B·A to the weight, once.
+    /// Adds (α/r)·B·A to the weight, at most once.
     pub fn merge(&mut self, weight: &Param, layout: Layout) -> Result<()> {
         if self.before.is_some() {
             return Ok(());
@@ -146,7 +146,7 @@ impl Lora {
         weight.set_merged(true);
         Ok(())
     }
-    /// Puts the weight back, bit for bit.
+    /// Restores the weight with its former bits.
     pub fn unmerge(&mut self, weight: &Param) -> Result<()> {
         if let Some(before) = &self.before {
             weight.set(before.to(&weight.device())?)?;
@@ -155,7 +155,7 @@ impl Lora {
         }
         Ok(())
     }
-    /// Whether it has been added to the weight.
+    /// Whether the adapter has been added to the weight.
     pub fn merged(&self) -> bool {
         self.before.is_some()
     }

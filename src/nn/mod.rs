@@ -55,71 +55,71 @@ use crate::ops::attention::Documents;
 use crate::{DType, Samples, Tensor};
 use std::sync::Arc;
 
-/// What every layer of a forward pass is given besides its input: whether the model is being trained, the seed of the dropout masks, which
-/// rows belong to which sample, which positions belong together, and the dtype of activations.
+/// What a forward pass gives to every layer in addition to its input: whether the model is being trained, the seed of the dropout masks,
+/// which rows belong to which sample, which positions belong together, and the dtype of activations.
 #[derive(Clone, Debug, Default)]
 pub struct Ctx {
-    /// Dropout is on.
+    /// Whether dropout is on.
     pub train: bool,
-    /// Seed of the masks; change it every step (the step number will do).
+    /// Seed of the dropout masks. It should change at every step; the step number is a good seed.
     pub seed: u64,
-    /// The map of rows to samples where it is not dimension 0.
+    /// The map of rows to samples, where it differs from dimension 0.
     pub samples: Option<Samples>,
-    /// The dtype of activations, where it is not the parameters'. Linear layers and convolutions convert their inputs to it,
-    /// embeddings their outputs, and every op follows its input. With bf16 this is mixed precision: parameters, norms of
-    /// gradients, sums and updates stay f32.
+    /// The dtype of activations, where it differs from the parameters' dtype. Linear layers and convolutions convert their inputs to it,
+    /// embeddings convert their outputs, and every other op has the dtype of its input. With bf16 this is mixed precision: parameters,
+    /// norms of gradients, sums and updates stay f32.
     pub dtype: Option<DType>,
-    /// A number for each sample, on which its random draws depend where they are drawn by sample (a router's jitter); the sample's
-    /// place in the batch if not given. With the numbers of the records, a record's draws do not depend on who else is in the batch.
+    /// A key for each sample. Random numbers that are drawn per sample (a router's jitter) depend on it; the sample's place in the batch if
+    /// not given. If the keys are the numbers of the records, a record's draws do not depend on the rest of the batch.
     pub keys: Option<Arc<[u64]>>,
-    /// The documents of packed sequences, or the lengths of padded ones, to which attention keeps; every sequence is one document if
+    /// The documents of packed sequences, or the lengths of padded ones, within which attention stays; every sequence is one document if
     /// not given. See [`Documents`].
     pub documents: Option<Documents>,
-    /// Whether mixtures of experts keep what an analysis of the experts reads: the router's inputs, and the norms of the experts'
-    /// outputs ([`RouterStats::seen`]).
+    /// Whether mixtures of experts keep the data for an analysis of the experts: the router's inputs, and the norms of the experts' outputs
+    /// ([`RouterStats::seen`]).
     pub observe: bool,
 }
 
 impl Ctx {
-    /// Training, with the masks of `seed`.
+    /// A context for training, with dropout masks from `seed`.
     pub fn train(seed: u64) -> Ctx {
         Ctx { train: true, seed, ..Ctx::default() }
     }
-    /// Evaluation: no dropout.
+    /// A context for evaluation, without dropout.
     pub fn eval() -> Ctx {
         Ctx::default()
     }
-    /// The same with another map of rows to samples.
+    /// The same context with another map of rows to samples.
     pub fn with_samples(&self, samples: Samples) -> Ctx {
         Ctx { samples: Some(samples), ..self.clone() }
     }
-    /// The same with activations of a dtype ([`Ctx::dtype`]).
+    /// The same context with activations of a dtype ([`Ctx::dtype`]).
     pub fn with_dtype(&self, dtype: DType) -> Ctx {
         Ctx { dtype: Some(dtype), ..self.clone() }
     }
-    /// The same with a number for each sample ([`Ctx::keys`]).
+    /// The same context with a key for each sample ([`Ctx::keys`]).
     pub fn with_keys(&self, keys: impl Into<Arc<[u64]>>) -> Ctx {
         Ctx { keys: Some(keys.into()), ..self.clone() }
     }
-    /// The same for sequences that are padded to a common length: sequence b of the batch is its first `lengths[b]` positions. No
-    /// position attends to padding, and the attention of padding is zeros. What is made of the sequences afterwards, such as a mean
-    /// over positions or a loss, has to leave the padding out as well.
+    /// The same context for sequences that are padded to a common length: sequence b of the batch is its first `lengths[b]` positions. No
+    /// position attends to padding, and the output of attention is zero for padding. Whatever is computed from the sequences afterwards,
+    /// such as a mean over positions or a loss, has to leave the padding out as well.
     pub fn with_lengths(&self, lengths: &[usize]) -> Ctx {
         self.with_documents(Documents::lengths(lengths))
     }
-    /// The same for packed sequences, each of which holds several documents.
+    /// The same context for packed sequences, each of which holds several documents.
     pub fn with_documents(&self, documents: Documents) -> Ctx {
         Ctx { documents: Some(documents), ..self.clone() }
     }
-    /// The same with mixtures of experts that keep what an analysis of the experts reads ([`Ctx::observe`]).
+    /// The same context, in which mixtures of experts keep the data for an analysis of the experts ([`Ctx::observe`]).
     pub fn observing(&self) -> Ctx {
         Ctx { observe: true, ..self.clone() }
     }
-    /// What goes into the layers: `x` in the dtype of activations.
+    /// `x` converted to the dtype of activations.
     pub fn activations(&self, x: &Tensor) -> Result<Tensor> {
         self.dtype.map_or(Ok(x.clone()), |d| x.cast(d))
     }
-    /// The mask seed of the layer with this id.
+    /// The mask seed of the layer with the number `layer`.
     pub fn dropout_seed(&self, layer: u64) -> u64 {
         philox::bits(self.seed, layer, 0)
     }

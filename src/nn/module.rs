@@ -1,4 +1,4 @@
-//! What layers have in common, and layers one after the other.
+//! The trait that all layers share, and layers that run one after the other.
 
 use super::{Conv1d, Conv2d, Ctx, Dropout, Embedding, EmbeddingBag, GroupNorm, LayerNorm, Linear, Mlp};
 use super::{MultiHeadAttention, RmsNorm, SwiGlu, TransformerBlock};
@@ -52,7 +52,7 @@ impl<F: Fn(&Tensor, &Ctx) -> Result<Tensor> + Send + Sync> Module for F {
     }
 }
 
-/// Modules one after the other.
+/// Runs modules one after the other.
 ///
 /// ```
 /// use prismgrad::kernels::Activation;
@@ -72,11 +72,11 @@ impl<F: Fn(&Tensor, &Ctx) -> Result<Tensor> + Send + Sync> Module for F {
 pub struct Sequential(Vec<Box<dyn Module>>);
 
 impl Sequential {
-    /// No module yet: the identity.
+    /// A sequence without modules, which is the identity.
     pub fn new() -> Sequential {
         Sequential::default()
     }
-    /// The same with one more module at the end.
+    /// The same sequence with one more module at the end.
     pub fn then(mut self, module: impl Module + 'static) -> Sequential {
         self.0.push(Box::new(module));
         self

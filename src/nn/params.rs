@@ -1,4 +1,4 @@
-//! The parameter store: one place for saving, counting, freezing.
+//! The parameter store, which saves, counts and freezes parameters.
 
 use crate::Param;
 use crate::array::Array;
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Initial values.
+/// Initial values of a parameter.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Init {
     /// N(0, std²).
@@ -26,19 +26,19 @@ pub enum Init {
     Zeros,
     /// All 1.
     Ones,
-    /// Uniform in ±1/√fan_in (PyTorch's default), the fan-in being the number of inputs that an output adds up. It is known to
-    /// layers; see [`Params::param`] for parameters of your own.
+    /// Uniform in ±1/√fan_in (PyTorch's default), where the fan-in is the number of inputs that are added up for one output. Layers set it
+    /// themselves; see [`Params::param`] for parameters of your own.
     KaimingUniform,
 }
 
-/// Whether a file must have exactly the parameters of a model.
+/// How strictly the tensors of a file must match the parameters of a model.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Strict {
     /// The same names on both sides.
     Yes,
-    /// Every parameter must be in the file; what else the file has is left.
+    /// Every parameter must be in the file; other tensors of the file are ignored.
     AllowUnexpected,
-    /// What is on one side alone is left as it is.
+    /// Parameters that the file does not have keep their values, and other tensors of the file are ignored.
     No,
 }
 
@@ -53,7 +53,7 @@ pub struct Taken {
     pub unexpected: Vec<String>,
 }
 
-/// Refuses parameters that an adapter has been added to: with the adapter beside them in the file, it would count twice.
+/// Refuses parameters that an adapter has been added to: the file would have the adapter beside them, and it would count twice.
 pub(crate) fn refuse_merged(op: &'static str, params: &[Param]) -> Result<()> {
     match params.iter().find(|p| p.merged()) {
         None => Ok(()),
@@ -67,8 +67,8 @@ pub(crate) fn refuse_merged(op: &'static str, params: &[Param]) -> Result<()> {
     }
 }
 
-/// Reads a safetensors file into parameters; `names` gives the names that a parameter may have in the file. All or nothing: see
-/// [`Params::load`].
+/// Reads a safetensors file into parameters. `names` gives the names that a parameter may have in the file. Either all parameters are read
+/// or none; see [`Params::load`].
 pub(crate) fn take(
     params: &[Param],
     file: &SafeTensors,
@@ -109,7 +109,7 @@ pub(crate) fn take(
     if !wrong.is_empty() {
         return Err(Error::format(&taken.path, format!("does not fit the model: {}", wrong.join("; "))));
     }
-    // Everything is where it belongs before the first parameter changes.
+    // Every tensor is checked before the first parameter changes.
     let found: Vec<(&Param, Array)> =
         found.into_iter().map(|(p, a)| Ok((p, a.cast(p.dtype()).to(&p.device())?))).collect::<Result<_>>()?;
     found.into_iter().try_for_each(|(p, a)| p.set(a))?;
@@ -131,16 +131,16 @@ pub struct Params {
     prefix: String,
     seed: u64,
     dtype: DType,
-    /// What new parameters hold.
+    /// How new parameters are filled.
     values: Values,
 }
 
-/// What new parameters hold.
+/// How new parameters are filled.
 #[derive(Clone, Copy, PartialEq)]
 enum Values {
     Drawn,
     Zeros,
-    /// Nothing: they are described.
+    /// Without values: parameters have only a name, a shape and a dtype.
     None,
 }
 
@@ -149,16 +149,16 @@ impl Params {
     pub fn new(seed: u64, dtype: DType) -> Params {
         Params { store: Arc::default(), prefix: String::new(), seed, dtype, values: Values::Drawn }
     }
-    /// A store whose parameters have names and shapes, and take no memory, for plans of models that fit nowhere.
+    /// A store whose parameters have names and shapes but take no memory, for planning models that are too large to be made here.
     pub fn described(dtype: DType) -> Params {
         Params { values: Values::None, ..Params::new(0, dtype) }
     }
-    /// The same store and scope, where the initial values of new parameters are drawn, or are zeros because values are read over
-    /// them before anything uses them: drawing those of a large model takes longer than reading its file.
+    /// The same store and scope. If `draws` is set, initial values of new parameters are drawn; otherwise they are zeros, because values
+    /// are read over them before anything uses them. Drawing the initial values of a large model takes longer than reading its file.
     pub(crate) fn drawing(&self, draws: bool) -> Params {
         Params { values: if draws { Values::Drawn } else { Values::Zeros }, ..self.clone() }
     }
-    /// Runs `make`; if it fails, the store has the parameters that it had before.
+    /// Runs `make`. If it fails, the parameters that it created are removed from the store.
     pub(crate) fn whole<T>(&self, make: impl FnOnce(&Params) -> Result<T>) -> Result<T> {
         let n = self.lock().len();
         make(self).inspect_err(|_| self.truncate(n))
@@ -177,18 +177,18 @@ impl Params {
     fn lock(&self) -> MutexGuard<'_, Vec<Param>> {
         self.store.lock().unwrap_or_else(|e| e.into_inner())
     }
-    /// The scope of the names: `h.0` for parameters such as `h.0.ln_1.weight`.
+    /// The prefix of names in this scope: `h.0` for parameters such as `h.0.ln_1.weight`.
     pub fn prefix(&self) -> &str {
         &self.prefix
     }
     /// A new parameter in this scope. Fails if the name is taken.
     ///
-    /// [`Init::KaimingUniform`] takes the product of all dimensions but the first for the fan-in, which is right for weights
-    /// that lie `[out, in, …]`. For weights that lie otherwise use [`Params::param_with_fan_in`].
+    /// [`Init::KaimingUniform`] uses the product of all dimensions but the first as the fan-in, which is right for weights with the layout
+    /// `[out, in, …]`. For other layouts use [`Params::param_with_fan_in`].
     pub fn param(&self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         self.param_with_fan_in(name, shape, init, shape.iter().skip(1).fold(1, |n: usize, &d| n.saturating_mul(d)))
     }
-    /// [`Params::param`] with the fan-in given, for weights that do not lie `[out, in, …]`: `d` for a weight `[d, p]`, and for
+    /// [`Params::param`] with a given fan-in, for weights with another layout than `[out, in, …]`: `d` for a weight `[d, p]`, and for
     /// stacked weights `[experts, p, d]` as well. Only [`Init::KaimingUniform`] depends on it.
     ///
     /// ```
@@ -246,7 +246,7 @@ impl Params {
         store.push(param.clone());
         Ok(param)
     }
-    /// Puts a parameter of the same name in the place of one of the store.
+    /// Replaces the store's parameter of the same name.
     pub(crate) fn swap(&self, new: &Param) -> Result<()> {
         match self.lock().iter_mut().find(|p| p.name() == new.name()) {
             Some(old) => {
@@ -256,7 +256,7 @@ impl Params {
             None => Err(Error::invalid("Params", format!("there is no {}", new.name()))),
         }
     }
-    /// The dtype of the parameters that are made here.
+    /// The dtype of new parameters.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -270,18 +270,18 @@ impl Params {
         let name = self.full(name);
         self.lock().iter().find(|p| p.name() == name).cloned()
     }
-    /// Number of elements below this scope.
+    /// The number of elements of all parameters below this scope.
     pub fn count(&self) -> usize {
         self.all().iter().map(Param::numel).sum()
     }
-    /// Freezes or thaws everything below this scope; returns how many parameters that were.
+    /// Freezes (`on` = false) or unfreezes everything below this scope; returns the number of parameters.
     pub fn set_trainable(&self, on: bool) -> usize {
         let all = self.all();
         all.iter().for_each(|p| p.set_trainable(on));
         all.len()
     }
-    /// Freezes everything below this scope but the parameters whose full names match one of the patterns (`*` stands for any
-    /// characters), such as `*.bias` for training biases alone; returns how many parameters are trained.
+    /// Freezes everything below this scope except the parameters whose full names match one of the patterns (`*` stands for any
+    /// characters), such as `*.bias` to train biases alone. Returns how many parameters are trained.
     pub fn train_only(&self, patterns: &[&str]) -> Result<usize> {
         let all = self.all();
         if let Some(p) = patterns.iter().find(|p| !all.iter().any(|q| matches(p, q.name()))) {
@@ -328,14 +328,14 @@ impl Params {
             .collect();
         io::save_arrays(path, &named, &[("format", "pt")])
     }
-    /// Reads what [`Params::save`] wrote, or any safetensors file with these names, into the parameters below this scope. Float
-    /// dtypes are converted. With [`Strict::Yes`], parameters that the file does not have and tensors that the model does not have
-    /// are an error; what the strictness allows is returned. A wrong shape or a dtype that is no float is an error in any case. The
-    /// error lists every mismatch, and then no parameter is changed.
+    /// Reads what [`Params::save`] wrote, or any safetensors file with these names, into the parameters below this scope. Float dtypes are
+    /// converted. With [`Strict::Yes`], parameters that the file does not have and tensors that the model does not have are an error;
+    /// mismatches that `strict` allows are returned. A wrong shape or a dtype that is not a float is an error in any case. The error lists
+    /// every mismatch, and then no parameter is changed.
     pub fn load(&self, path: impl AsRef<Path>, strict: Strict) -> Result<Taken> {
         self.load_from(&SafeTensors::open(path)?, strict)
     }
-    /// [`Params::load`] from an open file.
+    /// Does the same as [`Params::load`] from an open file.
     pub fn load_from(&self, file: &SafeTensors, strict: Strict) -> Result<Taken> {
         take(&self.all(), file, &|n| vec![self.relative(n).to_string()], strict)
     }
@@ -346,7 +346,7 @@ impl Params {
     pub fn to(&self, device: &Device) -> Result<()> {
         self.all().iter().try_for_each(|p| p.to(device))
     }
-    /// A number for a layer without parameters, from its full name: the stream of its dropout masks.
+    /// A number for a layer without parameters, derived from its full name. It selects the stream of its dropout masks.
     pub fn id(&self, name: &str) -> u64 {
         hash(&self.full(name))
     }

@@ -8,8 +8,8 @@ use crate::ops::attention::Span;
 use crate::ops::linear::Layout;
 use crate::ops::rotary::RotaryTable;
 
-/// Two linear layers with an activation between them, act(x·W₁ + b₁)·W₂ + b₂. The weights `c_fc` `[d, hidden]` and `c_proj` `[hidden, d]` lie as
-/// in GPT-2, inputs first.
+/// Two linear layers with an activation between them, act(x·W₁ + b₁)·W₂ + b₂. The weights `c_fc` `[d, hidden]` and `c_proj` `[hidden, d]`
+/// are stored inputs first, as in GPT-2.
 pub struct Mlp {
     fc: Linear,
     proj: Linear,
@@ -34,7 +34,7 @@ impl MlpBuilder {
         /// Initial values of the second weight; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The layers. Fails if the names are taken in `params`.
+    /// Makes the layers. Fails if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<Mlp> {
         params.whole(|params| {
             let (d, hidden) = self.sizes;
@@ -88,7 +88,7 @@ impl SwiGluBuilder {
         /// Initial values of the last weight; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The layers. Fails if the names are taken in `params`.
+    /// Makes the layers. Fails if the names are taken in `params`.
     pub fn build(self, params: &Params) -> Result<SwiGlu> {
         params.whole(|params| {
             let (d, hidden) = self.sizes;
@@ -147,11 +147,11 @@ impl TransformerBlockBuilder {
         act: Activation,
         /// Which keys a query sees; all of them if not given. A language model takes [`Span::Causal`].
         span: Span,
-        /// Heads of keys and values; as many as heads of queries if not given.
+        /// Number of heads of keys and values; as many as heads of queries if not given.
         kv_heads: Option<usize>,
-        /// Turns queries and keys by their positions.
+        /// Rotary position embedding of queries and keys; none if not given.
         rotary: Option<RotaryTable>,
-        /// Whether scores fall with the distance between query and key.
+        /// Whether attention scores decrease with the distance between query and key.
         alibi: bool,
         /// Dropout after attention and after the MLP; 0 if not given.
         dropout: f64,
@@ -164,8 +164,8 @@ impl TransformerBlockBuilder {
         /// Initial values of the weights that write to the residual stream; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The block, with parameters under `params`. Fails if the width does not divide into the heads, if a dropout lies outside
-    /// [0, 1), or if the names are taken.
+    /// Makes the block, with parameters under `params`. Fails if the width does not divide into the heads, if a dropout lies outside [0,
+    /// 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<TransformerBlock> {
         params.whole(|params| {
             let TransformerBlockBuilder { d, heads, hidden, init, init_out, .. } = self;
@@ -195,15 +195,15 @@ impl TransformerBlockBuilder {
     }
 }
 
-/// What follows attention in a block.
+/// The half of a block that follows attention.
 enum Feed {
     Dense(Box<Mlp>),
     Moe(Box<Moe>),
 }
 
-/// A transformer block with norms before its two halves (pre-LN, Xiong et al. 2020), as in GPT-2: x + attention(norm(x)), then
-/// x + mlp(norm(x)). Its parameters have GPT-2's names: `ln_1`, `attn`, `ln_2`, `mlp`; with a mixture of experts in the place of the
-/// MLP, `moe`.
+/// A transformer block with a norm before each of its two halves (pre-LN, Xiong et al. 2020), as in GPT-2: x + attention(norm(x)), then x +
+/// mlp(norm(x)). Its parameters have GPT-2's names: `ln_1`, `attn`, `ln_2` and `mlp`. A mixture of experts in the place of the MLP is named
+/// `moe`.
 pub struct TransformerBlock {
     name: String,
     ln_1: LayerNorm,
@@ -253,7 +253,7 @@ impl TransformerBlock {
             Feed::Moe(moe) => Some(moe),
         }
     }
-    /// The same, to be changed: [`Moe::place`].
+    /// The mixture of experts for changes such as [`Moe::place`].
     pub fn moe_mut(&mut self) -> Option<&mut Moe> {
         match &mut self.feed {
             Feed::Dense(_) => None,
@@ -264,12 +264,12 @@ impl TransformerBlock {
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.forward_moe(x, None, ctx)?.0)
     }
-    /// As [`TransformerBlock::forward`] for positions that continue those in the cache.
+    /// Does the same as [`TransformerBlock::forward`] for positions that continue those in the cache.
     pub fn forward_cached(&self, x: &Tensor, cache: &mut KvCache, ctx: &Ctx) -> Result<Tensor> {
         Ok(self.forward_moe(x, Some(cache), ctx)?.0)
     }
-    /// As [`TransformerBlock::forward`], with what the mixture of experts returned, if there is one; with a cache, for positions
-    /// that continue those in it.
+    /// Does the same as [`TransformerBlock::forward`], and also returns the output of the mixture of experts, if there is one. With a
+    /// cache, the positions continue those in it.
     pub fn forward_moe(&self, x: &Tensor, cache: Option<&mut KvCache>, ctx: &Ctx) -> Result<(Tensor, Option<MoeOut>)> {
         let _layer = crate::device::spans::layer(&self.name);
         let h = self.ln_1.forward(x, ctx)?;

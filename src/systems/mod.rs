@@ -1,7 +1,6 @@
-//! Published systems that are built on the framework and are no layer of a model.
+//! Implementations of published systems that are built on the framework and are not layers of a model.
 //!
-//! Each module has the paper it comes from, with its equations, at its top. They use nothing that a program which links the crate
-//! could not use.
+//! Each module names at its top the paper it comes from, with its equations. The modules use only the crate's public interface.
 
 pub mod codeeval;
 pub mod editing;

@@ -1,4 +1,5 @@
-//! Around a training run: its folder, its progress on the terminal, a clean stop, and its plots (feature `plots`, on by default).
+//! Parts of a training run other than its steps: its folder, its progress on the terminal, a clean stop, and its plots (feature `plots`, on
+//! by default).
 
 pub mod interrupt;
 #[cfg(feature = "plots")]

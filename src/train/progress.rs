@@ -1,4 +1,4 @@
-//! Progress on the terminal: a bar where there is one, a line every few seconds where output goes to a file.
+//! Progress on the terminal: a bar on a terminal, or a line every few seconds if output goes to a file.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Shows how far a run is, its speed, the time left and a few numbers such as the loss and ε.
 ///
-/// It writes to standard error, so that results on standard output stay clean. Nothing it does can fail the run.
+/// It writes to standard error, so that standard output has only results. Its failures never make the run fail.
 pub struct Progress {
     name: String,
     total: Option<u64>,
@@ -35,7 +35,7 @@ impl Progress {
         Progress { name, total, start, done: start, began: Instant::now(), sink }
     }
 
-    /// Lines to any writer, at most one per `every`; the first step and the last always give one.
+    /// Progress as lines to any writer, at most one per `every`; the first step and the last always give one.
     pub fn lines(
         name: impl Into<String>,
         total: Option<u64>,
@@ -47,7 +47,7 @@ impl Progress {
         Progress { name: name.into(), total, start, done: start, began: Instant::now(), sink }
     }
 
-    /// Says that `done` steps have been made, with the numbers to show, such as `[("loss", 1.9), ("ε", 0.8)]`.
+    /// Reports that `done` steps have been made, with the numbers to show, such as `[("loss", 1.9), ("ε", 0.8)]`.
     pub fn set(&mut self, done: u64, values: &[(&str, f64)]) {
         self.done = done;
         let elapsed = self.began.elapsed();
@@ -70,7 +70,7 @@ impl Progress {
         }
     }
 
-    /// A line of its own above the bar, such as "checkpoint saved".
+    /// Writes a separate line above the bar, such as "checkpoint saved".
     pub fn note(&mut self, text: &str) {
         match &mut self.sink {
             Sink::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
@@ -98,7 +98,7 @@ fn bar(name: &str, total: Option<u64>, start: u64) -> ProgressBar {
     } else {
         "{prefix} {spinner} {pos}  {msg}  {elapsed}"
     };
-    // The template is fixed, so it cannot be wrong at run time; the plain style is a safe second.
+    // The template is fixed, so it cannot be invalid at run time; the plain style is a fallback.
     bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_prefix(name.to_string());
     bar.set_position(start);
@@ -113,7 +113,7 @@ fn numbers(values: &[(&str, f64)]) -> String {
     })
 }
 
-/// Four significant digits, with an exponent only where it helps.
+/// The value with four significant digits, with an exponent only where it makes the text shorter.
 fn short(value: f64) -> String {
     let size = value.abs();
     match size {

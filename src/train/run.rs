@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! runs/digits/
-//!   config.json      what was asked for
+//!   config.json      the settings of the run
 //!   metrics.jsonl    one JSON object per line, each with its step
 //!   checkpoints/     see crate::io::checkpoint
 //!   plots/
@@ -23,34 +23,34 @@ use crate::io::{CheckpointFolder, create_folder, read_json, write_json};
 /// What to do with a folder that holds a run already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Existing {
-    /// Do not touch it: an error that says what can be done.
+    /// The folder is not changed; an error says what can be done.
     #[default]
     Refuse,
-    /// Go on from its last checkpoint; start anew if there is none.
+    /// The run continues from its last checkpoint, or from the beginning if there is none.
     Resume,
-    /// Remove its configuration, metrics, checkpoints, plots and summary, and start anew. Other files stay.
+    /// Configuration, metrics, checkpoints, plots and summary are removed, and the run starts from the beginning. Other files stay.
     Overwrite,
 }
 
-/// An open run folder, locked against a second process.
+/// An open run folder, which is locked against a second process.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
     metrics: File,
     resumed: bool,
-    /// Released by the system when the file is closed, also when the process is killed.
+    /// The system releases the lock when the file is closed, also if the process is killed.
     _lock: File,
 }
 
 impl RunFolder {
     /// Opens a folder for a run with this configuration.
     ///
-    /// `existing` says what to do if there is a run in it. A resumed run must have the same configuration, except for
-    /// the fields in `may_differ` (dotted paths such as `train.steps`).
+    /// `existing` says what happens if the folder already has a run. A resumed run must have the same configuration, except for the fields
+    /// in `may_differ` (dotted paths such as `train.steps`).
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the folder is taken, in use, or was made with another configuration, naming the fields that
-    /// differ; [`Error::Io`] if it cannot be written.
+    /// [`Error::Invalid`] if the folder has a run already, is in use, or was made with another configuration, with the names of the fields
+    /// that differ; [`Error::Io`] if it cannot be written.
     pub fn create(
         path: impl AsRef<Path>,
         config: &impl Serialize,
@@ -61,14 +61,14 @@ impl RunFolder {
         let path = path.as_ref().to_path_buf();
         create_folder(&path)?;
         let config_path = path.join("config.json");
-        // Every run has a lock. A folder with a configuration of another kind, such as a model's, is not ours to write in.
+        // Every run has a lock. A folder with a configuration but no lock, such as a model's, is not a run folder and is not written to.
         if config_path.exists() && !path.join("run.lock").exists() {
             let message =
                 format!("{} has a config.json that no run has written; choose another folder", path.display());
             return Err(Error::invalid(OP, message));
         }
         let lock = lock(&path)?;
-        // Through text, as the stored one has come: a number must not differ for how it was read.
+        // The configuration is converted to text and back, like the stored one, so that numbers do not differ by how they were read.
         let config: Value = serde_json::to_string(config)
             .and_then(|text| serde_json::from_str(&text))
             .map_err(|e| Error::invalid(OP, format!("the configuration cannot be put as JSON: {e}")))?;
@@ -104,7 +104,7 @@ impl RunFolder {
             .append(true)
             .open(&metrics_path)
             .map_err(|e| Error::io("open", &metrics_path, e))?;
-        // Written last: a folder counts as a run only from here on.
+        // The configuration is written last: only with it does a folder count as a run.
         write_json(&config_path, &config)?;
         Ok(RunFolder { path, metrics, resumed, _lock: lock })
     }
@@ -113,11 +113,11 @@ impl RunFolder {
     pub fn path(&self) -> &Path {
         &self.path
     }
-    /// Whether there was a run to go on with.
+    /// Whether an existing run is continued.
     pub fn resumed(&self) -> bool {
         self.resumed
     }
-    /// Where to put a plot; the plot adds `.svg` and `.png`.
+    /// The path for a plot; the plot adds `.svg` and `.png`.
     pub fn plot(&self, name: &str) -> PathBuf {
         self.path.join("plots").join(name)
     }
@@ -128,8 +128,8 @@ impl RunFolder {
 
     /// Appends a line to the metrics: `{"step": 3, …}` with the fields of `record`, which must be an object or a struct.
     ///
-    /// JSON has no NaN and no infinity: such numbers become `null`. Each line is handed to the system in one piece, so
-    /// that a killed process leaves whole lines.
+    /// JSON has no NaN and no infinity: such numbers become `null`. Each line is written in one call, so that a killed process leaves
+    /// complete lines.
     pub fn log(&mut self, step: u64, record: &impl Serialize) -> Result<()> {
         const OP: &str = "log metrics";
         let record = serde_json::to_value(record).map_err(|e| Error::invalid(OP, e.to_string()))?;
@@ -144,8 +144,8 @@ impl RunFolder {
         self.metrics.write_all(line.as_bytes()).map_err(|e| Error::io("append to", self.path.join("metrics.jsonl"), e))
     }
 
-    /// Cuts the metrics back to the lines up to `step`, the one of the checkpoint that the run goes on from: so no step
-    /// is there twice, and no half line from a crash stays. Removes the summary, if the run had been finished.
+    /// Cuts the metrics back to the lines up to `step`, which should be the step of the checkpoint from which the run continues. No step is
+    /// then in the file twice, and no partial line from a crash stays. Removes the summary, if the run had been finished.
     pub fn rewind(&mut self, step: u64) -> Result<()> {
         let path = self.path.join("metrics.jsonl");
         let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
@@ -165,7 +165,7 @@ impl RunFolder {
         remove_file(&self.path.join("summary.json"))
     }
 
-    /// All records so far, for plots. Lines that are not whole are left out.
+    /// All records so far, for plots. Incomplete lines are left out.
     pub fn metrics(&self) -> Result<Vec<Value>> {
         let path = self.path.join("metrics.jsonl");
         let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -205,15 +205,15 @@ fn lock(folder: &Path) -> Result<File> {
                 format!("another process is working on {}; stop it, or choose another folder", folder.display());
             Err(Error::invalid("run folder", message))
         }
-        // Some network file systems have no locks: they get no protection, but they work.
+        // Some network file systems have no locks. Runs on them work without this protection.
         Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(file),
         Err(TryLockError::Error(e)) => Err(Error::io("lock", &path, e)),
     }
 }
 
-/// Removes what a run consists of, and nothing else that the user may keep in the folder.
+/// Removes the files of a run, and no other file in the folder.
 fn remove_run(folder: &Path) -> Result<()> {
-    // The configuration goes last: until then the folder still counts as a run.
+    // The configuration is removed last: until then the folder still counts as a run.
     let is_checkpoint = |p: &Path| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
     let is_plot = |p: &Path| p.extension().is_some_and(|e| e == "svg" || e == "png");
     remove_of(&folder.join("checkpoints"), &is_checkpoint)?;
@@ -221,7 +221,7 @@ fn remove_run(folder: &Path) -> Result<()> {
     ["summary.json", "metrics.jsonl", "config.json"].iter().try_for_each(|name| remove_file(&folder.join(name)))
 }
 
-/// Removes the entries of a folder that are `ours`.
+/// Removes the entries of a folder for which `ours` is true.
 fn remove_of(folder: &Path, ours: &dyn Fn(&Path) -> bool) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),

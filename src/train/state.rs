@@ -1,7 +1,7 @@
-//! A training step in a checkpoint: parameters, optimizer state, step count, and whatever else the run needs.
+//! A training step in a checkpoint: parameters, optimizer state, step count, and any other data of the run.
 //!
-//! A resumed private run repeats the very steps it lost: sampling and noise are functions of (key, step, element), so a
-//! step taken again is the same release, and ε counted by step number is never below the truth.
+//! A resumed private run repeats exactly the steps that it lost. Sampling and noise are functions of (key, step, element), so a repeated
+//! step is the same release, and ε counted by step number is never below the true value.
 
 use crate::array::Array;
 use crate::base::{DType, Error, Result};
@@ -15,9 +15,9 @@ use std::collections::BTreeMap;
 #[derive(Serialize, Deserialize)]
 struct State<X> {
     steps: u64,
-    /// Target of a private run and its noise multiplier; it may not change on resume.
+    /// Target of a private run and its noise multiplier. Both must be the same on resume.
     privacy: Option<(PrivacyConfig, f64)>,
-    /// Names and sizes of the trained parameters in the order in which the optimizer's buffers have them.
+    /// Names and sizes of the trained parameters, in the order of the optimizer's buffers.
     #[serde(default)]
     layout: Vec<(String, usize)>,
     extra: X,
@@ -27,11 +27,12 @@ fn layout(step: &impl TrainStep) -> Vec<(String, usize)> {
     step.flat().params().iter().map(|p| (p.name().to_string(), p.numel())).collect()
 }
 
-/// Writes a checkpoint, atomically. Refused while adapters are merged into their weights: they would count twice when it is loaded.
+/// Writes a checkpoint, atomically. It is refused while adapters are merged into their weights, because they would count twice when it is
+/// loaded.
 ///
-/// `number` orders checkpoints of a run; `score` says what "best" means (lower is better). Where several ranks take the steps together,
-/// every rank calls it: what they share is gathered, rank 0 writes, and the others return when it has. The run can be gone on from at any
-/// number of ranks and any [`Stage`](crate::step::Stage).
+/// `number` orders checkpoints of a run; `score` ranks them (lower is better). If several ranks take the steps together, every rank must
+/// call it: sharded state is gathered, rank 0 writes, and the others return when it has finished. The run can be continued with any number
+/// of ranks and any [`Stage`](crate::step::Stage).
 pub fn save(
     folder: &CheckpointFolder,
     number: u64,
@@ -66,13 +67,13 @@ pub fn save(
     written.map(drop)
 }
 
-/// Only the extra part of a checkpoint.
+/// Reads only the extra part of a checkpoint.
 pub fn extra<X: DeserializeOwned>(checkpoint: &Checkpoint) -> Result<X> {
     checkpoint.json::<State<X>>("state.json").map(|s| s.extra)
 }
 
-/// Puts parameters and step back where the checkpoint left them; returns the extra part. A private run must come back
-/// under the same target and noise. A failure leaves parameters and step as they were.
+/// Restores parameters and step from a checkpoint, and returns the extra part. A private run must have the same target and noise as before.
+/// If it fails, parameters and step are as they were.
 pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step: &mut impl TrainStep) -> Result<X> {
     let state: State<X> = checkpoint.json("state.json")?;
     let now = step.accounting().map(|p| (p.config().clone(), p.noise_multiplier()));
@@ -108,7 +109,7 @@ pub fn load<X: DeserializeOwned>(checkpoint: &Checkpoint, params: &Params, step:
     Ok(state.extra)
 }
 
-/// Only the parameters.
+/// Restores only the parameters.
 pub fn load_params(checkpoint: &Checkpoint, params: &Params) -> Result<()> {
     params.load_from(&checkpoint.tensors("model.safetensors")?, Strict::AllowUnexpected).map(drop)
 }

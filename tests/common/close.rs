@@ -1,7 +1,7 @@
-//! What a device computed, beside the CPU.
+//! Comparison of a device's results with those of the CPU.
 
-/// What differs by more than the tolerance times the largest of the wanted finite values (at least 1), if anything does. NaN
-/// agrees with NaN, and an infinity with itself.
+/// Describes a value that differs by more than the tolerance times the largest absolute value of the finite wanted values (at least 1);
+/// `None` if there is none. NaN agrees with NaN, and an infinity with itself.
 pub fn differs(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Option<String> {
     if got.len() != want.len() {
         return Some(format!("{what}: {} values for {}", got.len(), want.len()));
@@ -15,7 +15,7 @@ pub fn differs(what: &str, got: &[f64], want: &[f64], tolerance: f64) -> Option<
     Some(format!("{what}[{i}]: {} on the device, {} on the CPU", got[i], want[i]))
 }
 
-/// Nothing [`differs`], and nothing is NaN.
+/// Fails if [`differs`] finds something, or if a value is NaN.
 #[track_caller]
 pub fn close(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
     assert!(!want.iter().any(|x| x.is_nan()), "{what}: NaN on the CPU");

@@ -1,6 +1,6 @@
-//! How far two lists of numbers are apart.
+//! The distance between two lists of numbers.
 
-/// The largest absolute difference; infinite where anything is NaN. Lists of different lengths are not compared.
+/// The largest absolute difference; infinite if a value is NaN. The lists must have the same length.
 pub fn distance(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
     let apart = a.iter().zip(b).map(|(a, b)| (a - b).abs());

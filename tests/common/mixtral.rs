@@ -1,8 +1,8 @@
-//! A small Mixtral.
+//! A small Mixtral model.
 
 use prismgrad::models::{ExpertCounts, MixtralConfig};
 
-/// One layer of width 8 with three experts, 12 tokens, 16 positions.
+/// A configuration with one layer of width 8 with three experts, 12 tokens and 16 positions.
 pub fn mixtral() -> MixtralConfig {
     MixtralConfig {
         vocab_size: 12,

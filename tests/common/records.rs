@@ -1,10 +1,10 @@
-//! Text for the small model, as numbered records.
+//! Numbered records of text for the small model.
 
 use prismgrad::models::Gpt;
 use prismgrad::nn::Ctx;
 use prismgrad::{Array, DType, Result, Tensor};
 
-/// The losses of these records; a record's text depends on its number alone, so that batches can be cut in any way.
+/// The losses of these records. A record's text depends only on its number, so that batches can be divided in any way.
 pub fn losses(model: &Gpt, records: &[usize]) -> Result<Tensor> {
     let f = |k: usize| {
         Array::generate(&[records.len(), 6], DType::U32, |i| {

@@ -1,13 +1,13 @@
-//! Folders for what tests write.
+//! Folders for the files of tests.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
-/// An empty folder under the system's temporary one, gone when this is dropped.
+/// An empty folder in the system's temporary folder, which is removed when this is dropped.
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Tests that run at once need different names; processes are told apart by their ids.
+    /// Makes a folder. Tests that run at the same time must use different names; the process id is part of the folder's name.
     pub fn new(name: &str) -> Scratch {
         let path = std::env::temp_dir().join(format!("prismgrad-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);

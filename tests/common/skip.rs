@@ -1,8 +1,8 @@
-//! Tests that this machine, or this run, has no use for.
+//! Reports of tests that cannot run on this machine or in this run.
 
 use std::io::Write;
 
-/// Says on standard error, past the test's captured output, that a test or a part of it did not run and why. Where
+/// Reports on standard error, in spite of the test's captured output, that a test or a part of it did not run and why. If
 /// `PRISMGRAD_REQUIRE_ALL` is set, as in `.ci/run`, it fails instead.
 #[track_caller]
 pub fn skip(why: &str) {

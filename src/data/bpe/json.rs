@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 
 use super::{Bpe, END_OF_TEXT, alphabet, printable};
 
-/// Ids above this would only serve to exhaust memory.
+/// The largest id that is read. Larger ids could only be meant to exhaust memory.
 const MAX_ID: u64 = 1 << 24;
-/// Names that other vocabularies use for the end of a text.
+/// Names of the end-of-text token in other vocabularies.
 const END_NAMES: [&str; 5] = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"];
 
-/// What [`Bpe::save`] writes.
+/// The content of the file that [`Bpe::save`] writes.
 #[derive(Serialize)]
 pub(super) struct TokenizerFile<'a> {
     version: &'static str,
@@ -74,7 +74,7 @@ pub(super) fn file(bpe: &Bpe) -> TokenizerFile<'_> {
     }
 }
 
-/// The vocabulary in the order of its ids.
+/// Writes the vocabulary in the order of its ids.
 fn vocabulary<S: Serializer>(bpe: &&Bpe, serializer: S) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(None)?;
     for (id, token) in bpe.tokens.iter().enumerate() {
@@ -99,7 +99,7 @@ fn characters() -> impl Iterator<Item = (u8, char)> {
     })
 }
 
-/// A token as it stands in the file.
+/// A token in the form that it has in the file.
 fn show(token: &[u8]) -> String {
     let mut table = ['\0'; 256];
     characters().for_each(|(byte, c)| table[usize::from(byte)] = c);
@@ -141,7 +141,7 @@ struct InputModel {
     end_of_word_suffix: Option<String>,
 }
 
-/// Merges are pairs today and were text with a space between until 2024.
+/// Merges are pairs now; until 2024 they were text with a space between.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum InputMerge {
@@ -149,7 +149,7 @@ enum InputMerge {
     Text(String),
 }
 
-/// The first thing in the file that this tokenizer does not do.
+/// The first setting in the file that this tokenizer does not support.
 fn unsupported(input: &Input) -> Option<String> {
     let model = &input.model;
     let level = &input.pre_tokenizer;
@@ -177,7 +177,7 @@ fn unsupported(input: &Input) -> Option<String> {
 }
 
 pub(super) fn parse(text: &[u8]) -> Result<Bpe, String> {
-    // The untyped pass finds the kind of file before its details can disagree with ours.
+    // The first pass without types finds out the kind of file, before details of another kind can cause an error.
     let value: Value = serde_json::from_slice(text).map_err(|e| format!("is not JSON: {e}"))?;
     if let Some(kind) = value["model"]["type"].as_str().filter(|k| *k != "BPE") {
         return Err(format!("asks for a model of type {kind}; only byte-level BPE in GPT-2's form is read"));
@@ -194,7 +194,7 @@ pub(super) fn parse(text: &[u8]) -> Result<Bpe, String> {
     if largest > MAX_ID {
         return Err(format!("has the token id {largest}; ids up to {MAX_ID} are read"));
     }
-    // Memory is for every id: a file of some thousand bytes cannot ask for that of a million.
+    // Memory is allocated for every id, so a file of a few thousand bytes must not cause the allocation for a million ids.
     let most = 2 * (vocab.len() + input.added_tokens.len()) + 1024;
     if largest as usize > most {
         return Err(format!(

@@ -1,10 +1,10 @@
-//! Byte-level byte-pair encoding as in GPT-2: trained here, saved as `tokenizer.json` for Hugging Face's tools.
+//! Byte-level byte-pair encoding as in GPT-2. Tokenizers are trained here and saved as `tokenizer.json` for Hugging Face's tools.
 //!
 //! Radford et al., "Language models are unsupervised multitask learners" (2019); Sennrich et al., "Neural machine
 //! translation of rare words with subword units" (2016). Every text can be encoded, and comes back byte for byte.
 //!
-//! It is written here, and not taken from the `tokenizers` crate, because that crate and what it needs would double the
-//! time of a clean build. The results are the same: vocabulary, merges and ids of a trained tokenizer agree with it.
+//! It does not use the `tokenizers` crate, because that crate and its dependencies would double the time of a clean build. The results are
+//! the same: vocabulary, merges and ids of a trained tokenizer agree with it.
 
 mod json;
 mod split;
@@ -17,13 +17,13 @@ use std::path::Path;
 use super::tokenizer::Tokenizer;
 use crate::base::{Error, Result};
 
-/// The special token that closes a document.
+/// The special token at the end of a document.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// A byte-level BPE tokenizer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpe {
-    /// Bytes of each id; `None` where the vocabulary has a hole. Special tokens have no bytes.
+    /// Bytes of each id; `None` for an id that the vocabulary skips. Special tokens have no bytes.
     tokens: Vec<Option<Vec<u8>>>,
     specials: Vec<(u32, String)>,
     /// The id of each single byte.
@@ -37,13 +37,13 @@ pub struct Bpe {
 }
 
 impl Bpe {
-    /// Learns a vocabulary of `vocab_size` ids, the special token and the 256 bytes included.
+    /// Learns a vocabulary of `vocab_size` ids, which include the special token and the 256 bytes.
     ///
-    /// The same texts give the same vocabulary in any order: the most frequent pair is merged first, and of equally
-    /// frequent ones the one with the lower ids. The vocabulary is smaller only if the texts have no more pairs.
+    /// The same texts give the same vocabulary in any order: the most frequent pair is merged first, and of equally frequent pairs the one
+    /// with the lower ids. The vocabulary is smaller only if the texts have no more pairs.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the size does not even hold the bytes.
+    /// [`Error::Invalid`] if the size is too small for the special token and the bytes.
     pub fn train<T: AsRef<str>>(texts: impl IntoIterator<Item = T>, vocab_size: usize) -> Result<Self> {
         const BASE: usize = 256 + 1;
         if !(BASE..=1 << 24).contains(&vocab_size) {
@@ -65,8 +65,8 @@ impl Bpe {
     /// Reads a `tokenizer.json` with a byte-level BPE in GPT-2's form.
     ///
     /// # Errors
-    /// [`Error::Format`] if the file asks for anything that this tokenizer does not do, naming it: a vocabulary used
-    /// with the wrong rules would silently give wrong ids.
+    /// [`Error::Format`] if the file needs anything that this tokenizer does not support, which the error names. A vocabulary used with the
+    /// wrong rules would silently give wrong ids.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read(path).map_err(|e| Error::io("read tokenizer", path, e))?;
@@ -105,7 +105,7 @@ impl Bpe {
         Ok(Bpe { tokens, specials, bytes, merges, ranks, end_of_text, prefix_space })
     }
 
-    /// Merges one piece of text: always the earliest learnt merge, of several the leftmost.
+    /// Encodes one piece of text: it always applies the merge that was learnt earliest, and of several places the leftmost.
     fn encode_piece(&self, piece: &[u8], out: &mut Vec<u32>) {
         const DEAD: u32 = u32::MAX;
         let mut ids: Vec<u32> = piece.iter().map(|&b| self.bytes[usize::from(b)]).collect();
@@ -146,7 +146,7 @@ impl Tokenizer for Bpe {
             text
         };
         let mut out = Vec::with_capacity(text.len() / 3);
-        // Words repeat: each is merged once per call. The borrow of the text makes the cache free of copies.
+        // Words repeat, so each is merged only once per call. The cache borrows from the text and makes no copies.
         let mut known: HashMap<&str, (usize, usize)> = HashMap::new();
         for piece in split::pieces(text) {
             if let Some(&(start, end)) = known.get(piece) {
@@ -170,12 +170,12 @@ impl Tokenizer for Bpe {
     }
 }
 
-/// Whether a byte stands for itself in the file; the others are shown as characters from U+0100 on.
+/// Whether a byte is its own character in the file; the others are shown as characters from U+0100 on.
 fn printable(byte: u8) -> bool {
     matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff)
 }
 
-/// All bytes in the order of the characters that stand for them in the file: this is the order of their ids.
+/// All bytes in the order of the characters that represent them in the file. This is the order of their ids.
 fn alphabet() -> impl Iterator<Item = u8> {
     (0..=255).filter(|&b| printable(b)).chain((0..=255).filter(|&b| !printable(b)))
 }

@@ -28,7 +28,7 @@ fn class(c: char) -> Class {
     }
 }
 
-/// The pieces of a text; joined they give the text.
+/// The pieces of a text, which give the text when joined.
 pub(super) fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -47,7 +47,7 @@ fn first_piece(text: &str, first: char) -> usize {
             return contraction.len();
         }
     }
-    // One space may lead a word, a number or a run of signs.
+    // One space may precede a word, a number or a run of signs.
     let lead = usize::from(first == ' ');
     let body = &text[lead..];
     if let Some(kind) = body.chars().next().map(class).filter(|&k| k != Class::Space) {
@@ -57,14 +57,14 @@ fn first_piece(text: &str, first: char) -> usize {
     if spaces == text.len() {
         return spaces;
     }
-    // The last space before something is left to it, unless it is the only one.
+    // The last of several spaces before other characters belongs to the next piece. A single space is a piece.
     match text[..spaces].char_indices().next_back() {
         Some((last, _)) if last > 0 => last,
         _ => spaces,
     }
 }
 
-/// Bytes of the characters of one class that a text starts with.
+/// The number of bytes of the longest run of characters of one class at the beginning of a text.
 fn run(text: &str, kind: Class) -> usize {
     text.char_indices().find(|&(_, c)| class(c) != kind).map_or(text.len(), |(i, _)| i)
 }

@@ -1,4 +1,4 @@
-//! Learning merges: pair counts are kept up to date, so that a merge costs only the words it touches.
+//! Learning of merges. Pair counts are kept up to date, so that the cost of a merge depends only on the words that contain it.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
@@ -7,7 +7,7 @@ use super::split::pieces;
 
 type Pair = (u32, u32);
 
-/// A distinct piece of text and how often it occurs.
+/// A distinct piece of text and the number of times it occurs.
 struct Word {
     ids: Vec<u32>,
     count: i64,
@@ -29,7 +29,7 @@ pub(super) fn learn<T: AsRef<str>>(
             places.entry(pair).or_default().insert(i);
         }
     }
-    // Counts in the heap may be stale; an entry is checked when it comes up. Growth pushes a new entry.
+    // Counts in the heap may be out of date, so an entry is checked when it is popped. A count that grows gets a new entry.
     let mut heap: BinaryHeap<(i64, Reverse<Pair>)> = counts.iter().map(|(&p, &c)| (c, Reverse(p))).collect();
     let mut known: HashMap<Vec<u8>, u32> =
         tokens.iter().enumerate().filter_map(|(i, t)| Some((t.clone()?, i as u32))).collect();
@@ -45,7 +45,7 @@ pub(super) fn learn<T: AsRef<str>>(
         }
         let text_of = |id: u32| tokens[id as usize].as_deref().unwrap_or(&[]);
         let joined = [text_of(pair.0), text_of(pair.1)].concat();
-        // Two ways to the same text share one id.
+        // Different merges that give the same text share one id.
         let id = *known.entry(joined.clone()).or_insert(tokens.len() as u32);
         if id as usize == tokens.len() {
             tokens.push(Some(joined));

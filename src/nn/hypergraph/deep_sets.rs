@@ -1,4 +1,4 @@
-//! Sets by sums of what a small network makes of their members.
+//! A layer that sums what a small network computes from the members of a set.
 
 use super::super::{Ctx, Dropout, Mlp, Params};
 use super::{Aggregate, Structure};
@@ -31,13 +31,13 @@ pub struct DeepSetsBuilder {
 
 impl DeepSetsBuilder {
     setters! {
-        /// How members become one row; their sum if not given.
+        /// How the rows of a set's members become one row; their sum if not given.
         how: Aggregate,
         /// Dropout of the hyperedges and of the nodes; 0 if not given.
         dropout: f64,
     }
-    /// The layer, with parameters under `before_edges`, `edges`, `before_nodes` and `nodes`. Fails if the dropout lies outside [0, 1), or
-    /// if the names are taken.
+    /// Makes the layer, with parameters under `before_edges`, `edges`, `before_nodes` and `nodes`. Fails if the dropout lies outside [0,
+    /// 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<DeepSets> {
         params.whole(|params| {
             let (d, hidden) = self.sizes;
@@ -53,7 +53,7 @@ impl DeepSetsBuilder {
 }
 
 impl DeepSets {
-    /// Of width d with hidden layers of `hidden`, by sums, without dropout. Fails if the names are taken.
+    /// A layer of width d with hidden layers of `hidden`, which sums and has no dropout. Fails if the names are taken.
     pub fn new(params: &Params, d: usize, hidden: usize) -> Result<DeepSets> {
         DeepSets::builder(d, hidden).build(params)
     }
@@ -61,7 +61,7 @@ impl DeepSets {
     pub fn builder(d: usize, hidden: usize) -> DeepSetsBuilder {
         DeepSetsBuilder { sizes: (d, hidden), how: Aggregate::Sum, dropout: 0.0 }
     }
-    /// Nodes `[N, d]` to their new states and to those of the hyperedges, `[M, d]`.
+    /// Maps nodes `[N, d]` to their new states `[N, d]` and to the states of the hyperedges, `[M, d]`.
     pub fn forward(&self, x: &Tensor, s: &Structure, ctx: &Ctx) -> Result<(Tensor, Tensor)> {
         let (nodes, edges) = (ctx.with_samples(s.nodes().clone()), ctx.with_samples(s.edges().clone()));
         let [before_edges, to_edges, before_nodes, to_nodes] = &self.layers;

@@ -1,11 +1,11 @@
-//! The same layer for tables of one size, as axes of dense arrays.
+//! HyTrel's layer for tables of one size, computed along the axes of dense arrays.
 
 use super::super::Ctx;
 use super::{HyperTrans, SetAttention};
 use crate::base::{Error, Result};
 use crate::{Samples, Tensor};
 
-/// States of B tables of R rows and C columns, each table, column, row and cell being a row of d.
+/// States of B tables of R rows and C columns. Each table, column, row and cell has a state of d elements.
 #[derive(Clone)]
 pub struct Grid {
     /// `[B, R, C, d]`.
@@ -20,23 +20,23 @@ pub struct Grid {
     pub own: Tensor,
 }
 
-/// Which cells a table's hyperedges have, `[B, R, C]` of 1 and 0; a cell is always in its own.
+/// Which cells belong to a table's hyperedges, as arrays `[B, R, C]` of 1 and 0. A cell always belongs to its own hyperedge.
 #[derive(Clone)]
 pub struct GridMask {
-    /// Of the hyperedge of the whole table.
+    /// Cells that belong to the hyperedge of the whole table.
     pub tables: Tensor,
-    /// Of the column's.
+    /// Cells that belong to the hyperedge of their column.
     pub columns: Tensor,
-    /// Of the row's.
+    /// Cells that belong to the hyperedge of their row.
     pub rows: Tensor,
 }
 
-/// Scores of what is left out: e to this power is 0.
+/// Score of a member that is left out: its softmax weight is 0.
 const OUT: f64 = -1e30;
 
 impl HyperTrans {
-    /// [`HyperTrans::forward`] for full tables, written as softmaxes along the axes of a `[B, R, C, heads]` array. It shares with the
-    /// general path the linear layers and norms alone, so that each can be checked by the other. Without dropout.
+    /// [`HyperTrans::forward`] for full tables, written as softmaxes along the axes of a `[B, R, C, heads]` array, without dropout. It
+    /// shares only the linear layers and norms with the general path, so that each path can be checked by the other.
     pub fn forward_grid(&self, g: &Grid, mask: Option<&GridMask>, ctx: &Ctx) -> Result<Grid> {
         let op = "HyperTrans::forward_grid";
         let &[b, r, c, d] = g.cells.shape() else {
@@ -64,10 +64,10 @@ impl HyperTrans {
             let of = Samples::uniform(b, like[1] * like[2]);
             a.finish(&sums.reshape(&[b * like[1] * like[2], d])?, &of, ctx)?.relu()?.reshape(like)
         };
-        // From cells to hyperedges.
+        // The attention from cells to hyperedges.
         let (s, v) = scored(&self.to_edges, &g.cells)?;
         let kept = |m: fn(&GridMask) -> &Tensor| mask.map(|k| m(k).reshape(&[b, r, c, 1])).transpose();
-        // A softmax over some axes, the members that are left out being 0: sums over those axes.
+        // The softmax-weighted sum over some axes; members that are left out have weight 0.
         let over = |dims: &[isize], kept: Option<&Tensor>| -> Result<Tensor> {
             let scores = match kept {
                 Some(k) => s.mul(k)?.add(&k.add_scalar(-1.0)?.mul_scalar(-OUT)?)?,
@@ -83,7 +83,7 @@ impl HyperTrans {
             over(&[1, 2], masks[0].as_ref())?,
             over(&[1], masks[1].as_ref())?,
             over(&[2], masks[2].as_ref())?,
-            // A set of one: the softmax is 1.
+            // A cell's own hyperedge has one member, whose softmax weight is 1.
             v.clone(),
         ];
         let mut edges = Vec::new();
@@ -92,7 +92,7 @@ impl HyperTrans {
             let ctx = &ctx.with_samples(samples(old));
             edges.push(self.fused(&flat(old)?, &flat(&m)?, ctx)?.reshape(like)?);
         }
-        // From hyperedges to cells: four members each.
+        // The attention from hyperedges to cells: each cell is in four hyperedges.
         let all = [b, r, c, h];
         let (mut scores, mut values) = (Vec::new(), Vec::new());
         for (k, e) in edges.iter().enumerate() {

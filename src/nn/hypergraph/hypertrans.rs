@@ -5,7 +5,7 @@ use super::{SetAttention, Structure};
 use crate::Tensor;
 use crate::base::{Error, Result};
 
-/// The layer of HyTrel (Chen et al. 2023), which has states on nodes x and on hyperedges e:
+/// The layer of HyTrel (Chen et al. 2023). It updates the states x of nodes and e of hyperedges:
 ///
 /// ```text
 /// m  = relu(SetAttention(x, nodes of each hyperedge))
@@ -13,8 +13,8 @@ use crate::base::{Error, Result};
 /// x' = dropout(relu(SetAttention(e', hyperedges of each node)))
 /// ```
 ///
-/// A node's old state reaches its new one only through its hyperedges: HyTrel gives each node a hyperedge of its own. 22·d² + 29·d
-/// parameters.
+/// A node's old state reaches its new one only through its hyperedges, so HyTrel gives each node a hyperedge of its own. The layer has
+/// 22·d² + 29·d parameters.
 pub struct HyperTrans {
     name: String,
     pub(super) to_edges: SetAttention,
@@ -34,11 +34,11 @@ pub struct HyperTransBuilder {
 
 impl HyperTransBuilder {
     setters! {
-        /// Dropout everywhere the paper's layer has it; 0 if not given.
+        /// Dropout, at every place where the paper's layer has it; 0 if not given.
         dropout: f64,
     }
-    /// The layer, with parameters under `to_edges`, `fuse` and `to_nodes`. Fails if the heads do not divide the width, if the dropout lies
-    /// outside [0, 1), or if the names are taken.
+    /// Makes the layer, with parameters under `to_edges`, `fuse` and `to_nodes`. Fails if the heads do not divide the width, if the dropout
+    /// lies outside [0, 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<HyperTrans> {
         params.whole(|params| {
             let HyperTransBuilder { d, heads, dropout } = self;
@@ -56,7 +56,7 @@ impl HyperTransBuilder {
 }
 
 impl HyperTrans {
-    /// Of width `d` with `heads` heads, without dropout. Fails if the heads do not divide the width, or if the names are taken.
+    /// A layer of width `d` with `heads` heads, without dropout. Fails if the heads do not divide the width, or if the names are taken.
     pub fn new(params: &Params, d: usize, heads: usize) -> Result<HyperTrans> {
         HyperTrans::builder(d, heads).build(params)
     }
@@ -64,7 +64,7 @@ impl HyperTrans {
     pub fn builder(d: usize, heads: usize) -> HyperTransBuilder {
         HyperTransBuilder { d, heads, dropout: 0.0 }
     }
-    /// Nodes `x [N, d]` and hyperedges `e [M, d]` to their new states, of the same shapes.
+    /// Maps nodes `x [N, d]` and hyperedges `e [M, d]` to their new states, of the same shapes.
     pub fn forward(&self, x: &Tensor, e: &Tensor, s: &Structure, ctx: &Ctx) -> Result<(Tensor, Tensor)> {
         let _layer = crate::device::spans::layer(&self.name);
         let e = self.edges(x, e, s, ctx)?;
@@ -72,7 +72,7 @@ impl HyperTrans {
         let x = self.to_nodes.forward(&e, &sets, (s.edges(), s.nodes()), ctx)?.relu()?;
         Ok((self.drop_nodes.forward(&x, ctx)?, e))
     }
-    /// The first half: the hyperedges' new states. A last layer whose nodes are not used needs no more.
+    /// The first half of the layer: the new states of the hyperedges, `[M, d]`. This is enough for a last layer whose nodes are not used.
     pub fn edges(&self, x: &Tensor, e: &Tensor, s: &Structure, ctx: &Ctx) -> Result<Tensor> {
         let (n, m) = (s.nodes_of().sources(), s.nodes_of().targets());
         if x.shape() != [n, self.to_edges.width()] || e.shape() != [m, self.to_edges.width()] {
@@ -89,7 +89,8 @@ impl HyperTrans {
         let both = Tensor::concat(&[&e.cast(m.dtype())?, m], 1)?;
         self.drop_edges.forward(&self.fuse.forward(&both, ctx)?, ctx)
     }
-    /// The weights of both directions, for pictures: of each hyperedge's nodes, and of each node's hyperedges, `[I, heads]` each.
+    /// The attention weights of both directions, for pictures: over each hyperedge's nodes, and over each node's hyperedges. Each is `[I,
+    /// heads]` for I incidences.
     pub fn weights(&self, x: &Tensor, e: &Tensor, s: &Structure, ctx: &Ctx) -> Result<(Tensor, Tensor)> {
         let to_edges = self.to_edges.weights(x, s.nodes_of(), s.nodes(), ctx)?;
         let e = self.edges(x, e, s, ctx)?;

@@ -1,12 +1,12 @@
-//! Layers over hypergraphs: sets of any size, in batches of many small hypergraphs or over one large one.
+//! Layers over hypergraphs. They process sets of any size, in batches of many small hypergraphs or over one large one.
 //!
-//! A hyperedge is a set of nodes. Message passing goes from the nodes to the hyperedges and back; each layer here is one of the ways in
-//! which a set becomes a row: [`SetAttention`] with learned seeds (the layer of HyTrel, [`HyperTrans`], is made of two), sums, means and
-//! maxima ([`Aggregate`], [`DeepSets`]), and the normalised average of [`Hgnn`]. A [`Structure`] says which nodes each hyperedge has, and
-//! whose nodes and hyperedges are: per-sample gradients are those of each hypergraph alone.
+//! A hyperedge is a set of nodes. Message passing goes from the nodes to the hyperedges and back; each layer here is one way of turning a
+//! set into a row: [`SetAttention`] with learned seeds (the layer of HyTrel, [`HyperTrans`], is made of two), sums, means and maxima
+//! ([`Aggregate`], [`DeepSets`]), and the normalised average of [`Hgnn`]. A [`Structure`] says which nodes each hyperedge has, and to which
+//! sample each node and hyperedge belongs. Per-sample gradients are those of each hypergraph alone.
 //!
-//! No layer depends on the order of nodes or hyperedges, but for the order in which sums are rounded; see [`Structure::by_values`]
-//! for sums that do not depend on it at all.
+//! The result of a layer does not depend on the order of nodes or hyperedges, except that sums are rounded in that order. See
+//! [`Structure::by_values`] for sums that do not depend on it at all.
 
 mod deep_sets;
 mod grid;
@@ -24,7 +24,7 @@ use crate::base::{Error, Result};
 use crate::ops::incidence::Incidence;
 use crate::{Samples, Tensor};
 
-/// The sets of a batch of hypergraphs, and whose nodes and hyperedges are.
+/// The sets of a batch of hypergraphs, and the sample to which each node and hyperedge belongs.
 #[derive(Clone, Debug)]
 pub struct Structure {
     nodes_of: Incidence,
@@ -35,8 +35,8 @@ pub struct Structure {
 }
 
 impl Structure {
-    /// `nodes_of` has the nodes of each hyperedge; `nodes` and `edges` map nodes and hyperedges to samples. Fails if the numbers differ, or
-    /// if a hyperedge of one sample has a node of another.
+    /// `nodes_of` has the nodes of each hyperedge; `nodes` and `edges` map nodes and hyperedges to samples. Fails if the numbers of rows
+    /// differ, or if a hyperedge of one sample has a node of another.
     pub fn new(nodes_of: Incidence, nodes: Samples, edges: Samples) -> Result<Structure> {
         let op = "hypergraph";
         let (n, e) = (nodes_of.sources(), nodes_of.targets());
@@ -62,13 +62,13 @@ impl Structure {
         let edges_of = nodes_of.flipped();
         Ok(Structure { nodes_of, edges_of, nodes, edges, by_values: false })
     }
-    /// One hypergraph that is one sample.
+    /// A single hypergraph that is one sample.
     pub fn whole(nodes_of: Incidence) -> Result<Structure> {
         let (nodes, edges) = (Samples::uniform(1, nodes_of.sources()), Samples::uniform(1, nodes_of.targets()));
         Structure::new(nodes_of, nodes, edges)
     }
-    /// The same with sums in an order that depends on values alone ([`Incidence::by_values`]): what comes out for a node or a hyperedge
-    /// then has the same bits however they are numbered. It sorts the rows before each layer on the host.
+    /// The same sets, summed in an order that depends on values alone ([`Incidence::by_values`]). The result for a node or a hyperedge then
+    /// has the same bits however nodes and hyperedges are numbered. The rows are sorted on the host before each layer.
     pub fn by_values(&self) -> Structure {
         Structure { by_values: true, ..self.clone() }
     }
@@ -80,21 +80,21 @@ impl Structure {
     pub fn edges_of(&self) -> &Incidence {
         &self.edges_of
     }
-    /// Whose nodes.
+    /// The map of nodes to samples.
     pub fn nodes(&self) -> &Samples {
         &self.nodes
     }
-    /// Whose hyperedges.
+    /// The map of hyperedges to samples.
     pub fn edges(&self) -> &Samples {
         &self.edges
     }
-    /// The sets in the order in which their members `x` are to be added up.
+    /// The sets, with the order in which their members `x` are to be added up.
     fn ordered(&self, sets: &Incidence, x: &Tensor) -> Result<Incidence> {
         if self.by_values { sets.by_values(x.array()) } else { Ok(sets.clone()) }
     }
 }
 
-/// How the rows of a set become one, column by column.
+/// How the rows of a set are reduced to one row, column by column.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Aggregate {
     /// Their sum; zeros for an empty set.
@@ -102,12 +102,12 @@ pub enum Aggregate {
     Sum,
     /// Their mean; zeros for an empty set.
     Mean,
-    /// The largest; zeros for an empty set.
+    /// Their maximum; zeros for an empty set.
     Max,
 }
 
 impl Aggregate {
-    /// `[sources, d]` to `[targets, d]`.
+    /// Reduces rows `[sources, d]` to `[targets, d]`.
     pub fn forward(self, x: &Tensor, sets: &Incidence) -> Result<Tensor> {
         match self {
             Aggregate::Sum => x.incidence_sum(sets, None),
@@ -121,7 +121,7 @@ impl Aggregate {
     }
 }
 
-/// Numbers as a column of weights for rows like `x`.
+/// Numbers as a column of weights in the dtype of `x` and on its device.
 fn column(values: impl Iterator<Item = f64>, x: &Tensor) -> Result<Tensor> {
     let values: Vec<f64> = values.collect();
     let array = crate::Array::from_slice(&values, &[values.len(), 1])?;

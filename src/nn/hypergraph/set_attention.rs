@@ -1,4 +1,4 @@
-//! Attention of learned seeds over sets.
+//! Attention over sets, with learned seeds as queries.
 
 use super::super::{Ctx, Dropout, Init, LayerNorm, Linear, Params};
 use crate::base::{Error, Result};
@@ -6,13 +6,13 @@ use crate::kernels::Activation;
 use crate::ops::incidence::Incidence;
 use crate::{Param, Samples, Tensor};
 
-/// Slope of the scores below 0.
+/// Slope of the leaky ReLU for negative scores.
 const SLOPE: f64 = 0.2;
 
-/// What a set becomes when one learned seed per head attends to its members: the pooling of AllSet (Chien et al. 2022, equations 6 to 8) as
+/// Pools each set by attention, with one learned seed per head as the query: the pooling of AllSet (Chien et al. 2022, equations 6 to 8) as
 /// HyTrel uses it.
 ///
-/// With keys k = W_k·x + b_k and values v = W_v·x + b_v of the members, in heads of d/H columns, and the seed q:
+/// The members have keys k = W_k·x + b_k and values v = W_v·x + b_v, in heads of d/H columns. With the seed q:
 ///
 /// ```text
 /// s_jh = leaky_relu(⟨k_jh, q_h⟩), slope 0.2, not scaled by the width
@@ -23,7 +23,7 @@ const SLOPE: f64 = 0.2;
 /// y    = LayerNorm(u + relu(F(u)))
 /// ```
 ///
-/// An empty set has o = q. The inner width is 4·d. 10·d² + 14·d parameters.
+/// An empty set has o = q. The inner width is 4·d. The layer has 10·d² + 14·d parameters.
 pub struct SetAttention {
     d: usize,
     heads: usize,
@@ -54,8 +54,8 @@ impl SetAttentionBuilder {
         /// Dropout of the attention's weights and in the feed-forward part; 0 if not given.
         dropout: f64,
     }
-    /// The layer, with the parameters `key`, `value`, `seed`, `ln_0`, `fc`, `proj`, `ln_f` and `ln_1`. Fails if the heads do not divide
-    /// the width, if the dropout lies outside [0, 1), or if the names are taken.
+    /// Makes the layer, with the parameters `key`, `value`, `seed`, `ln_0`, `fc`, `proj`, `ln_f` and `ln_1`. Fails if the heads do not
+    /// divide the width, if the dropout lies outside [0, 1), or if the names are taken.
     pub fn build(self, params: &Params) -> Result<SetAttention> {
         params.whole(|params| {
             let SetAttentionBuilder { d, heads, dropout } = self;
@@ -65,7 +65,7 @@ impl SetAttentionBuilder {
                     format!("a width of {d} does not divide into {heads} heads"),
                 ));
             }
-            // Glorot and Bengio (2010), as for the seed, whose fans are d and d / heads.
+            // The bound of Glorot and Bengio (2010), also for the seed, whose fans are d and d / heads.
             let glorot = |fans: usize| Init::Uniform { bound: (6.0 / fans.max(1) as f64).sqrt() };
             let drop = |name: &str| Dropout::new(&params.at(name), dropout);
             let fine = LayerNorm::builder(d).eps(1e-12);
@@ -90,7 +90,7 @@ impl SetAttentionBuilder {
 }
 
 impl SetAttention {
-    /// Of width `d` with `heads` heads, without dropout. Fails if the heads do not divide the width, or if the names are taken.
+    /// A layer of width `d` with `heads` heads, without dropout. Fails if the heads do not divide the width, or if the names are taken.
     pub fn new(params: &Params, d: usize, heads: usize) -> Result<SetAttention> {
         SetAttention::builder(d, heads).build(params)
     }
@@ -98,13 +98,13 @@ impl SetAttention {
     pub fn builder(d: usize, heads: usize) -> SetAttentionBuilder {
         SetAttentionBuilder { d, heads, dropout: 0.0 }
     }
-    /// The sources' rows `x [sources, d]` to the targets' `[targets, d]`; `from` and `to` say whose they are.
+    /// Maps the rows `x [sources, d]` to `[targets, d]`; `from` and `to` map sources and targets to samples.
     pub fn forward(&self, x: &Tensor, sets: &Incidence, (from, to): (&Samples, &Samples), ctx: &Ctx) -> Result<Tensor> {
         self.expect_width(x)?;
         let weights = self.drop_attn.forward(&self.weights(x, sets, from, ctx)?, ctx)?;
         self.finish(&self.values(x, from, ctx)?.incidence_sum(sets, Some(&weights))?, to, ctx)
     }
-    /// The attention's weights before dropout: for each incidence, in the order of [`Incidence::members`], and each head. `[I, heads]`.
+    /// The attention weights before dropout, `[I, heads]`: one for each incidence, in the order of [`Incidence::members`], and each head.
     pub fn weights(&self, x: &Tensor, sets: &Incidence, from: &Samples, ctx: &Ctx) -> Result<Tensor> {
         self.expect_width(x)?;
         let scores = self.scores(x, from, ctx)?;
@@ -116,18 +116,18 @@ impl SetAttention {
             other => Err(Error::shape("SetAttention", format!("rows {other:?} must be [sources, {}]", self.d))),
         }
     }
-    /// s of each row and head, `[rows, heads]`.
+    /// The scores s of each row and head, `[rows, heads]`.
     pub(super) fn scores(&self, x: &Tensor, of: &Samples, ctx: &Ctx) -> Result<Tensor> {
         let k = self.key.forward(x, &ctx.with_samples(of.clone()))?;
         let products = k.mul(&self.seed.per_row(of)?.cast(k.dtype())?)?;
         let heads = [k.shape()[0], self.heads, self.d / self.heads];
         products.reshape(&heads)?.sum(&[2], false)?.leaky_relu(SLOPE)
     }
-    /// v of each row, `[rows, d]`.
+    /// The values v of each row, `[rows, d]`.
     pub(super) fn values(&self, x: &Tensor, of: &Samples, ctx: &Ctx) -> Result<Tensor> {
         self.value.forward(x, &ctx.with_samples(of.clone()))
     }
-    /// What follows the weighted sums `[targets, d]`: seed, norms and the feed-forward part.
+    /// The rest of the layer after the weighted sums `[targets, d]`: seed, norms and the feed-forward part.
     pub(super) fn finish(&self, sums: &Tensor, to: &Samples, ctx: &Ctx) -> Result<Tensor> {
         let ctx = &ctx.with_samples(to.clone());
         let u = self.ln_0.forward(&sums.add(&self.seed.per_row(to)?.cast(sums.dtype())?)?, ctx)?;

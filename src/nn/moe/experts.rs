@@ -1,4 +1,4 @@
-//! The experts: stacked matrices, one for each.
+//! The experts, as stacked matrices with one for each expert.
 
 use super::MoeConfig;
 use crate::base::Result;
@@ -11,7 +11,7 @@ use crate::{Param, Samples, Tensor};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// What an expert is.
+/// The network that each expert is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExpertKind {
@@ -29,7 +29,7 @@ impl Default for ExpertKind {
 }
 
 impl ExpertKind {
-    /// Parameters of one expert from d to d.
+    /// The number of parameters of one expert from d to d.
     pub(super) fn params(self, d: usize, hidden: usize) -> usize {
         match self {
             ExpertKind::Mlp(_) => 2 * d * hidden + hidden + d,
@@ -46,7 +46,7 @@ pub(super) struct Stack {
 }
 
 impl Stack {
-    /// `experts` matrices from d to p, laid out and named as a layer of this kind of expert.
+    /// Makes `experts` matrices from d to p, laid out and named as in a layer of this kind of expert.
     fn new(params: &Params, kind: ExpertKind, (experts, d, p): (usize, usize, usize), init: Init) -> Result<Stack> {
         let swiglu = kind == ExpertKind::SwiGlu;
         let (layout, shape) = if swiglu { (Layout::OutIn, [experts, p, d]) } else { (Layout::InOut, [experts, d, p]) };
@@ -54,7 +54,7 @@ impl Stack {
         let bias = if swiglu { None } else { Some(params.param("bias", &[experts, p], Init::Zeros)?) };
         Ok(Stack { weight, bias, layout })
     }
-    /// Keeps the experts in the range alone, as a parameter of this rank.
+    /// Keeps only the experts in the range, as a parameter of this rank.
     fn place(&mut self, params: &Params, own: &Range<usize>) -> Result<()> {
         let part = |p: &Param| {
             let new = Param::new(p.name(), p.value().slice(0, own.clone())?.copy());
@@ -99,18 +99,19 @@ impl Experts {
             },
         })
     }
-    /// Keeps the experts in the range alone.
+    /// Keeps only the experts in the range.
     pub(super) fn place(&mut self, params: &Params, own: &Range<usize>) -> Result<()> {
         match self {
             Experts::Mlp { fc, proj, .. } => [fc, proj].into_iter().try_for_each(|s| s.place(params, own)),
             Experts::SwiGlu { gate, up, down } => [gate, up, down].into_iter().try_for_each(|s| s.place(params, own)),
         }
     }
-    /// `[T, d]` → a row for each choice, `[T·k, d]`, sorted by expert. `samples` says whose the rows are.
+    /// `[T, d]` → a row for each choice, `[T·k, d]`, sorted by expert. `samples` maps the input rows to samples.
     pub(super) fn forward(&self, x: &Tensor, routing: &Routing, samples: &Samples) -> Result<Tensor> {
         self.run(x, routing.into(), routing.groups().into(), samples)
     }
-    /// The two kinds of products: of the input's rows, and of the hidden ones, which lie by expert already.
+    /// Runs the experts. `first` describes the product of the input's rows, `then` that of the hidden rows, which are already sorted by
+    /// expert.
     fn run(&self, x: &Tensor, first: Grouped, then: Grouped, samples: &Samples) -> Result<Tensor> {
         match self {
             Experts::Mlp { fc, proj, act } => {

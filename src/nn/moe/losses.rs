@@ -7,32 +7,32 @@ use crate::ops::route::{Gate, Routing};
 use crate::{Samples, Tensor};
 use serde::{Deserialize, Serialize};
 
-/// What keeps the load of the experts even.
+/// How the load of the experts is kept even.
 ///
-/// With f the share of the choices that fell on an expert and P the mean of its probability over the tokens (of a sigmoid gate, of its
-/// share of all scores), the loss is α·E·Σ f·P over the E experts: α where the load is even, at most E·α (Fedus et al. 2022,
-/// equation 4). Gradients flow through P alone.
+/// Let f be the share of the choices that fell on an expert, and P the mean of its probability over the tokens (for a sigmoid gate, of its
+/// share of all scores). The loss is α·E·Σ f·P over the E experts: α where the load is even, at most E·α (Fedus et al. 2022, equation 4).
+/// Gradients flow through P alone.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Balance {
-    /// Nothing does.
+    /// The load is not kept even.
     #[default]
     Off,
-    /// The loss with f of the whole batch and coefficient α. It makes a sample's gradient depend on the others: a private step
+    /// The loss with f of the whole batch and coefficient α. It makes a sample's gradient depend on the other samples, so a private step
     /// refuses it.
     Batch(f64),
     /// The loss with f and P of a sample's own tokens and coefficient α (as in DeepSeek-V3 2024, equation 17, there for a
     /// sequence). It can be trained privately.
     PerSample(f64),
-    /// No loss: a bias on the scores, for the choice alone, which [`Moe::update_bias`](super::Moe::update_bias) moves by `rate`
-    /// after each step (Wang et al. 2024). A private step refuses it, since the load of the batch moves it.
+    /// No loss, but a bias that is added to the scores for the choice alone. [`Moe::update_bias`](super::Moe::update_bias) moves it by
+    /// `rate` after each step (Wang et al. 2024). A private step refuses it, since it depends on the load of the whole batch.
     Bias {
         /// Step of the bias.
         rate: f64,
     },
 }
 
-/// What the losses of one forward pass are made of.
+/// The inputs of the losses of one forward pass.
 pub(super) struct Losses<'a> {
     pub config: &'a MoeConfig,
     /// `[T, E]`.
@@ -73,7 +73,7 @@ impl Losses<'_> {
                 scores.div(&scores.sum(&[-1], true)?)?
             }
         };
-        // [B, E], without history: choices have no gradient.
+        // [B, E], outside the graph: choices have no gradient.
         let load = Tensor::new(self.routing.load(self.samples)?.cast(dtype));
         let choices = load.sum(&[1], true)?;
         let share = match batch {
@@ -81,7 +81,7 @@ impl Losses<'_> {
             true => {
                 let (b, all) =
                     (self.samples.count() as f64, (self.routing.tokens() * self.routing.top_k()).max(1) as f64);
-                // Samples of more tokens have a larger part in the batch's mean.
+                // Samples with more tokens have a larger weight in the batch's mean.
                 load.sum(&[0], true)?.mul_scalar(1.0 / all)?.mul(&choices.mul_scalar(b / all)?)?
             }
         };

@@ -1,7 +1,7 @@
 //! Mixture of experts (Shazeer et al. 2017): a router sends each token to a few of many small networks.
 //!
-//! No token is dropped unless a capacity is asked for, and the host never asks for a count. Gradients of the router and of every
-//! expert stay apart by sample, so that the layer can be trained privately.
+//! No token is dropped unless a capacity is set, and the number of tokens of an expert is never read back to the host. The gradients of the
+//! router and of every expert can be separated by sample, so that the layer can be trained privately.
 
 mod experts;
 mod losses;
@@ -39,9 +39,9 @@ use serde::{Deserialize, Serialize};
 pub struct MoeConfig {
     /// Number of experts.
     pub experts: usize,
-    /// Experts for each token.
+    /// Number of experts that each token is sent to.
     pub top_k: usize,
-    /// Scores from logits.
+    /// How scores are computed from logits.
     pub gate: Gate,
     /// Whether the weights of a token's experts are divided by their sum, as in Mixtral. With one expert for each token a
     /// renormalised weight is always 1, and then the router learns from the balance loss alone: [`MoeConfig::new`] turns it off
@@ -49,18 +49,18 @@ pub struct MoeConfig {
     pub renormalise: bool,
     /// Hidden width of each expert.
     pub hidden: usize,
-    /// What an expert is.
+    /// The network that each expert is.
     pub expert: ExpertKind,
-    /// Number of experts that every token goes to besides (Dai et al. 2024): one network of this many times the hidden width.
+    /// Number of experts that every token goes to in addition (Dai et al. 2024), as one network of this many times the hidden width.
     pub shared: usize,
-    /// Rows that an expert takes, in multiples of an even share tokens·k/experts, at least 1; what comes later in the batch is
-    /// dropped. `None`, the default, drops nothing. Which tokens are dropped depends on the whole batch, so that private training
+    /// The most rows that an expert takes, in multiples of an even share tokens·k/experts, and at least one row. Tokens that come later in
+    /// the batch are dropped. `None`, the default, drops nothing. Which tokens are dropped depends on the whole batch, so private training
     /// refuses it.
     pub capacity: Option<f64>,
-    /// While training, each logit is multiplied by a number drawn uniformly from 1 − jitter to 1 + jitter. The numbers are a
-    /// function of the seed and of the sample's key ([`Ctx::with_keys`]), so that one sample's do not depend on who else is in the batch.
+    /// While training, each logit is multiplied by a number drawn uniformly from 1 − jitter to 1 + jitter. The numbers are a function of
+    /// the seed and of the sample's key ([`Ctx::with_keys`]), so that those of one sample do not depend on the rest of the batch.
     pub jitter: f64,
-    /// What keeps the experts' loads even.
+    /// How the experts' loads are kept even.
     pub balance: Balance,
     /// Coefficient of the mean squared log-sum-exp of the logits, which keeps them small (Zoph et al. 2022, equation 5).
     pub z: f64,
@@ -74,7 +74,8 @@ impl Default for MoeConfig {
 }
 
 impl MoeConfig {
-    /// `experts` networks of two matrices with `hidden` units each, `top_k` for each token; no losses besides, nothing dropped.
+    /// `experts` networks of two matrices with `hidden` units each, of which each token is sent to `top_k`. There are no auxiliary losses,
+    /// and nothing is dropped.
     pub fn new(experts: usize, top_k: usize, hidden: usize) -> MoeConfig {
         MoeConfig {
             experts,
@@ -90,7 +91,7 @@ impl MoeConfig {
             z: 0.0,
         }
     }
-    /// Refuses what makes no layer.
+    /// Fails if no layer can be made with these options.
     pub fn validate(&self) -> Result<()> {
         let bad = |message: String| Err(Error::invalid("MoeConfig", message));
         if self.experts == 0 || self.hidden == 0 {
@@ -119,12 +120,12 @@ impl MoeConfig {
         }
         Err(Error::invalid("MoeConfig", format!("coefficient {c} of {name}; it must be 0 or more")))
     }
-    /// Parameters that take part in the output of one token, for a layer of width `d`.
+    /// The number of parameters that take part in the output of one token, for a layer of width `d`.
     pub fn active_params(&self, d: usize) -> usize {
         let one = self.expert.params(d, self.hidden);
         d * self.experts + self.top_k * one + self.shared_params(d)
     }
-    /// All parameters of a layer of width `d`.
+    /// The number of all parameters of a layer of width `d`.
     pub fn params(&self, d: usize) -> usize {
         d * self.experts + self.experts * self.expert.params(d, self.hidden) + self.shared_params(d)
     }
@@ -136,11 +137,11 @@ impl MoeConfig {
 /// What a [`Moe`] layer returns.
 #[derive(Clone)]
 pub struct MoeOut {
-    /// In the shape of the input.
+    /// The output, in the shape of the input.
     pub output: Tensor,
-    /// The balance and z losses of each sample, `[B]`, coefficients included: to be added to the samples' losses.
+    /// The balance and z losses of each sample, `[B]`, multiplied by their coefficients. Add them to the samples' losses.
     pub losses: Tensor,
-    /// What the router did, on the device.
+    /// Statistics of the router, on the device.
     pub stats: RouterStats,
 }
 
@@ -198,7 +199,7 @@ impl MoeBuilder {
         /// Initial values of the weights that write the output; [`Init::KaimingUniform`] if not given.
         init_out: Init,
     }
-    /// The layer, with parameters under `params`. Fails if the options make no layer or the names are taken.
+    /// Makes the layer, with parameters under `params`. Fails if the options are not valid or the names are taken.
     pub fn build(self, params: &Params) -> Result<Moe> {
         params.whole(|params| {
             let MoeBuilder { d, config: c, init, init_out } = self;
@@ -234,7 +235,7 @@ impl MoeBuilder {
 }
 
 impl Moe {
-    /// A layer of width `d`. Fails if the options make no layer or the names are taken in `params`.
+    /// A layer of width `d`. Fails if the options are not valid or the names are taken in `params`.
     pub fn new(params: &Params, d: usize, config: &MoeConfig) -> Result<Moe> {
         Moe::builder(d, config).build(params)
     }
@@ -254,7 +255,7 @@ impl Moe {
     pub fn router(&self) -> &Linear {
         &self.router
     }
-    /// `[B, …, d]` → the same shape. Dimension 0 counts samples unless the context says otherwise.
+    /// `[B, …, d]` → the same shape. Dimension 0 counts samples unless the context maps rows to samples otherwise.
     ///
     /// In a private step, options that let one sample's output or loss depend on the others are refused.
     pub fn forward(&self, x: &Tensor, ctx: &Ctx) -> Result<MoeOut> {
@@ -268,7 +269,7 @@ impl Moe {
         let tokens = x.numel() / self.d;
         let flat = x.reshape(&[tokens, self.d])?;
         let plain = Ctx { dtype: None, samples: Some(samples.clone()), ..ctx.clone() };
-        // Logits in 16 bits would tie, and so choose by number.
+        // In 16 bits several logits could be equal, and the choice would then fall on the lowest number.
         let mut logits = self.router.forward(&flat.cast(flat.dtype().compute())?, &plain)?;
         if ctx.train
             && self.config.jitter > 0.0
@@ -285,7 +286,7 @@ impl Moe {
         };
         Ok(MoeOut { output: out.reshape(x.shape())?, losses, stats })
     }
-    /// The routed experts' part, for `flat [T, d]`.
+    /// The output of the routed experts for `flat [T, d]`.
     fn route_and_run(
         &self,
         flat: &Tensor,
@@ -318,8 +319,8 @@ impl Moe {
         };
         Ok((out, losses, RouterStats::new(logits.array().clone(), routing, kept, seen)))
     }
-    /// Moves the bias of each expert with less than an even share of the load up by the rate, and that of the others down (Wang
-    /// et al. 2024, algorithm 1). To be called after each step, with the step's statistics; nothing without [`Balance::Bias`].
+    /// Moves the bias of each expert with less than an even share of the load up by the rate, and that of the others down (Wang et al.
+    /// 2024, algorithm 1). Call it after each step with the step's statistics. Without [`Balance::Bias`] it does nothing.
     pub fn update_bias(&self, stats: &RouterStats) -> Result<()> {
         let (Balance::Bias { rate }, Some(bias)) = (self.config.balance, &self.bias) else { return Ok(()) };
         let value = bias.value();
@@ -329,12 +330,12 @@ impl Moe {
         let sign = over.gt(&zero)?.cast(value.dtype())?.sub(&over.lt(&zero)?.cast(value.dtype())?)?;
         bias.set(Tensor::new(value).sub(&sign.mul_scalar(rate)?)?.into_array())
     }
-    /// Spreads the experts over ranks (Lepikhin et al. 2021, section 3): this rank keeps its share of them, tokens travel to the rank
-    /// that holds their expert and the outputs come back. Numbers are those of one rank. Call it on every rank, with the same
-    /// parameters, before the step is made; give the step a handle on the same communicator (`with_ranks`), so that the other
-    /// parameters' gradients are summed. From then on `experts.…` in the store is this rank's part, and every rank must take part
-    /// in every forward and backward pass, with at least one sample. On the CPU; a private step refuses it. Use
-    /// [`expert_traffic`] for what it sends.
+    /// Spreads the experts over ranks (Lepikhin et al. 2021, section 3): each rank keeps its share of them, tokens are sent to the rank
+    /// that holds their expert, and the outputs come back. The results are those of one rank. Call it on every rank, with the same
+    /// parameters, before the step is made; give the step a handle on the same communicator (`with_ranks`), so that the other parameters'
+    /// gradients are summed. From then on `experts.…` in the store is this rank's part, and every rank must take part in every forward and
+    /// backward pass, with at least one sample. This works on the CPU only, and a private step refuses it. [`expert_traffic`] gives the
+    /// number of bytes that are sent.
     pub fn place(&mut self, ranks: &Ranks) -> Result<()> {
         if self.placement.is_some() {
             return Err(Error::invalid("Moe::place", format!("{} is on ranks already", self.name)));
@@ -344,7 +345,7 @@ impl Moe {
         self.placement = Some(placement);
         Ok(())
     }
-    /// What each logit is multiplied by while training: `[T, experts]`.
+    /// The factor of each logit while training: `[T, experts]`.
     fn jitter(&self, samples: &Samples, ctx: &Ctx, (seed, dtype): (u64, DType)) -> Result<Array> {
         let (e, count) = (self.config.experts, samples.count());
         if let Some(keys) = ctx.keys.as_ref().filter(|k| k.len() != count) {
@@ -363,7 +364,7 @@ impl Moe {
         }
         Ok(Array::from_slice(&factors, &[samples.rows(), e])?.cast(dtype))
     }
-    /// Refuses in a private step what lets samples depend on each other.
+    /// In a private step, refuses options that let samples depend on each other.
     fn expect_private(&self) -> Result<()> {
         if !masks::in_private_step() {
             return Ok(());

@@ -1,12 +1,12 @@
-//! What a router did with a batch.
+//! Statistics of what a router did with a batch.
 
 use crate::array::Array;
 use crate::base::{Error, Result};
 use crate::ops::route::Routing;
 use crate::{Samples, Tensor};
 
-/// Where the tokens of one forward pass went. Everything is on the device of the layer, and computed when it is asked for; only
-/// [`RouterStats::read`] waits. It looks at the data: nothing of it is private.
+/// Where the tokens of one forward pass went. Everything is on the device of the layer, and computed when a method needs it; only
+/// [`RouterStats::read`] waits for the device. The statistics are computed from the data without noise, so they are not private.
 #[derive(Clone, Debug)]
 pub struct RouterStats {
     logits: Array,
@@ -15,7 +15,7 @@ pub struct RouterStats {
     seen: Option<Seen>,
 }
 
-/// What a layer keeps for an analysis of its experts, with [`Ctx::observe`](crate::nn::Ctx::observe).
+/// The data that a layer keeps for an analysis of its experts, with [`Ctx::observe`](crate::nn::Ctx::observe).
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// The router's inputs, `[T, d]`.
@@ -27,7 +27,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// From what was routed: `y` has a row for each choice, in the order of the experts.
+    /// Collects the data of one forward pass. `y` has a row for each choice, in the order of the experts.
     pub(super) fn of(inputs: &Array, weights: &Array, y: &Array, routing: &Routing) -> Result<Seen> {
         let y = Tensor::new(y.cast(y.dtype().compute()));
         let rows = y.mul(&y)?.sum(&[-1], false)?.sqrt()?;
@@ -38,16 +38,16 @@ impl Seen {
     }
 }
 
-/// [`RouterStats`] on the host.
+/// [`RouterStats`] as numbers on the host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RouterSummary {
-    /// Choices that fell on each expert.
+    /// Number of choices that fell on each expert.
     pub load: Vec<f64>,
-    /// Entropy of the load in nats: ln(experts) where it is even, 0 where one expert has it all.
+    /// Entropy of the load in nats: ln(experts) if the load is even, 0 if it all falls on one expert.
     pub entropy: f64,
-    /// Experts without a token.
+    /// Number of experts without a token.
     pub idle: usize,
-    /// Choices that were dropped for want of capacity.
+    /// Number of choices that were dropped for lack of capacity.
     pub dropped: usize,
 }
 
@@ -55,7 +55,7 @@ impl RouterStats {
     pub(super) fn new(logits: Array, routing: Routing, kept: Option<Array>, seen: Option<Seen>) -> RouterStats {
         RouterStats { logits, routing, kept, seen }
     }
-    /// What was kept for an analysis of the experts; nothing unless the context asked for it.
+    /// The data that was kept for an analysis of the experts; `None` unless [`Ctx::observe`](crate::nn::Ctx::observe) was set.
     pub fn seen(&self) -> Option<&Seen> {
         self.seen.as_ref()
     }
@@ -63,11 +63,11 @@ impl RouterStats {
     pub fn logits(&self) -> &Array {
         &self.logits
     }
-    /// Where every token went.
+    /// Which experts each token was sent to.
     pub fn routing(&self) -> &Routing {
         &self.routing
     }
-    /// Choices that fell on each expert, `[E]` f32; those that were dropped count.
+    /// Number of choices that fell on each expert, `[E]` f32, including those that were dropped.
     pub fn load(&self) -> Result<Array> {
         self.routing.load(&Samples::uniform(1, self.routing.tokens()))?.reshape(&[self.routing.experts()])
     }
@@ -79,13 +79,13 @@ impl RouterStats {
         let logs = share.clamp(f32::MIN_POSITIVE as f64, 1.0)?.log()?;
         Ok(share.mul(&logs)?.sum(&[0], true)?.neg()?.into_array())
     }
-    /// How many tokens went to both of two experts, `[E, E]` f32; the load on the diagonal.
+    /// The number of tokens that went to both of two experts, `[E, E]` f32, with the load on the diagonal.
     pub fn co_activation(&self) -> Result<Array> {
         let chosen = Tensor::new(self.routing.choices().clone()).one_hot(self.routing.experts(), crate::DType::F32)?;
         let chosen = chosen.sum(&[1], false)?;
         Ok(chosen.transpose(0, 1)?.matmul(&chosen)?.into_array())
     }
-    /// Number of choices that were dropped for want of capacity, `[1]` f32.
+    /// Number of choices that were dropped for lack of capacity, `[1]` f32.
     pub fn dropped(&self) -> Result<Array> {
         match &self.kept {
             None => Ok(Array::zeros(&[1], (crate::DType::F32, &self.logits.device()))),
@@ -95,8 +95,8 @@ impl RouterStats {
             }
         }
     }
-    /// The figures on the host; waits for the device. Fails if a token's logits are not finite, since such a token was sent to
-    /// the experts with the lowest numbers for want of better.
+    /// The statistics on the host; waits for the device. Fails if a token's logits are not finite, since such a token was sent to the
+    /// experts with the lowest numbers.
     pub fn read(&self) -> Result<RouterSummary> {
         if let Some(at) = self.logits.to_f64().iter().position(|x| !x.is_finite()) {
             let (token, expert) = (at / self.routing.experts(), at % self.routing.experts());

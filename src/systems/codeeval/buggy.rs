@@ -1,4 +1,4 @@
-//! The generator of buggy prefixes: problems with tests in, pairs of a clean and a buggy prefix out.
+//! The generator of buggy prefixes: from problems with tests it makes pairs of a clean and a buggy prefix.
 
 use super::python::{operators, without_blank_lines};
 use super::sandbox::{Judge, Program, Verdict};
@@ -8,16 +8,16 @@ use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A problem: what to write, one way to write it, and tests that decide. The fields are those of HumanEval's files.
+/// A problem: a specification, a solution, and tests. The fields are those of HumanEval's files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Its name.
+    /// The problem's name.
     pub task_id: String,
     /// The specification: imports, the function's head, and its docstring.
     pub prompt: String,
     /// The function that the tests call.
     pub entry_point: String,
-    /// A body that passes.
+    /// A function body that passes the tests.
     pub canonical_solution: String,
     /// Python that defines `check(candidate)`.
     pub test: String,
@@ -61,7 +61,7 @@ fn records<T>(path: &Path, of: impl Fn(Record) -> Result<T, &'static str>) -> Re
     Ok(out)
 }
 
-/// Problems of a JSON-lines file, gzipped or not, with the fields of HumanEval.
+/// Reads the problems of a JSON-lines file, gzipped or not, with the fields of HumanEval.
 ///
 /// # Errors
 /// [`Error::Format`] with the line and the field that is missing.
@@ -77,10 +77,10 @@ pub fn read_problems(path: impl AsRef<Path>) -> Result<Vec<Problem>> {
     })
 }
 
-/// Rows of the released file of buggy prefixes.
+/// Reads the rows of the released file of buggy prefixes.
 ///
 /// # Errors
-/// As [`read_problems`].
+/// The same as [`read_problems`].
 pub fn read_released(path: impl AsRef<Path>) -> Result<Vec<Released>> {
     records(path.as_ref(), |r| {
         Ok(Released {
@@ -91,18 +91,18 @@ pub fn read_released(path: impl AsRef<Path>) -> Result<Vec<Released>> {
     })
 }
 
-/// Which operator an operator is flipped to.
+/// The operator that each operator is flipped to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlipMap(Vec<(&'static str, &'static str)>);
 
 impl FlipMap {
-    /// The map of the paper: equality and inequality; each order to its opposite; sums and differences; products and quotients, also
-    /// in augmented assignments.
+    /// The map of the paper: it exchanges equality and inequality, each order and its opposite, sums and differences, and products and
+    /// quotients, also in augmented assignments.
     pub fn paper() -> FlipMap {
         let both = [("==", "!="), (">", "<="), ("<", ">="), ("+", "-"), ("*", "/"), ("+=", "-="), ("*=", "/=")];
         FlipMap(both.iter().flat_map(|&(a, b)| [(a, b), (b, a)]).collect())
     }
-    /// A map of your own; an operator may be flipped to one other.
+    /// A map of your own, as pairs (operator, flipped operator).
     pub fn new(pairs: Vec<(&'static str, &'static str)>) -> FlipMap {
         FlipMap(pairs)
     }
@@ -110,19 +110,19 @@ impl FlipMap {
     pub fn operators(&self) -> Vec<&'static str> {
         self.0.iter().map(|p| p.0).collect()
     }
-    /// What an operator is flipped to.
+    /// The operator that `operator` is flipped to; `None` if it is not in the map.
     pub fn flip(&self, operator: &str) -> Option<&'static str> {
         self.0.iter().find(|p| p.0 == operator).map(|p| p.1)
     }
 }
 
-/// Which rows are made.
+/// How sites are turned into rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Every site once: 1,896 different rows of HumanEval.
+    /// Every site is used once: 1,896 different rows of HumanEval.
     Corrected,
-    /// As in the file that was released: in a chain of equal operators, such as `a + b + c`, the first one is flipped for each of
-    /// them. The file has 1,896 rows as well, of which 29 are copies of others.
+    /// As in the released file: in a chain of equal operators, such as `a + b + c`, the first operator is flipped once for each of them.
+    /// The file has 1,896 rows as well, of which 29 are copies of others.
     AsReleased,
 }
 
@@ -133,15 +133,15 @@ pub struct Site {
     pub problem: usize,
     /// Where the operator starts in [`Parts::body`], in bytes.
     pub start: usize,
-    /// Its line of the body, from 0.
+    /// The operator's line in the body, from 0.
     pub line: usize,
     /// The operator.
     pub operator: String,
-    /// What it is flipped to.
+    /// The operator that it is flipped to.
     pub flipped: &'static str,
 }
 
-/// A problem without blank lines.
+/// The two parts of a problem, without blank lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parts {
     /// The specification; ends with a line break.
@@ -171,28 +171,28 @@ pub struct Row {
     pub site: usize,
     /// Lines of the specification.
     pub head_lines: usize,
-    /// The flipped line, counted from the first of the prefix.
+    /// The line of the flipped operator, counted from the first line of the prefix.
     pub bug_line: usize,
-    /// Specification and the first lines of the body; no line break at the end.
+    /// The specification and the first lines of the body, without a line break at the end.
     pub clean: String,
-    /// The same with the operator flipped.
+    /// The same text with the operator flipped.
     pub buggy: String,
     /// The rest of the reference body.
     pub rest: String,
 }
 
 impl Row {
-    /// The clean prefix with the rest of the reference.
+    /// The clean prefix, completed with the rest of the reference solution.
     pub fn clean_program(&self) -> String {
         format!("{}\n{}", self.clean, self.rest)
     }
-    /// The buggy prefix with the rest of the reference: what must fail.
+    /// The buggy prefix, completed with the rest of the reference solution. This program must fail.
     pub fn buggy_program(&self) -> String {
         format!("{}\n{}", self.buggy, self.rest)
     }
 }
 
-/// What [`generate`] made.
+/// The result of [`generate`].
 #[derive(Clone, Debug, Default)]
 pub struct Generated {
     /// All candidate sites.
@@ -201,7 +201,7 @@ pub struct Generated {
     pub fails: Vec<bool>,
     /// The pairs of prefixes.
     pub rows: Vec<Row>,
-    /// Problems that are left out, each with the reason: the reference does not pass, or does not lex.
+    /// Problems that are left out, each with the reason: the reference solution does not pass, or cannot be split into tokens.
     pub left_out: Vec<(String, String)>,
 }
 
@@ -210,7 +210,7 @@ impl Generated {
     pub fn failing(&self) -> usize {
         self.fails.iter().filter(|f| **f).count()
     }
-    /// Sites whose flip no test notices.
+    /// Sites whose flip fails no test.
     pub fn surviving(&self) -> usize {
         self.fails.len() - self.failing()
     }
@@ -224,10 +224,10 @@ impl Generated {
     }
 }
 
-/// The sites of a problem. With [`Mode::AsReleased`] the operators of a chain all stand for the first of it.
+/// The sites of a problem. With [`Mode::AsReleased`] every operator of a chain is replaced by the first of the chain.
 ///
 /// # Errors
-/// [`Error::Invalid`] with the problem's name if the solution does not lex.
+/// [`Error::Invalid`] with the problem's name if the solution cannot be split into tokens.
 pub fn sites(number: usize, problem: &Problem, flips: &FlipMap, mode: Mode) -> Result<Vec<Site>> {
     let body = Parts::of(problem).body;
     let found = operators(&body, &flips.operators())
@@ -243,7 +243,7 @@ pub fn sites(number: usize, problem: &Problem, flips: &FlipMap, mode: Mode) -> R
     Ok((0..found.len()).filter_map(site).collect())
 }
 
-/// The rows of a failing site: one for each line from the flip's to the last but one of the body.
+/// The rows of a failing site: one for each line from that of the flip to the last but one of the body.
 fn rows(parts: &Parts, site: &Site, number: usize) -> Vec<Row> {
     let (clean, buggy) = (parts.body.clone(), parts.flipped(site));
     let (clean, buggy): (Vec<&str>, Vec<&str>) = (clean.lines().collect(), buggy.lines().collect());
@@ -262,13 +262,13 @@ fn rows(parts: &Parts, site: &Site, number: usize) -> Vec<Row> {
         .collect()
 }
 
-/// Makes the buggy prefixes of a set of problems. Every reference is run first, then every flip.
+/// Makes the buggy prefixes of a set of problems. Every reference solution is run first, then every flip.
 ///
-/// A problem whose reference does not pass or does not lex is left out, and says so in [`Generated::left_out`].
+/// A problem whose reference solution does not pass or cannot be split into tokens is left out, and is listed in [`Generated::left_out`].
 ///
 /// # Errors
-/// As the judge, and [`Error::Invalid`] if a verdict is [`Verdict::Infrastructure`]: a flip that could not be tried is neither
-/// failing nor surviving.
+/// Those of the judge, and [`Error::Invalid`] if a verdict is [`Verdict::Infrastructure`]: a flip that could not be tested neither fails
+/// nor survives.
 pub fn generate(problems: &[Problem], flips: &FlipMap, judge: &impl Judge, mode: Mode) -> Result<Generated> {
     let mut out = Generated::default();
     let mut tried: Vec<usize> = Vec::new();

@@ -1,4 +1,4 @@
-//! What the study asks of a language model of code, and a GPT with its tokenizer as a model of Python.
+//! The interface to a language model of code, and a GPT with its tokenizer as a model of Python.
 
 use super::buggy::FlipMap;
 use super::locate::{Doubt, KINDS};
@@ -14,49 +14,49 @@ use crate::ops::loss::{CrossEntropy, cross_entropy};
 /// How completions are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
-    /// Completions of each prefix.
+    /// Number of completions of each prefix.
     pub samples: usize,
-    /// Divides the logits; 0 takes the most likely token.
+    /// Divides the logits; at 0 the most likely token is taken.
     pub temperature: f64,
-    /// Same seed, same texts.
+    /// Seed of the draws; the same seed gives the same texts.
     pub seed: u64,
 }
 
 /// A language model of code.
 pub trait CodeModel {
-    /// Whole programs that begin with each prefix, `draw.samples` of each.
+    /// Whole programs that begin with each prefix, `draw.samples` for each.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a prefix that the model cannot read.
     fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>>;
-    /// For each text: its binary operators from left to right, with the probabilities of the next token at their places. Only
-    /// operators of the same kind are compared: orders and equalities, sums and products, augmented assignments.
+    /// For each text, its binary operators from left to right, with the probabilities of the next token at their positions. Only operators
+    /// of the same kind are compared: orders and equalities, sums and products, or augmented assignments.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a text that the model cannot read.
     fn doubts(&self, texts: &[String]) -> Result<Vec<Vec<Doubt>>>;
-    /// A text with the operator of a doubt replaced by the one that the model would have written.
+    /// A text in which the operator of a doubt is replaced by the one that the model finds most likely.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the text has no operator there.
     fn replaced(&self, text: &str, doubt: &Doubt) -> Result<String>;
 }
 
-/// Most tokens of a completion (the paper's number for HumanEval).
+/// The most tokens of a completion (the paper's number for HumanEval).
 pub const LONGEST_COMPLETION: usize = 300;
 
-/// A GPT with its tokenizer as a model of Python. A [`Doubt`]'s place is the byte at which the operator starts.
+/// A GPT with its tokenizer as a model of Python. The place of a [`Doubt`] is the byte at which the operator starts.
 pub struct CodeLm<'a> {
     model: &'a Gpt,
     tokenizer: &'a dyn Tokenizer,
     flips: FlipMap,
 }
 
-/// An operator in a text that was cut into tokens around it.
+/// An operator in a text that was tokenized with cuts around each operator.
 struct Site<'a> {
-    /// Its number among the tokens.
+    /// The number of the operator's first token.
     token: usize,
-    /// A space before it, which belongs to its token.
+    /// The space before the operator, if any, which belongs to its token.
     space: &'static str,
     text: &'a str,
     start: usize,
@@ -64,7 +64,7 @@ struct Site<'a> {
 }
 
 impl<'a> CodeLm<'a> {
-    /// A model that reads and writes with this tokenizer.
+    /// A model `model` that reads and writes with `tokenizer`.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the tokenizer has more tokens than the model.
@@ -80,7 +80,7 @@ impl<'a> CodeLm<'a> {
         Ok(CodeLm { model, tokenizer, flips: FlipMap::paper() })
     }
 
-    /// The tokens of a text, which end before and after every operator, and the operators. The first token is the end of a text.
+    /// The tokens of a text, which is cut before and after every operator, and the operators. The first token is the end-of-text token.
     fn cut<'t>(&self, text: &'t str) -> Result<(Vec<u32>, Vec<Site<'t>>)> {
         let (mut ids, mut sites) = (vec![self.tokenizer.end_of_text()], Vec::new());
         let mut from = 0;
@@ -96,7 +96,8 @@ impl<'a> CodeLm<'a> {
         Ok((ids, sites))
     }
 
-    /// The log-probability of each of some tokens after `context`, of which the model reads as much as it has positions.
+    /// The log-probability of each of `tokens` after `context`. The model reads the last part of the context, up to its number of
+    /// positions.
     fn next(&self, context: &[u32], tokens: &[u32]) -> Result<Vec<f64>> {
         let context = &context[context.len().saturating_sub(self.model.positions())..];
         let ids = Array::from_slice(context, &[1, context.len()])?;
@@ -108,7 +109,7 @@ impl<'a> CodeLm<'a> {
     fn doubts_of(&self, text: &str) -> Result<Vec<Doubt>> {
         let (ids, sites) = self.cut(text)?;
         let Some(last) = sites.last() else { return Ok(Vec::new()) };
-        // The operator's own token is not read.
+        // The last operator's own tokens are not read.
         let skipped = last.token.saturating_sub(self.model.positions());
         let seen = &ids[skipped..last.token];
         let logits = no_grad(|| self.model.forward(Array::from_slice(seen, &[1, seen.len()])?, &Ctx::eval()))?;
@@ -121,7 +122,8 @@ impl<'a> CodeLm<'a> {
                 kind.iter().map(|o| self.tokenizer.encode(&format!("{}{o}", site.space))).collect();
             let firsts: Vec<u32> = pieces.iter().map(|p| p[0]).collect();
             let mut p: Vec<f64> = log_probabilities(&row, &firsts).into_iter().map(f64::exp).collect();
-            // An operator of several tokens is as likely as all of them; one that begins another is what is left of its token.
+            // The probability of an operator of several tokens is the product over its tokens. If one operator's tokens begin another's,
+            // the longer one's probability is subtracted from the shorter one's.
             for (p, piece) in p.iter_mut().zip(&pieces) {
                 for known in 1..piece.len() {
                     let context = [&ids[..site.token], &piece[..known]].concat();
@@ -148,14 +150,14 @@ impl<'a> CodeLm<'a> {
         Ok(out)
     }
 
-    /// What the whole text says of each operator that can be flipped: `L(text) / (L(text) + L(text with it flipped))`, where L is the
-    /// likelihood that the model gives to the operator and to all that follows. Unlike [`CodeModel::doubts`] it reads both sides.
+    /// Doubts from the whole text for each operator that can be flipped. The probability of an operator is `L(text) / (L(text) + L(text
+    /// with it flipped))`, where L is the likelihood that the model gives to the operator and to all that follows. Unlike
+    /// [`CodeModel::doubts`] it uses the text on both sides of the operator.
     ///
-    /// `ends` are the lengths in bytes of some prefixes of the text, each of whole lines; the doubts of each prefix are returned as
-    /// if it had been read by itself.
+    /// `ends` are the lengths in bytes of some prefixes of the text, each of whole lines. The doubts of each prefix are returned as if the
+    /// prefix had been read by itself.
     ///
-    /// # Errors
-    /// [`Error::Invalid`] if the text does not lex.
+    /// # Errors [`Error::Invalid`] if the text cannot be split into tokens of Python.
     pub fn whole_doubts(&self, text: &str, ends: &[usize]) -> Result<Vec<Vec<Doubt>>> {
         let found = operators(text, &self.flips.operators())?;
         let flipped: Vec<(String, &'static str)> = (found.iter())
@@ -166,7 +168,7 @@ impl<'a> CodeLm<'a> {
             .collect();
         let texts: Vec<&str> = std::iter::once(text).chain(flipped.iter().map(|f| f.0.as_str())).collect();
         let (first, losses) = self.losses(&texts)?;
-        // Nats of the tokens that begin before a place.
+        // The loss in nats of the tokens that begin before a position.
         let until = |of: &[(usize, f64)], end: usize| of.iter().filter(|t| t.0 < end).map(|t| t.1).sum::<f64>();
         let of = |end: usize| {
             let mut out = Vec::new();
@@ -192,11 +194,11 @@ impl<'a> CodeLm<'a> {
         Ok(ends.iter().map(|&end| of(end)).collect())
     }
 
-    /// For each text, which differ late: the byte at which each token begins and its loss in nats. Where the first text is longer
-    /// than the model's positions, the tokens before the byte that is returned are left out, in all texts.
+    /// For each text, the byte at which each token begins and the token's loss in nats. Texts that are longer than the model's positions
+    /// lose the same number of tokens at the left; the byte that is returned is where the rest begins. All texts must be equal before it.
     #[allow(clippy::type_complexity)]
     fn losses(&self, texts: &[&str]) -> Result<(usize, Vec<Vec<(usize, f64)>>)> {
-        // A flip may take a few tokens more.
+        // A flip may need a few more tokens.
         const SPARE: usize = 8;
         let encoded: Vec<Vec<u32>> = texts.iter().map(|t| self.tokenizer.encode(t)).collect();
         let skipped = encoded[0].len().saturating_sub(self.model.positions().saturating_sub(SPARE).max(1));
@@ -204,7 +206,7 @@ impl<'a> CodeLm<'a> {
         let first = encoded[0][..skipped].iter().map(|&id| length(id)).sum();
         let mut out = Vec::new();
         for part in encoded.chunks(8) {
-            // The token before the first that is read, or the end of a text.
+            // Every row begins with the end-of-text token.
             let rows: Vec<Vec<u32>> = (part.iter())
                 .map(|ids| {
                     let ids = &ids[skipped.min(ids.len())..];
@@ -240,7 +242,7 @@ impl<'a> CodeLm<'a> {
     }
 }
 
-/// The logarithm of the softmax at some tokens.
+/// The logarithm of the softmax for some tokens.
 fn log_probabilities(logits: &[f64], tokens: &[u32]) -> Vec<f64> {
     let top = logits.iter().copied().fold(f64::MIN, f64::max);
     let total = logits.iter().map(|l| (l - top).exp()).sum::<f64>().ln();
@@ -248,7 +250,7 @@ fn log_probabilities(logits: &[f64], tokens: &[u32]) -> Vec<f64> {
 }
 
 impl CodeModel for CodeLm<'_> {
-    /// A prefix ends without a line break. What follows is cut at the first statement of the module ([`cut_completion`]).
+    /// A prefix must end without a line break. The completion is cut at the first statement at module level ([`cut_completion`]).
     fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>> {
         let stop = self.tokenizer.end_of_text();
         let one = |(number, prefix): (usize, &String)| {
@@ -286,7 +288,7 @@ mod tests {
 
     fn model(positions: usize) -> Gpt {
         let gpt = Gpt::new(GptConfig::small(257, positions, 1, 16, 2), 3).unwrap();
-        // Larger values than initial ones, so that probabilities differ.
+        // The weights are larger than initial values usually are, so that probabilities differ.
         for p in gpt.params().all() {
             let value = p.value();
             p.set(Array::generate(value.shape(), value.dtype(), |i| 0.4 * (i as f64 * 0.7).sin())).unwrap();
@@ -294,7 +296,7 @@ mod tests {
         gpt
     }
 
-    /// Against the definition: each candidate after what stands before the operator, token by token.
+    /// Compares with the definition: each candidate after the text before the operator, token by token.
     #[test]
     fn doubts_are_probabilities_of_operators() {
         let gpt = model(128);
@@ -347,12 +349,12 @@ mod tests {
         assert!(lm.whole_doubts("x = 'a", &[6]).unwrap_err().to_string().contains("does not end"));
     }
 
-    /// What does not fit is left out on the left, and the rest is judged all the same.
+    /// Text that does not fit is left out on the left, and operators in the rest are still judged.
     #[test]
     fn long_texts_are_cut_on_the_left() {
         let gpt = model(32);
         let lm = CodeLm::new(&gpt, &ByteTokenizer).unwrap();
-        // The first of the four operators stands more than 32 bytes before the last.
+        // The first of the four operators is more than 32 bytes before the last.
         assert_eq!(lm.doubts(&[TEXT.to_string()]).unwrap()[0].len(), 3);
         assert_eq!(lm.whole_doubts(TEXT, &[TEXT.len()]).unwrap()[0].len(), 3);
         let few = Gpt::new(GptConfig::small(200, 32, 1, 16, 2), 0).unwrap();

@@ -1,7 +1,7 @@
-//! Which operator of a text is suspicious, by the probabilities of a language model.
+//! Location of a bug: which operator of a text is suspicious, by the probabilities of a language model.
 //!
-//! The paper's rule: walk from left to right; the first operator where the probability of the most likely one exceeds that of the
-//! observed one by more than a threshold is suspicious.
+//! The paper's rule reads from left to right. The first operator is suspicious for which the probability of the most likely operator
+//! exceeds that of the observed one by more than a threshold.
 
 use super::lm::CodeModel;
 use crate::base::{Error, Result};
@@ -14,27 +14,27 @@ pub(super) const KINDS: [&[&str]; 3] =
 /// An operator of a text, and the probabilities of a model at its place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Doubt {
-    /// Where the operator is, in the unit of the model that computed this: tokens or bytes.
+    /// The operator's position, in the unit of the model that computed this: tokens or bytes.
     pub place: usize,
-    /// Its line, from 0.
+    /// The operator's line, from 0.
     pub line: usize,
-    /// Probability of the operator that is there.
+    /// Probability of the operator in the text.
     pub observed: f64,
     /// Probability of the most likely operator of its kind.
     pub best: f64,
-    /// Probability of all operators of its kind together; 1 where something else cannot be there.
+    /// Probability of all operators of its kind together; 1 if the model only compares operators of this kind.
     pub kind: f64,
     /// The most likely operator.
     pub instead: String,
 }
 
 impl Doubt {
-    /// By how much another operator is more likely; 0 where the observed one is the most likely.
+    /// The probability of the most likely operator minus that of the observed one; 0 where they are the same.
     pub fn gap(&self) -> f64 {
         self.best - self.observed
     }
-    /// The same, given that an operator of its kind is there. A model that is sure of little gives every operator a small probability,
-    /// and then no gap of the paper's rule exceeds a threshold.
+    /// The same probabilities, given that an operator of this kind follows. A model with little confidence gives every operator a small
+    /// probability, and without this no gap would exceed the threshold of the paper's rule.
     pub fn given_kind(&self) -> Doubt {
         let share = |p: f64| if self.kind > 0.0 { (p / self.kind).min(1.0) } else { 0.0 };
         Doubt { observed: share(self.observed), best: share(self.best), kind: 1.0, ..self.clone() }
@@ -49,7 +49,7 @@ pub fn first_above(doubts: &[Doubt], threshold: f64) -> Option<&Doubt> {
 /// The suspicious operator of a text by the paper's rule, or `None` if no gap exceeds the threshold (0.95 in the paper).
 ///
 /// # Errors
-/// As [`CodeModel::doubts`].
+/// Those of [`CodeModel::doubts`].
 pub fn operator(model: &impl CodeModel, text: &str, threshold: f64) -> Result<Option<Doubt>> {
     check_threshold(threshold)?;
     let doubts = model.doubts(&[text.to_string()])?;
@@ -72,8 +72,8 @@ pub fn most_suspicious(doubts: &[Doubt]) -> Option<&Doubt> {
     })
 }
 
-/// The threshold, among some, with the largest share of buggy texts whose line is found, less the share of clean texts that are
-/// suspected of anything. `buggy` has the right line beside each text's doubts. To be chosen on validation data.
+/// The threshold in `among` that maximises the share of buggy texts whose line is found minus the share of clean texts in which any line is
+/// suspected. `buggy` has the right line beside each text's doubts. Choose it on validation data.
 pub fn choose_threshold(buggy: &[(Vec<Doubt>, usize)], clean: &[Vec<Doubt>], among: &[f64]) -> f64 {
     let score = |t: f64| {
         let hits = buggy.iter().filter(|(d, line)| first_above(d, t).is_some_and(|d| d.line == *line)).count();
@@ -83,44 +83,44 @@ pub fn choose_threshold(buggy: &[(Vec<Doubt>, usize)], clean: &[Vec<Doubt>], amo
     among.iter().copied().max_by(|&a, &b| score(a).total_cmp(&score(b))).unwrap_or(0.9)
 }
 
-/// A buggy prefix whose bug was looked for.
+/// A buggy prefix in which the bug was searched for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Searched {
     /// The number of the problem.
     pub problem: usize,
     /// The line of the bug.
     pub line: usize,
-    /// What is thought of the buggy prefix.
+    /// The doubts in the buggy prefix.
     pub buggy: Vec<Doubt>,
-    /// What is thought of the clean one.
+    /// The doubts in the clean prefix.
     pub clean: Vec<Doubt>,
 }
 
-/// The first gap above a threshold: how often it is right.
+/// Results of the paper's rule at one threshold.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct AtThreshold {
     /// The threshold.
     pub threshold: f64,
-    /// Share of right lines among the buggy prefixes in which a line was named; 1 where none was.
+    /// Share of right lines among the buggy prefixes in which a line was suspected; 1 if there was none.
     pub precision: f64,
     /// Share of right lines among all buggy prefixes.
     pub recall: f64,
-    /// Share of clean prefixes in which a line was named.
+    /// Share of clean prefixes in which a line was suspected.
     pub false_alarms: f64,
 }
 
-/// How often the bug is found.
+/// Results of a search for bugs.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Location {
-    /// Prefixes.
+    /// Number of prefixes.
     pub rows: usize,
     /// Share of prefixes in which the largest gap is on the right line.
     pub found: f64,
-    /// The same as a mean over problems.
+    /// The same share, as a mean over problems.
     pub by_problem: f64,
-    /// What an operator drawn among those of the prefix would find: share of prefixes.
+    /// Share of prefixes in which an operator drawn at random among those of the prefix would be right.
     pub random: f64,
-    /// The same as a mean over problems.
+    /// The same share, as a mean over problems.
     pub random_by_problem: f64,
     /// The paper's rule at each threshold.
     pub curve: Vec<AtThreshold>,

@@ -1,15 +1,15 @@
-//! What can be done about a prefix that may have a bug: the three mitigations of the paper (section 5).
+//! Treatment of a prefix that may have a bug: the three mitigations of the paper (section 5).
 //!
 //! | function | what is done |
 //! |---|---|
-//! | [`remove`] | the prefix is thrown away, and the specification completed |
+//! | [`remove`] | the prefix is dropped, and the specification completed |
 //! | [`complete_then_rewrite`] | the prefix is completed, and the whole program rewritten |
-//! | [`rewrite_then_complete`] | the prefix is rewritten, and what comes out completed |
+//! | [`rewrite_then_complete`] | the prefix is rewritten, and the result completed |
 //!
 //! Rewriting replaces the first suspicious operator ([`locate::operator`](super::locate::operator)) by the one that the model finds most
-//! likely. The paper rewrites whole programs by a model of their own (RealiT), and the released code cuts a prefix before its
-//! suspicious line; here one model does both, so that nothing but the order of the two steps differs. A clean prefix may be harmed by
-//! any of the three: measure that as well.
+//! likely. The paper rewrites whole programs with a separate model (RealiT), and the released code cuts a prefix before its suspicious
+//! line. Here one model does both, so that only the order of the two steps differs. Any of the three may harm a clean prefix, so measure
+//! clean prefixes as well.
 
 use super::buggy::Row;
 use super::lm::{CodeModel, Draw};
@@ -19,7 +19,7 @@ use crate::base::Result;
 /// The beginning of a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefix {
-    /// Specification and the first lines of the body; no line break at the end.
+    /// The specification and the first lines of the body, without a line break at the end.
     pub text: String,
     /// Lines of the specification.
     pub head_lines: usize,
@@ -34,7 +34,7 @@ impl Prefix {
     pub fn buggy(row: &Row) -> Prefix {
         Prefix { text: row.buggy.clone(), head_lines: row.head_lines }
     }
-    /// The specification alone; no line break at the end.
+    /// The specification alone, without a line break at the end.
     pub fn specification(&self) -> String {
         self.text.lines().take(self.head_lines).collect::<Vec<_>>().join("\n")
     }
@@ -44,18 +44,18 @@ fn texts(prefixes: &[Prefix]) -> Vec<String> {
     prefixes.iter().map(|p| p.text.clone()).collect()
 }
 
-/// Programs of the specification of each prefix, whose other lines are not used.
+/// Completions of the specification of each prefix; the other lines of the prefix are not used.
 ///
 /// # Errors
-/// As [`CodeModel::complete`].
+/// Those of [`CodeModel::complete`].
 pub fn remove(model: &impl CodeModel, prefixes: &[Prefix], draw: &Draw) -> Result<Vec<Vec<String>>> {
     model.complete(&prefixes.iter().map(Prefix::specification).collect::<Vec<_>>(), draw)
 }
 
-/// Completions of each prefix, in each of which the first operator whose gap exceeds the threshold is replaced, wherever it is.
+/// Completions of each prefix. In each completed program the first operator whose gap exceeds the threshold is replaced, wherever it is.
 ///
 /// # Errors
-/// As [`CodeModel::complete`] and [`rewrite`].
+/// Those of [`CodeModel::complete`] and [`rewrite`].
 pub fn complete_then_rewrite(
     model: &impl CodeModel,
     prefixes: &[Prefix],
@@ -66,10 +66,10 @@ pub fn complete_then_rewrite(
     done.iter().map(|programs| rewrite(model, programs, threshold)).collect()
 }
 
-/// Completions of the prefixes, in each of which the first operator whose gap exceeds the threshold has been replaced.
+/// Completions of the prefixes. In each prefix the first operator whose gap exceeds the threshold is replaced before the completion.
 ///
 /// # Errors
-/// As [`CodeModel::complete`] and [`rewrite`].
+/// Those of [`CodeModel::complete`] and [`rewrite`].
 pub fn rewrite_then_complete(
     model: &impl CodeModel,
     prefixes: &[Prefix],
@@ -79,10 +79,10 @@ pub fn rewrite_then_complete(
     model.complete(&rewrite(model, &texts(prefixes), threshold)?, draw)
 }
 
-/// Each text with the first operator whose gap exceeds the threshold replaced; one without such an operator stays as it is.
+/// Each text with the first operator whose gap exceeds the threshold replaced. A text without such an operator stays as it is.
 ///
 /// # Errors
-/// As [`CodeModel::doubts`] and [`CodeModel::replaced`].
+/// Those of [`CodeModel::doubts`] and [`CodeModel::replaced`].
 pub fn rewrite(model: &impl CodeModel, texts: &[String], threshold: f64) -> Result<Vec<String>> {
     check_threshold(threshold)?;
     let one = |(text, doubts): (&String, Vec<_>)| match first_above(&doubts, threshold) {
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
     use crate::systems::codeeval::locate::Doubt;
 
-    /// Writes one line after every prefix, and finds every `!=` wrong.
+    /// A model that writes one line after every prefix, and finds every `!=` wrong.
     struct Writer;
 
     impl CodeModel for Writer {
@@ -123,14 +123,14 @@ mod tests {
         let head = "def f(a):\n    # a sentence\n";
         let removed = remove(&Writer, &prefixes, &draw).unwrap();
         assert_eq!(removed, vec![vec![format!("{head}    return a != 0\n"), format!("{head}    return a != 1\n")]; 2]);
-        // The first suspicious operator is in the prefix, else in what was written.
+        // The first suspicious operator is in the prefix if it has one, and in the completion otherwise.
         let after = complete_then_rewrite(&Writer, &prefixes, 0.5, &draw).unwrap();
         assert_eq!(after[0][1], format!("{head}    if a == 1:\n    return a != 1\n"));
         assert_eq!(after[1][1], format!("{head}    if a > 1:\n    return a == 1\n"));
         let before = rewrite_then_complete(&Writer, &prefixes, 0.5, &draw).unwrap();
         assert_eq!(before[0][0], format!("{head}    if a == 1:\n    return a != 0\n"));
         assert_eq!(before[1][0], format!("{head}    if a > 1:\n    return a != 0\n"));
-        // Above the gap nothing is replaced.
+        // With a threshold above the gap nothing is replaced.
         let plain = Writer.complete(&texts(&prefixes), &draw).unwrap();
         assert_eq!(complete_then_rewrite(&Writer, &prefixes, 0.8, &draw).unwrap(), plain);
         assert_eq!(rewrite_then_complete(&Writer, &prefixes, 0.8, &draw).unwrap(), plain);

@@ -1,4 +1,4 @@
-//! Completion of code with potential bugs: what an error in the context does to a code model.
+//! Completion of code with potential bugs: how a code model is affected by an error in its context.
 //!
 //! Dinh, Zhao, Tan, Negrinho, Lausen, Zha and Karypis, "Large Language Models of Code Fail at Completing Code with Potential
 //! Bugs" (NeurIPS 2023). The task: given a specification and a prefix `s'` of a program in which one operator was flipped, write a
@@ -16,9 +16,9 @@
 //! |---|---|
 //! | [`python`] | enough of Python's lexer to find operators outside strings |
 //! | [`buggy`] | the generator of buggy prefixes, for any set of problems with tests |
-//! | [`sandbox`] | generated programs run without files, network or other processes; verdicts |
-//! | [`locate`] | which operator a language model doubts |
-//! | [`lm`] | what is asked of a model of code; a GPT with its tokenizer as one |
+//! | [`sandbox`] | runs generated programs without files, network or other processes, and gives verdicts |
+//! | [`locate`] | finds the operator that a language model doubts most |
+//! | [`lm`] | the interface to a model of code, and a GPT with its tokenizer as such a model |
 //! | [`mitigate`] | three ways to treat a prefix that may have a bug |
 //! | [`mini`] | a language that is a part of Python, its interpreter, problem families, and a model of it |
 //! | [`ngram`] | a baseline for location: operators counted by the tokens around them |

@@ -1,5 +1,5 @@
-//! A baseline for location that needs no neural network: how often each operator stands between the tokens around it, with less of
-//! the context where the whole was never seen (back-off).
+//! A baseline for location without a neural network. It counts how often each operator stands between the tokens around it, and uses less
+//! of the context where the whole context was never seen (back-off).
 
 use super::buggy::FlipMap;
 use super::locate::Doubt;
@@ -7,7 +7,7 @@ use super::python::{Kind, Token, operators, tokens};
 use crate::base::Result;
 use std::collections::HashMap;
 
-/// Tokens before and after an operator that each level reads, from the longest context to none.
+/// The numbers of tokens before and after an operator that each level uses, from the longest context to none.
 const LEVELS: [(usize, usize); 6] = [(3, 2), (2, 1), (1, 1), (1, 0), (0, 1), (0, 0)];
 
 /// Counts of operators by their context.
@@ -30,7 +30,7 @@ fn sites<'a>(text: &'a str, flips: &FlipMap) -> Result<(Vec<Token<'a>>, Vec<Plac
     Ok((all, places))
 }
 
-/// What stands around the operator at `at`: as it is, but for strings, which count alike.
+/// The tokens around the operator at `at`. Strings are not distinguished from each other.
 fn context(all: &[Token], at: usize, (before, after): (usize, usize)) -> String {
     let word = |i: Option<usize>| match i.and_then(|i| all.get(i)) {
         None => "",
@@ -44,14 +44,14 @@ fn context(all: &[Token], at: usize, (before, after): (usize, usize)) -> String 
 }
 
 impl OperatorNgrams {
-    /// Nothing counted yet.
+    /// A model without counts.
     pub fn new(flips: FlipMap) -> OperatorNgrams {
         OperatorNgrams { flips, counts: HashMap::new(), sites: 0 }
     }
     /// Counts the operators of a program.
     ///
     /// # Errors
-    /// If it does not lex; nothing is counted then.
+    /// If the program cannot be split into tokens. Nothing is counted then.
     pub fn count(&mut self, text: &str) -> Result<()> {
         let (all, places) = sites(text, &self.flips)?;
         for (at, _) in places {
@@ -64,15 +64,15 @@ impl OperatorNgrams {
         }
         Ok(())
     }
-    /// Operators counted.
+    /// The number of operators counted.
     pub fn sites(&self) -> usize {
         self.sites
     }
-    /// For each binary operator of a text: its probability against the one it would be flipped to. The counts of a longer context
-    /// are added to twice the probability by the shorter one, so that what was seen often decides alone.
+    /// For each binary operator of a text, its probability against the one it would be flipped to. From the shortest context to the
+    /// longest, the counts of each are added to twice the probability so far, so that frequent contexts dominate.
     ///
     /// # Errors
-    /// If the text does not lex.
+    /// If the text cannot be split into tokens.
     pub fn doubts(&self, text: &str) -> Result<Vec<Doubt>> {
         let (all, places) = sites(text, &self.flips)?;
         let of = |(at, line): (usize, usize)| {

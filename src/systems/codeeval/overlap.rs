@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-/// The runs of `n` words of some texts. A word is a run of letters, digits and underscores, in lower case; what is between words does
-/// not count.
+/// The runs of `n` words of some texts. A word is a run of letters, digits and underscores, in lower case; characters between words are
+/// ignored.
 #[derive(Clone, Debug)]
 pub struct WordRuns {
     n: usize,
@@ -20,7 +20,7 @@ fn runs(text: &str, n: usize) -> impl Iterator<Item = String> {
 }
 
 impl WordRuns {
-    /// Runs of `n` words, at least one, of nothing yet.
+    /// An empty set of runs of `n` words, `n` being at least 1.
     pub fn new(n: usize) -> WordRuns {
         WordRuns { n: n.max(1), seen: HashSet::new() }
     }
@@ -28,12 +28,12 @@ impl WordRuns {
     pub fn add(&mut self, text: &str) {
         self.seen.extend(runs(text, self.n));
     }
-    /// Different runs.
+    /// The number of different runs.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.seen.len()
     }
-    /// The first run of a text that the benchmark has as well.
+    /// The first run of a text that the benchmark contains as well.
     pub fn shared(&self, text: &str) -> Option<String> {
         runs(text, self.n).find(|run| self.seen.contains(run))
     }

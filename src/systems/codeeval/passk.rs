@@ -1,15 +1,14 @@
-//! pass@k without bias (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1), its average over
-//! problems, and bootstrap intervals over problems.
+//! Unbiased pass@k (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1), its average over problems, and
+//! bootstrap intervals over problems.
 
 use crate::base::{Error, Result};
 use crate::random::Rng;
 use std::collections::BTreeMap;
 
-/// Probability that at least one of k samples passes, drawn without replacement from n of which c pass:
-/// `1 − C(n−c, k) / C(n, k) = 1 − Π_{i=n−c+1..n} (1 − k/i)`.
+/// The probability that at least one of k samples passes, if they are drawn without replacement from n of which c pass:
 ///
 /// # Errors
-/// [`Error::Invalid`] for more passing than samples, or a k outside 1..=n.
+/// [`Error::Invalid`] if c exceeds n, or if k lies outside 1..=n.
 pub fn pass_at_k(n: usize, c: usize, k: usize) -> Result<f64> {
     if c > n {
         return Err(Error::invalid("pass_at_k", format!("{c} of {n} samples pass; that is more than there are")));
@@ -23,14 +22,14 @@ pub fn pass_at_k(n: usize, c: usize, k: usize) -> Result<f64> {
     Ok(1.0 - (n - c + 1..=n).map(|i| 1.0 - k as f64 / i as f64).product::<f64>())
 }
 
-/// Samples of one prefix, and how many of them passed.
+/// The number of samples of one prefix, and of those that passed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Count {
     /// The problem that the prefix belongs to.
     pub problem: String,
-    /// Samples.
+    /// Number of samples.
     pub n: usize,
-    /// Those that passed.
+    /// Number of samples that passed.
     pub c: usize,
 }
 
@@ -41,13 +40,13 @@ pub struct Score {
     pub mean: f64,
     /// Lower end of the 95 % bootstrap interval over problems.
     pub low: f64,
-    /// Upper end.
+    /// Upper end of the interval.
     pub high: f64,
-    /// Problems.
+    /// Number of problems.
     pub problems: usize,
 }
 
-/// pass@k of each problem: the mean over its prefixes, in the order of the names.
+/// pass@k of each problem, as the mean over its prefixes, in the order of the problems' names.
 pub fn per_problem(counts: &[Count], k: usize) -> Result<Vec<(String, f64)>> {
     let mut of: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
     for count in counts {
@@ -61,7 +60,7 @@ pub fn per_problem(counts: &[Count], k: usize) -> Result<Vec<(String, f64)>> {
 /// The macro average of pass@k over problems, with a percentile bootstrap over problems (`draws` resamples).
 ///
 /// # Errors
-/// [`Error::Invalid`] without counts, or as [`pass_at_k`].
+/// [`Error::Invalid`] without counts, and the errors of [`pass_at_k`].
 pub fn macro_average(counts: &[Count], k: usize, draws: usize, seed: u64) -> Result<Score> {
     bootstrap(&per_problem(counts, k)?.into_iter().map(|p| p.1).collect::<Vec<_>>(), draws, seed)
 }
@@ -94,7 +93,7 @@ pub fn bootstrap(values: &[f64], draws: usize, seed: u64) -> Result<Score> {
 mod tests {
     use super::*;
 
-    /// A whole number without a bound, in base 10⁹: what an exact check needs.
+    /// A non-negative integer of any size, in base 10⁹, for an exact check.
     #[derive(Clone, PartialEq, Debug)]
     struct Big(Vec<u32>);
 
@@ -127,7 +126,7 @@ mod tests {
             }
             self
         }
-        /// Its value as m · 10^e, so that a ratio of two does not overflow.
+        /// The value as m · 10^e, so that the ratio of two values does not overflow.
         fn float(&self) -> (f64, i32) {
             let top = self.0.iter().rev().take(4).fold(0.0, |x, &d| x * 1e9 + f64::from(d));
             (top, 9 * (self.0.len() as i32 - 4).max(0))
@@ -146,7 +145,7 @@ mod tests {
         assert!((pass_at_k(100, 7, 1).unwrap() - 0.07).abs() < 1e-12);
     }
 
-    /// Against exact binomial coefficients, all c and k for a few n up to 200.
+    /// Compares with exact binomial coefficients, for all c and k and a few n up to 200.
     #[test]
     fn it_is_the_ratio_of_binomials() {
         for n in [1, 2, 3, 7, 20, 50, 113, 200] {

@@ -1,11 +1,11 @@
-//! Enough of Python's lexer to find operators outside strings and comments, and to tell a binary operator from a unary one.
+//! A part of Python's lexer that finds operators outside strings and comments, and tells a binary operator from a unary one.
 //!
 //! The tokens are those of Python 3.11 (an f-string is one token). Indentation is not a token here: a line that is not blank begins
 //! with its spaces.
 
 use crate::base::{Error, Result};
 
-/// What a token is.
+/// The kind of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// An identifier or a keyword.
@@ -18,20 +18,20 @@ pub enum Kind {
     Op,
     /// A comment, up to the end of its line.
     Comment,
-    /// The end of a statement's line.
+    /// The end of a logical line.
     Newline,
 }
 
 /// A token and its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token<'a> {
-    /// What it is.
+    /// Its kind.
     pub kind: Kind,
     /// Its characters.
     pub text: &'a str,
-    /// Where it starts, in bytes.
+    /// Its first byte in the text.
     pub start: usize,
-    /// Line on which it starts, from 0.
+    /// The line on which it starts, from 0.
     pub line: usize,
     /// Number of brackets around it.
     pub depth: usize,
@@ -68,8 +68,8 @@ fn string_start(rest: &str) -> Option<(usize, usize)> {
 /// The tokens of a program.
 ///
 /// # Errors
-/// [`Error::Invalid`] with the line for a string that does not end, a bracket that does not match, or a character that Python has
-/// no token for. An open bracket at the end of the text is no error: a prefix of a program may end anywhere.
+/// [`Error::Invalid`] with the line for a string that does not end, a bracket that does not match, or a character that starts no token of
+/// Python. An open bracket at the end of the text is no error, because a prefix of a program may end anywhere.
 pub fn tokens(text: &str) -> Result<Vec<Token<'_>>> {
     let bad = |line: usize, what: String| Error::invalid("python::tokens", format!("line {}: {what}", line + 1));
     let bytes = text.as_bytes();
@@ -156,7 +156,7 @@ pub fn tokens(text: &str) -> Result<Vec<Token<'_>>> {
     Ok(out)
 }
 
-/// Whether the comment that was pushed last has its line for itself.
+/// Whether the last comment is alone on its line.
 fn alone(out: &[Token]) -> bool {
     out.len() < 2 || out[out.len() - 2].kind == Kind::Newline || out[out.len() - 2].line < out[out.len() - 1].line
 }
@@ -189,12 +189,12 @@ fn word_follows(bytes: &[u8], j: usize) -> bool {
 pub struct Operator<'a> {
     /// Its characters.
     pub text: &'a str,
-    /// Where it starts, in bytes.
+    /// Its first byte in the text.
     pub start: usize,
     /// Its line, from 0.
     pub line: usize,
-    /// The first operator with the same characters in the chain of operands that this one continues, by its number in the list;
-    /// its own number if there is none. In `a + b - c + d` the second `+` continues the chain of the first.
+    /// The number, in the list of operators, of the first operator with the same characters in the chain of operands that this one
+    /// continues; its own number if there is none. In `a + b - c + d` the second `+` continues the chain of the first.
     pub chain: usize,
 }
 
@@ -208,8 +208,8 @@ fn ends_operand(t: &Token) -> bool {
     }
 }
 
-/// How strongly an operator binds: 2 for products, 1 for sums, 0 for what ends a chain of operands, `None` for what belongs to an
-/// operand.
+/// The precedence of an operator: 2 for products, 1 for sums, 0 for tokens that end a chain of operands, `None` for tokens that belong to
+/// an operand.
 fn binding(t: &Token, binary: bool) -> Option<u8> {
     match (t.kind, t.text) {
         (Kind::Op, "*" | "/" | "//" | "%" | "@") if binary => Some(2),
@@ -221,13 +221,13 @@ fn binding(t: &Token, binary: bool) -> Option<u8> {
     }
 }
 
-/// The operators with the characters in `which` that are binary, in their order. An augmented assignment is binary.
+/// The binary operators among `which`, in the order of the text. An augmented assignment is binary.
 ///
 /// # Errors
-/// As [`tokens`].
+/// Those of [`tokens`].
 pub fn operators<'a>(text: &'a str, which: &[&str]) -> Result<Vec<Operator<'a>>> {
     let mut out: Vec<Operator> = Vec::new();
-    // For each open bracket: the operators of the chain that is being read, with how strongly each binds.
+    // For each open bracket, the operators of the current chain with their precedence.
     let mut chains: Vec<Vec<(u8, usize)>> = vec![vec![]];
     let mut before: Option<Token> = None;
     for t in tokens(text)? {
@@ -266,10 +266,10 @@ pub fn without_blank_lines(text: &str) -> String {
     out
 }
 
-/// Where a completion of a function ends: at the first line outside strings and brackets that is not indented (a new function,
-/// an import, a main guard), which is how a generated text is cut before it is run. A string that never ends is cut before its line.
+/// Where the completion of a function ends: at the first line outside strings and brackets that is not indented (a new function, an import,
+/// a main guard). A generated text is cut there before it is run. A string that never ends is cut before its line.
 ///
-/// Unlike stop words, this does not cut inside a string. The text is what a model wrote after a prefix that ends with a line break.
+/// Unlike stop words, this does not cut inside a string. The text must be what a model wrote after a prefix that ends with a line break.
 pub fn cut_completion(text: &str) -> &str {
     let mut end = 0;
     let mut lines = text.split_inclusive('\n').peekable();
@@ -280,7 +280,7 @@ pub fn cut_completion(text: &str) -> &str {
             break;
         }
         at += line.len();
-        // The lines up to here are whole statements if they lex and no bracket is open.
+        // The lines up to here are whole statements if they can be split into tokens and no bracket is open.
         if let Ok(all) = tokens(&text[..at]) {
             let open = all.last().is_some_and(|t| t.depth > 0 && !matches!(t.text, ")" | "]" | "}"))
                 || all.last().is_some_and(|t| matches!(t.text, "(" | "[" | "{"));

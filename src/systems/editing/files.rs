@@ -1,4 +1,4 @@
-//! Checkpoints that are read tensor by tensor, and what has to be equal for them to be merged.
+//! Checkpoints that are read tensor by tensor, and the checks that they can be merged.
 
 use crate::base::{DType, Error, Result};
 use crate::io::{self, ElementType, SafeTensors, TensorInfo};
@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The index of a checkpoint of several files.
+/// The name of the index of a checkpoint with several files.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// What tells tokens apart, where a model has it.
+/// Files that define a model's tokens, where it has them.
 const TOKENIZERS: [&str; 5] = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"];
 
-/// Entries of `config.json` that give parameters their meaning and do not show in their shapes.
+/// Entries of `config.json` that change the meaning of parameters without changing their shapes.
 const MEANING: [&str; 10] = [
     "model_type",
     "n_head",
@@ -31,13 +31,13 @@ const MEANING: [&str; 10] = [
 /// A model on disk.
 pub(super) struct Checkpoint {
     path: PathBuf,
-    /// The files, and the name of each in the folder.
+    /// The files, each with its name in the folder.
     pub(super) files: Vec<(String, SafeTensors)>,
     at: BTreeMap<String, usize>,
 }
 
 impl Checkpoint {
-    /// Opens a file, or a folder with `model.safetensors`, with the files of an index, or with one safetensors file.
+    /// Opens a safetensors file, or a folder with `model.safetensors`, with an index and its files, or with one safetensors file.
     pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         if !path.exists() {
             let message = "there is no such file or folder; models of a hub have to be downloaded first";
@@ -56,7 +56,7 @@ impl Checkpoint {
             names.sort();
             names.dedup();
             for name in names {
-                // Not a path out of the folder.
+                // The name must not lead out of the folder.
                 if Path::new(name).file_name().is_none_or(|n| n != name.as_str()) {
                     return Err(Error::format(
                         path.join(INDEX),
@@ -102,7 +102,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// The folder of configuration and tokenizer, if it is not a file alone.
+    /// The folder with the configuration and the tokenizer; `None` if the checkpoint is a single file.
     pub(super) fn folder(&self) -> Option<&Path> {
         self.path.is_dir().then_some(&*self.path)
     }
@@ -118,12 +118,12 @@ impl Checkpoint {
         }
     }
 
-    /// Bytes of a tensor from `start` on, as they are.
+    /// Reads the bytes of a tensor from byte `start` on, without conversion.
     pub(super) fn bytes(&self, name: &str, start: usize, buffer: &mut [u8]) -> Result<()> {
         self.file(name)?.read_part(name, start, buffer)
     }
 
-    /// Elements of a float tensor from `start` on, until `out` is full; `raw` is room for their bytes.
+    /// Reads the elements of a float tensor from element `start` on, until `out` is full. `raw` is a buffer for their bytes.
     ///
     /// # Errors
     /// If the file cannot be read, or has a value that is not finite.
@@ -147,14 +147,14 @@ impl Checkpoint {
                 out.iter_mut().zip(raw.chunks_exact(4)).for_each(|(o, b)| *o = value(b));
             }
         }
-        // Without branches: an exponent of ones is an infinity or a NaN.
+        // This has no branches: an exponent of ones means an infinity or a NaN.
         match out.iter().fold(false, |bad, x| bad | (x.to_bits() & 0x7f80_0000 == 0x7f80_0000)) {
             false => Ok(()),
             true => Err(Error::format(file.path(), format!("the tensor {name} has values that are not finite"))),
         }
     }
 
-    /// Refuses a model whose parameters do not mean what this one's do.
+    /// Refuses a model whose parameters do not have the same meaning as this one's.
     pub(super) fn expect_relative(&self, other: &Checkpoint) -> Result<()> {
         let refused = |message: String| Err(Error::format(other.path(), format!("{message} {}", self.path.display())));
         let missing: Vec<&String> = self.at.keys().filter(|n| !other.at.contains_key(*n)).take(3).collect();
@@ -197,7 +197,7 @@ impl Checkpoint {
     }
 }
 
-/// The safetensors file of a folder without an index.
+/// The safetensors file of a folder that has no index and no other safetensors file.
 fn the_only_file(folder: &Path) -> Result<PathBuf> {
     let usual = folder.join("model.safetensors");
     if usual.exists() {
@@ -231,7 +231,7 @@ fn dtype_of(e: ElementType) -> Option<DType> {
     }
 }
 
-/// Refuses floats that are not computed with; `None` for what is no float and stays as it is.
+/// The dtype of a float tensor. Refuses floats that are not supported; `None` for other element types, which are copied.
 pub(super) fn merged_dtype(path: &Path, info: &TensorInfo) -> Result<Option<DType>> {
     match info.dtype {
         ElementType::BOOL
@@ -258,13 +258,14 @@ fn float(file: &SafeTensors, info: &TensorInfo) -> Result<DType> {
     merged_dtype(file.path(), info)?.ok_or_else(not)
 }
 
-/// `config.json`, or nothing where there is none.
+/// `config.json`, or null if there is none.
 pub(super) fn config(folder: &Path) -> Result<Value> {
     let path = folder.join("config.json");
     if path.exists() { io::read_json(path) } else { Ok(Value::Null) }
 }
 
-/// What a tokenizer's file says of tokens; of `tokenizer.json` the parts that do, so that padding or formatting may differ.
+/// The content of a tokenizer's file that defines tokens. For `tokenizer.json` these are only some of its parts, so that padding or
+/// formatting may differ.
 fn tokenizer(path: &Path) -> Result<Option<Vec<u8>>> {
     if !path.exists() {
         return Ok(None);

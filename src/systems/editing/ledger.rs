@@ -1,10 +1,10 @@
-//! What sources and searches have cost.
+//! The ledger of what sources and searches have cost.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// The privacy that a source was tuned with.
+/// The privacy budget with which a source was tuned.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Privacy {
     /// ε of the run.
@@ -22,29 +22,29 @@ pub struct Cost {
     pub flops: f64,
     /// Seconds on the clock.
     pub seconds: f64,
-    /// ε and δ, if the run was private; then its records are taken to be in no other source.
+    /// ε and δ, if the run was private. The records of a private run are assumed to be in no other source.
     pub privacy: Option<Privacy>,
 }
 
 /// The costs of a pool's sources and searches.
 ///
-/// Private sources have disjoint records, so that the edited model protects each record as its own source does (parallel composition,
-/// McSherry 2009): the whole has the largest ε and the largest δ. This holds while weights are chosen on public data.
+/// Private sources are assumed to have disjoint records, so that the edited model protects each record as its own source does (parallel
+/// composition, McSherry 2009): the whole has the largest ε and the largest δ. This holds as long as weights are chosen on public data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ledger {
-    /// Name and cost of each source that was ever tuned, also of those that were replaced or removed since.
+    /// Name and cost of each run of tuning, including those of sources that were replaced or removed since.
     pub sources: Vec<(String, Cost)>,
-    /// Candidates and seconds of each search.
+    /// Number of candidates and seconds of each search.
     pub searches: Vec<(usize, f64)>,
 }
 
 impl Ledger {
-    /// Tokens of all sources.
+    /// The tokens of all sources together.
     pub fn tokens(&self) -> u64 {
         self.sources.iter().map(|(_, c)| c.tokens).sum()
     }
-    /// ε and δ of everything that was made of the private sources, whose records are in one source each: the largest of any source. The
-    /// runs of one source, replaced ones among them, looked at the same records, so that theirs add up (basic composition). `None` if no
+    /// ε and δ of everything that was made of the private sources, whose records are each in one source: the largest of any source. The
+    /// runs of one source, including replaced ones, used the same records, so their ε and δ are added up (basic composition). `None` if no
     /// source is private.
     ///
     /// ```
@@ -66,7 +66,7 @@ impl Ledger {
         let mut all = sums.values();
         all.next().map(|first| all.fold(*first, largest))
     }
-    /// FLOPs of all sources.
+    /// The FLOPs of all sources together.
     pub fn flops(&self) -> f64 {
         self.sources.iter().map(|(_, c)| c.flops).sum()
     }

@@ -8,10 +8,11 @@
 //! The weights are searched on validation data, in memory: no candidate is written to a file. A source can be replaced or removed
 //! without tuning the others again.
 //!
-//! A [`VectorPool`] holds the base and the vectors; [`Merge`] says how they are combined (the sum above, one λ for all, a soup, TIES
-//! or DARE); [`Search`] finds weights; the [`Ledger`] lists what sources and searches have cost, in tokens, FLOPs, seconds and ε.
+//! A [`VectorPool`] holds the base and the vectors; [`Merge`] says how they are combined (the sum above, one λ for all, a soup, TIES or
+//! DARE); [`Search`] finds weights; the [`Ledger`] lists the costs of sources and searches, in tokens, FLOPs, seconds and ε.
 //!
-//! [`merge_files`] merges checkpoints on disk that are larger than memory; a [`Recipe`] says how, and can be read in mergekit's form.
+//! [`merge_files`] merges checkpoints on disk that are larger than memory. A [`Recipe`] describes the merge, and can be read in mergekit's
+//! form.
 //!
 //! ```
 //! use prismgrad::prelude::*;

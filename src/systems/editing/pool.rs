@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What has to be equal for vectors to be added: the hash of a tokenizer, the order of experts, whatever else gives parameters their
-/// meaning and does not show in their shapes.
+/// What must be equal for vectors to be added: the hash of a tokenizer, the order of experts, and anything else that changes the meaning of
+/// parameters without changing their shapes.
 pub type Tags = BTreeMap<String, String>;
 
-/// A base model and the vectors of its sources, in f32; on the CPU, or where [`VectorPool::to`] has taken them.
+/// A base model and the vectors of its sources, in f32. They are on the CPU unless [`VectorPool::to`] has moved them.
 #[derive(Clone, Debug)]
 pub struct VectorPool {
     base: Vec<(String, Array)>,
@@ -38,9 +38,10 @@ struct Source {
 /// Θᵢ − Θ of one tensor.
 #[derive(Clone, Debug)]
 struct Difference {
-    /// Rounded to f32.
+    /// The differences, rounded to f32.
     values: Array,
-    /// What rounding has taken, where it has: (element, rest). Base, difference and rest add up to the source's value to the bit.
+    /// The rounding error of the elements that have one: (element, rest). Base, difference and rest add up to the source's value to the
+    /// bit.
     rest: Vec<(u32, f32)>,
 }
 
@@ -58,16 +59,16 @@ impl Difference {
     }
 }
 
-/// How the vectors of a pool lie to each other.
+/// How the vectors of a pool are related to each other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Diagnosis {
-    /// Names of the sources, in the order of all that follows.
+    /// Names of the sources, in the order of the other fields.
     pub sources: Vec<String>,
-    /// Cosine of the angle between each two vectors.
+    /// Cosine of the angle between each pair of vectors.
     pub cosines: Vec<Vec<f64>>,
-    /// Of each layer its name and the norm of each vector there.
+    /// The name of each layer, and the norm of each vector in it.
     pub norms: Vec<(String, Vec<f64>)>,
-    /// Of each source the elements whose edit would be lost if the difference were taken between values that were rounded to bf16.
+    /// For each source, the number of elements whose edit would be lost if the difference were taken between values rounded to bf16.
     pub lost_in_bf16: Vec<usize>,
 }
 
@@ -76,7 +77,7 @@ fn layer_of(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(layer, _)| layer)
 }
 
-/// Values of all parameters, by name, on the CPU. Not f64, whose differences f32 does not hold.
+/// Values of all parameters, by name, on the CPU. f64 is refused, because f32 does not hold its differences.
 fn values(params: &Params) -> Result<Vec<(String, Array)>> {
     let value = |p: Param| match p.dtype() {
         DType::F64 => {
@@ -90,7 +91,7 @@ fn values(params: &Params) -> Result<Vec<(String, Array)>> {
 }
 
 impl VectorPool {
-    /// A pool without sources over the values that `params` have now.
+    /// A pool without sources over the present values of `params`.
     ///
     /// # Errors
     /// If there are no parameters, or some are f64 or not finite.
@@ -108,11 +109,11 @@ impl VectorPool {
         let hash = format!("{:08x}", crc.finalize());
         Ok(VectorPool { base, tags, hash, device: Device::Cpu, sources: Vec::new(), ledger: Ledger::default() })
     }
-    /// Takes base and vectors to a device. Weighted sums are then formed there, in one pass over each tensor; TIES and DARE choose their
+    /// Moves base and vectors to a device. Weighted sums are then computed there, in one pass over each tensor; TIES and DARE choose their
     /// entries on the CPU.
     ///
     /// # Errors
-    /// If the device has no room for them; the pool stays where it was then.
+    /// If the device has no room for them. The pool then stays where it was.
     pub fn to(&mut self, device: &Device) -> Result<()> {
         let base = self.base.iter().map(|(n, a)| Ok((n.clone(), a.to(device)?))).collect::<Result<Vec<_>>>()?;
         let there = |s: &Source| {
@@ -135,7 +136,7 @@ impl VectorPool {
     pub fn names(&self) -> Vec<&str> {
         self.sources.iter().map(|s| s.name.as_str()).collect()
     }
-    /// What sources and searches have cost.
+    /// The costs of sources and searches.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
@@ -149,10 +150,10 @@ impl VectorPool {
             .position(|s| s.name == name)
             .ok_or_else(|| Error::invalid("VectorPool", format!("no source {name:?}; there are {:?}", self.names())))
     }
-    /// Takes the difference of the values that `tuned` have now, as a new source.
+    /// Adds a new source: the difference between the present values of `tuned` and the base.
     ///
     /// # Errors
-    /// If the name is taken, or names, shapes, dtypes or tags are not the base's, or a value is not finite; nothing is added then.
+    /// If the name is taken, if names, shapes, dtypes or tags are not the base's, or if a value is not finite. Nothing is added then.
     pub fn add(&mut self, name: &str, tuned: &Params, tags: Tags, cost: Cost) -> Result<()> {
         if self.place(name).is_ok() {
             return Err(Error::invalid(
@@ -165,17 +166,17 @@ impl VectorPool {
         self.ledger.sources.push((name.to_string(), cost));
         Ok(())
     }
-    /// Puts another vector in the place of a source's, whose cost stays in the ledger.
+    /// Replaces the vector of a source. The cost of the old one stays in the ledger.
     ///
     /// # Errors
-    /// As [`VectorPool::add`], and if there is no such source.
+    /// Those of [`VectorPool::add`], and if there is no such source.
     pub fn replace(&mut self, name: &str, tuned: &Params, tags: Tags, cost: Cost) -> Result<()> {
         let i = self.place(name)?;
         self.sources[i] = self.difference(name, tuned, &tags)?;
         self.ledger.sources.push((name.to_string(), cost));
         Ok(())
     }
-    /// Takes a source out. What is merged from then on is bit for bit what a pool would merge that never had it.
+    /// Removes a source. Later merges are bit for bit those of a pool that never had it.
     ///
     /// # Errors
     /// If there is no such source.
@@ -202,12 +203,12 @@ impl VectorPool {
     }
     /// `tuned` − `base`, element by element.
     fn subtract(&self, base: &Array, tuned: &Array) -> Result<Difference> {
-        // 16-bit values are f32 values.
+        // 16-bit values are exact in f32.
         let (base, tuned) = (base.to(&Device::Cpu)?.cast(DType::F32), tuned.cast(DType::F32));
         let mut rest = Vec::new();
         let one = |(e, (b, t)): (usize, (&f32, &f32))| {
             let value = (*t as f64 - *b as f64) as f32;
-            // Base and value nearly cancel all but the source, so that their sum loses nothing that matters to it.
+            // The sum of base and value is close to the tuned value, so that the rest is computed without a loss that matters.
             let left = *t as f64 - (*b as f64 + value as f64);
             if left != 0.0 {
                 rest.push((e as u32, left as f32));
@@ -218,7 +219,7 @@ impl VectorPool {
         let values: Vec<f32> = pairs.enumerate().map(one).collect();
         Ok(Difference { values: Array::from_slice(&values, base.shape())?.to(&self.device)?, rest })
     }
-    /// The base's names, shapes and dtypes.
+    /// Fails unless names, shapes and dtypes are the base's.
     fn expect_alike(&self, name: &str, other: &[(String, Array)]) -> Result<()> {
         let described = |(n, a): &(String, Array)| format!("{n} {:?} {}", a.shape(), a.dtype());
         let (own, theirs): (Vec<_>, Vec<_>) =
@@ -236,7 +237,7 @@ impl VectorPool {
     /// Sets `params` to the merged model.
     ///
     /// # Errors
-    /// If the merge makes no sense for this pool, or `params` are not the base's names, shapes and dtypes; nothing is changed then.
+    /// If the merge is not valid for this pool, or if `params` do not have the base's names, shapes and dtypes. Nothing is changed then.
     pub fn apply(&self, merge: &Merge, params: &Params) -> Result<()> {
         merge.check(self.len())?;
         let all = params.all();
@@ -275,7 +276,7 @@ impl VectorPool {
         let out = combined(&wide, live.iter().map(|(w, v)| (*w, v.values.clone())))?;
         Ok(with_rests(out, &wide, &live)?.cast(base.dtype()))
     }
-    /// ∂loss/∂wᵢ = ⟨∂loss/∂Θ, dᵢ⟩ from the gradients of a loss at some merged model, for the weights to follow it.
+    /// ∂loss/∂wᵢ = ⟨∂loss/∂Θ, dᵢ⟩, from the gradients of a loss at some merged model, for gradient descent on the weights.
     ///
     /// # Errors
     /// If a gradient cannot be summed.
@@ -290,7 +291,7 @@ impl VectorPool {
         }
         Ok(out)
     }
-    /// Angles between the vectors, their norms by layer, and what bf16 would lose of them.
+    /// The angles between the vectors, their norms by layer, and what would be lost in bf16.
     ///
     /// # Errors
     /// If the vectors are on a device that cannot be read.
@@ -329,7 +330,7 @@ impl VectorPool {
     /// Writes each source's vector to `folder` as `NAME.safetensors`, with the base's hash, its tags and its cost.
     ///
     /// # Errors
-    /// If a name is no file name, or a file cannot be written.
+    /// If a name is not a valid file name, or if a file cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         crate::io::create_folder(folder)?;
@@ -357,10 +358,10 @@ impl VectorPool {
         }
         Ok(())
     }
-    /// Reads a vector that [`VectorPool::save`] wrote, as a new source named after the file.
+    /// Reads a vector that [`VectorPool::save`] wrote, as a new source with the name of the file.
     ///
     /// # Errors
-    /// If the file is of another base or other tags, or damaged; nothing is added then.
+    /// If the file is damaged, or belongs to another base or other tags. Nothing is added then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let file = io::SafeTensors::open(path)?;
@@ -413,14 +414,14 @@ impl VectorPool {
     }
 }
 
-/// base + Σ wᵢ·dᵢ, where the arrays are; without history.
+/// base + Σ wᵢ·dᵢ, on the device of the arrays and outside the graph.
 fn combined(base: &Array, terms: impl Iterator<Item = (f64, Array)>) -> Result<Array> {
     let terms: Vec<(f64, Tensor)> = terms.map(|(w, d)| (w, Tensor::new(d))).collect();
     let terms: Vec<(f64, &Tensor)> = terms.iter().map(|(w, d)| (*w, d)).collect();
     Ok(Tensor::new(base.clone()).add_scaled(&terms)?.into_array())
 }
 
-/// The merged tensor with what the rests of its vectors add, where there are any.
+/// The merged tensor, with the rests of its vectors added where there are any.
 fn with_rests(mut out: Array, base: &Array, live: &[(f64, &Difference)]) -> Result<Array> {
     let mut at: Vec<u32> = live.iter().flat_map(|(_, v)| v.rest.iter().map(|r| r.0)).collect();
     at.sort_unstable();
@@ -428,7 +429,7 @@ fn with_rests(mut out: Array, base: &Array, live: &[(f64, &Difference)]) -> Resu
     if at.is_empty() {
         return Ok(out);
     }
-    // The rests last: beside a large base they would be rounded away.
+    // The rests are added last, because beside a large base they would be rounded away.
     if !out.device().is_cuda() {
         let b = base.as_slice::<f32>()?;
         let values = live.iter().map(|(w, v)| Ok((*w, v.values.as_slice::<f32>()?))).collect::<Result<Vec<_>>>()?;

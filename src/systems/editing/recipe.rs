@@ -1,4 +1,4 @@
-//! What a merge of files consists of, and mergekit's form of it.
+//! Recipes for merging files, and mergekit's form of them.
 
 use crate::base::{DType, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -9,17 +9,17 @@ use std::path::PathBuf;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
-    /// Σ wᵢ·Θᵢ, divided by Σ wᵢ unless that is turned off: a soup (Wortsman et al. 2022).
+    /// Σ wᵢ·Θᵢ, divided by Σ wᵢ unless `normalise` is off: a soup (Wortsman et al. 2022).
     Linear,
     /// Θ + λ·Σ wᵢ·dᵢ (Ilharco et al. 2023).
     TaskArithmetic,
-    /// The entries of largest magnitude of each dᵢ, of which those are added whose sign is that of the weighted sum; divided by the sum
-    /// of their weights unless that is turned off (TIES, Yadav et al. 2023). Of a tensor with n entries ⌊density·n⌋ stay, which may be
-    /// none of a small one, where mergekit stops.
+    /// TIES (Yadav et al. 2023): the entries of largest magnitude of each dᵢ are kept, and of these the ones whose sign is that of the
+    /// weighted sum are added. The sum is divided by the sum of their weights unless `normalise` is off. Of a tensor with n entries
+    /// ⌊density·n⌋ are kept. This may be none of a small tensor, where mergekit stops.
     Ties,
-    /// Entries of each dᵢ drawn at random, then as task arithmetic (DARE, Yu et al. 2024).
+    /// Entries of each dᵢ are drawn at random and added as in task arithmetic (DARE, Yu et al. 2024).
     DareLinear,
-    /// Entries of each dᵢ drawn at random, then signs as in TIES.
+    /// Entries of each dᵢ are drawn at random and added with elected signs as in TIES.
     DareTies,
 }
 
@@ -35,7 +35,7 @@ impl Method {
     /// The method of this name.
     ///
     /// # Errors
-    /// If it is none of those here; the error lists them.
+    /// If there is no method of this name. The error lists the names.
     pub fn named(name: &str) -> Result<Method> {
         let known = METHODS.map(|m| m.0).join(", ");
         METHODS
@@ -44,15 +44,15 @@ impl Method {
             .map(|m| m.1)
             .ok_or_else(|| invalid(format!("the method '{name}' is not one of those here, which are {known}")))
     }
-    /// Its name.
+    /// The method's name.
     pub fn name(self) -> &'static str {
         METHODS.iter().find(|m| m.1 == self).map_or("", |m| m.0)
     }
-    /// Whether weights are divided by their sum where nothing else is asked for.
+    /// Whether weights are divided by their sum by default.
     pub fn normalises(self) -> bool {
         matches!(self, Method::Linear | Method::Ties)
     }
-    /// What happens to the entries that are left where nothing else is asked for.
+    /// How the entries that are kept are rescaled by default.
     pub fn rescales(self) -> Rescale {
         if self.draws() { Rescale::Norm } else { Rescale::No }
     }
@@ -64,53 +64,54 @@ impl Method {
     pub(super) fn draws(self) -> bool {
         matches!(self, Method::DareLinear | Method::DareTies)
     }
-    /// Whether a sign is elected.
+    /// Whether a sign is elected for each element.
     pub(super) fn elects(self) -> bool {
         matches!(self, Method::Ties | Method::DareTies)
     }
 }
 
-/// What becomes of the entries of a vector that are left when others were taken out.
+/// How the entries of a vector that are kept are rescaled when others are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rescale {
     /// They stay as they are.
     No,
-    /// They are multiplied so that the tensor's sum of magnitudes is what it was before, as mergekit does for `rescale: true`.
+    /// They are multiplied so that the tensor's sum of magnitudes stays the same, as in mergekit with `rescale: true`.
     Norm,
     /// They are divided by the density, as in the paper on DARE. In expectation both are the same.
     Density,
 }
 
-/// A model that is merged.
+/// One of the models that are merged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     /// A safetensors file, or a folder with `model.safetensors` or with several files and their index.
     pub path: PathBuf,
     /// Its weight.
     pub weight: f64,
-    /// The share of its entries that is kept, in (0, 1], by the methods that leave some out.
+    /// The share of its entries that is kept, in (0, 1], by methods that leave some out.
     pub density: f64,
 }
 
-/// What [`merge_files`](super::merge_files) is to do.
+/// The settings of [`merge_files`](super::merge_files).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
-    /// How.
+    /// The method.
     pub method: Method,
-    /// The model that all others were tuned from. [`Method::Linear`] needs none.
+    /// The model from which all others were tuned. [`Method::Linear`] needs none.
     pub base: Option<PathBuf>,
     /// The models.
     pub models: Vec<Model>,
     /// Whether weights are divided by their sum.
     pub normalise: bool,
-    /// What happens to the entries that are left.
+    /// How the entries that are kept are rescaled.
     pub rescale: Rescale,
-    /// Factor of what is added to the base.
+    /// Factor of the sum that is added to the base.
     pub lambda: f64,
-    /// Element type of the result's float tensors (f32, bf16 or f16); that of the base, or of the first model, if there is none.
+    /// Element type of the result's float tensors (f32, bf16 or f16). If not given, it is that of the base, or of the first model if there
+    /// is no base.
     pub dtype: Option<DType>,
-    /// Seed of what is drawn.
+    /// Seed of the entries that are drawn.
     pub seed: u64,
 }
 
@@ -125,7 +126,7 @@ impl Recipe {
         Recipe { method, base, models, normalise, rescale, lambda: 1.0, dtype: None, seed: 0 }
     }
 
-    /// The model that gives the result its form: names, files, configuration, tokenizer.
+    /// The model from which the result takes its names, files, configuration and tokenizer.
     pub(super) fn reference(&self) -> Result<&PathBuf> {
         let first = self.base.as_ref().or(self.models.first().map(|m| &m.path));
         first.ok_or_else(|| invalid("no models are given"))
@@ -138,7 +139,7 @@ impl Recipe {
         }
     }
 
-    /// Refuses what makes no sense.
+    /// Fails if the settings do not fit together.
     pub(super) fn check(&self) -> Result<()> {
         let method = self.method.name();
         if self.models.is_empty() {
@@ -173,14 +174,15 @@ impl Recipe {
 
     /// Reads a recipe in mergekit's form, from YAML or JSON that has been parsed: `merge_method`, `base_model`, `models` with `model` and
     /// `parameters` (`weight`, `density`) each, `parameters` (`normalize`, `lambda`, `rescale`, and `weight` and `density` for models
-    /// without their own), `dtype` and `out_dtype`. An entry of `models` that is the base is passed over, as there, except in a linear
-    /// merge. `int8_mask` changes nothing here.
+    /// without their own), `dtype` and `out_dtype`. An entry of `models` that is the base is skipped, as in mergekit, except in a linear
+    /// merge. `int8_mask` has no effect here.
     ///
-    /// The element type in which mergekit computes (`dtype`) is that of its result; here sums are taken in f64 whatever it is.
+    /// mergekit computes in the element type `dtype`, which is also that of its result. Here it is only that of the result, and sums are
+    /// always taken in f64.
     ///
     /// # Errors
-    /// If something is asked for that is not done here, by its name: other methods, `slices`, `modules`, changes of the tokenizer, values
-    /// that depend on the layer or the tensor.
+    /// If the recipe has something that is not supported, which the error names: other methods, `slices`, `modules`, changes of the
+    /// tokenizer, or values that depend on the layer or the tensor.
     pub fn from_mergekit(config: &Value) -> Result<Recipe> {
         let all = config.as_object().ok_or_else(|| invalid("the configuration is no mapping with names and values"))?;
         for (key, value) in all {
@@ -239,7 +241,7 @@ impl Recipe {
     }
 }
 
-/// f32, bf16 or f16, by mergekit's name or by ours.
+/// f32, bf16 or f16, by mergekit's name or by that of [`DType`].
 pub fn dtype_named(name: &str) -> Result<DType> {
     match name {
         "float32" | "f32" => Ok(DType::F32),

@@ -1,4 +1,4 @@
-//! Weights by what validation data say of them.
+//! Search for weights on validation data.
 
 use super::merge::Merge;
 use super::pool::VectorPool;
@@ -12,48 +12,49 @@ use std::time::Instant;
 /// How weights in [0, 1] are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Search {
-    /// One weight at a time over `grid` equally spaced values, the others staying; `rounds` times over all sources, from 1/n each.
+    /// One weight at a time takes `grid` equally spaced values while the others stay fixed. All sources are visited `rounds` times. Every
+    /// weight starts at 1/n.
     Coordinate {
-        /// Values of each weight, at least 2.
+        /// Number of values of each weight, at least 2.
         grid: usize,
-        /// Times that every source is visited.
+        /// Number of times that every source is visited.
         rounds: usize,
     },
-    /// All combinations of `grid` equally spaced values: gridⁿ candidates.
+    /// All combinations of `grid` equally spaced values, which are gridⁿ candidates.
     Grid {
-        /// Values of each weight, at least 2.
+        /// Number of values of each weight, at least 2.
         grid: usize,
     },
     /// Random points, each weight uniform in [0, 1].
     Random {
         /// Number of points.
         candidates: usize,
-        /// Their seed.
+        /// Seed of the points.
         seed: u64,
     },
 }
 
-/// Weights that were tried, and the loss that they gave.
+/// Weights that were tried, and their loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
     /// A weight for each source.
     pub weights: Vec<f64>,
-    /// What the objective returned.
+    /// The value of the objective.
     pub loss: f64,
 }
 
-/// What a search found.
+/// The result of a search.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Found {
-    /// The weights of the smallest loss; of equal ones the first that were tried.
+    /// The weights of the smallest loss; of equal losses, those that were tried first.
     pub weights: Vec<f64>,
-    /// That loss.
+    /// The smallest loss.
     pub loss: f64,
-    /// All that was tried, in order.
+    /// All candidates, in the order in which they were tried.
     pub tried: Vec<Candidate>,
 }
 
-/// What is on disk of a search that may be interrupted.
+/// The state on disk of a search that may be interrupted.
 #[derive(Serialize, Deserialize)]
 struct State {
     base: String,
@@ -63,14 +64,14 @@ struct State {
 }
 
 impl VectorPool {
-    /// Tries weights and returns the best. `objective` gets `params` set to each candidate in turn and returns its loss on validation
-    /// data; a loss that is NaN is never the best. Candidates are formed in memory; afterwards `params` have the best weights.
+    /// Tries weights and returns the best. `objective` is called with `params` set to each candidate in turn and returns its loss on
+    /// validation data. A loss that is NaN is never the best. Candidates are computed in memory; afterwards `params` have the best weights.
     ///
-    /// With a `state` file, each loss is on disk before the next candidate is tried. A search that was killed and is started again with
-    /// the same pool, settings and file takes known losses from it, and ends with the same weights.
+    /// With a `state` file, each loss is on disk before the next candidate is tried. If a search was killed and is started again with the
+    /// same pool, settings and file, it takes known losses from the file, and ends with the same weights.
     ///
     /// # Errors
-    /// If the settings make no sense, the file is of another search, or `objective` fails.
+    /// If the settings are not valid, if the file belongs to another search, or if `objective` fails.
     pub fn search(
         &mut self,
         search: &Search,

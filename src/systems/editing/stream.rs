@@ -1,9 +1,9 @@
-//! Merging models on disk that do not fit into memory.
+//! Merges of models on disk that do not fit into memory.
 //!
-//! A tensor is read in pieces of 2¹⁸ elements from the base and from each model at once, so that memory holds a few such pieces and no
-//! tensor. What has to be known of a whole tensor beforehand takes passes of its own over the files: TIES counts magnitudes twice to
-//! find the one at which it cuts (first the upper, then the lower 16 bits of each), and a rescaling to the old norm adds up magnitudes
-//! once. Differences are taken in f32 and added up in f64; the result is rounded once.
+//! A tensor is read in pieces of 2¹⁸ elements from the base and from all models together, so that memory holds a few such pieces and never
+//! a whole tensor. Some methods need extra passes over the files first. TIES counts magnitudes twice to find where it cuts (first by the
+//! upper, then by the lower 16 bits of each), and rescaling to the old norm sums magnitudes once. Differences are taken in f32 and added up
+//! in f64; the result is rounded once.
 
 use super::files::{Checkpoint, INDEX, config, is_float, merged_dtype};
 use super::merge::Mix;
@@ -21,13 +21,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// The recipe, beside the result.
+/// The file name of the recipe, beside the result.
 const RECIPE: &str = "merge.json";
 
-/// Elements that are read at a time.
+/// Number of elements that are read at a time.
 const PIECE: usize = 1 << 18;
 
-/// Files that go with a model: those with one of these names, or whose name begins with what comes before the `*`.
+/// Files that belong to a model: those with one of these names, or whose name begins with the part before the `*`.
 const COMPANIONS: [&str; 10] = [
     "generation_config.json",
     "tokenizer*",
@@ -41,16 +41,16 @@ const COMPANIONS: [&str; 10] = [
     "preprocessor_config.json",
 ];
 
-/// What [`merge_files`] has done.
+/// What [`merge_files`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Merged {
     /// Tensors that were merged.
     pub tensors: usize,
-    /// Their elements.
+    /// Number of elements in these tensors.
     pub elements: u64,
-    /// Tensors of integers and masks, which are the base's.
+    /// Number of tensors of integers and masks, which are copied from the base.
     pub copied: usize,
-    /// Bytes read from all models, those that were read twice counted twice.
+    /// Bytes read from all models. Bytes that were read twice count twice.
     pub read: u64,
     /// Bytes of tensors written.
     pub written: u64,
@@ -60,13 +60,13 @@ pub struct Merged {
 
 /// Merges safetensors checkpoints into the folder `out`, piece by piece.
 ///
-/// The result has the names, files and index of the base (or of the first model, if there is none), its configuration and tokenizer, and
-/// `merge.json` with the recipe. It appears whole or not at all. `progress` gets the bytes written so far and those of the whole.
+/// The result has the names, files and index of the base (or of the first model, if there is no base), its configuration and tokenizer, and
+/// `merge.json` with the recipe. It appears as a whole or not at all. `progress` gets the number of bytes written so far and the total.
 ///
 /// # Errors
-/// If the recipe makes no sense, a file cannot be read or is damaged, a model has other tensors, shapes, experts or tokens than the base,
-/// a value is not finite or becomes so in the result's element type, or `out` is there already and is not to be replaced; only what an
-/// earlier merge has made is. Nothing is written then.
+/// If the recipe is not valid; if a file cannot be read or is damaged; if a model has other tensors, shapes, experts or tokens than the
+/// base; if a value is not finite or becomes so in the result's element type; or if `out` exists and `replace` is not set. Only the result
+/// of an earlier merge is replaced. On an error nothing is written.
 pub fn merge_files(recipe: &Recipe, out: &Path, replace: bool, mut progress: impl FnMut(u64, u64)) -> Result<Merged> {
     let start = Instant::now();
     recipe.check()?;
@@ -96,7 +96,7 @@ pub fn merge_files(recipe: &Recipe, out: &Path, replace: bool, mut progress: imp
     Ok(done)
 }
 
-/// Refuses a result in the place of a model that is read.
+/// Refuses a result that would replace a model that is read.
 fn expect_apart(out: &Path, model: &Path) -> Result<()> {
     let real = |p: &Path| p.canonicalize().unwrap_or_else(|_| p.to_path_buf());
     match real(model).starts_with(real(out)) {
@@ -108,7 +108,7 @@ fn expect_apart(out: &Path, model: &Path) -> Result<()> {
     }
 }
 
-/// Refuses to replace a folder that no merge has made.
+/// Refuses to replace a folder that was not made by a merge.
 fn expect_own(out: &Path) -> Result<()> {
     let Ok(mut entries) = fs::read_dir(out) else { return Ok(()) };
     match entries.next().is_none() || out.join(RECIPE).exists() {
@@ -121,7 +121,7 @@ fn expect_own(out: &Path) -> Result<()> {
     }
 }
 
-/// A merge that is under way.
+/// A merge in progress.
 struct Merging<'a> {
     recipe: &'a Recipe,
     reference: &'a Checkpoint,
@@ -129,11 +129,11 @@ struct Merging<'a> {
     mix: Mix,
     /// Whether the base is subtracted from the models and added at the end.
     differences: bool,
-    /// Of all weights.
+    /// The sum of all weights.
     sum: f64,
 }
 
-/// Which entries of one tensor of one model stay, and by what they are multiplied.
+/// Which entries of one tensor of one model are kept, and their factor.
 #[derive(Clone, Copy)]
 struct Kept {
     rule: Entries,
@@ -143,18 +143,18 @@ struct Kept {
 #[derive(Clone, Copy)]
 enum Entries {
     All,
-    /// Those whose magnitude has larger bits than these, and of those with the same bits the first `ties` that are still to come.
+    /// Those whose magnitude has larger bits than `bits`, and the next `ties` entries with the same bits.
     Largest {
         bits: u32,
         ties: usize,
     },
-    /// Those that are drawn.
+    /// Those that are drawn at random.
     Drawn {
         stream: u64,
     },
 }
 
-/// One model's elements of a piece.
+/// One model's elements in the present piece.
 struct Lane<'a> {
     model: &'a Checkpoint,
     kept: Kept,
@@ -165,7 +165,7 @@ struct Lane<'a> {
 
 impl Merging<'_> {
     fn write(&self, folder: &Path, done: &mut Merged, progress: &mut impl FnMut(u64, u64)) -> Result<()> {
-        // Everything that may be refused for its type, before anything is written.
+        // Everything that could be refused for its type is checked before anything is written.
         let mut shards = Vec::new();
         let (mut whole, mut places) = (0, BTreeMap::new());
         for (file_name, file) in &self.reference.files {
@@ -220,7 +220,7 @@ impl Merging<'_> {
         Ok(())
     }
 
-    /// One tensor, handed over piece by piece. Returns its elements and the bytes read.
+    /// Merges one tensor, and hands over the result piece by piece. Returns the number of elements and of bytes read.
     fn tensor(
         &self,
         name: &str,
@@ -278,7 +278,7 @@ impl Merging<'_> {
         Ok((n, read))
     }
 
-    /// Finds out what is kept of a tensor of a model; returns how often it was read for this.
+    /// Determines which entries of a model's tensor are kept. Returns how often the tensor was read for this.
     fn prepare(&self, lane: &mut Lane, number: usize, name: &str, n: usize) -> Result<u64> {
         let method = self.recipe.method;
         if lane.density >= 1.0 || n == 0 || !(method.trims() || method.draws()) {
@@ -293,7 +293,7 @@ impl Merging<'_> {
                     self.walk(lane, name, n, |_, values| values.iter().for_each(|v| count(v.abs().to_bits())))
                 })?
             }
-            // A model's number, not its path, so that moving files changes nothing.
+            // The stream depends on a model's number and not its path, so that moving files changes nothing.
             false => Entries::Drawn { stream: hash(&format!("{number}/{name}")) },
         };
         lane.kept.scale = match self.recipe.rescale {
@@ -309,14 +309,14 @@ impl Merging<'_> {
                     kept.take(values, start, density, seed);
                     after += sum(values);
                 })?;
-                // Nothing to speak of stays as it is.
+                // A sum that is nearly 0 is not rescaled.
                 if before < 1e-7 || after < 1e-7 { 1.0 } else { before / after }
             }
         };
         Ok(passes)
     }
 
-    /// Reads a tensor's differences once, piece by piece.
+    /// Reads the differences of a tensor once, piece by piece.
     fn walk(&self, lane: &Lane, name: &str, n: usize, mut f: impl FnMut(usize, &mut [f32])) -> Result<()> {
         let (mut base, mut values, mut raw) = (Vec::new(), Vec::new(), Vec::new());
         for start in (0..n).step_by(PIECE) {
@@ -335,7 +335,7 @@ impl Merging<'_> {
 }
 
 impl Kept {
-    /// Sets the entries to 0 that do not stay; `values` begin at element `start` of the tensor.
+    /// Sets the entries that are not kept to 0. `values` begin at element `start` of the tensor.
     fn take(&mut self, values: &mut [f32], start: usize, density: f64, seed: u64) {
         match &mut self.rule {
             Entries::All => {}
@@ -356,11 +356,11 @@ impl Kept {
     }
 }
 
-/// Where magnitudes are cut so that the `keep` largest stay. `read` reads all of them, as the bits of floats of plus sign, whose order
+/// The cut at which the `keep` largest magnitudes are kept. `read` goes through all magnitudes as the bits of positive floats, whose order
 /// is that of the numbers.
 fn cut(keep: usize, mut read: impl FnMut(&mut dyn FnMut(u32)) -> Result<()>) -> Result<Entries> {
     let mut left = keep;
-    // The bin in which the last one that stays lies, from the top.
+    // The bin of the smallest entry that is kept, counted from the top.
     let mut bin = |counts: &[u64]| -> usize {
         for (i, &count) in counts.iter().enumerate().rev() {
             if left as u64 <= count {
@@ -401,7 +401,7 @@ fn encode(values: &[f32], dtype: ElementType, out: &mut Vec<u8>) {
     }
 }
 
-/// Whether all exponents are of numbers.
+/// Whether no exponent is that of an infinity or a NaN.
 fn finite(bytes: &[u8], dtype: ElementType) -> bool {
     let all_ones = |mask: u8, low: u8| move |b: &[u8]| b[b.len() - 1] & mask == mask && b[b.len() - 2] & low == low;
     match dtype {
@@ -411,7 +411,7 @@ fn finite(bytes: &[u8], dtype: ElementType) -> bool {
     }
 }
 
-/// Configuration, tokenizer and recipe.
+/// Copies the configuration and the tokenizer, and writes the recipe.
 fn companions(recipe: &Recipe, reference: &Checkpoint, folder: &Path) -> Result<()> {
     io::write_json(folder.join(RECIPE), recipe)?;
     let Some(from) = reference.folder() else { return Ok(()) };

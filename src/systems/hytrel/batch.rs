@@ -1,4 +1,4 @@
-//! Several tables as one hypergraph.
+//! A batch of tables as one hypergraph.
 
 use super::tokens::{Encoded, TableTokenizer};
 use crate::array::Array;
@@ -9,14 +9,14 @@ use crate::data::hypergraph::kind;
 use crate::nn::hypergraph::Structure;
 use crate::random::Rng;
 
-/// Which hyperedges have their cells; the others are empty. All of them by default.
+/// Which hyperedges contain their cells; the others are empty. By default all contain them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sets {
-    /// That of the whole table.
+    /// The hyperedge of the whole table.
     pub table: bool,
-    /// Those of the columns.
+    /// The hyperedges of the columns.
     pub columns: bool,
-    /// Those of the rows.
+    /// The hyperedges of the rows.
     pub rows: bool,
 }
 
@@ -26,8 +26,8 @@ impl Default for Sets {
     }
 }
 
-/// A batch of tables: one sample each. Hyperedges come by table, in each the table's, the columns', the rows'; after all of them come the
-/// cells' own.
+/// A batch of tables, each of which is a sample. Hyperedges are ordered by table; for each table first its own, then those of the columns,
+/// then those of the rows. The cells' own hyperedges come after those of all tables.
 #[derive(Clone, Debug)]
 pub struct TableBatch {
     graph: Hypergraph,
@@ -35,7 +35,7 @@ pub struct TableBatch {
     ids: Array,
     bags: Segments,
     shapes: Vec<(usize, usize)>,
-    /// Of each table, its first hyperedge and its first cell.
+    /// The first hyperedge and the first cell of each table.
     first: Vec<(usize, usize)>,
 }
 
@@ -87,12 +87,13 @@ impl TableBatch {
         let structure = graph.structure().clone();
         Ok(TableBatch { graph, structure, ids, bags: Segments::lengths(&lengths), shapes, first })
     }
-    /// The same with sums that do not depend on the order of rows and columns, to the bit; see [`Structure::by_values`].
+    /// The same batch with sums that do not depend on the order of rows and columns, to the bit; see [`Structure::by_values`].
     pub fn by_values(mut self) -> TableBatch {
         self.structure = self.structure.by_values();
         self
     }
-    /// The same with each incidence left out with probability `p`, but for the cells' own hyperedges: a view of the contrastive objective.
+    /// The same batch with each incidence left out with probability `p`, except those of the cells' own hyperedges. This is a view of the
+    /// contrastive objective.
     pub fn thinned(&self, p: f64, rng: &mut Rng) -> Result<TableBatch> {
         let graph = self.graph.thinned(p, rng)?;
         Ok(TableBatch { structure: graph.structure().clone(), graph, ..self.clone() })
@@ -101,11 +102,11 @@ impl TableBatch {
     pub fn graph(&self) -> &Hypergraph {
         &self.graph
     }
-    /// What the layers take.
+    /// The structure that the layers use.
     pub fn structure(&self) -> &Structure {
         &self.structure
     }
-    /// Tokens of the texts: of the hyperedges that are not cells' own, then of the cells.
+    /// The tokens of the texts: first those of the hyperedges that are not cells' own, then those of the cells.
     pub fn tokens(&self) -> (&Array, &Segments) {
         (&self.ids, &self.bags)
     }
@@ -113,11 +114,11 @@ impl TableBatch {
     pub fn tables(&self) -> usize {
         self.shapes.len()
     }
-    /// Rows and columns of a table.
+    /// Number of rows and columns of a table.
     pub fn shape(&self, table: usize) -> (usize, usize) {
         self.shapes[table]
     }
-    /// Hyperedges that are not cells' own.
+    /// Number of hyperedges that are not cells' own.
     pub fn sets(&self) -> usize {
         self.graph.edges() - self.graph.nodes()
     }
@@ -125,17 +126,17 @@ impl TableBatch {
     pub fn table_edges(&self) -> Vec<u32> {
         self.first.iter().map(|f| f.0 as u32).collect()
     }
-    /// The hyperedge of each column of each table, and whose it is.
+    /// The hyperedge of each column of each table, and the number of the table.
     pub fn column_edges(&self) -> (Vec<u32>, Vec<u32>) {
         let of = |t: usize| (0..self.shapes[t].1).map(move |c| ((self.first[t].0 + 1 + c) as u32, t as u32));
         (0..self.tables()).flat_map(of).unzip()
     }
-    /// The cells of a table: the first, and how many.
+    /// The numbers of the cells of a table, as a range.
     pub fn cells_of(&self, table: usize) -> std::ops::Range<usize> {
         let (r, c) = self.shapes[table];
         self.first[table].1..self.first[table].1 + r * c
     }
-    /// Whose cells.
+    /// The map of cells to samples.
     pub fn cell_samples(&self) -> &Samples {
         self.structure.nodes()
     }

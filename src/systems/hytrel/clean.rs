@@ -1,8 +1,8 @@
-//! What is done to the text of a table before it is cut into tokens.
+//! Cleaning of a table's text before it is cut into tokens.
 
 use crate::data::Table;
 
-/// Letters with a mark, and what stays of them in ASCII.
+/// Letters with a diacritical mark, and their replacement in ASCII.
 const FOLDS: &[(&str, &str)] = &[
     ("àáâãäåāăą", "a"),
     ("çćĉċč", "c"),
@@ -38,15 +38,15 @@ const FOLDS: &[(&str, &str)] = &[
     ("\u{a0}\u{2009}\u{202f}", " "),
 ];
 
-/// A text in lower-case ASCII with single spaces: letters lose their marks, other characters outside ASCII become spaces, templates of
-/// wikis (`{{…}}`), pipes, and what is left of table tags (`td`, `th`, `tr` at the start) go. An empty text, and one that says it is
-/// missing, becomes empty.
+/// A text in lower-case ASCII with single spaces. Letters lose their diacritical marks, and other characters outside ASCII become spaces.
+/// Wiki templates (`{{…}}`), pipes, and remains of table tags (`td`, `th`, `tr` at the start) are removed. A text that is empty or says
+/// that it is missing becomes empty.
 pub fn clean(text: &str) -> String {
     let mut ascii = String::with_capacity(text.len());
     for c in text.chars().flat_map(char::to_lowercase) {
         match FOLDS.iter().find(|(from, _)| !c.is_ascii() && from.contains(c)) {
             Some((_, to)) => ascii.push_str(to),
-            // Marks that stand alone after their letter.
+            // Marks that are characters of their own after their letter are dropped.
             None if ('\u{300}'..='\u{36f}').contains(&c) => {}
             None if c.is_ascii_graphic() => ascii.push(c),
             None => ascii.push(' '),
@@ -72,12 +72,13 @@ pub fn clean(text: &str) -> String {
 pub enum Part<'a> {
     /// Text without digits.
     Text(&'a str),
-    /// A number: its digits without the point and without zeros around them, and the power of ten of the first one.
+    /// A number: its digits without the point and without zeros at either end, and the power of ten of the first digit.
     Number(String, i32),
 }
 
-/// Text divided into numbers and what lies between. A number is a run of digits, with at most one point between digits: signs, commas and
-/// currencies are text. `3.140` is the digits 314 and the power 0, `1500` the digits 15 and the power 3, `0.05` the digit 5 and −2.
+/// Splits a text into numbers and the text between them. A number is a run of digits, with at most one point between digits; signs, commas
+/// and currencies are text. `3.140` gives the digits 314 and the power 0, `1500` the digits 15 and the power 3, `0.05` the digit 5 and the
+/// power −2.
 pub fn numbers(text: &str) -> Vec<Part<'_>> {
     let bytes = text.as_bytes();
     let digits = |mut at: usize| {
@@ -94,7 +95,7 @@ pub fn numbers(text: &str) -> Vec<Part<'_>> {
             continue;
         }
         let end = if bytes.get(whole) == Some(&b'.') { digits(whole + 1) } else { whole };
-        // A point that no digit follows ends a sentence.
+        // A point without a digit after it ends a sentence.
         let end = if end == whole + 1 { whole } else { end };
         if from < at {
             parts.push(Part::Text(&text[from..at]));
@@ -114,7 +115,8 @@ pub fn numbers(text: &str) -> Vec<Part<'_>> {
     parts
 }
 
-/// A table of more than `columns` columns as several of at most so many, each with all rows. With `subject` the first column is in each.
+/// Splits a table of more than `columns` columns into several of at most that many, each with all rows. With `subject` each of them has the
+/// first column.
 pub fn wide_pieces(table: &Table, columns: usize, subject: bool) -> Vec<Table> {
     let all: Vec<usize> = (0..table.columns()).collect();
     if all.len() <= columns || columns < 1 + usize::from(subject) {

@@ -1,4 +1,4 @@
-//! The encoder.
+//! The encoder of HyTrel.
 
 use super::batch::TableBatch;
 use crate::array::Array;
@@ -15,11 +15,11 @@ pub struct HyTrelConfig {
     pub vocab: usize,
     /// Width.
     pub d: usize,
-    /// Layers.
+    /// Number of layers.
     pub layers: usize,
-    /// Heads of each attention.
+    /// Number of heads of each attention.
     pub heads: usize,
-    /// Dropout.
+    /// Dropout, at every place where the paper has it.
     pub dropout: f64,
 }
 
@@ -32,7 +32,7 @@ impl HyTrelConfig {
     pub fn small(vocab: usize) -> HyTrelConfig {
         HyTrelConfig { vocab, d: 64, layers: 2, heads: 4, dropout: 0.1 }
     }
-    /// Number of parameters: V·d + 2·d + L·(22·d² + 29·d).
+    /// Number of parameters: V·d + 2·d + L·(22·d² + 29·d), for a vocabulary of V tokens and L layers.
     pub fn parameters(&self) -> usize {
         let d = self.d;
         self.vocab * d + 2 * d + self.layers * (22 * d * d + 29 * d)
@@ -41,9 +41,9 @@ impl HyTrelConfig {
 
 /// The states after the last layer.
 pub struct States {
-    /// Of the cells, `[N, d]`.
+    /// States of the cells, `[N, d]`.
     pub cells: Tensor,
-    /// Of the hyperedges in the batch's order, the cells' own last: `[M + N, d]`.
+    /// States of the hyperedges in the order of the batch, `[M + N, d]`. The cells' own hyperedges come last.
     pub edges: Tensor,
 }
 
@@ -58,8 +58,8 @@ pub struct HyTrel {
 }
 
 impl HyTrel {
-    /// With parameters under `params`: `embed`, `norm` and `layers.0` and on. Fails if the heads do not divide the width, or if the names
-    /// are taken.
+    /// An encoder with parameters under `params`: `embed`, `norm`, and `layers.0` and so on. Fails if the heads do not divide the width, or
+    /// if the names are taken.
     pub fn new(params: &Params, config: &HyTrelConfig) -> Result<HyTrel> {
         let HyTrelConfig { vocab, d, layers, heads, dropout } = *config;
         let layer = |i: usize| {
@@ -75,15 +75,15 @@ impl HyTrel {
             layers: (0..layers).map(layer).collect::<Result<_>>()?,
         })
     }
-    /// Its sizes.
+    /// The sizes of the encoder.
     pub fn config(&self) -> &HyTrelConfig {
         &self.config
     }
-    /// The scope of its parameters.
+    /// The scope of the encoder's parameters.
     pub fn params(&self) -> &Params {
         &self.params
     }
-    /// What the texts of hyperedges and cells begin as: `[N, d]` and `[M + N, d]`.
+    /// The initial states of cells `[N, d]` and hyperedges `[M + N, d]`, from their texts.
     fn embedded(&self, batch: &TableBatch, ctx: &Ctx) -> Result<(Tensor, Tensor)> {
         let (ids, bags) = batch.tokens();
         let ctx = &ctx.with_samples(batch.structure().edges().clone());
@@ -100,7 +100,7 @@ impl HyTrel {
         }
         Ok(States { cells, edges })
     }
-    /// The hyperedges' states alone: the last layer's way back to the cells is left out.
+    /// The states of the hyperedges alone. The last layer's second half, which updates the cells, is skipped.
     pub fn edges(&self, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         let (mut cells, mut edges) = self.embedded(batch, ctx)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -111,7 +111,7 @@ impl HyTrel {
         }
         Ok(edges)
     }
-    /// The columns' states, `[columns of all tables, d]`, and whose they are.
+    /// The columns' states, `[columns of all tables, d]`, and the map of columns to samples.
     pub fn columns(&self, batch: &TableBatch, ctx: &Ctx) -> Result<(Tensor, Samples)> {
         let (edges, owners) = batch.column_edges();
         let samples = Samples::owners(owners, batch.tables())?;
@@ -121,9 +121,9 @@ impl HyTrel {
     pub fn tables(&self, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         self.edges(batch, ctx)?.index_select(0, ids(&batch.table_edges())?)
     }
-    /// The contrastive objective: two views with each incidence left out with probability 0.3; the states of tables and columns in one
-    /// view have to find their own in the other (InfoNCE at temperature 0.07). One loss per table, but each depends on all tables of the
-    /// batch: a private step refuses it.
+    /// The contrastive objective. Two views of the batch are made, in each of which an incidence is left out with probability 0.3. The
+    /// states of each table and column in one view are matched with those in the other (InfoNCE at temperature 0.07). There is one loss per
+    /// table, but each depends on all tables of the batch, so a private step refuses it.
     pub fn contrastive_losses(&self, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         let mut rng = Rng::new(ctx.seed ^ 0x7669_6577);
         let (columns, owners) = batch.column_edges();
@@ -137,8 +137,8 @@ impl HyTrel {
         let (a, b) = (view(ctx.seed)?, view(ctx.seed ^ 0x006f_7468_6572)?);
         contrastive_loss(&a, &b, 0.07, &samples)
     }
-    /// The attention of a layer, the mean over heads: for each cell of table 0 its weight in its table's, its column's and its row's
-    /// hyperedge, each `[rows, columns]`.
+    /// The attention of a layer, averaged over heads. For each cell of table 0 it has the cell's weight in the hyperedges of its table, its
+    /// column and its row, each as `[rows, columns]`.
     pub fn attention(&self, batch: &TableBatch, layer: usize) -> Result<[Vec<f64>; 3]> {
         let ctx = &Ctx::eval();
         let layer_of = self.layers.get(layer);
@@ -164,7 +164,7 @@ impl HyTrel {
     }
 }
 
-/// Numbers of rows as an array.
+/// Row numbers as an array.
 pub(super) fn ids(rows: &[u32]) -> Result<Array> {
     Array::from_slice(rows, &[rows.len()])
 }

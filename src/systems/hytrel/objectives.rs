@@ -1,4 +1,4 @@
-//! Detection of corrupted headers and cells: pre-training with one loss per table.
+//! Pre-training by detection of replaced headers and cells, with one loss per table.
 
 use super::batch::TableBatch;
 use super::model::{HyTrel, ids};
@@ -14,11 +14,11 @@ use crate::ops::loss::{Reduce, binary_cross_entropy_with_logits};
 use crate::random::{Rng, philox};
 use std::collections::HashMap;
 
-/// Texts to draw from, by how often they occur.
+/// Texts to draw from, in proportion to how often they occur.
 #[derive(Clone, Debug)]
 struct Drawn {
     texts: Vec<Vec<u32>>,
-    /// Occurrences up to and with each.
+    /// The number of occurrences up to and including each text.
     sums: Vec<u64>,
 }
 
@@ -28,7 +28,7 @@ impl Drawn {
         texts.filter(|t| !t.is_empty()).for_each(|t| *counts.entry(t).or_default() += 1);
         let mut all: Vec<(&Vec<u32>, u64)> = counts.into_iter().collect();
         all.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
-        // At least two, so that there is another one.
+        // At least two are kept, so that a different text can be drawn.
         all.truncate(((all.len() as f64 * share).ceil() as usize).max(2));
         let sums = all.iter().scan(0, |sum, (_, n)| {
             *sum += n;
@@ -36,7 +36,7 @@ impl Drawn {
         });
         Drawn { sums: sums.collect(), texts: all.iter().map(|(t, _)| (*t).clone()).collect() }
     }
-    /// One that is not `old`, if eight draws find it.
+    /// A text other than `old`, or `None` if eight draws find none.
     fn draw(&self, old: &[u32], rng: &mut Rng) -> Option<Vec<u32>> {
         let all = self.sums.last().copied().unwrap_or(0);
         let texts = (0..8).map(|_| {
@@ -47,9 +47,9 @@ impl Drawn {
     }
 }
 
-/// Replaces headers and cells by frequent ones (the paper's first objective).
+/// Replaces headers and cells by frequent ones (the paper's first pre-training objective).
 ///
-/// The texts to draw from are counted over `tables` that are public: a private run must not count the texts of its own records.
+/// The texts to draw from are counted over public `tables`. A private run must not count the texts of its own records.
 #[derive(Clone, Debug)]
 pub struct Corruption {
     headers: Drawn,
@@ -62,13 +62,13 @@ pub struct Corruption {
 pub struct Corrupted {
     /// The table.
     pub table: Encoded,
-    /// Of each header, then of each cell: whether it was replaced; `None` for a missing one.
+    /// For each header, then for each cell: whether it was replaced; `None` if the text is missing.
     pub replaced: Vec<Option<bool>>,
 }
 
 impl Corruption {
-    /// Counts headers and cells, and keeps the most frequent 5 % of the distinct ones of each. Each text is replaced with probability
-    /// `rate`; the paper has 0.15.
+    /// Counts headers and cells, and keeps the most frequent 5 % of the distinct texts of each. Each text of a table is replaced with
+    /// probability `rate`, which is 0.15 in the paper.
     pub fn new<'a>(tables: impl Iterator<Item = &'a Encoded> + Clone, rate: f64) -> Result<Corruption> {
         if !(0.0..1.0).contains(&rate) {
             return Err(Error::invalid("Corruption", format!("rate {rate}; it must lie in [0, 1)")));
@@ -79,8 +79,8 @@ impl Corruption {
             rate,
         })
     }
-    /// The table with some texts replaced. What is drawn depends on `seed` and on `key`, the table's number, alone: not on which other
-    /// tables are in a batch. Missing texts are neither replaced nor drawn.
+    /// The table with some texts replaced. The random choices depend only on `seed` and on `key`, the table's number, and not on other
+    /// tables in the batch. Missing texts are neither replaced nor drawn.
     pub fn apply(&self, table: &Encoded, seed: u64, key: u64) -> Corrupted {
         let mut rng = Rng::new(philox::bits(seed, 0x636f_7272, key));
         let (mut table, mut replaced) = (table.clone(), Vec::new());
@@ -101,18 +101,18 @@ impl Corruption {
     }
 }
 
-/// Tells replaced texts from others: d → d, GELU, d → 1 over the states of columns and cells.
+/// Distinguishes replaced texts from others: a linear layer d → d, GELU, and a linear layer d → 1 over the states of columns and cells.
 pub struct Detector {
     fc: Linear,
     out: Linear,
 }
 
 impl Detector {
-    /// With the parameters `fc` and `out`. Fails if these names are taken.
+    /// A detector with the parameters `fc` and `out`. Fails if these names are taken.
     pub fn new(params: &Params, d: usize) -> Result<Detector> {
         Ok(Detector { fc: Linear::new(&params.at("fc"), d, d)?, out: Linear::new(&params.at("out"), d, 1)? })
     }
-    /// A logit for each column of all tables, then for each cell: `[columns + cells, 1]`. A positive one says "replaced".
+    /// A logit for each column of all tables, then for each cell: `[columns + cells, 1]`. A positive logit means "replaced".
     pub fn logits(&self, model: &HyTrel, batch: &TableBatch, ctx: &Ctx) -> Result<Tensor> {
         let states = model.forward(batch, ctx)?;
         let (columns, owners) = batch.column_edges();
@@ -122,8 +122,8 @@ impl Detector {
         let items = Tensor::concat(&[&columns, &states.cells], 0)?;
         self.out.forward(&self.fc.forward_act(&items, Activation::Gelu, ctx)?, ctx)
     }
-    /// One loss per table: the mean cross-entropy of its replaced texts plus that of its others. A table without replaced texts has the
-    /// second alone. `tables` are those of the batch.
+    /// One loss per table, `[tables]`: the mean cross-entropy of its replaced texts plus that of its other texts. A table without replaced
+    /// texts has only the second mean. `tables` are the tables of the batch.
     pub fn losses(&self, model: &HyTrel, batch: &TableBatch, tables: &[Corrupted], ctx: &Ctx) -> Result<Tensor> {
         if tables.len() != batch.tables() {
             let message = format!("{} corrupted tables for a batch of {}", tables.len(), batch.tables());
@@ -131,7 +131,7 @@ impl Detector {
         }
         let logits = self.logits(model, batch, ctx)?;
         let n = logits.shape()[0];
-        // Columns of all tables first, then cells; the members of each table's set likewise.
+        // The rows of `logits` are the columns of all tables, then the cells. The set of each table has its columns and cells as members.
         let (mut column, mut cell) = (0u32, batch.column_edges().0.len() as u32);
         let (mut members, mut weights, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         let mut targets = vec![0.0; n];

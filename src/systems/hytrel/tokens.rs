@@ -1,20 +1,20 @@
-//! Tables as tokens.
+//! Conversion of tables to tokens.
 
 use super::clean::{Part, clean, numbers};
 use crate::base::{Error, Result};
 use crate::data::{Table, Tokenizer};
 use std::sync::Arc;
 
-/// How much of a table the model sees; the paper's limits by default.
+/// Limits on how much of a table the model reads; the default values are the paper's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableLimits {
-    /// Rows, from the top.
+    /// Number of rows, from the top.
     pub rows: usize,
-    /// Columns, from the left.
+    /// Number of columns, from the left.
     pub columns: usize,
-    /// Tokens of a cell, a header or the caption.
+    /// Number of tokens of a cell, a header or the caption.
     pub tokens: usize,
-    /// Words of them, before they are cut into tokens.
+    /// Number of words of each text, before it is cut into tokens.
     pub words: usize,
 }
 
@@ -24,73 +24,73 @@ impl Default for TableLimits {
     }
 }
 
-/// What was cut.
+/// Counts of what was shortened or left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cuts {
-    /// Tables with more rows than the limit.
+    /// Number of tables with more rows than the limit.
     pub rows: usize,
-    /// Tables with more columns.
+    /// Number of tables with more columns than the limit.
     pub columns: usize,
-    /// Texts with more words or tokens.
+    /// Number of texts with more words or tokens than the limit.
     pub texts: usize,
-    /// Rows at the top that repeat the headers; they are left out.
+    /// Number of rows at the top that repeat the headers and are left out.
     pub header_rows: usize,
 }
 
-/// A table as tokens. An empty text is missing.
+/// A table as tokens. An empty list of tokens is a missing text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Encoded {
     /// Number of rows.
     pub rows: usize,
     /// Number of columns.
     pub columns: usize,
-    /// Of the caption.
+    /// Tokens of the caption.
     pub caption: Vec<u32>,
-    /// Of each column's header.
+    /// Tokens of each column's header.
     pub headers: Vec<Vec<u32>>,
-    /// Of each cell, row by row.
+    /// Tokens of each cell, row by row.
     pub cells: Vec<Vec<u32>>,
 }
 
-/// Cleans tables and cuts them into tokens: those of a tokenizer, and five of its own after them.
+/// Cleans tables and cuts them into tokens. Its vocabulary is that of a tokenizer, followed by five tokens of its own.
 #[derive(Clone)]
 pub struct TableTokenizer {
     inner: Arc<dyn Tokenizer>,
 }
 
 impl TableTokenizer {
-    /// Over a tokenizer of words, such as a [`Bpe`](crate::data::bpe::Bpe) trained on the tables' texts.
+    /// A table tokenizer over a tokenizer of words, such as a [`Bpe`](crate::data::bpe::Bpe) trained on the tables' texts.
     pub fn new(inner: impl Tokenizer + 'static) -> TableTokenizer {
         TableTokenizer { inner: Arc::new(inner) }
     }
-    /// Number of tokens, the five of its own included.
+    /// Number of tokens, including its own five.
     pub fn vocab(&self) -> usize {
         self.inner.vocab_size() + 5
     }
     fn own(&self, i: usize) -> u32 {
         (self.inner.vocab_size() + i) as u32
     }
-    /// Stands for a missing caption.
+    /// The token for a missing caption.
     pub fn missing_caption(&self) -> u32 {
         self.own(0)
     }
-    /// Stands for a missing header.
+    /// The token for a missing header.
     pub fn missing_header(&self) -> u32 {
         self.own(1)
     }
-    /// Stands for a missing cell.
+    /// The token for a missing cell.
     pub fn missing_cell(&self) -> u32 {
         self.own(2)
     }
-    /// The text of every row's hyperedge.
+    /// The token of every row's hyperedge, which has no text.
     pub fn row(&self) -> u32 {
         self.own(3)
     }
-    /// Between the digits of a number and its power of ten.
+    /// The token between the digits of a number and its power of ten.
     pub fn power(&self) -> u32 {
         self.own(4)
     }
-    /// A text as it is given to a tokenizer to learn from: cleaned, without the digits of numbers, which are tokens of their own.
+    /// A text in the form in which a tokenizer should be trained on it: cleaned, with the digits of each number as a word of their own.
     pub fn learnable(text: &str) -> String {
         let text = clean(text);
         let part = |p: Part<'_>| match p {
@@ -99,8 +99,8 @@ impl TableTokenizer {
         };
         numbers(&text).into_iter().map(part).collect()
     }
-    /// The tokens of a text: each word as after a space; of a number its digits, [`TableTokenizer::power`], and the power of ten. Empty
-    /// for a missing text.
+    /// The tokens of a text. Each word is encoded with a space before it. A number gives its digits, [`TableTokenizer::power`], and the
+    /// power of ten. The result is empty for a missing text.
     pub fn text(&self, text: &str, limits: &TableLimits, cuts: &mut Cuts) -> Vec<u32> {
         let text = clean(text);
         let mut words = text.split(' ').filter(|w| !w.is_empty());
@@ -151,17 +151,17 @@ impl TableTokenizer {
 }
 
 impl Encoded {
-    /// The same without the caption.
+    /// The same table without its caption.
     pub fn without_caption(mut self) -> Encoded {
         self.caption.clear();
         self
     }
-    /// The same without headers.
+    /// The same table without headers.
     pub fn without_headers(mut self) -> Encoded {
         self.headers.iter_mut().for_each(Vec::clear);
         self
     }
-    /// Rows and columns in another order; see [`Table::reordered`].
+    /// The same table with rows and columns in another order; see [`Table::reordered`].
     pub fn reordered(&self, rows: &[usize], columns: &[usize]) -> Encoded {
         let cell = |r: usize, c: usize| self.cells[r * self.columns + c].clone();
         Encoded {

@@ -1,4 +1,4 @@
-//! Aligning the hidden units of experts, and averaging them.
+//! Alignment of the hidden units of experts, and averages of experts.
 
 use super::assign;
 use crate::array::Array;
@@ -6,7 +6,7 @@ use crate::base::{DType, Error, Result};
 use crate::nn::{ExpertKind, Moe};
 use crate::{Param, Tensor};
 
-/// The parameters of a layer's experts, and along which dimension of one expert's part its hidden units lie.
+/// The parameters of a layer's experts, each with the dimension of one expert's part that counts the hidden units, if it has one.
 pub(super) fn parts(moe: &Moe) -> Result<Vec<(Param, Option<usize>)>> {
     let names: &[(&str, Option<usize>)] = match moe.config().expert {
         ExpertKind::Mlp(_) => {
@@ -34,7 +34,7 @@ pub(super) fn part(p: &Param, expert: usize) -> Result<Array> {
     p.value().to(&crate::Device::Cpu)?.slice(0, expert..expert + 1)?.squeeze(0)
 }
 
-/// What reads and writes each hidden unit of an expert, `[hidden, features]` f64.
+/// The weights into and out of each hidden unit of an expert, biases included, `[hidden, features]` f64.
 fn units(moe: &Moe, expert: usize) -> Result<Tensor> {
     let mut all = Vec::new();
     for (p, dim) in parts(moe)? {
@@ -46,10 +46,10 @@ fn units(moe: &Moe, expert: usize) -> Result<Tensor> {
     Tensor::concat(&all.iter().collect::<Vec<_>>(), 1)
 }
 
-/// For each hidden unit of expert `anchor`, the unit of expert `other` that takes its place: the permutation that maximises the sum of
-/// inner products of all weights that read and write the units, biases included. SwiGLU's three matrices are summed.
+/// For each hidden unit of expert `anchor`, the matching unit of expert `other`: the permutation that maximises the sum of inner products
+/// of all weights into and out of the units, biases included. SwiGLU's three matrices are summed.
 ///
-/// Costs 2·hidden²·features FLOPs and O(hidden³) for the assignment, in f64: 0.1 s for 384 units, minutes for 4,096.
+/// It costs 2·hidden²·features FLOPs and O(hidden³) for the assignment, in f64: 0.1 s for 384 units, minutes for 4,096.
 pub fn alignment(moe: &Moe, anchor: usize, other: usize) -> Result<Vec<u32>> {
     let experts = moe.config().experts;
     if let Some(e) = [anchor, other].into_iter().find(|&e| e >= experts) {
@@ -60,7 +60,7 @@ pub fn alignment(moe: &Moe, anchor: usize, other: usize) -> Result<Vec<u32>> {
     Ok(assign(&costs, moe.config().hidden)?.columns.into_iter().map(|c| c as u32).collect())
 }
 
-/// The weighted sum of experts' parts of a parameter, f64, each with its hidden units in the order of its permutation.
+/// The weighted sum of several experts' parts of a parameter, in f64. Each expert's hidden units are first reordered by its permutation.
 pub(super) fn merged(p: &Param, dim: Option<usize>, members: &[(usize, f64, Option<&[u32]>)]) -> Result<Vec<f64>> {
     let shape = &p.shape()[1..];
     let mut sum = vec![0f64; shape.iter().product()];

@@ -2,23 +2,23 @@
 
 use crate::base::{Error, Result};
 
-/// Rows assigned to columns at the least cost, and the proof that it is the least.
+/// An assignment of rows to columns at the least cost, and a proof that it is the least.
 #[derive(Clone, Debug)]
 pub struct Assignment {
     /// The column of each row.
     pub columns: Vec<usize>,
     /// The sum of the costs.
     pub cost: f64,
-    /// Dual values u of the rows and v of the columns: uᵢ + vⱼ ≤ cᵢⱼ everywhere, with equality where row i has column j. So any
-    /// assignment costs at least Σu + Σv, which is what this one costs.
+    /// Dual values u of the rows and v of the columns: uᵢ + vⱼ ≤ cᵢⱼ everywhere, with equality where row i has column j. Any assignment
+    /// therefore costs at least Σu + Σv, which is the cost of this one.
     pub rows: Vec<f64>,
-    /// The v.
+    /// The dual values v of the columns.
     pub duals: Vec<f64>,
 }
 
-/// Assigns n rows to n columns, each to one; `costs` is `[n, n]` in row-major order. O(n³), in f64.
+/// Assigns n rows to n columns one to one at the least cost. `costs` is `[n, n]` in row-major order. It takes O(n³) operations, in f64.
 ///
-/// An error where `costs` has another size or a value that is not finite.
+/// Fails if `costs` has another size or a value that is not finite.
 pub fn assign(costs: &[f64], n: usize) -> Result<Assignment> {
     if n.checked_mul(n) != Some(costs.len()) {
         return Err(Error::shape("assign", format!("{} costs; {n} rows and columns have {n}²", costs.len())));
@@ -30,7 +30,7 @@ pub fn assign(costs: &[f64], n: usize) -> Result<Assignment> {
     const FREE: usize = usize::MAX;
     let (mut u, mut v) = (vec![0f64; n], vec![0f64; n]);
     let (mut row_of, mut column_of) = (vec![FREE; n], vec![FREE; n]);
-    // For the row that is being added: the length of the shortest path to each column, the row before it, and whether it is final.
+    // For the row that is being added: the length of the shortest path to each column, the row before it, and whether the length is final.
     let (mut shortest, mut before, mut done) = (vec![0f64; n], vec![FREE; n], vec![false; n]);
     for start in 0..n {
         shortest.fill(f64::INFINITY);
@@ -49,7 +49,7 @@ pub fn assign(costs: &[f64], n: usize) -> Result<Assignment> {
                     shortest[j] = through;
                     before[j] = row;
                 }
-                // Among equal lengths a free column ends the search.
+                // Among equal lengths a free column is preferred, because it ends the search.
                 if shortest[j] < best || (shortest[j] == best && row_of[j] == FREE && row_of[at] != FREE) {
                     (best, at) = (shortest[j], j);
                 }
@@ -62,7 +62,7 @@ pub fn assign(costs: &[f64], n: usize) -> Result<Assignment> {
             }
             scanned.push(row);
         };
-        // The duals move so that the edges of the path become tight.
+        // The dual values are changed so that the edges of the path become tight.
         for &r in &scanned[1..] {
             u[r] += length - shortest[column_of[r]];
         }
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
     use crate::base::philox::uniform;
 
-    /// Every permutation, by swaps.
+    /// The least cost over all permutations, which are enumerated by swaps.
     fn brute(costs: &[f64], n: usize) -> f64 {
         fn go(costs: &[f64], n: usize, order: &mut [usize], at: usize) -> f64 {
             if at == n {
@@ -124,7 +124,7 @@ mod tests {
     fn it_costs_the_least_of_all_permutations() {
         for seed in 0..200u64 {
             let n = 1 + (seed % 7) as usize;
-            // Every third has ties, every fifth numbers of very different size.
+            // Every third case has ties, every fifth numbers of very different size.
             let cost = |i: usize| {
                 let x = uniform(seed, 0, i as u64) - 0.5;
                 if seed % 3 == 0 {

@@ -3,9 +3,8 @@
 use crate::base::{Error, Result};
 use crate::random::Rng;
 
-/// The eigenvectors of a symmetric matrix `[n, n]`, by Jacobi's rotations: eigenvalues in ascending order, and the eigenvectors as
-/// columns of a row-major `[n, n]`. For the few hundred experts of a layer; a linear-algebra crate would double the time of a clean
-/// build.
+/// The eigenvalues of a symmetric matrix `[n, n]` in ascending order, and its eigenvectors as columns of a row-major `[n, n]`, by Jacobi
+/// rotations. This is fast enough for the few hundred experts of a layer; a linear-algebra crate would double the time of a clean build.
 fn symmetric_eigen(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
     let mut a = a.to_vec();
     let mut q: Vec<f64> = (0..n * n).map(|i| (i / n == i % n) as u8 as f64).collect();
@@ -48,9 +47,9 @@ fn symmetric_eigen(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
     (values, vectors)
 }
 
-/// Clusters n items into k by their similarities `[n, n]`, which are symmetric and not negative: the k eigenvectors of the least
-/// eigenvalues of the Laplacian I − D^(−½)·S·D^(−½), rows scaled to length one, then the best of `restarts` runs of k-means. Returns
-/// the cluster of each item; clusters are numbered by their first item, and none is empty.
+/// Clusters n items into k by their similarities `[n, n]`, which must be symmetric and not negative. It takes the k eigenvectors of the
+/// smallest eigenvalues of the Laplacian I − D^(−½)·S·D^(−½), scales rows to length one, and returns the best of `restarts` runs of k-means
+/// as the cluster of each item. Clusters are numbered by their first item, and none is empty.
 pub fn spectral(similarity: &[f64], n: usize, k: usize, restarts: usize, seed: u64) -> Result<Vec<usize>> {
     if similarity.len() != n * n {
         return Err(Error::shape(
@@ -81,7 +80,7 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum()
 }
 
-/// The clusters with the least sum of squared distances of `restarts` runs.
+/// The clusters with the smallest sum of squared distances among `restarts` runs of k-means.
 fn k_means(points: &[f64], width: usize, k: usize, restarts: usize, seed: u64) -> Vec<usize> {
     let items: Vec<&[f64]> = points.chunks_exact(width).collect();
     let mut best = (f64::INFINITY, Vec::new());
@@ -95,7 +94,7 @@ fn k_means(points: &[f64], width: usize, k: usize, restarts: usize, seed: u64) -
                 (0..k).min_by(|a, b| far(a).total_cmp(&far(b))).unwrap_or(0)
             };
             let mut next: Vec<usize> = items.iter().map(|p| nearest(p)).collect();
-            // An empty cluster takes the item that is farthest from its own center, out of a cluster that keeps others.
+            // An empty cluster gets the item that is farthest from its own centre, from a cluster with more than one item.
             for c in 0..k {
                 if !next.contains(&c) {
                     let alone = |i: usize| next.iter().filter(|&&d| d == next[i]).count() == 1;
@@ -123,7 +122,8 @@ fn k_means(points: &[f64], width: usize, k: usize, restarts: usize, seed: u64) -
     numbered(&best.1)
 }
 
-/// k-means++: each further center is an item drawn in proportion to its squared distance from the nearest center so far.
+/// The first centres of k-means++: each further centre is an item drawn in proportion to its squared distance from the nearest centre so
+/// far.
 fn first_centers(items: &[&[f64]], k: usize, rng: &mut Rng) -> Vec<Vec<f64>> {
     let mut centers = vec![items[rng.below(items.len() as u64) as usize].to_vec()];
     while centers.len() < k {
@@ -134,7 +134,7 @@ fn first_centers(items: &[&[f64]], k: usize, rng: &mut Rng) -> Vec<Vec<f64>> {
             left -= f;
             left < 0.0
         });
-        // Where all items coincide with a center, any will do.
+        // If all items coincide with a centre, any item is as good.
         centers.push(items[drawn.unwrap_or(items.len() - 1)].to_vec());
     }
     centers
@@ -153,8 +153,8 @@ pub(super) fn numbered(of: &[usize]) -> Vec<usize> {
     of.iter().map(|&c| number(&mut order, c)).collect()
 }
 
-/// The adjusted Rand index of two clusterings of the same items (Hubert and Arabie 1985): 1 where they are the same, about 0 where
-/// they agree by chance.
+/// The adjusted Rand index of two clusterings of the same items (Hubert and Arabie 1985): 1 if they are the same, and about 0 if they agree
+/// only by chance.
 pub fn adjusted_rand(a: &[usize], b: &[usize]) -> f64 {
     let pairs = |n: usize| n as f64 * (n as f64 - 1.0) / 2.0;
     let size = |x: &[usize]| x.iter().max().map_or(0, |m| m + 1);
@@ -199,7 +199,7 @@ mod tests {
         let noise = |i: usize, j: usize| 0.05 * normal(3, i.min(j) as u64, i.max(j) as u64);
         let s: Vec<f64> = (0..n * n).map(|x| (near(x / n, x % n) + noise(x / n, x % n)).max(0.0)).collect();
         assert_eq!(adjusted_rand(&spectral(&s, n, 4, 10, 0).unwrap(), &of), 1.0);
-        // The same similarity everywhere has no clusters: there are four all the same, and they agree by chance alone.
+        // Equal similarities have no clusters. Four are found nevertheless, and they agree only by chance.
         let flat: Vec<f64> = (0..n * n).map(|x| 0.5 + noise(x / n, x % n)).collect();
         let found = spectral(&flat, n, 4, 10, 0).unwrap();
         assert_eq!(found.iter().max(), Some(&3));

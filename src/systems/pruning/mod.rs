@@ -1,18 +1,18 @@
-//! Fewer experts after training, chosen for a task.
+//! Reduction of the number of experts after training, for a given task.
 //!
 //! Sarkar et al., "Revisiting SMoE Language Models by Evaluating Inefficiencies with Task Specific Expert Pruning" (2024). A model
 //! was trained with Z experts in a layer; a deployment holds D < Z of them. UNCURL observes the router on the task's tokens, clusters
 //! the experts whose logits agree, aligns the hidden units of a cluster's experts, and averages them:
 //!
-//! 1. the similarity of experts i and j is S = (1 + cos(hᵢ, hⱼ))/2, hᵢ being the router's logits for i over all tokens;
+//! 1. the similarity of experts i and j is S = (1 + cos(hᵢ, hⱼ))/2, where hᵢ has the router's logits for i over all tokens;
 //! 2. experts are clustered by the eigenvectors of S's normalised Laplacian and k-means;
 //! 3. in each cluster the expert that is chosen most is the *anchor*; the hidden units of each other expert y are permuted by the P that
 //!    maximises ⟨W_in(anchor), P·W_in(y)⟩ + ⟨W_out(anchor), W_out(y)·Pᵀ⟩;
 //! 4. the new expert is the mean of the aligned ones, weighted by how often each is chosen;
-//! 5. the router starts anew and is trained alone for a while, then everything is.
+//! 5. the router gets new random weights and is trained alone for a while; then everything is trained.
 //!
-//! The rivals are on the same interface: the most frequent experts alone ([`Method::Greedy`]), REAP, and merges around kept experts
-//! ([`Method::AnchorMerge`], [`Method::MSmoe`], [`Method::Ream`]).
+//! Other methods have the same interface: only the most frequent experts are kept ([`Method::Greedy`]), REAP, and merges around kept
+//! experts ([`Method::AnchorMerge`], [`Method::MSmoe`], [`Method::Ream`]).
 //!
 //! ```
 //! use prismgrad::models::{Gpt, GptConfig};

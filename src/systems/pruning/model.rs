@@ -1,4 +1,4 @@
-//! What a reduction needs of a model.
+//! The interface that a reduction needs from a model.
 
 use crate::Tensor;
 use crate::array::Array;
@@ -6,21 +6,21 @@ use crate::base::{Error, Result};
 use crate::models::{ExpertCounts, Gpt, GptConfig, Mixtral, MixtralConfig};
 use crate::nn::{Ctx, Moe, MoeOut, Params};
 
-/// A language model with mixtures of experts, whose number in each layer can differ.
+/// A language model with mixtures of experts, whose number of experts may differ by layer.
 pub trait SparseModel: Sized {
     /// All parameters.
     fn store(&self) -> &Params;
     /// The mixture of experts of each layer; `None` where it has none.
     fn mixtures(&self) -> Vec<Option<&Moe>>;
-    /// Logits `[B, T, vocab]` of token ids `[B, T]`, and what each layer's mixture returned.
+    /// Logits `[B, T, vocab]` of token ids `[B, T]`, and the output of each layer's mixture of experts.
     fn run(&self, ids: &Array, ctx: &Ctx) -> Result<(Tensor, Vec<Option<MoeOut>>)>;
-    /// A model with fresh parameters of the same sizes and options, but for the number of experts of each layer that has some.
+    /// A model with new parameters and the same sizes and options, except for the number of experts of each layer that has some.
     fn resized(&self, experts: &[Option<usize>]) -> Result<Self>;
     /// The number of experts of each layer; `None` where it has none.
     fn experts(&self) -> Vec<Option<usize>> {
         self.mixtures().iter().map(|m| m.map(|m| m.config().experts)).collect()
     }
-    /// The one number of experts of all layers that have some. An error that lists the numbers where layers differ.
+    /// The number of experts, if all layers that have some have the same; otherwise an error that lists the numbers.
     fn experts_per_layer(&self) -> Result<usize> {
         let all: Vec<usize> = self.experts().into_iter().flatten().collect();
         match all.is_empty() {

@@ -1,4 +1,4 @@
-//! What the experts of a model do on a task's tokens.
+//! Statistics of a model's experts on a task's tokens.
 
 use super::SparseModel;
 use crate::array::Array;
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct Batch {
     /// Token ids `[B, T]`.
     pub ids: Array,
-    /// Of each of the B·T tokens, whether it counts; all do if absent. Padding must not: it would be most of a task of short texts.
+    /// For each of the B·T tokens, whether it counts; all do if absent. Padding must not count, since it would be most of a task of short
+    /// texts.
     pub counted: Option<Vec<bool>>,
 }
 
@@ -22,47 +23,47 @@ impl Batch {
     pub fn new(ids: Array) -> Batch {
         Batch { ids, counted: None }
     }
-    /// Tokens of which those with `true` count.
+    /// Tokens of which only those with `true` in `counted` count.
     pub fn counting(ids: Array, counted: Vec<bool>) -> Batch {
         Batch { ids, counted: Some(counted) }
     }
 }
 
-/// What to keep besides sums.
+/// What is kept in addition to sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Observe {
-    /// Tokens of which each layer's router inputs and logits are kept, the first ones; a router that is fitted to them
-    /// ([`RouterInit::LogSumExp`](super::RouterInit::LogSumExp)) needs more than the model's width.
+    /// The number of tokens, the first ones, whose router inputs and logits are kept in each layer. A router that is fitted to them
+    /// ([`RouterInit::LogSumExp`](super::RouterInit::LogSumExp)) needs more tokens than the model's width.
     pub kept_tokens: usize,
 }
 
 impl Default for Observe {
-    /// 4,096 tokens.
+    /// The first 4,096 tokens.
     fn default() -> Observe {
         Observe { kept_tokens: 4096 }
     }
 }
 
-/// What one layer did.
+/// The statistics of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerStatistics {
-    /// Experts.
+    /// Number of experts.
     pub experts: usize,
-    /// Tokens that counted.
+    /// Number of tokens that counted.
     pub tokens: usize,
-    /// Tokens that each expert was chosen for.
+    /// Number of tokens for which each expert was chosen.
     pub load: Vec<f64>,
-    /// Sums over tokens of the products of the logits of two experts, `[E, E]`.
+    /// Sums over tokens of the product of the logits of two experts, `[E, E]`.
     pub products: Vec<f64>,
-    /// Sums over each expert's tokens of gate × norm of its output, the gates being probabilities over all experts.
+    /// Sums over each expert's tokens of gate × norm of its output, where the gates are probabilities over all experts.
     pub saliency: Vec<f64>,
-    /// The same with the gates of a token's experts divided by their sum.
+    /// The same sums with the gates of a token's experts divided by their sum.
     pub saliency_renormalised: Vec<f64>,
     /// Width of the router's inputs.
     pub width: usize,
     /// Router inputs of the tokens that were kept, `[n, width]`.
     pub inputs: Vec<f32>,
-    /// Their logits, `[n, E]`.
+    /// Router logits of these tokens, `[n, E]`.
     pub logits: Vec<f32>,
 }
 
@@ -71,7 +72,7 @@ impl LayerStatistics {
     pub fn similarity(&self) -> Vec<f64> {
         let (n, p) = (self.experts, &self.products);
         let cosine = |i: usize, j: usize| match (p[i * n + i] * p[j * n + j]).sqrt() {
-            // Logits that are always 0 are similar to themselves alone.
+            // Logits that are always 0 have cosine 1 with themselves and 0 with all others.
             0.0 => (i == j) as u8 as f64,
             norm => (p[i * n + j] / norm).clamp(-1.0, 1.0),
         };
@@ -121,16 +122,16 @@ impl LayerStatistics {
     }
 }
 
-/// What a model did on a task. A pure function of the model and the batches.
+/// The statistics of a model on a task. They are a pure function of the model and the batches.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Statistics {
-    /// Of each layer; `None` where it has no experts.
+    /// Statistics of each layer; `None` where the layer has no experts.
     pub layers: Vec<Option<LayerStatistics>>,
 }
 
-/// Runs a model on a task's tokens, without dropout or jitter, and sums up what its routers and experts do.
+/// Runs a model on a task's tokens, without dropout or jitter, and sums up statistics of its routers and experts.
 ///
-/// Nothing of it is private: which expert a token goes to is in the sums as it is. Give public text, or account for it elsewhere.
+/// The result is not private: the sums depend directly on which expert each token goes to. Use public text, or account for it elsewhere.
 ///
 /// Fails if no token counts, if a batch's mask has another size than its tokens, or if a logit is not finite.
 pub fn observe<M: SparseModel>(

@@ -1,4 +1,4 @@
-//! What is to become of each expert, as data.
+//! A reduction of experts as data.
 
 use super::align::{merged, parts};
 use super::{Reduce, SparseModel};
@@ -8,34 +8,34 @@ use crate::io;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// What is to become of one layer's experts.
+/// The new experts of one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
-    /// The experts that each new expert is made of. Those in none are dropped.
+    /// The experts that are merged into each new expert. Experts in no cluster are dropped.
     pub clusters: Vec<Vec<usize>>,
-    /// Of each cluster, the expert whose hidden units the others are aligned to.
+    /// For each cluster, the expert to whose hidden units the others are aligned.
     pub anchors: Vec<usize>,
-    /// The weight of each old expert in the new one; those of a cluster add up to 1.
+    /// The weight of each old expert in its new one. The weights of a cluster add up to 1.
     pub weights: Vec<f64>,
-    /// Of each old expert, the order of its hidden units in the new one; as they are where absent.
+    /// For each old expert, the order of its hidden units in the new one; unchanged if absent.
     pub permutations: Vec<Option<Vec<u32>>>,
-    /// The new router, a row for each cluster.
+    /// The new router, with a row for each cluster.
     pub router: Vec<Vec<f64>>,
 }
 
-/// A reduction that can be looked at, saved beside a model, and applied.
+/// A reduction that can be inspected, saved beside a model, and applied.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
-    /// How it was made.
+    /// The settings that it was made with.
     pub reduce: Reduce,
-    /// Of each layer; `None` where nothing changes.
+    /// The plan of each layer; `None` where nothing changes.
     pub layers: Vec<Option<LayerPlan>>,
 }
 
 impl Plan {
-    /// The reduced model; the model is not changed. Parameters outside of the layers of the plan are copied.
+    /// The reduced model. The old model is not changed, and parameters outside the plan's layers are copied.
     ///
-    /// Fails if the plan is of another model.
+    /// Fails if the plan was made for another model.
     pub fn apply<M: SparseModel>(&self, model: &M) -> Result<M> {
         let old = model.mixtures();
         self.fits(&old)?;
@@ -60,7 +60,7 @@ impl Plan {
             }
             let router: Vec<f64> = plan.router.iter().flatten().copied().collect();
             changed.push((new.router().weight().clone(), router));
-            // The load of a new expert is that of its anchor: so is the bias that steers it.
+            // A new expert has the bias of its anchor, whose load it takes over.
             if let (Some(from), Some(to)) = (old.params().get("balance_bias"), new.params().get("balance_bias")) {
                 let bias = from.value().to_f64();
                 changed.push((to, plan.anchors.iter().map(|&a| bias[a]).collect()));
@@ -83,7 +83,7 @@ impl Plan {
         }
         Ok(small)
     }
-    /// Refuses a plan of another model, or one that was edited into nonsense.
+    /// Refuses a plan that was made for another model or is not consistent.
     fn fits(&self, mixtures: &[Option<&crate::nn::Moe>]) -> Result<()> {
         let bad = |message: String| Err(Error::invalid("Plan::apply", message));
         if self.layers.len() != mixtures.len() {
@@ -121,7 +121,7 @@ impl Plan {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         io::write_json(path.as_ref(), self)
     }
-    /// Reads what [`Plan::save`] wrote.
+    /// Reads a plan that [`Plan::save`] wrote.
     pub fn load(path: impl AsRef<Path>) -> Result<Plan> {
         io::read_json(path.as_ref())
     }

@@ -1,4 +1,4 @@
-//! Which experts stay, and what becomes of the others.
+//! Choice of the experts that are kept, and of what the others are merged into.
 
 use super::cluster::numbered;
 use super::{LayerPlan, LayerStatistics, Plan, SparseModel, Statistics, alignment, router, spectral};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Keep {
-    /// As many in every layer that has some.
+    /// The same number in every layer that has experts.
     Same(usize),
     /// A number for each layer; `None` leaves the layer as it is.
     PerLayer(Vec<Option<usize>>),
@@ -28,8 +28,8 @@ pub enum Method {
     /// The experts that are chosen most; each other is merged into the most similar of them (the control without clustering of Sarkar
     /// et al. 2024).
     AnchorMerge,
-    /// As [`Method::AnchorMerge`], but the experts that stay are the most frequent of *all* layers, so that the number asked for is
-    /// that of the average layer (Li et al. 2024, M-SMoE, without its compression).
+    /// Like [`Method::AnchorMerge`], but the experts that stay are the most frequent of *all* layers, so that the given number is the
+    /// average over layers (Li et al. 2024, M-SMoE, without its compression).
     MSmoe,
     /// The experts with the largest mean of gate × norm of the output over their own tokens; the others are dropped (Lasby et al. 2025,
     /// REAP). With `renormalise`, the gates are divided by their sum over a token's experts first.
@@ -37,29 +37,30 @@ pub enum Method {
         /// Whether gates are divided by their sum.
         renormalise: bool,
     },
-    /// The experts that REAP keeps, renormalised; each other is merged into the most similar of them, weighted by REAP's sums
-    /// (REAM).
+    /// The experts that REAP keeps with `renormalise`; each other is merged into the most similar of them, weighted by REAP's sums (REAM).
     Ream,
-    /// Clusters of random members, of the sizes that [`Method::Uncurl`] finds: what merging does without similarity.
+    /// Clusters of random members with the sizes that [`Method::Uncurl`] finds. This control shows the effect of merging without
+    /// similarity.
     RandomClusters,
 }
 
-/// What the reduced router starts from.
+/// The initial weights of the reduced router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterInit {
-    /// Random weights, as in UNCURL; train it alone first ([`train_routers`](super::train_routers)), since all gates start near 1/D.
+    /// Random weights, as in UNCURL. Train the router alone first ([`train_routers`](super::train_routers)), since all gates start near
+    /// 1/D.
     Random,
-    /// The row of each cluster's anchor.
+    /// The row of each cluster's anchor is kept.
     Keep,
     /// The mean of the rows of each cluster.
     ClusterMean,
-    /// The linear router whose logits are closest, in squares over the kept tokens, to the log-sum-exp of each cluster's logits: a
-    /// cluster is then as probable as its experts were together.
+    /// The linear router whose logits are closest, in least squares over the kept tokens, to the log-sum-exp of each cluster's logits. A
+    /// cluster is then about as probable as its experts were together.
     LogSumExp,
 }
 
-/// A reduction.
+/// The settings of a reduction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reduce {
     /// How many experts stay.
@@ -68,11 +69,11 @@ pub struct Reduce {
     pub method: Method,
     /// Whether hidden units are aligned before experts are averaged.
     pub align: bool,
-    /// What the router starts from.
+    /// The initial weights of the router.
     pub router: RouterInit,
-    /// Runs of k-means.
+    /// Number of runs of k-means.
     pub restarts: usize,
-    /// Of k-means, random clusters and random routers.
+    /// Seed of k-means, random clusters and random routers.
     pub seed: u64,
 }
 
@@ -81,9 +82,9 @@ impl Reduce {
     pub fn new(keep: Keep) -> Reduce {
         Reduce { keep, method: Method::Uncurl, align: true, router: RouterInit::Random, restarts: 10, seed: 0 }
     }
-    /// Decides what becomes of each expert. The model is not changed.
+    /// Makes the plan of a reduction. The model is not changed.
     ///
-    /// Fails if the statistics are of another model, or if a layer would have fewer experts than each token goes to or more than it
+    /// Fails if the statistics are of another model, or if a layer would have fewer experts than each token is sent to, or more than it
     /// has.
     pub fn plan<M: SparseModel>(&self, model: &M, stats: &Statistics) -> Result<Plan> {
         let mixtures = model.mixtures();
@@ -99,7 +100,7 @@ impl Reduce {
         }
         Ok(Plan { reduce: self.clone(), layers })
     }
-    /// The number of experts that stay in each layer.
+    /// The number of experts that are kept in each layer.
     fn counts(&self, mixtures: &[Option<&Moe>], stats: &Statistics) -> Result<Vec<Option<usize>>> {
         let bad = |message: String| Err(Error::invalid("Reduce::plan", message));
         let sizes = |i: usize| stats.layers.get(i).map(|l| l.as_ref().map(|l| l.experts));
@@ -117,7 +118,7 @@ impl Reduce {
             }
         };
         if self.method == Method::MSmoe {
-            // The most frequent experts of all layers, each layer's load taken as shares of its tokens.
+            // The most frequent experts of all layers are kept; loads are compared as shares of the layer's tokens.
             let mut all: Vec<(f64, usize)> = Vec::new();
             let mut left = 0;
             let mut chosen = vec![0usize; mixtures.len()];
@@ -125,7 +126,7 @@ impl Reduce {
                 let (Some(layer), Some(n), Some(moe)) = (layer, counts[i], mixtures[i]) else { continue };
                 let mut load: Vec<f64> = layer.load.iter().map(|l| l / layer.tokens as f64).collect();
                 load.sort_by(|a, b| b.total_cmp(a));
-                // Every token needs its experts in every layer.
+                // Every layer keeps at least the number of experts that a token is sent to.
                 let least = moe.config().top_k.min(load.len());
                 chosen[i] = least;
                 left += n.saturating_sub(least);
@@ -172,7 +173,7 @@ impl Reduce {
         for members in &clusters {
             let sum: f64 = members.iter().map(|&e| scores[e]).sum();
             for &e in members {
-                // Experts without a token are averaged equally.
+                // Experts without a token are averaged with equal weights.
                 weights[e] = if sum > 0.0 { scores[e] / sum } else { 1.0 / members.len() as f64 };
             }
         }
@@ -189,7 +190,7 @@ impl Reduce {
 
 type Choice<'a> = (Vec<usize>, Vec<Vec<usize>>, &'a [f64]);
 
-/// The numbers of the `n` largest scores, in ascending order; the lower number first among equal scores.
+/// The numbers of the `n` largest scores, in ascending order. Of equal scores the lower number is chosen.
 fn most(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
@@ -198,7 +199,7 @@ fn most(scores: &[f64], n: usize) -> Vec<usize> {
     order
 }
 
-/// Clusters by number, and the member of each with the largest load.
+/// Clusters from the cluster of each expert, with the member of the largest load as anchor.
 fn clustered<'a>(of: &[usize], load: &'a [f64]) -> Choice<'a> {
     let count = of.iter().max().map_or(0, |m| m + 1);
     let clusters: Vec<Vec<usize>> = (0..count).map(|c| (0..of.len()).filter(|&e| of[e] == c).collect()).collect();
@@ -206,13 +207,13 @@ fn clustered<'a>(of: &[usize], load: &'a [f64]) -> Choice<'a> {
     (clusters.iter().map(first).collect(), clusters, load)
 }
 
-/// Each expert that stays by itself.
+/// Clusters of one kept expert each.
 fn dropped(kept: Vec<usize>, load: &[f64]) -> Choice<'_> {
     let clusters = kept.iter().map(|&e| vec![e]).collect();
     (kept, clusters, load)
 }
 
-/// Each other expert with the most similar of those that stay.
+/// Clusters around the kept experts, to which each other expert is added by similarity.
 fn nearest<'a>(kept: Vec<usize>, similarity: &[f64], scores: &'a [f64]) -> Choice<'a> {
     let n = scores.len();
     let mut clusters: Vec<Vec<usize>> = kept.iter().map(|&e| vec![e]).collect();

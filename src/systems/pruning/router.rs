@@ -1,4 +1,4 @@
-//! Routers of reduced layers: what they start from, and training them alone.
+//! Routers of reduced layers: their initial weights, and training that changes only routers.
 
 use super::{LayerStatistics, RouterInit, SparseModel};
 use crate::base::{Error, Result, philox};
@@ -34,7 +34,7 @@ pub(super) fn initial(
     })
 }
 
-/// The rows w that minimise Σ (w·x − ln Σ_e exp hₑ)² + λ|w|² over the kept tokens; λ is 10⁻⁶ of the inputs' mean square.
+/// The rows w that minimise Σ (w·x − ln Σ_e exp hₑ)² + λ|w|² over the kept tokens, where λ is 10⁻⁶ of the inputs' mean square.
 fn log_sum_exp(stats: &LayerStatistics, clusters: &[Vec<usize>]) -> Result<Vec<Vec<f64>>> {
     let (d, e) = (stats.width, stats.experts);
     let n = stats.logits.len() / e;
@@ -57,7 +57,7 @@ fn log_sum_exp(stats: &LayerStatistics, clusters: &[Vec<usize>]) -> Result<Vec<V
     }
     let ridge = 1e-6 * (0..d).map(|i| gram[i * d + i]).sum::<f64>() / d as f64;
     (0..d).for_each(|i| gram[i * d + i] += ridge.max(1e-12));
-    // Cholesky's factor in the lower half.
+    // The Cholesky factor is computed in the lower half.
     for i in 0..d {
         for j in 0..=i {
             let dot: f64 = (0..j).map(|k| gram[i * d + k] * gram[j * d + k]).sum();
@@ -78,8 +78,8 @@ fn log_sum_exp(stats: &LayerStatistics, clusters: &[Vec<usize>]) -> Result<Vec<V
     Ok(right)
 }
 
-/// Trains the routers of a model alone, as UNCURL does before everything is trained, and leaves trainable what was trainable before.
-/// `losses` gives the losses of the batch of a step, one for each sample. Returns the mean loss of each step.
+/// Trains only the routers of a model, as UNCURL does before everything is trained, and restores afterwards what was trainable. `losses`
+/// gives the losses of the batch of a step, one for each sample. Returns the mean loss of each step.
 pub fn train_routers<M: SparseModel>(
     model: &M,
     steps: u64,

@@ -1,15 +1,16 @@
-//! Greedy word-substitution attacks, all texts in step.
+//! Greedy word-substitution attacks, which run on all texts in parallel.
 //!
-//! 1. *Importance*: each word that may be changed is replaced by the unknown word (or left out), and scored.
-//! 2. *Search*: the words are visited from the most to the least important; of a word's candidates the best one is taken if its score is
-//!    **strictly** higher than the present one. The search ends when the model reads another class, when the words or the budget of
-//!    queries are spent, or when a limit on the changes is reached.
+//! 1. *Importance*: each word that may be changed is replaced by the unknown word (or left out), and the text is scored.
+//! 2. *Search*: the words are visited from the most to the least important. Of a word's candidates the best one is taken if its score is
+//!    **strictly** higher than the present one. The search ends when the model predicts another class, when no words or no queries are
+//!    left, or when a limit on the changes is reached.
 //!
-//! The strict rule is what turns a badly calibrated model into a seemingly robust one: where all candidates have the same score, nothing
-//! is ever taken. Ties between equal importances, and between equal candidates, go to the first.
+//! The strict rule makes a badly calibrated model seem robust: where all candidates have the same score, no change is ever made. Of equal
+//! importances, and of equal candidates, the first is taken.
 //!
 //! - PWWS (Ren et al. 2019): a word's importance is softmax(saliency) × the best score among its synonyms.
-//! - TextFooler (Jin et al. 2020), without its taggers and encoders: importance by leaving words out; near words of a vector space.
+//! - TextFooler (Jin et al. 2020), without its taggers and encoders: importance by leaving words out; candidates are near words of a vector
+//!   space.
 //! - DeepWordBug (Gao et al. 2018), as black-box tools run it: importance by the unknown word; four small misspellings of each word.
 
 use super::score::{Lens, Precision, Score};
@@ -19,7 +20,7 @@ use super::vectors::{Neighbours, Similarity};
 use super::words::{Synonyms, WordClasses};
 use crate::base::{Error, Result, philox};
 
-/// What may take the place of a word.
+/// A source of candidates for the replacement of a word.
 pub trait Transformation: Sync {
     /// Candidates for word `at` of an original text, in a fixed order.
     fn candidates(&self, words: &[&str], at: usize) -> Vec<String>;
@@ -31,8 +32,8 @@ impl Transformation for Synonyms {
     }
 }
 
-/// Four misspellings of a word: two neighbouring letters swapped, a letter replaced, one left out, one added. Which letters is drawn
-/// for each text, word and place, so that a text has the same candidates in every run of a seed, in every batch.
+/// Four misspellings of a word: two neighbouring letters swapped, a letter replaced, one left out, one added. The letters are drawn for
+/// each text, word and place, so that a text has the same candidates with the same seed, in every batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Misspellings {
     /// The seed.
@@ -74,11 +75,11 @@ pub enum Importance {
     Unknown,
     /// The score without the word.
     Delete,
-    /// PWWS: softmax over the words of the score with the unknown word, times the best score among the word's candidates.
+    /// PWWS: the softmax, over the words, of the score with the unknown word, times the best score among the word's candidates.
     Saliency,
 }
 
-/// An attack: candidates, the order of words, limits and what it looks at.
+/// An attack: its candidates, the order of words, its limits and its score.
 #[derive(Clone)]
 pub struct Attack<'a> {
     name: &'static str,
@@ -96,34 +97,34 @@ pub struct Attack<'a> {
 /// How an attack on a text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The model had the class wrong before anything was changed; nothing was searched.
+    /// The model had the class wrong before anything was changed, so there was no search.
     WrongFromStart,
-    /// A changed text is read as another class.
+    /// The model predicts another class for a changed text.
     Broken,
-    /// The text is still read as its own class.
+    /// The model still predicts the right class.
     Stood,
-    /// No word of it may be changed (stop words only, or no candidates): it stands.
+    /// No word may be changed (only stop words, or no candidates), so the right class stays.
     Unchangeable,
 }
 
-/// What an attack found for a text.
+/// The result of an attack on a text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Found {
-    /// How it ended.
+    /// How the attack ended.
     pub outcome: Outcome,
-    /// The words at the end; those of the text where nothing was changed.
+    /// The words at the end; the original words where nothing was changed.
     pub words: Vec<String>,
-    /// The places that were changed, in the order of the search.
+    /// The positions of the changed words, in the order of the search.
     pub changed: Vec<usize>,
-    /// Texts that the model was asked about, the original included.
+    /// Number of texts that the model was queried with, including the original.
     pub queries: usize,
-    /// Candidates were left unasked because the budget was spent.
+    /// Whether some candidates were not tried because the budget was spent.
     pub out_of_budget: bool,
-    /// Class of the text at the end.
+    /// The predicted class of the text at the end.
     pub label: u32,
-    /// Steps of the search in which the best candidate had exactly the present score.
+    /// Number of search steps in which the best candidate had exactly the present score.
     pub ties: usize,
-    /// Steps of the search.
+    /// Number of search steps.
     pub steps: usize,
 }
 
@@ -135,8 +136,8 @@ impl Found {
 }
 
 impl<'a> Attack<'a> {
-    /// An attack from its parts, with stop words left alone, a budget of 2,000 queries, no limit on the share of changed words, the
-    /// score of common tools (probability in f32), and batches of 4,096 texts.
+    /// An attack made of its parts. By default it leaves stop words alone, has a budget of 2,000 queries, no limit on the share of changed
+    /// words, the score of common tools (probability in f32), and batches of 4,096 texts.
     pub fn new(name: &'static str, transformation: &'a dyn Transformation, importance: Importance) -> Attack<'a> {
         Attack {
             name,
@@ -151,15 +152,15 @@ impl<'a> Attack<'a> {
             batch: 4096,
         }
     }
-    /// PWWS over these synonyms.
+    /// PWWS with these synonyms.
     pub fn pwws(synonyms: &'a Synonyms) -> Attack<'a> {
         Attack::new("PWWS", synonyms, Importance::Saliency)
     }
-    /// DeepWordBug: misspellings, at most 30 edits in a text.
+    /// DeepWordBug: misspellings, with an edit distance of at most 30 in a text.
     pub fn deep_word_bug(misspellings: &'a Misspellings) -> Attack<'a> {
         Attack { max_edits: 30, ..Attack::new("DeepWordBug", misspellings, Importance::Unknown) }
     }
-    /// An attack like TextFooler: up to 50 near words of a vector space, and the changed text must stay near the original (0.8408, the
+    /// An attack like TextFooler: up to 50 near words of a vector space, where the changed text must stay near the original (0.8408, the
     /// threshold of the published attack; its sentence encoder is replaced by [`Similarity`]).
     pub fn text_fooler(neighbours: &'a Neighbours, similarity: &'a Similarity) -> Attack<'a> {
         Attack {
@@ -167,41 +168,41 @@ impl<'a> Attack<'a> {
             ..Attack::new("TextFooler-like", neighbours, Importance::Delete)
         }
     }
-    /// Texts that the model may be asked about for each text, the original included.
+    /// Sets the number of queries per text, including the original.
     pub fn budget(mut self, queries: usize) -> Self {
         self.budget = queries;
         self
     }
-    /// What it climbs, on the served logits as they are; probability in f32 if not given.
+    /// Sets the score that the attack maximises, on the served logits without a temperature; probability in f32 if not given.
     pub fn score(self, score: Score) -> Self {
         self.lens(Lens::new(score))
     }
-    /// What it climbs, with a temperature of the attacker.
+    /// Sets the score that the attack maximises, with a temperature of the attacker.
     pub fn lens(mut self, lens: Lens) -> Self {
         self.lens = lens;
         self
     }
-    /// The largest share of the words of a text that may be changed.
+    /// Sets the largest share of the words of a text that may be changed.
     pub fn max_changed(mut self, share: f64) -> Self {
         self.max_changed = share;
         self
     }
-    /// The largest sum of edit distances between the changed words and the originals.
+    /// Sets the largest sum of edit distances between the changed words and the originals.
     pub fn max_edits(mut self, edits: usize) -> Self {
         self.max_edits = edits;
         self
     }
-    /// Candidates must be able to have a word class of the original.
+    /// Restricts candidates to words that can have a word class of the original.
     pub fn same_class(mut self, classes: &'a WordClasses) -> Self {
         self.classes = Some(classes);
         self
     }
-    /// The changed text must be at least this near the original.
+    /// Requires a similarity of at least `least` between the changed text and the original.
     pub fn similar(mut self, similarity: &'a Similarity, least: f64) -> Self {
         self.similarity = Some((similarity, least));
         self
     }
-    /// How many texts are handed to the model at once; results do not depend on it.
+    /// Sets the number of texts in a call of the model. Results do not depend on it.
     pub fn batch_size(mut self, texts: usize) -> Self {
         self.batch = texts;
         self
@@ -210,12 +211,12 @@ impl<'a> Attack<'a> {
     pub fn name(&self) -> &'static str {
         self.name
     }
-    /// What it looks at.
+    /// The score that the attack maximises.
     pub fn served_lens(&self) -> Lens {
         self.lens
     }
-    /// The candidates for word `at` of a text: those of the transformation, without the word itself, without repetitions, and of a
-    /// fitting word class. A capital at the beginning stays.
+    /// The candidates for word `at` of a text: those of the transformation, without the word itself, without repetitions, and only those
+    /// with a fitting word class. A capital first letter is kept.
     pub fn candidates(&self, words: &[&str], at: usize) -> Vec<String> {
         let word = words[at];
         let small = word.to_lowercase();
@@ -227,7 +228,7 @@ impl<'a> Attack<'a> {
         for candidate in self.transformation.candidates(words, at) {
             let fits = self.classes.is_none_or(|c| c.fit(&small, &candidate));
             let candidate = if capital { capitalised(&candidate) } else { candidate };
-            // A candidate that is no single word would change the number of words.
+            // A candidate that is not a single word would change the number of words.
             let single = Text::new(&candidate[..]);
             let single = single.words().next() == Some(&candidate[..]) && single.len() == 1;
             if fits && single && candidate != word && !found.contains(&candidate) {
@@ -236,7 +237,7 @@ impl<'a> Attack<'a> {
         }
         found
     }
-    /// Attacks every text of a set against a served model. Fails where the model gives no scores, or something that is no number.
+    /// Attacks every text of a set against a served model. Fails if the model returns no scores, or values that are not finite.
     pub fn run(&self, served: &Served, set: &TextSet) -> Result<Vec<Found>> {
         self.check(served)?;
         if let Some(&label) = set.labels.iter().find(|l| **l as usize >= served.classes()) {
@@ -248,7 +249,7 @@ impl<'a> Attack<'a> {
             set.texts.iter().zip(&set.labels).map(|(t, &l)| Search::new(self, t, l)).collect();
         let mut scratch = Vec::new();
         loop {
-            // The questions of all texts, as (search, question) pairs, in batches.
+            // The queries of all texts, as (search, query) pairs, in batches.
             let asked: Vec<(usize, usize)> = searches
                 .iter()
                 .enumerate()
@@ -274,8 +275,8 @@ impl<'a> Attack<'a> {
         }
         Ok(searches.into_iter().map(Search::end).collect())
     }
-    /// The scores of each text's changeable words with the unknown word in their place, less that of the text: what the order of a search
-    /// is made of. One list for each text, empty where the model is wrong from the start.
+    /// For each lens and each text, the scores of the changeable words replaced by the unknown word, minus the score of the text. The order
+    /// of a search is made of these. A text has an empty list if the model is wrong from the start.
     pub fn importances(&self, served: &Served, set: &TextSet, lenses: &[Lens]) -> Result<Vec<Vec<Vec<f64>>>> {
         self.check(served)?;
         let mut out = Vec::with_capacity(set.len());
@@ -328,7 +329,7 @@ fn capitalised(word: &str) -> String {
     chars.next().map_or_else(String::new, |c| c.to_uppercase().chain(chars).collect())
 }
 
-/// The least number of letters to be replaced, left out or added (Levenshtein).
+/// The edit distance: the smallest number of letters to be replaced, left out or added (Levenshtein).
 pub(super) fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -342,17 +343,17 @@ pub(super) fn edit_distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// A text that the model is asked about: the present one with a change.
+/// A query to the model: the present text with at most one change.
 enum Question {
-    /// As it is.
+    /// Without a change.
     Present,
-    /// Without the word at a place.
+    /// Without the word at a position.
     Without(usize),
-    /// With another word at a place.
+    /// With another word at a position.
     With(usize, String),
 }
 
-/// What the answers to the questions are for.
+/// The stage of the search that the answers are for.
 #[derive(PartialEq)]
 enum Stage {
     Start,
@@ -369,9 +370,9 @@ struct Search<'t> {
     label: u32,
     stage: Stage,
     questions: Vec<Question>,
-    /// Places that may be changed, with their candidates.
+    /// Positions that may be changed, with their candidates.
     places: Vec<(usize, Vec<String>)>,
-    /// Places, the most important first, and how many have been visited.
+    /// Indices of `places`, with the most important first, and the number that have been visited.
     order: Vec<usize>,
     visited: usize,
     score: f64,
@@ -384,7 +385,7 @@ impl<'t> Search<'t> {
     fn new(attack: &Attack, text: &'t Text, label: u32) -> Search<'t> {
         let original: Vec<&str> = text.words().collect();
         let candidates = |at| (at, attack.candidates(&original, at));
-        // As the published attacks: a word without candidates is ordered among the others, and skipped when its turn comes.
+        // As in the published attacks, a word without candidates is ordered among the others and skipped in the search.
         let places = (0..original.len()).filter(|&at| !is_stop_word(&original[at].to_lowercase())).map(candidates);
         let places: Vec<(usize, Vec<String>)> = places.collect();
         let words: Vec<String> = original.iter().map(|w| w.to_string()).collect();
@@ -416,7 +417,7 @@ impl<'t> Search<'t> {
         search.ask(vec![Question::Present]);
         search
     }
-    /// Takes as many of the questions as the budget allows.
+    /// Sets the next queries, as many of them as the budget allows.
     fn ask(&mut self, mut questions: Vec<Question>) {
         let left = self.budget - self.found.queries;
         if questions.len() > left {
@@ -426,7 +427,7 @@ impl<'t> Search<'t> {
         self.found.queries += questions.len();
         self.questions = questions;
     }
-    /// The words of a question.
+    /// Adds the words of a query to a batch.
     fn put<'s>(&'s self, question: &'s Question, batch: &mut Batch<'s>) {
         let words = || self.words.iter().map(String::as_str);
         match question {
@@ -435,7 +436,7 @@ impl<'t> Search<'t> {
             Question::With(at, new) => batch.push(words().enumerate().map(|(i, w)| if i == *at { new } else { w })),
         }
     }
-    /// Takes the answers to its questions and asks the next, or is done.
+    /// Processes the answers to the queries and sets the next ones, or ends.
     fn take(&mut self, attack: &Attack, answers: &[(f64, u32)]) {
         match self.stage {
             Stage::Start => {
@@ -479,7 +480,7 @@ impl<'t> Search<'t> {
         }
         self.ask(questions);
     }
-    /// Orders the places by the answers; what the budget did not reach comes last.
+    /// Orders the positions by the answers. Positions that the budget did not reach come last.
     fn order_places(&mut self, attack: &Attack, answers: &[(f64, u32)]) {
         let n = self.places.len();
         let mut importance: Vec<f64> = (0..n).map(|i| answers.get(i).map_or(f64::NEG_INFINITY, |a| a.0)).collect();
@@ -491,11 +492,11 @@ impl<'t> Search<'t> {
                 best[i] = best[i].max(answer.0);
             }
             match attack.lens.score {
-                // As common tools do it, on scores instead of differences of scores. A word without candidates has 0.
+                // As in common tools, this uses scores and not differences of scores. A word without candidates has 0.
                 Score::Probability(_) => {
                     best.iter_mut().filter(|b| b.is_infinite()).for_each(|b| *b = 0.0);
                 }
-                // Other scores have no zero to start from: differences, and those of the margin in units of the largest, so that no
+                // Other scores have no natural zero, so differences are used. Those of the margin are divided by the largest, so that no
                 // temperature changes the order.
                 other => {
                     let gain = |s: &mut f64| *s = if s.is_finite() { *s - self.score } else { 0.0 };
@@ -506,7 +507,7 @@ impl<'t> Search<'t> {
                     }
                 }
             }
-            // In f32, as the published attack.
+            // This is computed in f32, as in the published attack.
             let known = importance.iter().filter(|s| s.is_finite());
             let largest = known.fold(f32::NEG_INFINITY, |m, s| m.max(*s as f32));
             let exp: Vec<f32> = importance.iter().map(|s| (*s as f32 - largest).exp()).collect();
@@ -516,7 +517,7 @@ impl<'t> Search<'t> {
         self.order = (0..n).collect();
         self.order.sort_by(|&a, &b| importance[b].total_cmp(&importance[a]));
     }
-    /// The candidates that the limits of the attack allow at a place of the present text.
+    /// The candidates at a position of the present text that the limits of the attack allow.
     fn allowed<'s>(
         &'s self,
         attack: &'s Attack,
@@ -533,7 +534,7 @@ impl<'t> Search<'t> {
                 && attack.similarity.is_none_or(near)
         })
     }
-    /// Asks about the candidates of the next place that has any.
+    /// Queries the candidates of the next position that has any.
     fn next(&mut self, attack: &Attack) {
         self.stage = Stage::Greedy;
         while self.visited < self.order.len() && self.found.queries < self.budget {
@@ -576,15 +577,15 @@ impl<'t> Search<'t> {
     }
 }
 
-/// The share of texts that are still read as their class after an attack, over all texts (those wrong from the start count as wrong)
-/// and over those that were right at first.
+/// The share of texts whose right class is still predicted after an attack, over all texts (those wrong from the start count as wrong) and
+/// over those that were right at first.
 pub fn accuracy_under_attack(found: &[Found]) -> (f64, f64) {
     let stood = found.iter().filter(|f| matches!(f.outcome, Outcome::Stood | Outcome::Unchangeable)).count() as f64;
     let right = found.iter().filter(|f| f.outcome != Outcome::WrongFromStart).count() as f64;
     (stood / found.len().max(1) as f64, if right > 0.0 { stood / right } else { 0.0 })
 }
 
-/// The answers to every text of a set, in batches.
+/// The answers to all texts of a set, in batches.
 pub(super) fn answers(served: &Served, texts: &[Text], batch: usize) -> Result<Answers> {
     let mut all = Answers { classes: served.classes(), labels: Vec::new(), probabilities: false, values: Vec::new() };
     for part in texts.chunks(batch.max(1)) {

@@ -1,7 +1,7 @@
-//! Calibration: one temperature by which the served logits are divided, and how far confidence is from accuracy.
+//! Calibration: a temperature by which the served logits are divided, and measures of how far confidence is from accuracy.
 //!
-//! Temperature scaling (Guo et al. 2017) takes the T with the least negative log-likelihood of validation texts,
-//! L(T) = −1/n Σ ln softmax(l/T)_y. Before an attack it gives the search back its signal (Raina et al. 2024).
+//! Temperature scaling (Guo et al. 2017) takes the T with the smallest negative log-likelihood of validation texts, L(T) = −1/n Σ ln
+//! softmax(l/T)_y. Before an attack, it makes differences between candidates visible to the search again (Raina et al. 2024).
 
 use super::score::log_sum_exp;
 use super::served::{Answers, softmax_f64};
@@ -10,15 +10,15 @@ use crate::base::{Error, Result};
 /// How the attacker's temperature is found on validation texts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Calibrate {
-    /// Gradient descent on T from 1, as in the paper: rate 0.01, at most 5,000 steps. It cannot come from T = 1 to where a served
-    /// temperature below about 1e-3 needs it.
+    /// Gradient descent on T from 1, as in the paper: rate 0.01, at most 5,000 steps. From T = 1 it cannot reach the right T of a model
+    /// whose served temperature is below about 1e-3.
     Descent {
-        /// The rate.
+        /// The learning rate.
         lr: f64,
-        /// The steps.
+        /// The largest number of steps.
         steps: usize,
     },
-    /// Golden section over ln T between 1e-12 and 1e12, inside the best interval of a grid.
+    /// Golden-section search over ln T between 1e-12 and 1e12, inside the best interval of a grid.
     LogT,
 }
 
@@ -26,8 +26,8 @@ impl Calibrate {
     /// The paper's descent.
     pub const PAPER: Calibrate = Calibrate::Descent { lr: 0.01, steps: 5000 };
 
-    /// The temperature for these answers to texts of these labels. Fails where the answers are classes alone, or the rate of the descent is
-    /// no positive number.
+    /// The temperature for these answers to texts with these labels. Fails if the answers are only classes, or if the rate of the descent
+    /// is not a positive number.
     pub fn fit(&self, answers: &Answers, labels: &[u32]) -> Result<f64> {
         if let Calibrate::Descent { lr, .. } = self
             && !(lr.is_finite() && *lr > 0.0)
@@ -47,7 +47,7 @@ impl Calibrate {
                     if step.abs() < 1e-12 * t {
                         break;
                     }
-                    // A step across zero has no meaning; it goes half of the way instead.
+                    // A step to a T below 0 has no meaning; T is halved instead.
                     t = if step < t { t - step } else { t / 2.0 };
                 }
                 t
@@ -56,7 +56,7 @@ impl Calibrate {
     }
 }
 
-/// Logits of texts, and their classes.
+/// The logits of texts, and their right classes.
 struct Logits {
     rows: Vec<Vec<f64>>,
     labels: Vec<usize>,
@@ -69,12 +69,12 @@ impl Logits {
                            have none";
             return Err(Error::invalid("calibrate", message));
         }
-        // A probability of 0 has no logarithm; the least positive number of f64 stands for it.
+        // A probability of 0 has no logarithm, so the smallest positive number of f64 is used.
         let log = |p: &f64| if answers.probabilities { p.max(f64::MIN_POSITIVE).ln() } else { *p };
         let rows = (0..labels.len()).map(|i| answers.row(i).iter().map(log).collect()).collect();
         Ok(Logits { rows, labels: labels.iter().map(|&l| l as usize).collect() })
     }
-    /// L(T).
+    /// The negative log-likelihood L(T).
     fn loss(&self, t: f64) -> f64 {
         let mut scaled = Vec::new();
         let one = |(row, y): (&Vec<f64>, &usize)| {
@@ -84,7 +84,7 @@ impl Logits {
         };
         self.rows.iter().zip(&self.labels).map(one).sum::<f64>() / self.rows.len() as f64
     }
-    /// dL/dT = 1/(n·T²) Σ (l_y − Σ_c p_c l_c).
+    /// The derivative dL/dT = 1/(n·T²) Σ (l_y − Σ_c p_c l_c).
     fn slope(&self, t: f64) -> f64 {
         let mut p = Vec::new();
         let one = |(row, y): (&Vec<f64>, &usize)| {
@@ -97,12 +97,12 @@ impl Logits {
     }
 }
 
-/// The place of the least value of f in an interval: the best point of a grid, then golden section between its neighbours down to
-/// `precise`. A grid first, because the losses are flat far from their minimum, where a section alone would go astray.
+/// The position of the minimum of f in an interval: the best point of a grid, then golden-section search between its neighbours down to the
+/// width `precise`. The grid comes first because the losses are flat far from their minimum, where the section search alone could go wrong.
 pub(super) fn minimise(mut f: impl FnMut(f64) -> f64, (low, high): (f64, f64), grid: usize, precise: f64) -> f64 {
     let step = (high - low) / (grid - 1) as f64;
     let values: Vec<f64> = (0..grid).map(|i| f(low + i as f64 * step)).collect();
-    // Of equal values the middle one.
+    // Of equal values the middle one is taken.
     let least = values.iter().fold(f64::INFINITY, |m, v| m.min(*v));
     let places: Vec<usize> = (0..grid).filter(|&i| values[i] == least).collect();
     let best = places[places.len() / 2];
@@ -131,22 +131,22 @@ pub(super) fn minimise(mut f: impl FnMut(f64) -> f64, (low, high): (f64, f64), g
     found.1
 }
 
-/// A bin of a reliability diagram: the texts whose confidence lies in it.
+/// A bin of a reliability diagram, with the texts whose confidence lies in it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bin {
-    /// Lower end of its confidences.
+    /// Lower bound of the confidence.
     pub from: f64,
-    /// Upper end.
+    /// Upper bound of the confidence.
     pub to: f64,
-    /// Texts in it.
+    /// Number of texts in the bin.
     pub count: usize,
-    /// Their mean confidence.
+    /// Mean confidence of these texts.
     pub confidence: f64,
-    /// The share of them whose class is right.
+    /// Share of these texts whose predicted class is right.
     pub accuracy: f64,
 }
 
-/// Confidence against accuracy.
+/// The relation of confidence and accuracy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Reliability {
     /// Fifteen bins of equal width between 0 and 1.
@@ -161,8 +161,8 @@ pub struct Reliability {
     pub nll: f64,
 }
 
-/// The reliability of answers whose logits are divided by `temperature`; a class's confidence is its softmax in f64. All texts may fall
-/// in one bin: the errors are defined as before.
+/// The reliability of answers whose logits are divided by `temperature`, where a class's confidence is its softmax in f64. The errors are
+/// also defined if all texts fall into one bin.
 pub fn reliability(answers: &Answers, labels: &[u32], temperature: f64) -> Result<Reliability> {
     const BINS: usize = 15;
     if !(temperature.is_finite() && temperature > 0.0) {
@@ -205,7 +205,7 @@ pub fn reliability(answers: &Answers, labels: &[u32], temperature: f64) -> Resul
 mod tests {
     use super::*;
 
-    /// Texts of two classes with a logit difference of 2 at T = 1, of which `right` of ten are right.
+    /// Answers to ten texts of two classes with a logit difference of 2 at T = 1, of which `right` are right.
     fn answers(right: usize, scale: f64) -> (Answers, Vec<u32>) {
         let labels: Vec<u32> = (0..10).map(|i| u32::from(i >= right)).collect();
         let values = (0..10).flat_map(|_| [2.0 * scale, 0.0]).collect();
@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn the_temperature_in_closed_form() {
-        // The likelihood is best where the confidence is the accuracy: 2/T = ln(a/(1 − a)).
+        // The likelihood is largest where the confidence equals the accuracy: 2/T = ln(a/(1 − a)).
         for scale in [1e-9, 1.0, 1e3, 1e7] {
             let (a, labels) = answers(8, scale);
             let want = 2.0 * scale / (0.8f64 / 0.2).ln();
@@ -226,7 +226,7 @@ mod tests {
         let (a, labels) = answers(8, 1.0);
         let got = Calibrate::PAPER.fit(&a, &labels).unwrap();
         assert!((got - 2.0 / 4f64.ln()).abs() < 1e-2, "{got}");
-        // From T = 1, five thousand steps do not reach a model that is served at 1e-4.
+        // Starting at T = 1, five thousand steps do not reach the temperature of a model that is served at 1e-4.
         let (a, labels) = answers(8, 1e4);
         assert!(Calibrate::PAPER.fit(&a, &labels).unwrap() < 0.1 * 2e4 / 4f64.ln());
     }

@@ -1,4 +1,4 @@
-//! Accuracy under attack, as served and with calibration, and whether the first can be believed.
+//! Accuracy under attack as served and after calibration, with flags that say whether the former can be trusted.
 
 use super::attack::{Attack, Found, accuracy_under_attack, answers};
 use super::calibrate::{Calibrate, Reliability, minimise, reliability};
@@ -9,7 +9,7 @@ use super::text::TextSet;
 use crate::base::{Error, Result};
 use std::fmt;
 
-/// An evaluation: the attack as it is, on the calibrated model, at the attacker's best temperature, and on the margin.
+/// An evaluation: the attack on the model as served, on the calibrated model, at the attacker's best temperature, and on the margin.
 pub struct Evaluate<'a> {
     attack: &'a Attack<'a>,
     calibrate: Calibrate,
@@ -17,68 +17,68 @@ pub struct Evaluate<'a> {
     limits: Limits,
 }
 
-/// What one attack left.
+/// The result of one attack on a set.
 #[derive(Clone, Debug)]
 pub struct Attacked {
-    /// What the attack looked at.
+    /// The score and temperature that the attack used.
     pub lens: Lens,
-    /// Share of all texts that are still read as their class.
+    /// Share of all texts whose right class is still predicted.
     pub accuracy: f64,
-    /// The same over the texts that were right at first.
+    /// The same share over the texts that were right at first.
     pub of_right: f64,
     /// Mean number of queries of the texts that were right at first.
     pub queries: f64,
-    /// Each text's end.
+    /// The result for each text.
     pub found: Vec<Found>,
 }
 
-/// What came of an evaluation.
+/// The result of an evaluation.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The name of the attack.
     pub attack: &'static str,
-    /// Texts.
+    /// Number of texts.
     pub texts: usize,
-    /// Texts of stop words only, or without candidates: nothing could be changed, and they stand.
+    /// Number of texts in which nothing could be changed, because they have only stop words or no candidates.
     pub unchangeable: usize,
     /// Accuracy without an attack.
     pub clean: f64,
-    /// As served, with the score of common tools.
+    /// The attack on the model as served, with the score of common tools.
     pub plain: Attacked,
-    /// The same in 64 bits.
+    /// The same attack with probabilities in 64 bits.
     pub plain_f64: Attacked,
-    /// With the served logits divided by the temperature of the calibration.
+    /// The attack with the served logits divided by the temperature of the calibration.
     pub calibrated: Attacked,
-    /// With the temperature that leaves the least accuracy on validation texts, if it was asked for.
+    /// The attack with the temperature that leaves the smallest accuracy on validation texts, if it was searched for.
     pub optimised: Option<Attacked>,
-    /// On the margin.
+    /// The attack on the margin.
     pub margin: Attacked,
-    /// Confidence against accuracy as served, and calibrated, on the test texts.
+    /// Reliability on the test texts, as served and calibrated.
     pub reliability: (Reliability, Reliability),
-    /// Mean rank correlation of the words' order by probability with that by margin: as served, and calibrated.
+    /// Mean rank correlation between the words' order by probability and by margin, as served and calibrated.
     pub correlation: (f64, f64),
-    /// What is wrong.
+    /// What is wrong with the measurement as served.
     pub flags: Vec<Flag>,
 }
 
 impl<'a> Evaluate<'a> {
-    /// An evaluation with this attack (its own score is replaced), calibrated by golden section over ln T, without the search for the
-    /// attacker's best temperature.
+    /// An evaluation with this attack, whose own score is replaced. It calibrates by golden-section search over ln T, and does not search
+    /// for the attacker's best temperature.
     pub fn new(attack: &'a Attack<'a>) -> Evaluate<'a> {
         Evaluate { attack, calibrate: Calibrate::LogT, optimise: None, limits: Limits::default() }
     }
-    /// How the temperature is found.
+    /// Sets how the temperature is found.
     pub fn calibrate(mut self, calibrate: Calibrate) -> Self {
         self.calibrate = calibrate;
         self
     }
-    /// Also searches for the attacker's best temperature, with this attack on the validation texts, 200 of them at most (the paper takes
+    /// Also searches for the attacker's best temperature, with the attack `with` on at most 200 of the validation texts (the paper uses
     /// DeepWordBug).
     pub fn optimise(mut self, with: &'a Attack<'a>) -> Self {
         self.optimise = Some(with);
         self
     }
-    /// Where flags begin.
+    /// Sets the thresholds of the flags.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
@@ -151,7 +151,7 @@ impl<'a> Evaluate<'a> {
     }
 }
 
-/// Attacks a set with a lens.
+/// Attacks a set with a given score and temperature.
 pub fn attacked(attack: &Attack, lens: Lens, served: &Served, set: &TextSet) -> Result<Attacked> {
     let found = attack.clone().lens(lens).run(served, set)?;
     let (accuracy, of_right) = accuracy_under_attack(&found);
@@ -160,8 +160,8 @@ pub fn attacked(attack: &Attack, lens: Lens, served: &Served, set: &TextSet) -> 
     Ok(Attacked { lens, accuracy, of_right, queries, found })
 }
 
-/// The attacker's temperature that leaves the least accuracy under an attack: eight decades either side of `near` (the calibrated
-/// temperature is a good one), then golden section over ln T. Fifteen attacks or so.
+/// The attacker's temperature that leaves the smallest accuracy under an attack. The search covers eight decades on either side of `near`
+/// (the calibrated temperature is a good choice), then uses golden sections over ln T. It runs about fifteen attacks.
 pub fn best_temperature(attack: &Attack, served: &Served, validation: &TextSet, near: f64) -> Result<f64> {
     if !(near.is_finite() && near > 0.0) {
         return Err(Error::invalid("best_temperature", format!("near {near}; it must be a positive number")));

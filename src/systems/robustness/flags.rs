@@ -1,4 +1,4 @@
-//! Signs that a measured robustness is an illusion, each with what to do about it.
+//! Signs that a measured robustness is an illusion, each with advice on what to do.
 
 use super::attack::{Attack, Found, Outcome};
 use super::score::{Lens, Precision, Score, log_sum_exp};
@@ -10,7 +10,7 @@ use std::fmt;
 /// What can be wrong with an evaluation by probabilities.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Flag {
-    /// For this share of the texts no single word changes the score: the search is blind from its first step.
+    /// For this share of the texts no single word changes the score, so that the search has no signal from its first step.
     TiedScores {
         /// The share of the texts that were right at first.
         share: f64,
@@ -22,22 +22,22 @@ pub enum Flag {
         /// Accuracy under attack with 32 bits, and with 64.
         accuracies: (f64, f64),
     },
-    /// The order of the words by probability has little to do with the order by margin.
+    /// The order of the words by probability has little in common with the order by margin.
     RankCollapse {
-        /// The mean over texts of Spearman's rank correlation; texts whose scores are all tied count as 0.
+        /// The mean of Spearman's rank correlation over texts; texts whose scores are all tied count as 0.
         correlation: f64,
     },
-    /// An attack on the calibrated model leaves less.
+    /// An attack on the calibrated model leaves a lower accuracy.
     CalibrationGap {
-        /// Accuracy under attack as served, less the least of the calibrated, optimised and margin attacks, in points of 100.
+        /// Accuracy under attack as served, minus the lowest of the calibrated, optimised and margin attacks, in percentage points.
         points: f64,
     },
     /// The served probabilities look like the softmax of probabilities.
     DoubleSoftmax {
-        /// Their largest confidence; two softmaxes leave at most e/(e + classes − 1).
+        /// The largest confidence. Two softmaxes allow at most e/(e + classes − 1).
         largest: f64,
     },
-    /// Probabilities were rounded or clipped to exactly 0 or 1 for this share of the texts: no temperature brings their order back.
+    /// Probabilities were rounded or clipped to exactly 0 or 1 for this share of the texts, and no temperature restores their order.
     RoundedProbabilities {
         /// The share of the texts.
         share: f64,
@@ -100,16 +100,16 @@ impl fmt::Display for Flag {
     }
 }
 
-/// Where each flag begins.
+/// The threshold of each flag.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
     /// Share of texts with tied scores.
     pub tied: f64,
-    /// Share of texts that end differently in 64 bits.
+    /// Share of texts on which 32 and 64 bits end differently.
     pub precision: f64,
-    /// Rank correlation below which the order has collapsed.
+    /// Rank correlation below which the orders count as unrelated.
     pub correlation: f64,
-    /// Points of accuracy.
+    /// Difference of accuracies in percentage points.
     pub gap: f64,
     /// Share of texts with a probability of exactly 0 or 1.
     pub rounded: f64,
@@ -121,7 +121,7 @@ impl Default for Limits {
     }
 }
 
-/// What the words' scores say: the share of texts whose scores are all tied, and the mean rank correlation with the margin's order.
+/// Statistics of the words' scores: the share of texts whose scores are all tied, and the mean rank correlation with the order by margin.
 /// Texts that are wrong at first, or have fewer than three words to change, are left out; `None` if no text is left.
 pub fn word_scores(attack: &Attack, served: &Served, set: &TextSet, plain: Lens) -> Result<Option<(f64, f64)>> {
     let lenses = [plain, Lens::new(Score::Margin)];
@@ -136,7 +136,7 @@ pub fn word_scores(attack: &Attack, served: &Served, set: &TextSet, plain: Lens)
     Ok((texts > 0).then(|| (tied as f64 / texts as f64, sum / texts as f64)))
 }
 
-/// Spearman's rank correlation, equal values sharing the mean of their ranks; 0 where one list is constant.
+/// Spearman's rank correlation, where equal values share the mean of their ranks; 0 if one list is constant.
 pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
     let ranks = |x: &[f64]| -> Vec<f64> {
         let mut order: Vec<usize> = (0..x.len()).collect();
@@ -158,8 +158,8 @@ pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
     if norms > 0.0 { product(&a, &b) / norms } else { 0.0 }
 }
 
-/// Whether the first kind of attack left more texts standing than the second beyond chance: the texts on which they differ go one way by
-/// more than two standard deviations of a fair coin.
+/// Whether attack `a` left more texts unbroken than attack `b` beyond chance: among the texts on which they differ, the excess is more than
+/// two standard deviations of a fair coin.
 pub(super) fn beyond_chance(a: &[Found], b: &[Found]) -> bool {
     let broken = |f: &Found| f.outcome == Outcome::Broken;
     let only = |x: &[Found], y: &[Found]| x.iter().zip(y).filter(|(x, y)| broken(x) && !broken(y)).count() as f64;
@@ -173,9 +173,9 @@ pub(super) fn disagreement(a: &[Found], b: &[Found]) -> f64 {
     differ.count() as f64 / a.len().max(1) as f64
 }
 
-/// Whether probabilities are a softmax of probabilities: every confidence is at most e/(e + C − 1), what one softmax undone gives is a
-/// list of probabilities, and it either fits the classes clearly better or often comes close to certainty (so that confidences crowd just
-/// below a bound that none passes).
+/// Whether probabilities are a softmax of probabilities: every confidence is at most e/(e + C − 1), undoing one softmax gives
+/// probabilities, and these either fit the classes clearly better or are often close to certainty (so that many confidences lie just below
+/// the bound and none above).
 pub(super) fn double_softmax(answers: &Answers, labels: &[u32]) -> Option<Flag> {
     let c = answers.classes;
     let mut largest = 0f64;
@@ -188,7 +188,7 @@ pub(super) fn double_softmax(answers: &Answers, labels: &[u32]) -> Option<Flag> 
         let sum = log_sum_exp(&log);
         log.iter_mut().for_each(|l| *l -= sum);
         largest = log.iter().fold(largest, |m, l| m.max(l.exp()));
-        // ln q_c = p_c − ln Σ exp p, and the p sum to 1.
+        // ln q_c = p_c − ln Σ exp p, and the p add up to 1.
         let constant = (1.0 - log.iter().sum::<f64>()) / c as f64;
         let p: Vec<f64> = log.iter().map(|l| l + constant).collect();
         if p.iter().any(|p| !(-1e-3..=1.001).contains(p)) {

@@ -1,15 +1,16 @@
-//! Robustness of text classifiers that a miscalibrated model cannot feign.
+//! Robustness of text classifiers, measured so that miscalibration cannot imitate it.
 //!
-//! Raina, Tan, Cai, Gales: "Extreme Miscalibration and the Illusion of Adversarial Robustness" (ACL 2024). Word-substitution attacks climb
-//! the probability of the right class, P(c|x;T) = exp(l_c/T) / Σ_i exp(l_i/T). A model that serves its logits l divided by a temperature
-//! T_d far from 1 gives them nothing to climb, and looks robust. Dividing by an attacker's temperature T_a first brings the attack back:
+//! Raina, Tan, Cai, Gales: "Extreme Miscalibration and the Illusion of Adversarial Robustness" (ACL 2024). Word-substitution attacks lower
+//! the probability of the right class, P(c|x;T) = exp(l_c/T) / Σ_i exp(l_i/T), step by step. If a model serves its logits l divided by a
+//! temperature T_d far from 1, the attacks see no progress, and the model looks robust. Dividing the served logits by an attacker's
+//! temperature T_a first makes the attack work again:
 //!
 //! - calibrated: T_a = argmin_T of the negative log-likelihood of validation texts ([`Calibrate`]);
 //! - optimised: T_a = argmin_T Q(T), the accuracy under an attack on validation texts ([`evaluate::best_temperature`]);
-//! - on the margin, max_{c≠y} l_c − l_y, no temperature changes the search at all ([`Score::Margin`]).
+//! - on the margin, max_{c≠y} l_c − l_y, a temperature does not change the search at all ([`Score::Margin`]).
 //!
-//! A text that was found is always judged by the model's own class, so that only the search differs. Accuracy under attack Q is a share of
-//! all texts: those that are wrong without an attack count as wrong.
+//! The model's own class always decides whether an attack has succeeded, so that only the search differs. Accuracy under attack Q is a
+//! share of all texts: those that are wrong without an attack count as wrong.
 //!
 //! ```
 //! use prismgrad::systems::robustness::{Attack, Batch, Evaluate, Served, Synonyms, Text, TextModel, TextSet};

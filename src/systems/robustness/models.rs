@@ -22,19 +22,19 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    /// The words, in small letters, that occur in these texts at least `least` times, the most frequent first, at most `most` of them.
+    /// The words, in lower case, that occur in these texts at least `least` times, the most frequent first; at most `most` of them.
     pub fn of_texts(texts: &[Text], least: usize, most: usize) -> Vocabulary {
         let mut counts: Vec<(String, usize)> = counts(texts).into_iter().filter(|(_, n)| *n >= least).collect();
         counts.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
         counts.truncate(most);
         Vocabulary::of_words(counts.into_iter().map(|(w, _)| w).collect())
     }
-    /// These words, with ids from 1.
+    /// A vocabulary of these words, with ids from 1.
     pub fn of_words(words: Vec<String>) -> Vocabulary {
         let ids = words.iter().enumerate().map(|(i, w)| (w.clone(), i as u32 + 1)).collect();
         Vocabulary { words, ids }
     }
-    /// The id of a word; 0 if it is not known.
+    /// The id of a word; 0 if the vocabulary does not have it.
     pub fn id(&self, word: &str) -> u32 {
         match self.ids.get(word) {
             Some(&id) => id,
@@ -42,11 +42,11 @@ impl Vocabulary {
             None => 0,
         }
     }
-    /// Number of ids, the unknown word's included.
+    /// Number of ids, including the unknown word's.
     pub fn len(&self) -> usize {
         self.words.len() + 1
     }
-    /// Whether only the unknown word is there.
+    /// Whether it has only the unknown word.
     pub fn is_empty(&self) -> bool {
         self.words.is_empty()
     }
@@ -56,17 +56,17 @@ impl Vocabulary {
     }
 }
 
-/// Which of the two models.
+/// The architecture of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Architecture {
-    /// The mean of the words' embeddings, a hidden layer with ReLU, the classes.
+    /// The mean of the words' embeddings, a hidden layer with ReLU, and the classes.
     Bag,
-    /// Embeddings and positions, two pre-norm blocks of four heads, the mean over the words, the classes.
+    /// Embeddings and positions, two pre-norm blocks with four heads, the mean over the words, and the classes.
     Encoder,
 }
 
-/// The longest text that the encoder reads; words after it are left out.
+/// The most words that the encoder reads; later words are left out.
 pub const MAX_WORDS: usize = 64;
 
 /// Sizes of a model.
@@ -76,14 +76,14 @@ pub struct ModelConfig {
     pub architecture: Architecture,
     /// Width of the embeddings.
     pub width: usize,
-    /// Width of the hidden layer (of each block's, for the encoder).
+    /// Width of the hidden layer; for the encoder, that of each block.
     pub hidden: usize,
     /// Names of the classes.
     pub classes: Vec<String>,
 }
 
 impl ModelConfig {
-    /// A bag of 64-wide embeddings with 64 hidden units.
+    /// A bag of embeddings of width 64 with 64 hidden units.
     pub fn bag(classes: &[String]) -> ModelConfig {
         ModelConfig { architecture: Architecture::Bag, width: 64, hidden: 64, classes: classes.to_vec() }
     }
@@ -107,7 +107,7 @@ pub struct Classifier {
     out: Linear,
 }
 
-/// What is written beside the parameters.
+/// The content of the file beside the parameters.
 #[derive(Serialize, Deserialize)]
 struct Described {
     model: ModelConfig,
@@ -115,7 +115,7 @@ struct Described {
 }
 
 impl Classifier {
-    /// A model with initial values of a seed.
+    /// A model whose initial values depend on `seed`.
     pub fn new(config: ModelConfig, vocabulary: Vocabulary, seed: u64) -> Result<Classifier> {
         let params = Params::new(seed, DType::F32);
         let (v, d) = (vocabulary.len(), config.width);
@@ -158,7 +158,7 @@ impl Classifier {
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
-    /// The words it knows.
+    /// The vocabulary.
     pub fn vocabulary(&self) -> &Vocabulary {
         &self.vocabulary
     }
@@ -166,7 +166,7 @@ impl Classifier {
     pub fn params(&self) -> &Params {
         &self.params
     }
-    /// Ids and lengths of word sequences, those of the encoder cut to [`MAX_WORDS`]. A sequence without words is one unknown word.
+    /// Ids and lengths of word sequences, for the encoder cut to [`MAX_WORDS`]. A sequence without words becomes one unknown word.
     pub(super) fn ids<'w>(&self, sequences: impl Iterator<Item = &'w [&'w str]>) -> (Vec<u32>, Vec<usize>) {
         let most = if self.config.architecture == Architecture::Encoder { MAX_WORDS } else { usize::MAX };
         let (mut ids, mut lengths) = (Vec::new(), Vec::new());
@@ -201,7 +201,7 @@ impl Classifier {
                 let at: Vec<u32> = lengths.iter().flat_map(|n| 0..*n as u32).collect();
                 let by_row = ctx.with_samples(segments.samples());
                 let mut x = x.add(&positions.forward(Array::from_slice(&at, &[rows])?, &by_row)?)?;
-                // One long sequence of documents, so that nothing is padding.
+                // The sequences become documents of one long sequence, so that there is no padding.
                 x = x.reshape(&[1, rows, self.config.width])?;
                 let packed = by_row.with_documents(Documents::packed(segments.offsets()));
                 for block in blocks {
@@ -221,12 +221,12 @@ impl Classifier {
         }
         self.on_embeddings(&self.embed(ids, lengths, ctx)?, lengths, ctx)
     }
-    /// The class of each text.
+    /// The predicted class of each text.
     pub fn predict(&self, texts: &[Text]) -> Result<Vec<u32>> {
         let served = super::served::Served::new(self);
         Ok(super::attack::answers(&served, texts, 1024)?.labels)
     }
-    /// The share of texts whose class is right.
+    /// The share of texts whose predicted class is right.
     pub fn accuracy(&self, set: &TextSet) -> Result<f64> {
         let right = self.predict(&set.texts)?.iter().zip(&set.labels).filter(|(p, l)| p == l).count();
         Ok(right as f64 / set.len().max(1) as f64)

@@ -4,7 +4,7 @@ use super::attack::{Found, Outcome};
 use super::text::{Text, TextSet};
 use std::fmt::Write as _;
 
-/// A text with some words marked: `mark(word)` writes a word that was changed, `plain(piece)` the rest.
+/// A text with some words marked: `mark(word)` writes a changed word, and `plain(piece)` the rest.
 fn marked(
     text: &Text,
     words: &[&str],
@@ -30,8 +30,7 @@ fn outcome(found: &Found) -> &'static str {
     }
 }
 
-/// A text and the end of an attack in two lines for a terminal: changed words in red and green where `colour` is on, in brackets
-/// elsewhere.
+/// A text and its attacked form in two lines for a terminal. Changed words are red and green if `colour` is set, and in brackets otherwise.
 pub fn terminal(text: &Text, found: &Found, classes: &[String], label: u32, colour: bool) -> String {
     let mark = |code: u8| move |w: &str| if colour { format!("\x1b[{code}m{w}\x1b[0m") } else { format!("[{w}]") };
     let original: Vec<&str> = text.words().collect();
@@ -52,8 +51,8 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-/// A page in HTML with every text beside what each of several attacks made of it. `columns` has the attacks' names and what they found,
-/// one for each text of the set. The page needs no other file.
+/// An HTML page with every text beside its attacked forms. `columns` has the name of each attack and its results, one for each text of the
+/// set. The page needs no other file.
 pub fn html(title: &str, note: &str, set: &TextSet, columns: &[(&str, &[Found])]) -> String {
     let mut out = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>{0}</title>\n<style>\n\
@@ -73,7 +72,7 @@ pub fn html(title: &str, note: &str, set: &TextSet, columns: &[(&str, &[Found])]
     out += "</tr></thead><tbody>\n";
     for (i, (text, &label)) in set.texts.iter().zip(&set.labels).enumerate() {
         let name = |c: u32| set.classes.get(c as usize).map_or("?", String::as_str);
-        // The original with every word that one of the attacks changed.
+        // In the original, every word is marked that at least one attack changed.
         let mut changed: Vec<usize> = columns.iter().flat_map(|(_, f)| f[i].changed.iter().copied()).collect();
         changed.sort_unstable();
         let original: Vec<&str> = text.words().collect();

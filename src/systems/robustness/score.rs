@@ -1,11 +1,12 @@
-//! What an attack climbs: scores of an answer against the right class, higher where the text is nearer to being misread.
+//! Scores that an attack maximises. A score compares an answer with the right class, and is higher where the text is nearer to being
+//! misclassified.
 
 use super::served::{Answers, softmax_f32, softmax_f64};
 
 /// The precision in which a probability is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// 32 bits, as attack tools compute it.
+    /// 32 bits, as in attack tools.
     F32,
     /// 64 bits.
     F64,
@@ -14,13 +15,13 @@ pub enum Precision {
 /// A score of the answer l (logits, or the logarithms of probabilities) against the right class y.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Score {
-    /// 1 − p_y, with p the softmax. Different texts have the same score wherever 1 − p_y is below the precision of 1 (an over-confident
-    /// model), or differences of p are below it (an under-confident model in f32).
+    /// 1 − p_y, with p the softmax. Different texts have the same score where 1 − p_y is below the precision of 1 (an over-confident
+    /// model), or where differences of p are below it (an under-confident model in f32).
     Probability(Precision),
-    /// −ln p_y in f64. Over-confidence still ties it: where p_y is 1, its logarithm is 0.
+    /// −ln p_y in f64. Over-confidence still produces ties: where p_y is 1, its logarithm is 0.
     LogProbability,
-    /// The largest logit of another class less that of y. A temperature multiplies it by one factor for all texts and changes no order,
-    /// so that the search does not depend on it.
+    /// The largest logit of another class minus that of y. A temperature multiplies it by one factor for all texts and changes no order, so
+    /// that the search does not depend on it.
     Margin,
 }
 
@@ -35,17 +36,17 @@ impl std::fmt::Display for Score {
     }
 }
 
-/// What an attacker makes of answers: divided by a temperature of his own, then scored.
+/// How an attacker uses answers: they are divided by a temperature and then scored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Lens {
     /// The score.
     pub score: Score,
-    /// What the served logits are divided by before they are scored; 1 takes them as they are.
+    /// The served logits are divided by this before they are scored; 1 leaves them as they are.
     pub temperature: f64,
 }
 
 impl Lens {
-    /// The served logits as they are.
+    /// A lens that uses the served logits as they are.
     pub fn new(score: Score) -> Lens {
         Lens { score, temperature: 1.0 }
     }
@@ -54,7 +55,7 @@ impl Lens {
         scratch.clear();
         scratch.extend_from_slice(answers.row(i));
         let y = label as usize;
-        // Probabilities that are not rescaled are scored as they came.
+        // Probabilities that are not rescaled are scored without conversion.
         let plain = answers.probabilities && self.temperature == 1.0;
         if answers.probabilities && (!plain || self.score == Score::Margin) {
             scratch.iter_mut().for_each(|p| *p = p.ln());
@@ -80,7 +81,7 @@ impl Lens {
             Score::Margin => {
                 let other =
                     (0..scratch.len()).filter(|&c| c != y).map(|c| scratch[c]).fold(f64::NEG_INFINITY, f64::max);
-                // Of probabilities that were rounded to 0, nothing is left to compare.
+                // Probabilities that were rounded to 0 cannot be compared.
                 if other == f64::NEG_INFINITY || scratch[y] == f64::NEG_INFINITY {
                     return if other > scratch[y] { f64::MAX } else { f64::MIN };
                 }
@@ -90,7 +91,7 @@ impl Lens {
     }
 }
 
-/// ln Σ exp of a row.
+/// ln Σ exp of the values in a row.
 pub(super) fn log_sum_exp(row: &[f64]) -> f64 {
     let largest = row.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
     largest + row.iter().map(|x| (x - largest).exp()).sum::<f64>().ln()
@@ -115,7 +116,7 @@ mod tests {
         assert!((of(&l, Score::Probability(Precision::F32), 1.0) - (1.0 - p)).abs() < 1e-7);
         assert!((of(&l, Score::LogProbability, 1.0) + p.ln()).abs() < 1e-15);
     }
-    /// The two ways in which probabilities hide progress, and the margin, which shows it.
+    /// The two ways in which probabilities hide progress that the margin shows.
     #[test]
     fn probabilities_tie_where_margins_do_not() {
         let (a, b) = ([3.0, 0.0], [2.0, 0.0]);

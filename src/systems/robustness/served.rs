@@ -1,4 +1,4 @@
-//! Text classifiers and what their owner serves of them: the logits divided by a temperature, probabilities, rounded or not.
+//! Text classifiers, and the form in which they are served: the logits divided by a temperature, or probabilities, rounded or not.
 
 use super::text::Text;
 use crate::base::{DType, Error, Result};
@@ -12,17 +12,17 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// No sequence yet.
+    /// A batch without sequences.
     pub fn new() -> Batch<'a> {
         Batch::default()
     }
-    /// The words of some texts.
+    /// A batch with the words of each text as a sequence.
     pub fn of_texts(texts: &'a [Text]) -> Batch<'a> {
         let mut batch = Batch::new();
         texts.iter().for_each(|t| batch.push(t.words()));
         batch
     }
-    /// One more sequence.
+    /// Adds a sequence.
     pub fn push(&mut self, words: impl IntoIterator<Item = &'a str>) {
         self.words.extend(words);
         self.ends.push(self.words.len());
@@ -31,7 +31,7 @@ impl<'a> Batch<'a> {
     pub fn len(&self) -> usize {
         self.ends.len()
     }
-    /// Whether there is none.
+    /// Whether there are no sequences.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
@@ -50,27 +50,27 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// A classifier of texts. The logits of a sequence may depend on its own words only, so that results do not depend on what else is
-/// in the batch.
+/// A classifier of texts. The logits of a sequence may depend only on its own words, so that results do not depend on the rest of the
+/// batch.
 pub trait TextModel {
     /// Number of classes.
     fn classes(&self) -> usize;
-    /// The logits of each sequence, `[sequences, classes]` row by row.
+    /// The logits of each sequence, `[sequences, classes]`, row by row.
     fn logits(&self, batch: &Batch) -> Result<Vec<f32>>;
 }
 
-/// What is handed out of a model.
+/// The form of a served model's answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Output {
     /// The logits, divided by the temperature.
     Logits,
     /// Their softmax, computed in f32 and then rounded to this dtype: f32, f16 or bf16.
     Probabilities(DType),
-    /// The class alone.
+    /// Only the class.
     Labels,
 }
 
-/// A model as its owner serves it.
+/// A model in the form in which it is served.
 pub struct Served<'a> {
     model: &'a dyn TextModel,
     temperature: f64,
@@ -78,15 +78,15 @@ pub struct Served<'a> {
     second_softmax: bool,
 }
 
-/// What came back for a batch.
+/// The answers to a batch.
 pub struct Answers {
     /// Number of classes.
     pub classes: usize,
-    /// The class of each sequence: the first of the largest logits of the model, before anything is scaled or rounded.
+    /// The class of each sequence, which is the first of the model's largest logits before anything is scaled or rounded.
     pub labels: Vec<u32>,
     /// Whether `values` are probabilities; logits otherwise.
     pub probabilities: bool,
-    /// `[sequences, classes]`, row by row; empty where only classes are served.
+    /// `[sequences, classes]`, row by row; empty if only classes are served.
     pub values: Vec<f64>,
 }
 
@@ -98,22 +98,21 @@ impl Answers {
 }
 
 impl<'a> Served<'a> {
-    /// The logits of a model as they are.
+    /// A model that serves its logits unchanged.
     pub fn new(model: &'a dyn TextModel) -> Served<'a> {
         Served { model, temperature: 1.0, output: Output::Logits, second_softmax: false }
     }
-    /// Logits divided by this temperature: below 1 the model looks more confident than it is, above 1 less. The class of no text
-    /// changes.
+    /// Divides the logits by this temperature: below 1 the model looks more confident than it is, above 1 less. No predicted class changes.
     pub fn temperature(mut self, temperature: f64) -> Self {
         self.temperature = temperature;
         self
     }
-    /// What is handed out; logits if not given.
+    /// Sets the form of the answers; logits if not given.
     pub fn output(mut self, output: Output) -> Self {
         self.output = output;
         self
     }
-    /// A softmax over the probabilities, as a tool applies it that takes them for logits.
+    /// Applies a second softmax to the probabilities, like a tool that takes them for logits.
     pub fn second_softmax(mut self) -> Self {
         self.second_softmax = true;
         self
@@ -122,7 +121,7 @@ impl<'a> Served<'a> {
     pub fn served_temperature(&self) -> f64 {
         self.temperature
     }
-    /// What is handed out.
+    /// The form of the answers.
     pub fn served_output(&self) -> Output {
         self.output
     }
@@ -130,7 +129,7 @@ impl<'a> Served<'a> {
     pub fn classes(&self) -> usize {
         self.model.classes()
     }
-    /// The answers to a batch. Fails where the temperature is not positive, or the model returns something that is no number.
+    /// The answers to a batch. Fails if the temperature is not positive, or if the model returns a value that is not finite.
     pub fn answer(&self, batch: &Batch) -> Result<Answers> {
         let op = "served model";
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
@@ -180,7 +179,7 @@ impl<'a> Served<'a> {
     }
 }
 
-/// The first place of the largest value.
+/// The first position of the largest value.
 pub(super) fn first_largest(row: &[f32]) -> u32 {
     (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best }) as u32
 }

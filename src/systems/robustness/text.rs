@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
-/// What an attack puts in the place of a word to see how much the word matters. No vocabulary has it, so that a model reads its
-/// unknown word.
+/// The word that an attack puts in the place of a word to measure how much the word matters. No vocabulary contains it, so that a model
+/// takes it for the unknown word.
 pub const UNK: &str = "[UNK]";
 
-/// A text and where its words lie in it. A word is a longest run of letters, digits and the marks `'`, `-`, `_`, `*` and `@`, without
-/// marks at its beginning and end; the rest is kept, so that a changed text has the spaces and punctuation of the original.
+/// A text and the positions of its words. A word is a longest run of letters, digits and the marks `'`, `-`, `_`, `*` and `@`, without
+/// marks at its beginning and end. Everything else is kept, so that a changed text has the spaces and punctuation of the original.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
     source: String,
@@ -20,7 +20,7 @@ pub struct Text {
 const MARKS: [char; 5] = ['\'', '-', '_', '*', '@'];
 
 impl Text {
-    /// Splits a text.
+    /// Splits a text into words.
     pub fn new(source: impl Into<String>) -> Text {
         let source = source.into();
         let (mut spans, mut start) = (Vec::new(), None);
@@ -37,7 +37,7 @@ impl Text {
         }
         Text { source, spans }
     }
-    /// Words joined by single spaces.
+    /// A text of these words, joined by single spaces.
     pub fn of_words<S: AsRef<str>>(words: &[S]) -> Text {
         Text::new(words.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(" "))
     }
@@ -45,7 +45,7 @@ impl Text {
     pub fn source(&self) -> &str {
         &self.source
     }
-    /// Its words, in their order.
+    /// The words in their order.
     pub fn words(&self) -> impl ExactSizeIterator<Item = &str> {
         self.spans.iter().map(|s| &self.source[s.clone()])
     }
@@ -53,11 +53,11 @@ impl Text {
     pub fn len(&self) -> usize {
         self.spans.len()
     }
-    /// Whether there is no word in it.
+    /// Whether the text has no word.
     pub fn is_empty(&self) -> bool {
         self.spans.is_empty()
     }
-    /// The words between the pieces of the source around them: (what stands before the word, the word), and what stands after the last.
+    /// The words together with the rest of the source: for each word (the part before it, the word), and then the part after the last.
     pub fn pieces(&self) -> (Vec<(&str, &str)>, &str) {
         let mut last = 0;
         let pieces = self.spans.iter().map(|s| {
@@ -68,7 +68,7 @@ impl Text {
         let pieces = pieces.collect();
         (pieces, &self.source[last..])
     }
-    /// The source with these words, one for each of its own, in their place.
+    /// The source with its words replaced by these, one for each.
     pub fn with_words<S: AsRef<str>>(&self, words: &[S]) -> String {
         let (pieces, end) = self.pieces();
         let mut out = String::with_capacity(self.source.len() + 16);
@@ -92,7 +92,8 @@ pub struct TextSet {
 }
 
 impl TextSet {
-    /// From texts and labels. Fails if their numbers differ, if a label is no class, or if a text has no word.
+    /// A set of texts and labels. Fails if their numbers differ, if a label is not less than the number of classes, or if a text has no
+    /// word.
     pub fn new(texts: Vec<Text>, labels: Vec<u32>, classes: Vec<String>) -> Result<TextSet> {
         let op = "text set";
         if texts.len() != labels.len() {
@@ -116,7 +117,7 @@ impl TextSet {
     pub fn is_empty(&self) -> bool {
         self.texts.is_empty()
     }
-    /// The texts of these numbers.
+    /// The texts at these indices.
     pub fn take(&self, indices: &[usize]) -> TextSet {
         TextSet {
             texts: indices.iter().map(|&i| self.texts[i].clone()).collect(),
@@ -131,8 +132,8 @@ impl TextSet {
         order.truncate(n);
         self.take(&order)
     }
-    /// Three parts by a hash of the text: eight tenths, one tenth, one tenth. Texts that occur twice are kept once, at their first
-    /// place, so that no text is in two parts.
+    /// Three parts by a hash of the text: eight tenths, one tenth and one tenth. A text that occurs twice is kept only at its first
+    /// position, so that no text is in two parts.
     pub fn split(&self) -> [TextSet; 3] {
         let mut seen = BTreeSet::new();
         let mut parts: [Vec<usize>; 3] = Default::default();
@@ -145,8 +146,8 @@ impl TextSet {
         }
         parts.map(|p| self.take(&p))
     }
-    /// Reads lines of `text,label` (a header line with these names may come first; a text with commas or quotes stands in double
-    /// quotes). `classes` gives the names of the classes; empty takes the labels that the file has, in their sorted order.
+    /// Reads lines of `text,label`. A header line with these names may come first, and a text with commas or quotes must be in double
+    /// quotes. `classes` gives the names of the classes; if it is empty, the labels of the file are used in their sorted order.
     pub fn read_csv(path: impl AsRef<Path>, classes: &[String]) -> Result<TextSet> {
         let path = path.as_ref();
         let text = read_utf8(path)?;
@@ -187,19 +188,19 @@ impl TextSet {
     }
 }
 
-/// FNV-1a: the same on every machine and in every release.
+/// The FNV-1a hash, which is the same on every machine and in every release.
 pub(super) fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// Brings every bit of a hash into the low ones.
+/// Spreads every bit of a hash into the low ones.
 pub(super) fn spread(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
 
-/// Reads a file, unpacked if it is gzip, that has to be UTF-8.
+/// Reads a UTF-8 file, and unpacks it if it is gzip.
 pub(super) fn read_utf8(path: &Path) -> Result<String> {
     let bytes = crate::data::read_maybe_gzip(path, 256 << 20)?;
     String::from_utf8(bytes).map_err(|e| {
@@ -222,10 +223,10 @@ pub fn windows_1252(bytes: &[u8]) -> String {
     bytes.iter().map(|&b| if (0x80..0xa0).contains(&b) { HIGH[b as usize - 0x80] } else { b as char }).collect()
 }
 
-/// A row of a CSV file with the line that it begins on.
+/// A row of a CSV file with the number of its first line.
 type Row = (usize, Vec<String>);
 
-/// Rows of fields; empty lines are left out.
+/// The rows of a CSV file as fields; empty lines are left out.
 fn csv(text: &str) -> Result<Vec<Row>, String> {
     let (mut rows, mut row, mut field) = (Vec::new(), Vec::new(), String::new());
     let (mut quoted, mut was_quoted, mut line, mut begin) = (false, false, 1, 1);
@@ -262,7 +263,7 @@ fn csv(text: &str) -> Result<Vec<Row>, String> {
     Ok(rows)
 }
 
-/// How often each word occurs.
+/// The number of occurrences of each word.
 pub(super) fn counts(texts: &[Text]) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for word in texts.iter().flat_map(Text::words) {
@@ -271,7 +272,7 @@ pub(super) fn counts(texts: &[Text]) -> BTreeMap<String, usize> {
     counts
 }
 
-/// Whether a word, in small letters, is one of the function words that an attack leaves alone.
+/// Whether a word, in lower case, is one of the function words that attacks do not change.
 pub fn is_stop_word(word: &str) -> bool {
     STOP_WORDS.binary_search(&word).is_ok()
 }

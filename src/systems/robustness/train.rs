@@ -1,4 +1,4 @@
-//! Training of the classifiers, and what changes how confident or how robust they come out.
+//! Training of the classifiers, with settings that change how confident or how robust they become.
 
 use super::attack::Attack;
 use super::models::Classifier;
@@ -12,8 +12,8 @@ use crate::optim::{AdamW, Optimizer, Schedule, Sgd, Update};
 use crate::step::PlainStep;
 use crate::{Array, Tensor, no_grad};
 
-/// An optimizer whose gradient is divided by its norm in every step. The steps never become shorter, so that a long training goes on to
-/// raise the confidence.
+/// An optimizer whose gradient is divided by its norm in every step. Its steps do not become shorter, so that long training keeps raising
+/// the confidence.
 #[derive(Clone, Debug)]
 pub struct Normalised<O>(pub O);
 
@@ -31,36 +31,36 @@ impl<O: Optimizer> Optimizer for Normalised<O> {
     }
 }
 
-/// Adversarial training on the embeddings (Madry et al. 2018; for text Miyato et al. 2017): steps of gradient ascent on a shift of a
+/// Adversarial training on the embeddings (Madry et al. 2018; for text Miyato et al. 2017): steps of gradient ascent on a perturbation of a
 /// text's embeddings, inside a ball.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pgd {
-    /// Steps of ascent.
+    /// Number of steps of ascent.
     pub steps: usize,
-    /// Largest ℓ2 norm of the shift of a text, as a part of the norm of its embeddings.
+    /// Largest ℓ2 norm of the perturbation of a text, as a share of the norm of its embeddings.
     pub radius: f64,
 }
 
 /// How a classifier is trained.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Training {
-    /// Passes over the texts.
+    /// Number of passes over the texts.
     pub epochs: usize,
-    /// Texts in a step.
+    /// Number of texts in a step.
     pub batch: usize,
-    /// Largest learning rate; it rises over the first tenth of the steps and falls to 0 along a cosine.
+    /// Peak learning rate. The rate rises over the first tenth of the steps and falls to 0 along a cosine.
     pub lr: f64,
-    /// SGD with momentum 0.9 in the place of AdamW.
+    /// Whether SGD with momentum 0.9 is used instead of AdamW.
     pub sgd: bool,
-    /// What the logits are divided by in the loss: the training temperature. The model is served without it.
+    /// The training temperature: in the loss the logits are divided by it. The model is served without it.
     pub temperature: f64,
-    /// Divide the gradient by its norm in every step.
+    /// Whether the gradient is divided by its norm in every step.
     pub normalise: bool,
     /// Label smoothing of the loss.
     pub label_smoothing: f64,
     /// Adversarial training, if given.
     pub pgd: Option<Pgd>,
-    /// Order of the texts.
+    /// Seed of the order of the texts.
     pub seed: u64,
 }
 
@@ -81,8 +81,8 @@ impl Default for Training {
 }
 
 impl Training {
-    /// Trains a model; after each epoch `report(epoch, mean loss)` is called. Fails where a loss is not finite, or the setting makes no
-    /// sense.
+    /// Trains a model. After each epoch `report(epoch, mean loss)` is called. Fails if a loss is not finite, or if the settings are not
+    /// valid.
     pub fn run(&self, model: &Classifier, set: &TextSet, mut report: impl FnMut(usize, f64)) -> Result<()> {
         let op = "training";
         if set.is_empty() || self.batch == 0 || !(self.temperature > 0.0 && self.temperature.is_finite()) {
@@ -150,7 +150,7 @@ impl Training {
     }
 }
 
-/// The shift of embeddings `[words, width]` that the steps of ascent find; text by text its norm is at most the radius.
+/// The perturbation of the embeddings `[words, width]` that the steps of ascent find. For each text its norm is at most the radius.
 fn ascend(pgd: &Pgd, e: &Tensor, lengths: &[usize], losses: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let width = e.shape()[1];
     let values = e.array().to_vec::<f32>()?;
@@ -167,7 +167,7 @@ fn ascend(pgd: &Pgd, e: &Tensor, lengths: &[usize], losses: impl Fn(&Tensor) -> 
             let r = at..at + n * width;
             at = r.end;
             let radius = pgd.radius * norm(&values[r.clone()]);
-            // Steps that together reach the border and a little further, in the direction of the gradient.
+            // The steps together could go a little beyond the radius, in the direction of the gradient.
             let by = 1.5 * radius / pgd.steps as f64 / norm(&g[r.clone()]).max(1e-12);
             shift[r.clone()].iter_mut().zip(&g[r.clone()]).for_each(|(s, g)| *s += (by * f64::from(*g)) as f32);
             let over = norm(&shift[r.clone()]) / radius.max(1e-12);
@@ -179,7 +179,7 @@ fn ascend(pgd: &Pgd, e: &Tensor, lengths: &[usize], losses: impl Fn(&Tensor) -> 
     Tensor::from_slice(&shift, e.shape())
 }
 
-/// A set with the texts that an attack finds for `count` of its texts added to it, with the labels of the originals (augmentation).
+/// A set to which attacked forms of `count` of its texts are added, with the labels of the originals (augmentation).
 pub fn augmented(set: &TextSet, model: &Classifier, attack: &Attack, count: usize, seed: u64) -> Result<TextSet> {
     let some = set.sample(count, seed);
     let found = attack.run(&Served::new(model), &some)?;

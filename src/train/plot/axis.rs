@@ -1,4 +1,4 @@
-//! Scales and their ticks: steps of 1, 2 or 5, or powers of ten.
+//! Scales and their ticks, which are at steps of 1, 2 or 5, or at powers of ten.
 
 /// The range of an axis and how it is divided.
 #[derive(Clone, Debug)]
@@ -6,16 +6,16 @@ pub(super) struct Axis {
     low: f64,
     high: f64,
     log: bool,
-    /// Value and text.
+    /// Value and label of each tick.
     pub(super) ticks: Vec<(f64, String)>,
 }
 
 impl Axis {
-    /// An axis that shows all values; a logarithmic one leaves out those that are not positive. `tight` axes end at the
-    /// outermost values, others at the next tick.
+    /// An axis that shows all values; a logarithmic one leaves out those that are not positive. `tight` axes end at the outermost values,
+    /// others at about the next tick.
     pub(super) fn new(values: impl Iterator<Item = f64>, log: bool, tight: bool, count: usize) -> Axis {
         let mut range = (f64::INFINITY, f64::NEG_INFINITY);
-        // Beyond 1e300 even the span of the axis would overflow: such values are left out like infinity.
+        // Beyond 1e300 even the span of the axis would overflow, so such values are left out like infinity.
         for v in values.filter(|v| v.abs() <= 1e300 && (!log || *v > 0.0)) {
             range = (range.0.min(v), range.1.max(v));
         }
@@ -34,7 +34,7 @@ impl Axis {
         let power = 10f64.powf(rough.log10().floor());
         let step = power * [1.0, 2.0, 5.0, 10.0].into_iter().find(|m| m * power >= rough * 0.999).unwrap_or(10.0);
         if !tight {
-            // Half a step of air is enough where the next tick is far off.
+            // A margin of up to half a step is enough where the next tick is far off.
             (low, high) = ((low / step * 2.0).floor() * step / 2.0, (high / step * 2.0).ceil() * step / 2.0);
         }
         let (first, last) = ((low / step - 1e-9).ceil() as i64, (high / step + 1e-9).floor() as i64);
@@ -62,7 +62,7 @@ impl Axis {
             .flat_map(|e| parts.iter().map(move |p| p * 10f64.powi(e)))
             .collect();
         if !tight {
-            // To the next tick if it is near: data must not hide on the frame, nor shrink to a strip.
+            // The axis ends at the next tick if that is near. Data must neither lie on the frame nor be compressed to a strip.
             let (down, up) = (low / 10f64.powf(decades * 0.04), high * 10f64.powf(decades * 0.04));
             let near = move |v: f64| v >= low / 10f64.powf(decades * 0.15) && v <= high * 10f64.powf(decades * 0.15);
             low = all.iter().copied().rfind(|&v| v <= low && near(v)).unwrap_or(down);
@@ -73,7 +73,7 @@ impl Axis {
         Axis { low, high, log: true, ticks }
     }
 
-    /// Where a value lies, from 0 to 1; `None` if it cannot be shown.
+    /// The position of a value, from 0 to 1; `None` if it cannot be shown.
     pub(super) fn place(&self, value: f64) -> Option<f32> {
         let (value, low, high) = match self.log {
             true if value > 0.0 => (value.ln(), self.low.ln(), self.high.ln()),
@@ -84,7 +84,7 @@ impl Axis {
         (-0.01..=1.01).contains(&place).then_some(place as f32)
     }
 
-    /// The lowest value: where bars start and bands that reach below the axis end.
+    /// The lowest value: bars start there, and bands that reach below the axis end there.
     pub(super) fn low(&self) -> f64 {
         self.low
     }

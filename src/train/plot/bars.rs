@@ -1,4 +1,4 @@
-//! Bars for named values.
+//! Bar charts of named values.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use super::scene::{Anchor, Scene, shorten, text_width};
 use super::{AXIS, GRID, INK, PALETTE, SOFT, TEXT_SIZE};
 use crate::base::Result;
 
-/// Horizontal bars, one per name, with their values beside them and intervals if wanted.
+/// Horizontal bars, one per name, with their values beside them and optional intervals.
 #[derive(Clone, Debug)]
 pub struct BarChart {
     title: String,
@@ -23,7 +23,7 @@ impl BarChart {
     pub fn new(title: impl Into<String>) -> Self {
         BarChart { title: title.into(), label: String::new(), bars: Vec::new() }
     }
-    /// What the values are, with their unit.
+    /// Sets the label of the values, with their unit.
     pub fn label(mut self, text: impl Into<String>) -> Self {
         self.label = text.into();
         self
@@ -58,7 +58,7 @@ impl BarChart {
         let names = self.bars.iter().map(|b| text_width(&b.0, TEXT_SIZE)).fold(0.0, f32::max).min(scene.width * 0.35);
         let values: Vec<String> = self.bars.iter().map(|b| short(b.1)).collect();
         let widest = values.iter().map(|v| text_width(v, TEXT_SIZE)).fold(0.0, f32::max);
-        // Values stand at the outer ends of their bars: on the left for negative ones.
+        // Values are written at the outer ends of their bars, which is on the left for negative ones.
         let negative = self.bars.iter().any(|b| b.1 < 0.0);
         let edge = 16.0 + names + 10.0;
         let (left, right) = (if negative { edge + widest + 6.0 } else { edge }, scene.width - 24.0 - widest);
@@ -104,7 +104,7 @@ impl BarChart {
     }
 }
 
-/// Three significant digits.
+/// The value with three significant digits.
 pub(super) fn short(value: f64) -> String {
     if !value.is_finite() {
         return String::new();

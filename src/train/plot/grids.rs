@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 
 const WHITE: Color = Color(255, 255, 255);
 
-/// A sheet of small grey images with captions, such as digits and what was read in them.
+/// A sheet of small grey images with captions, such as digits and their predicted classes.
 #[derive(Clone, Debug)]
 pub struct ImageGrid {
     title: String,
@@ -24,12 +24,12 @@ impl ImageGrid {
     pub fn new(title: impl Into<String>, width: usize, height: usize) -> Self {
         ImageGrid { title: title.into(), width, height, columns: 10, images: Vec::new() }
     }
-    /// Images per row.
+    /// Sets the number of images per row.
     pub fn columns(mut self, columns: usize) -> Self {
         self.columns = columns.max(1);
         self
     }
-    /// Adds an image, 0 for paper and 1 for ink, with a caption, which may be empty.
+    /// Adds an image with a caption, which may be empty. A pixel is 0 for paper and 1 for ink.
     ///
     /// # Errors
     /// [`Error::Shape`] if the number of pixels is not that of the sheet.
@@ -64,7 +64,7 @@ impl ImageGrid {
         for (i, (pixels, text)) in self.images.iter().enumerate() {
             let x = 16.0 + (i % columns) as f32 * step;
             let y = top + (i / columns) as f32 * (cell + caption + GAP);
-            // A faint ground shows where an image ends that is empty at its border.
+            // A faint background shows where an image ends whose border is empty.
             let ink = |&p: &f32| Color(0xf4, 0xf4, 0xf4).mix(INK, if p.is_finite() { p } else { 0.0 });
             scene.image(x, y, CELL, cell, self.width, pixels.iter().map(ink).collect());
             let text = shorten(text, CAPTION, step - 2.0);
@@ -74,7 +74,7 @@ impl ImageGrid {
     }
 }
 
-/// A table of numbers as colours, such as a confusion matrix; up to 16 columns the numbers stand in the cells.
+/// A table of numbers as colours, such as a confusion matrix. With up to 16 columns the numbers are written in the cells.
 #[derive(Clone, Debug)]
 pub struct HeatMap {
     title: String,
@@ -86,7 +86,7 @@ pub struct HeatMap {
 }
 
 impl HeatMap {
-    /// A map of rows × columns values, row after row. Values that are not finite stay white.
+    /// A map of rows × columns values, given row after row. Values that are not finite stay white.
     ///
     /// # Errors
     /// [`Error::Shape`] if the number of values does not fit the names.
@@ -105,12 +105,12 @@ impl HeatMap {
         let (x_label, y_label) = (String::new(), String::new());
         Ok(HeatMap { title: title.into(), x_label, y_label, rows, columns, values: values.to_vec() })
     }
-    /// What the columns are.
+    /// Sets the label of the columns.
     pub fn x_label(mut self, text: impl Into<String>) -> Self {
         self.x_label = text.into();
         self
     }
-    /// What the rows are.
+    /// Sets the label of the rows.
     pub fn y_label(mut self, text: impl Into<String>) -> Self {
         self.y_label = text.into();
         self
@@ -134,7 +134,7 @@ impl HeatMap {
         let height = if numbers { 30.0 } else { cell };
         let names = self.rows.iter().map(|r| text_width(r, TEXT_SIZE)).fold(0.0, f32::max).min(200.0);
         let left = 16.0 + names + 10.0;
-        // At the right there is the scale: 14 pixels of colour and two numbers.
+        // The colour scale is on the right: 14 pixels of colour and two numbers.
         let right = left + cell * columns as f32;
         let mut scene = Scene::new(right + 100.0, 0.0);
         let mut top = super::title(&mut scene, &self.title);
@@ -179,7 +179,7 @@ impl HeatMap {
     }
 }
 
-/// Every how many names one is shown, if each takes the room of `cells`: 1, 2, 5, 10, 20 and so on.
+/// The interval at which names are shown, if each needs the room of `cells` cells: 1, 2, 5, 10, 20 and so on.
 fn step(cells: f32) -> usize {
     let mut power = 1;
     loop {
@@ -190,12 +190,12 @@ fn step(cells: f32) -> usize {
     }
 }
 
-/// Whole numbers as they are, others with three digits.
+/// Whole numbers are written as they are, others with three digits.
 fn cell_text(value: f64) -> String {
     if value.fract() == 0.0 && value.abs() < 1e6 { format!("{value}").replace('-', "−") } else { short(value) }
 }
 
-/// From near white to dark blue, its lightness falling evenly.
+/// A colour from near white to dark blue, whose lightness falls evenly.
 fn scale(share: f32) -> Color {
     const STOPS: [Color; 5] = [
         Color(0xf5, 0xf8, 0xfb),

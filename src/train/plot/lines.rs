@@ -22,24 +22,24 @@ impl Series {
     pub fn new(name: impl Into<String>, points: impl Into<Vec<(f64, f64)>>) -> Self {
         Series { name: name.into(), points: points.into(), ..Series::default() }
     }
-    /// A shaded interval around the line: (x, lower, upper).
+    /// Adds a shaded interval around the line: (x, lower, upper).
     pub fn band(mut self, band: impl Into<Vec<(f64, f64, f64)>>) -> Self {
         self.band = band.into();
         self
     }
-    /// Dashes, for targets and limits.
+    /// Draws the line dashed, for targets and limits.
     pub fn dashed(mut self) -> Self {
         self.dashed = true;
         self
     }
-    /// A dot at every point, for few points.
+    /// Draws a dot at every point, for lines with few points.
     pub fn markers(mut self) -> Self {
         self.markers = true;
         self
     }
 }
 
-/// A chart of one or more lines; their names stand at their ends, or in a legend where ends lie apart.
+/// A chart of one or more lines. Their names are written at their ends, or in a legend if the ends do not allow it.
 #[derive(Clone, Debug)]
 pub struct LineChart {
     title: String,
@@ -81,27 +81,27 @@ impl LineChart {
             series: Vec::new(),
         }
     }
-    /// What is on the horizontal axis, with its unit.
+    /// Sets the label of the horizontal axis, with its unit.
     pub fn x_label(mut self, text: impl Into<String>) -> Self {
         self.x_label = text.into();
         self
     }
-    /// What is on the vertical axis, with its unit.
+    /// Sets the label of the vertical axis, with its unit.
     pub fn y_label(mut self, text: impl Into<String>) -> Self {
         self.y_label = text.into();
         self
     }
-    /// A logarithmic horizontal axis; points that are not positive are left out.
+    /// Makes the horizontal axis logarithmic; points that are not positive are left out.
     pub fn log_x(mut self) -> Self {
         self.log_x = true;
         self
     }
-    /// A logarithmic vertical axis; points that are not positive are left out.
+    /// Makes the vertical axis logarithmic; points that are not positive are left out.
     pub fn log_y(mut self) -> Self {
         self.log_y = true;
         self
     }
-    /// Another size, in pixels of the SVG; the PNG has twice as many.
+    /// Sets the size, in pixels of the SVG; the PNG has twice as many.
     pub fn size(mut self, width: u32, height: u32) -> Self {
         self.size = (width.max(240) as f32, height.max(180) as f32);
         self
@@ -189,7 +189,7 @@ impl LineChart {
         }
     }
 
-    /// Names beside the ends of their lines, moved apart where they would overlap.
+    /// Writes names beside the ends of their lines, moved apart where they would overlap.
     fn names(&self, scene: &mut Scene, frame: &Frame, named: &[usize], width: f32) {
         const GAP: f32 = 16.0;
         let end = |&i: &usize| {
@@ -198,7 +198,7 @@ impl LineChart {
         };
         let mut labels: Vec<(usize, (f32, f32), f32)> = named.iter().filter_map(end).collect();
         labels.sort_by(|a, b| a.2.total_cmp(&b.2));
-        // Above the axis, so that no name comes near the labels below it.
+        // Names stay above the axis, so that none comes near the labels below it.
         let (lowest, count) = (frame.bottom - 8.0, labels.len());
         for i in 0..count {
             let above = if i == 0 { frame.top } else { labels[i - 1].2 + GAP };
@@ -218,7 +218,7 @@ impl LineChart {
         }
     }
 
-    /// Names in rows under the title; returns where the chart may start.
+    /// Writes names in rows under the title; returns where the chart may start.
     fn legend(&self, scene: &mut Scene, named: &[usize], top: f32) -> f32 {
         let (mut x, mut y) = (16.0, top + 8.0);
         for &i in named {
@@ -242,7 +242,7 @@ fn color(i: usize) -> Color {
 
 fn draw_band(scene: &mut Scene, frame: &Frame, series: &Series, color: Color) {
     let low = frame.y.low();
-    // What lies below a logarithmic axis is cut off at its end.
+    // What lies below a logarithmic axis is cut off at the end of the axis.
     let edge = |x: f64, y: f64| frame.place((x, y)).or_else(|| if y <= low { frame.place((x, low)) } else { None });
     let (mut upper, mut lower) = (Vec::new(), Vec::new());
     let mut close = |upper: &mut Vec<(f32, f32)>, lower: &mut Vec<(f32, f32)>| {
@@ -265,7 +265,7 @@ fn draw_band(scene: &mut Scene, frame: &Frame, series: &Series, color: Color) {
 }
 
 fn draw_line(scene: &mut Scene, frame: &Frame, series: &Series, color: Color, dashed: bool) {
-    // A long noisy line in full width would be a ribbon.
+    // At full width a long noisy line would fill an area.
     let width = if series.points.len() > 200 { 1.5 } else { 2.0 };
     let placed: Vec<Option<(f32, f32)>> = series.points.iter().map(|&p| frame.place(p)).collect();
     for part in placed.split(Option::is_none) {
@@ -279,7 +279,7 @@ fn draw_line(scene: &mut Scene, frame: &Frame, series: &Series, color: Color, da
     }
 }
 
-/// At most four points per pixel column: first, lowest, highest, last. The picture stays the same, spikes included.
+/// Keeps at most four points per pixel column: first, lowest, highest and last. The picture stays the same, spikes included.
 fn thin(points: Vec<(f32, f32)>) -> Vec<(f32, f32)> {
     if points.len() < 2000 {
         return points;

@@ -1,8 +1,7 @@
 //! Plots as files: each is written twice, as SVG for pages and papers and as PNG for everything else.
 //!
-//! Text in the PNG is drawn with DejaVu Sans, which is part of the program (free licence of Bitstream and the DejaVu
-//! changes): no font has to be installed. Colours are those of Okabe and Ito (2008), which colour-blind readers can
-//! tell apart.
+//! Text in the PNG is drawn with DejaVu Sans, which is part of the program (free licence of Bitstream and the DejaVu changes), so no font
+//! has to be installed. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 //!
 //! ```no_run
 //! # fn main() -> prismgrad::Result<()> {

@@ -6,7 +6,7 @@ use zeno::{Command, Join, Mask, PathBuilder, Stroke, Style, Transform};
 use super::scene::{Anchor, Color, Item, Scene, font, text_width};
 use crate::base::{Error, Result};
 
-/// Largest width and height: beyond it something is wrong with the scene.
+/// Largest width and height. A larger scene must be a mistake.
 const MAX_SIDE: f32 = 16384.0;
 
 struct Canvas {
@@ -30,7 +30,7 @@ pub(super) fn png(scene: &Scene, scale: f32) -> Result<Vec<u8>> {
     encode(width as u32, height as u32, &canvas.pixels)
 }
 
-/// RGB pixels as a PNG file.
+/// Encodes RGB pixels as a PNG file.
 pub(super) fn encode(width: u32, height: u32, pixels: &[u8]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut encoder = png::Encoder::new(&mut bytes, width, height);
@@ -157,7 +157,7 @@ fn outline(text: &str, x: f32, y: f32, size: f32) -> Vec<Command> {
     pen.path
 }
 
-/// Takes glyph outlines, in font units with y upwards, to the page.
+/// Moves glyph outlines, in font units with y upwards, to the page.
 struct Pen {
     path: Vec<Command>,
     x: f32,

@@ -1,4 +1,4 @@
-//! What a plot consists of: a few shapes with places and colours. Drawn as SVG here, as pixels in `raster`.
+//! The content of a plot: a few shapes with positions and colours. It is drawn as SVG here, and as pixels in `raster`.
 
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -7,7 +7,7 @@ use ttf_parser::Face;
 
 use crate::base::{Error, Result};
 
-/// Red, green, blue.
+/// A colour, as red, green and blue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Color(pub u8, pub u8, pub u8);
 
@@ -18,7 +18,7 @@ impl Color {
             |a: u8, b: u8| (f32::from(a) + (f32::from(b) - f32::from(a)) * amount.clamp(0.0, 1.0)).round() as u8;
         Color(blend(self.0, other.0), blend(self.1, other.1), blend(self.2, other.2))
     }
-    /// Dark enough to be read as text on white.
+    /// The colour, darkened enough to be read as text on white.
     pub(super) fn ink(self) -> Color {
         self.mix(Color(0, 0, 0), 0.25)
     }
@@ -27,7 +27,7 @@ impl Color {
     }
 }
 
-/// Which part of a text stands at its place.
+/// Which part of a text is at its given position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Anchor {
     /// Its beginning.
@@ -46,7 +46,7 @@ pub(super) enum Item {
     Image { x: f32, y: f32, width: f32, height: f32, columns: usize, colors: Vec<Color> },
 }
 
-/// A drawing in the making; coordinates in pixels from the upper left corner.
+/// A drawing; coordinates are in pixels from the upper left corner.
 pub struct Scene {
     /// Width in pixels.
     pub width: f32,
@@ -61,37 +61,37 @@ impl Scene {
         Scene { width, height, items: Vec::new() }
     }
 
-    /// A line through points.
+    /// Adds a line through points.
     pub fn line(&mut self, points: Vec<(f32, f32)>, width: f32, color: Color, dashed: bool) {
         self.items.push(Item::Line { points, width, color, dashed });
     }
 
-    /// A filled shape.
+    /// Adds a filled shape.
     pub fn area(&mut self, points: Vec<(f32, f32)>, color: Color, opacity: f32) {
         self.items.push(Item::Area { points, color, opacity });
     }
 
-    /// A filled rectangle.
+    /// Adds a filled rectangle.
     pub fn rectangle(&mut self, x: f32, y: f32, width: f32, height: f32, color: Color) {
         self.area(vec![(x, y), (x + width, y), (x + width, y + height), (x, y + height)], color, 1.0);
     }
 
-    /// A filled circle.
+    /// Adds a filled circle.
     pub fn dot(&mut self, x: f32, y: f32, radius: f32, color: Color) {
         self.items.push(Item::Dot { x, y, radius, color });
     }
 
-    /// A line of text; `y` is its base line.
+    /// Adds a line of text; `y` is its base line.
     pub fn text(&mut self, x: f32, y: f32, size: f32, color: Color, anchor: Anchor, text: &str) {
         self.items.push(Item::Text { x, y, size, color, anchor, text: text.to_string() });
     }
 
-    /// Coloured cells, row after row, in a rectangle; they keep their sharp edges.
+    /// Adds coloured cells, row after row, that fill a rectangle. They keep their sharp edges.
     pub fn image(&mut self, x: f32, y: f32, width: f32, height: f32, columns: usize, colors: Vec<Color>) {
         self.items.push(Item::Image { x, y, width, height, columns, colors });
     }
 
-    /// The drawing as an SVG document. Text stays text.
+    /// The drawing as an SVG document. Text is written as text, not as shapes.
     pub fn svg(&self) -> Result<String> {
         let (w, h) = (self.width, self.height);
         let mut out = format!(
@@ -105,7 +105,7 @@ impl Scene {
         Ok(out)
     }
 
-    /// The drawing as a PNG file, `scale` pixels of it per pixel of the page.
+    /// The drawing as a PNG file with `scale` pixels per pixel of the page.
     pub fn png(&self, scale: f32) -> Result<Vec<u8>> {
         super::raster::png(self, scale)
     }
@@ -147,7 +147,8 @@ fn draw(out: &mut String, item: &Item) -> Result<()> {
         Item::Image { x, y, width, height, columns, colors } => {
             let columns = (*columns).max(1);
             let rows = colors.len() / columns;
-            // About two pixels per pixel of the page, each cell repeated: some programs smooth what they enlarge.
+            // The image has about two pixels per pixel of the page, and each cell is repeated, because some programs smooth what they
+            // enlarge.
             let repeat = |size: f32, cells: usize| ((2.0 * size / cells.max(1) as f32).ceil() as usize).clamp(1, 128);
             let (across, down) = (repeat(*width, columns), repeat(*height, rows));
             let mut pixels = Vec::with_capacity(colors.len() * across * down * 3);
@@ -164,11 +165,11 @@ fn draw(out: &mut String, item: &Item) -> Result<()> {
             )
         }
     };
-    // Writing to a string fails only if a formatter does, and those of numbers and text do not.
+    // Writing to a string fails only if a formatter does, and the formatters of numbers and text do not fail.
     written.map_err(|e| Error::invalid("plot", e.to_string()))
 }
 
-/// XML text; characters that XML does not allow are left out.
+/// Escapes text for XML; characters that XML does not allow are left out.
 fn escape(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).fold(String::new(), |mut out, c| {
         match c {
@@ -194,7 +195,7 @@ fn base64(bytes: &[u8]) -> String {
     out
 }
 
-/// The font, if the bytes in the program can be read (they can).
+/// The font, unless the bytes in the program cannot be parsed (they can).
 pub(super) fn font() -> Option<&'static Face<'static>> {
     static FONT: OnceLock<Option<Face<'static>>> = OnceLock::new();
     FONT.get_or_init(|| Face::parse(dejavu::sans::regular(), 0).ok()).as_ref()
@@ -207,7 +208,7 @@ pub(super) fn text_width(text: &str, size: f32) -> f32 {
     text.chars().map(|c| f32::from(advance(c))).sum::<f32>() * size / f32::from(font.units_per_em())
 }
 
-/// The text, or its beginning with an ellipsis, so that it fits a width.
+/// The text, or as much of its beginning with an ellipsis as fits the width.
 pub(super) fn shorten(text: &str, size: f32, width: f32) -> String {
     if text_width(text, size) <= width {
         return text.to_string();

@@ -1,11 +1,11 @@
-//! Families of problems: a sentence, ways to write it, and inputs; constants and names vary.
+//! Families of problems. A family has a sentence, several solutions, and inputs; constants and names vary.
 
 use super::run::{Function, Stop, Value};
 use crate::base::{Error, Result};
 use crate::random::Rng;
 use crate::systems::codeeval::Problem;
 
-/// Names that a program may give to: its list, the element, the result, an index, a number, another number.
+/// Names that a program may use for its list, the element, the result, an index, a number, and another number.
 const NAMES: [[&str; 4]; 6] = [
     ["xs", "ys", "values", "data"],
     ["x", "v", "e", "item"],
@@ -14,13 +14,14 @@ const NAMES: [[&str; 4]; 6] = [
     ["n", "a", "num", "h"],
     ["m", "b", "w", "u"],
 ];
-/// Names that no family uses by itself: what a renamed variable is called.
+/// Names that no family uses itself. A renamed variable gets one of them.
 pub const SPARE: [&str; 2] = ["t", "z"];
-/// Constants of a problem lie in 2..=9, the second one too.
+/// Each of the two constants of a problem lies in 2..=9.
 const CONSTANTS: u64 = 8;
 const PLACES: [&str; 8] = ["{L}", "{x}", "{s}", "{i}", "{n}", "{m}", "{K}", "{J}"];
 
-/// A family: parameters, the sentence, and bodies that all do what it says. `{L} {x} {s} {i} {n} {m}` are names, `{K} {J}` constants.
+/// A family: parameters, the sentence, and bodies that all compute what the sentence says. `{L} {x} {s} {i} {n} {m}` are names, `{K} {J}`
+/// constants.
 #[derive(Clone, Debug)]
 pub struct Family {
     /// Parameters, such as `{L}` or `{n}, {m}`.
@@ -304,7 +305,7 @@ pub fn families() -> Vec<Family> {
 }
 
 impl Choice {
-    /// Names and constants by a seed.
+    /// Draws names and constants.
     pub fn draw(family: usize, rng: &mut Rng) -> Choice {
         Choice {
             family,
@@ -320,8 +321,8 @@ impl Choice {
         }
         out
     }
-    /// Which part of the combinations (family × constants × names) this one belongs to: 0 test, 1 validation, others training. Only
-    /// what the sentence or every body shows counts, so that no program of one part is in another.
+    /// The part of the data that this combination of family, constants and names belongs to: 0 test, 1 validation, others training. Only
+    /// constants and names that the sentence or every body contains count, so that no program of one part is in another.
     pub fn part(&self, family: &Family) -> u64 {
         let shown = |place: &&&str| {
             let head = family.parameters.contains(**place) || family.sentence.contains(**place);
@@ -332,7 +333,7 @@ impl Choice {
         let hash = text.bytes().fold(start, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         (hash >> 20) % 10
     }
-    /// The specification, and the body in a style (modulo their number).
+    /// The specification, and the body number `style` (modulo the number of bodies).
     pub fn program(&self, family: &Family, style: usize) -> (String, String) {
         let prompt = format!("def f({}):\n    # {}\n", self.fill(family.parameters), self.fill(&family.sentence));
         let body = self.fill(&family.bodies[style % family.bodies.len()]);
@@ -350,10 +351,10 @@ impl Choice {
         };
         family.parameters.split(',').map(|p| one(rng, p)).collect()
     }
-    /// The problem with tests: what the first body returns for 12 inputs.
+    /// The problem with tests, which compare with the first body's results for 12 inputs.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if another body returns something else: the family is wrong.
+    /// [`Error::Invalid`] if another body returns something else, which is a fault of the family.
     pub fn problem(&self, family: &Family, style: usize, seed: u64) -> Result<Problem> {
         let mut rng = Rng::new(seed);
         let (prompt, body) = self.program(family, style);
@@ -378,7 +379,7 @@ impl Choice {
         let task_id = format!("mini/{}/{k}{j}/{names}/{}", self.family, self.fill(&family.sentence));
         Ok(Problem { task_id, prompt, entry_point: "f".into(), canonical_solution: body, test })
     }
-    /// All texts that a vocabulary must have a token for.
+    /// Programs that together contain every token that a vocabulary needs.
     pub(super) fn every(families: &[Family]) -> Vec<String> {
         let mut out = Vec::new();
         for (f, family) in families.iter().enumerate() {
@@ -394,7 +395,7 @@ impl Choice {
     }
 }
 
-/// Whether a word is a name that programs give to something.
+/// Whether a word is one of the names that programs use.
 pub fn is_name(word: &str) -> bool {
     NAMES.iter().flatten().any(|n| *n == word)
 }

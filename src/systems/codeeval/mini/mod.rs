@@ -1,7 +1,8 @@
-//! A language that is a part of Python, and families of problems in it: small enough that a model of a million parameters, trained
-//! on two cores, solves most of them, so that completion itself can be studied where no large model can be had.
+//! A small language that is a part of Python, and families of problems in it. A model of a million parameters, trained on two cores, solves
+//! most of them, so that completion can be studied without a large model.
 //!
-//! The rules of [`generate`](super::buggy::generate) hold for it unchanged. [`Interpreter`] judges, and Python agrees with it.
+//! The rules of [`generate`](super::buggy::generate) hold for it unchanged. [`Interpreter`] is its judge, whose verdicts agree with
+//! Python's.
 
 pub mod families;
 pub mod model;
@@ -16,21 +17,21 @@ use super::python::{Token, operators, tokens};
 use crate::base::Result;
 use crate::random::Rng;
 
-/// Training programs, and problems that share no (family × constants × names) with them.
+/// Training programs, and problems whose combinations of family, constants and names do not occur in training.
 pub struct Corpus {
     /// Whole programs.
     pub train: Vec<String>,
-    /// Problems to choose by.
+    /// Problems for choosing settings.
     pub validation: Vec<Problem>,
-    /// Problems to be read once, at the end.
+    /// Problems that should be used only once, for the final result.
     pub test: Vec<Problem>,
 }
 
 impl Corpus {
-    /// `programs` training programs, and `each` problems of every family for validation and for test.
+    /// Makes `programs` training programs, and `each` problems of every family for validation and as many for test.
     ///
     /// # Errors
-    /// As [`Choice::problem`].
+    /// Those of [`Choice::problem`].
     pub fn new(programs: usize, each: usize, seed: u64) -> Result<Corpus> {
         let all = families();
         let mut rng = Rng::new(seed);
@@ -62,9 +63,9 @@ impl Corpus {
     }
 }
 
-/// The prefix of a row with the operands of its flipped operator exchanged and the operator turned (`x < y` becomes `y > x`, `a + b`
-/// becomes `b + a`, `s += x` becomes `s = x + s`), so that the meaning stays and the text is as unusual as after a flip. `None` where
-/// there is no such edit.
+/// The prefix of a row with the operands of its flipped operator exchanged and the operator adapted (`x < y` becomes `y > x`, `a + b`
+/// becomes `b + a`, `s += x` becomes `s = x + s`). The meaning stays the same, and the text is as unusual as after a flip. `None` if there
+/// is no such edit.
 pub fn same_meaning(row: &Row, clean: &Parts, operator_start: usize) -> Option<String> {
     let mut lines: Vec<String> = row.clean.lines().map(str::to_string).collect();
     let line = lines.get(row.bug_line)?.clone();
@@ -85,7 +86,7 @@ pub fn same_meaning(row: &Row, clean: &Parts, operator_start: usize) -> Option<S
     let before = line[..at].trim_end();
     let after = line[at + op.len()..].trim();
     let edited = if turned == "=" {
-        // A list is not added the other way round.
+        // The addition of lists does not commute.
         if after.starts_with('[') {
             return None;
         }
@@ -115,8 +116,8 @@ pub fn same_meaning(row: &Row, clean: &Parts, operator_start: usize) -> Option<S
     Some(lines.join("\n"))
 }
 
-/// The clean prefix of a row with one variable of its flipped line, which is no parameter, called by a name that training programs do
-/// not use. `None` where the line has none.
+/// The clean prefix of a row in which one variable of the flipped line, not a parameter, has a name that training programs do not use.
+/// `None` if the line has no such variable.
 pub fn renamed(row: &Row) -> Option<String> {
     let line = row.clean.lines().nth(row.bug_line)?;
     let head = row.clean.lines().next()?;

@@ -1,5 +1,5 @@
-//! The language model of the mini language: its vocabulary, training, sampling many continuations at once, and its probabilities
-//! at an operator.
+//! The language model of the mini language: its vocabulary, its training, sampling of many continuations at once, and its probabilities at
+//! an operator.
 
 use super::families::{Choice, SPARE, families};
 use crate::array::Array;
@@ -17,10 +17,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Operators of two characters, which are one piece.
 const TWO: [&str; 10] = ["==", "!=", "<=", ">=", "+=", "-=", "*=", "/=", "//", "**"];
-/// Words after which a minus sign is a sign.
+/// Words after which a minus sign is unary.
 const WORDS: [&str; 6] = ["return", "if", "while", "in", "for", "else"];
 
-/// A text in pieces: words, digits, operators, and line breaks together with the indentation that follows.
+/// Splits a text into pieces: words, digits, operators, and line breaks together with the indentation that follows.
 fn pieces(text: &str) -> Vec<&str> {
     let bytes = text.as_bytes();
     let (mut out, mut i) = (Vec::new(), 0);
@@ -42,7 +42,7 @@ fn pieces(text: &str) -> Vec<&str> {
     out
 }
 
-/// The pieces that the mini language has, each a token.
+/// The pieces of the mini language, each of which is a token.
 #[derive(Clone, Debug)]
 pub struct Vocabulary {
     pieces: Vec<String>,
@@ -90,7 +90,7 @@ impl Vocabulary {
         };
         pieces(text).iter().map(id).collect()
     }
-    /// The text of tokens, which reads and encodes as the one they come from, though spaces may differ.
+    /// The text of tokens. It encodes to the same tokens, though its spaces may differ from those of the original text.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut out = String::new();
         let mut before = "\n";
@@ -112,18 +112,18 @@ impl Vocabulary {
         }
         out
     }
-    /// The token of an operator.
+    /// The token of a piece, such as an operator; `None` if there is none.
     pub fn id(&self, piece: &str) -> Option<u32> {
         self.ids.get(piece).copied()
     }
-    /// Places of binary operators among `which` in some tokens.
+    /// Positions in `ids` of the binary operators whose tokens are in `which`.
     pub fn operators(&self, ids: &[u32], which: &[u32]) -> Vec<usize> {
         let operand = |id: u32| {
             let p = self.pieces[id as usize].as_str();
             let word = p.chars().next().is_some_and(char::is_alphanumeric);
             (word && !WORDS.contains(&p)) || matches!(p, ")" | "]")
         };
-        // The specification is a comment, which has no operators.
+        // The specification is a comment, in which no operators are counted.
         let line = self.ids.get("\n    ").copied();
         let head = ids.iter().enumerate().filter(|(_, id)| Some(**id) == line).nth(1).map_or(ids.len(), |(i, _)| i);
         (head..ids.len()).filter(|&i| i > 0 && which.contains(&ids[i]) && operand(ids[i - 1])).collect()
@@ -135,17 +135,17 @@ impl Vocabulary {
 pub struct Training {
     /// Width.
     pub width: usize,
-    /// Blocks.
+    /// Number of blocks.
     pub layers: usize,
-    /// Heads.
+    /// Number of attention heads.
     pub heads: usize,
-    /// Steps.
+    /// Number of steps.
     pub steps: u64,
-    /// Programs in a step.
+    /// Number of programs in a step.
     pub batch: usize,
-    /// Learning rate at its highest.
+    /// The peak learning rate.
     pub rate: f64,
-    /// Seed of initial values and of the order.
+    /// Seed of initial values and of the order of programs.
     pub seed: u64,
 }
 
@@ -156,22 +156,23 @@ impl Default for Training {
     }
 }
 
-/// Most tokens of a program.
+/// The most tokens of a program.
 pub const LONGEST: usize = 160;
 
 /// A language model of the mini language.
 pub struct Coder {
     /// The model.
     pub model: Gpt,
-    /// Its tokens.
+    /// Its vocabulary.
     pub vocabulary: Vocabulary,
 }
 
 impl Coder {
-    /// Trains a model on programs; `each` is called after a step with its number, the tokens so far and the loss of the batch.
+    /// Trains a model on programs. `each` is called after every step with its number, the number of tokens so far and the loss of the
+    /// batch.
     ///
     /// # Errors
-    /// As [`Gpt::new`] and [`PlainStep`]; [`Error::Invalid`] without programs.
+    /// Those of [`Gpt::new`] and [`PlainStep`]; [`Error::Invalid`] without programs.
     pub fn train(programs: &[String], training: &Training, mut each: impl FnMut(u64, usize, f64)) -> Result<Coder> {
         let vocabulary = Vocabulary::new();
         if programs.is_empty() {
@@ -236,7 +237,7 @@ impl Coder {
 }
 
 impl CodeModel for Coder {
-    /// Samples are drawn with their own random numbers: they depend on the seed, the number of the prefix and of the sample alone.
+    /// Each sample has its own random numbers, which depend only on the seed, the number of the prefix and the number of the sample.
     fn complete(&self, prefixes: &[String], draw: &Draw) -> Result<Vec<Vec<String>>> {
         let (count, seed) = (draw.samples, draw.seed);
         let sampling = Sampling { temperature: draw.temperature, top_p: 1.0, ..Sampling::default() };
@@ -247,7 +248,7 @@ impl CodeModel for Coder {
             by_length.entry(ids.len()).or_default().push(i);
         }
         let mut out = vec![Vec::new(); prefixes.len()];
-        // Enough rows to keep the cores busy, few enough for their caches.
+        // The number of rows is large enough to keep the cores busy and small enough for their caches.
         let together = (256 / count.max(1)).max(1);
         for (length, group) in by_length {
             for part in group.chunks(together) {
@@ -318,7 +319,7 @@ impl CodeModel for Coder {
     }
 }
 
-/// Token ids `[B, T]` and the ones to be predicted, the rest filled up and ignored.
+/// Token ids `[B, T]` and the tokens to be predicted. Rows are padded, and padding is ignored in the loss.
 fn padded(rows: &[&Vec<u32>], fill: u32) -> Result<(Array, Array)> {
     let t = rows.iter().map(|r| r.len().saturating_sub(1)).max().unwrap_or(0).max(1);
     let (mut x, mut y) = (vec![fill; rows.len() * t], vec![IGNORE; rows.len() * t]);

@@ -1,8 +1,8 @@
-//! The interpreter of the mini language, which is a part of Python: one function of numbers and lists.
+//! The interpreter of the mini language. A program is one function of numbers and lists, in a part of Python.
 //!
 //! Statements: assignment, augmented assignment, `if`/`else`, `while`, `for … in`, `return`, `continue`, `break`, `pass`. Expressions:
-//! integers, lists, names, indexing, `len`, `range`, `+ - * / // %`, unary minus, one comparison. What it computes is what Python
-//! computes, except that integers are of 64 bits (an overflow is an error) and that lists are values: no two names hold one list.
+//! integers, lists, names, indexing, `len`, `range`, `+ - * / // %`, unary minus, one comparison. Results are those of Python, except that
+//! integers have 64 bits (an overflow is an error) and that lists are copied on assignment: no two names refer to the same list.
 
 use crate::base::Result;
 use crate::systems::codeeval::python::{Kind, Token, tokens};
@@ -14,11 +14,11 @@ use std::collections::HashMap;
 pub enum Value {
     /// An integer; `True` and `False` are 1 and 0.
     Int(i64),
-    /// What `/` gives.
+    /// The result of `/`.
     Float(f64),
     /// A list.
     List(Vec<Value>),
-    /// What a function returns that reaches its end.
+    /// The result of a function that ends without `return`.
     None,
 }
 
@@ -92,12 +92,12 @@ pub struct Function {
     body: Vec<Stmt>,
 }
 
-/// Why a program has no value.
+/// Why a program has no result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// What Python would raise, or a text that is none of the language.
+    /// An error that Python would raise, or a text that is not in the language.
     Wrong(String),
-    /// More steps than allowed.
+    /// The program took more steps than allowed.
     Steps,
 }
 
@@ -108,7 +108,7 @@ fn wrong<T>(what: impl Into<String>) -> Result<T, Stop> {
 const OPERATORS: [&[&str]; 3] = [&["==", "!=", "<=", ">=", "<", ">"], &["+", "-"], &["*", "//", "/", "%"]];
 const DEEPEST: usize = 40;
 
-/// Reads one line's expression.
+/// A parser for the expression in one line.
 struct Reader<'a, 'b> {
     tokens: &'b [Token<'a>],
     at: usize,
@@ -328,7 +328,7 @@ fn block(lines: &[Line], at: &mut usize, indent: usize, depth: usize) -> Result<
 }
 
 impl Function {
-    /// Reads a program: one function, and nothing after it.
+    /// Parses a program, which must be one function with nothing after it.
     pub fn read(text: &str) -> Result<Function, Stop> {
         let lines = lines(text)?;
         let Some((0, head)) = lines.first() else { return wrong("no function") };
@@ -357,7 +357,7 @@ impl Function {
             Some(_) => wrong("text after the function"),
         }
     }
-    /// Calls the function; at most so many steps are taken.
+    /// Calls the function, which may take at most `steps` steps.
     pub fn call(&self, arguments: Vec<Value>, steps: usize) -> Result<Value, Stop> {
         if arguments.len() != self.parameters.len() {
             return wrong(format!("{} arguments for {}", arguments.len(), self.parameters.len()));
@@ -507,7 +507,7 @@ fn binary(op: &str, a: Value, b: Value) -> Result<Value, Stop> {
                 "*" => x.checked_mul(*y),
                 _ if *y == 0 => return wrong("division by zero"),
                 "/" => return Ok(Value::Float(*x as f64 / *y as f64)),
-                // Towards minus infinity, as Python does.
+                // Rounded towards minus infinity, as in Python.
                 "//" => x.checked_div_euclid(*y).map(|q| if *y < 0 && x.rem_euclid(*y) != 0 { q - 1 } else { q }),
                 _ => x.checked_rem(*y).map(|r| if r != 0 && (r < 0) != (*y < 0) { r + y } else { r }),
             };
@@ -545,27 +545,27 @@ fn binary(op: &str, a: Value, b: Value) -> Result<Value, Stop> {
     }
 }
 
-/// The interpreter as a judge: tests are lines `assert candidate(ARGUMENTS) == VALUE` of literals.
+/// The interpreter as a judge. Tests are lines `assert candidate(ARGUMENTS) == VALUE` of literals.
 #[derive(Clone, Debug)]
 pub struct Interpreter {
-    /// Steps that a call may take; more is [`Verdict::Cpu`].
+    /// The most steps that a call may take; more give [`Verdict::Cpu`].
     pub steps: usize,
 }
 
 impl Default for Interpreter {
-    /// 20,000 steps.
+    /// A limit of 20,000 steps.
     fn default() -> Interpreter {
         Interpreter { steps: 20_000 }
     }
 }
 
-/// The calls of a test with what they must return.
+/// The calls of a test with their expected results.
 fn calls(test: &str) -> Result<Vec<(Vec<Value>, Value)>, Stop> {
     let mut out = Vec::new();
     for (_, tokens) in lines(test)?.iter().filter(|l| l.1[0].text == "assert") {
         let mut r = Reader { tokens, at: 1, depth: 0 };
         let Expr::Binary("==", call, want) = r.expr(0)? else { return wrong("an assertion that is no equality") };
-        // What follows a comma is the message.
+        // After a comma there may be a message.
         if r.peek() != "," {
             r.end()?;
         }

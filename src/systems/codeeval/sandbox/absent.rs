@@ -1,4 +1,4 @@
-//! Where there is no sandbox: every way to make one is refused.
+//! The sandbox of systems that have none: its constructors return an error.
 
 use super::{Judge, Layer, Limits, Program, Report, Verdict};
 use crate::base::{Error, Result};
@@ -12,33 +12,33 @@ impl Sandbox {
     /// Always an error.
     ///
     /// # Errors
-    /// [`Error::Device`] with what is missing.
+    /// [`Error::Device`] that names what is missing.
     pub fn new(_limits: Limits) -> Result<Sandbox> {
         Err(Error::device(
             "Sandbox",
             "generated programs run on Linux (x86-64, AArch64) with the feature `sandbox` alone; nothing else confines them here",
         ))
     }
-    /// As [`Sandbox::new`].
+    /// The same as [`Sandbox::new`].
     ///
     /// # Errors
-    /// As [`Sandbox::new`].
+    /// Those of [`Sandbox::new`].
     pub fn with_python(_python: impl AsRef<Path>, limits: Limits) -> Result<Sandbox> {
         Sandbox::new(limits)
     }
-    /// Nothing holds.
+    /// Never called: no sandbox exists.
     pub fn layers(&self) -> &[Layer] {
         match self.0 {}
     }
-    /// No interpreter is known.
+    /// Never called: no sandbox exists.
     pub fn python_version(&self) -> &str {
         match self.0 {}
     }
-    /// Runs nothing.
+    /// Never called: no sandbox exists.
     pub fn run(&self, _program: &Program) -> Report {
         match self.0 {}
     }
-    /// Runs nothing.
+    /// Never called: no sandbox exists.
     pub fn run_all(&self, _programs: &[Program]) -> Vec<Report> {
         match self.0 {}
     }

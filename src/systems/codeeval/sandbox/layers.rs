@@ -1,4 +1,4 @@
-//! What is asked of the kernel: the layers of the sandbox.
+//! The layers of the sandbox, as requests to the kernel.
 
 use super::Layer;
 use landlock::{
@@ -15,7 +15,7 @@ use std::process::Command;
 
 const FILES: ABI = ABI::V5;
 
-/// Everything that Landlock handles is denied but to read these files, and to run the interpreter among them.
+/// A Landlock ruleset that denies everything it handles, except reading and executing these files and folders, and using `/dev/null`.
 pub(super) fn ruleset(readable: &[PathBuf]) -> Result<RulesetCreated, landlock::RulesetError> {
     let net: BitFlags<AccessNet> = AccessNet::from_all(ABI::V4);
     let mut rules = Ruleset::default()
@@ -40,8 +40,8 @@ pub(super) fn ruleset(readable: &[PathBuf]) -> Result<RulesetCreated, landlock::
     Ok(rules)
 }
 
-/// The system calls that an interpreter needs once it runs; all others are refused with EPERM. None starts a program, a process or a
-/// thread, opens a socket, sends a signal, maps another process, or changes a file's name, mode or length.
+/// The system calls that an interpreter needs while it runs; all others are refused with EPERM. None of them starts a program, a process or
+/// a thread, opens a socket, sends a signal, maps another process, or changes a file's name, mode or length.
 pub(super) fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let always = [
@@ -129,9 +129,9 @@ pub(super) fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let equal = |argument, length: SeccompCmpArgLen, value: u64| {
         SeccompRule::new(vec![SeccompCondition::new(argument, length, SeccompCmpOp::Eq, value)?])
     };
-    // A limit may be read, not changed, whoever's it is.
+    // Limits may be read, of any process, but not changed.
     rules.insert(libc::SYS_prlimit64, vec![equal(2, SeccompCmpArgLen::Qword, 0)?]);
-    // No F_SETOWN with F_SETSIG, which would send signals.
+    // F_SETOWN and F_SETSIG are refused, because together they send signals.
     let commands = [libc::F_DUPFD, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC];
     let rule = |c: &libc::c_int| equal(1, SeccompCmpArgLen::Dword, *c as u64);
     rules.insert(libc::SYS_fcntl, commands.iter().map(rule).collect::<Result<_, _>>()?);
@@ -142,8 +142,8 @@ pub(super) fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     SeccompFilter::new(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow, arch)?.try_into()
 }
 
-/// What a worker gives up between fork and exec, and with it every interpreter that it forks: all but the limit of CPU seconds and the
-/// list of system calls, with which it could fork none.
+/// The rights that a worker gives up between fork and exec, and with it every interpreter that it forks. The limit of CPU seconds and the
+/// list of system calls follow in each interpreter, because with them the worker could fork none.
 pub(super) fn confine(
     namespaces: libc::c_int,
     memory: u64,
@@ -162,7 +162,7 @@ pub(super) fn confine(
     ];
     // SAFETY: system calls on plain data of this frame.
     unsafe {
-        // Should this program be killed, the child goes with it; the second line is for a parent that is gone already.
+        // If this program is killed, the child is killed too. The second check is for a parent that has ended already.
         if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
             return Err(failed());
         }
@@ -177,7 +177,7 @@ pub(super) fn confine(
                 return Err(failed());
             }
         }
-        // What another thread had open without the flag is not for the child.
+        // The child must not inherit descriptors that another thread opened without the flag.
         libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 4u32 /* CLOEXEC */);
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 {
             return Err(failed());
@@ -192,10 +192,10 @@ pub(super) fn confine(
     }
 }
 
-/// Gives up all capabilities; with `no_new_privs`, exec gives none back, not even to root.
+/// Drops all capabilities. With `no_new_privs`, exec restores none, not even for root.
 ///
 /// # Safety
-/// A system call on plain data.
+/// It makes a system call on plain data.
 unsafe fn drop_capabilities() -> std::io::Result<()> {
     #[repr(C)]
     struct Header(u32, i32);
@@ -207,10 +207,10 @@ unsafe fn drop_capabilities() -> std::io::Result<()> {
     }
 }
 
-/// Whether this can be done in a child.
+/// Whether `what` succeeds in a child process.
 fn try_in_child(mut what: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static) -> bool {
     let mut command = Command::new("/proc/self/exe");
-    // The program is never started: the closure ends with an error either way, and which one says whether it worked.
+    // The program is never started: the closure returns an error in either case, and the error code says whether `what` succeeded.
     // SAFETY: `what` makes system calls alone.
     unsafe {
         command.pre_exec(move || {
@@ -233,13 +233,13 @@ pub(super) fn allowed_namespaces() -> libc::c_int {
 }
 
 pub(super) fn layers(namespaces: libc::c_int) -> Vec<Layer> {
-    // SAFETY: asks for the version, and makes nothing.
+    // SAFETY: the call asks for the version, and creates nothing.
     let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1u32) };
     let landlock = match abi {
         1.. => Ok(format!("version {abi}")),
         _ => Err(format!("the kernel has none, or it is switched off: {}", std::io::Error::last_os_error())),
     };
-    // SAFETY: as above, of a filter's actions: whether "errno" is known.
+    // SAFETY: the call only asks whether the filter action "errno" is available.
     let action: u32 = libc::SECCOMP_RET_ERRNO;
     let seccomp =
         unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_GET_ACTION_AVAIL, 0u32, &action as *const u32) };

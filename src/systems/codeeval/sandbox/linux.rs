@@ -1,4 +1,4 @@
-//! The sandbox on Linux: which interpreter runs, and how a judge and a program are watched.
+//! The sandbox on Linux: it chooses the interpreter, and watches a judge and a program.
 
 use super::layers::{allowed_namespaces, filter, layers};
 use super::worker::{Process, Worker};
@@ -15,19 +15,19 @@ use std::time::{Duration, Instant};
 
 /// How often CPU clocks are read.
 const TICK: Duration = Duration::from_millis(10);
-/// Seconds of waiting that are counted at most between two looks at the clocks.
+/// The most seconds that are counted as waiting between two readings of the clocks.
 const LONGEST_WAIT: f64 = 1.0;
-/// The most that a judge may say.
+/// The most bytes of a verdict.
 const LONGEST_VERDICT: u64 = 64 << 10;
 
-/// Runs Python programs that nobody has read.
+/// Runs untrusted Python programs.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     inner: Arc<Inner>,
     limits: Limits,
 }
 
-/// What all workers have in common.
+/// The data that all workers share.
 #[derive(Debug)]
 pub(super) struct Inner {
     pub(super) python: PathBuf,
@@ -54,11 +54,11 @@ impl Sandbox {
     /// A sandbox with a Python of your own.
     ///
     /// # Errors
-    /// As [`Sandbox::new`].
+    /// Those of [`Sandbox::new`].
     pub fn with_python(python: impl AsRef<Path>, limits: Limits) -> Result<Sandbox> {
         Sandbox::without(python, limits, &[])
     }
-    /// As [`Sandbox::with_python`] on a kernel that lacks some layers, by name: for tests of what is refused then.
+    /// [`Sandbox::with_python`] as on a kernel that lacks the layers in `missing`, for tests of the errors.
     #[doc(hidden)]
     pub fn without(python: impl AsRef<Path>, limits: Limits, missing: &[&str]) -> Result<Sandbox> {
         if !(limits.cpu_seconds > 0.0 && limits.cpu_seconds.is_finite() && limits.wall_seconds >= limits.cpu_seconds) {
@@ -89,7 +89,7 @@ impl Sandbox {
         let filter = filter().map_err(|e| refused(format!("the seccomp filter was not built: {e}")))?;
         let inner = Inner { python, version, readable, filter, namespaces, layers };
         let sandbox = Sandbox { inner: Arc::new(inner), limits };
-        // A program that does nothing must pass: else the interpreter needs something that is not allowed here.
+        // A program that does nothing must pass. Otherwise the interpreter needs something that the sandbox does not allow.
         let trial = Program {
             source: "def f(x):\n    return [x, {'a': (1.5, None)}]\n".into(),
             entry_point: "f".into(),
@@ -110,15 +110,16 @@ impl Sandbox {
     pub fn layers(&self) -> &[Layer] {
         &self.inner.layers
     }
-    /// The version of the interpreter, such as `3.11.2`: tokens and messages depend on it, verdicts hardly.
+    /// The version of the interpreter, such as `3.11.2`. Tokens and messages depend on it; verdicts hardly do.
     pub fn python_version(&self) -> &str {
         &self.inner.version
     }
-    /// Runs one program with its tests. Many programs are run faster by [`Sandbox::run_all`], which starts an interpreter once.
+    /// Runs one program with its tests. For many programs [`Sandbox::run_all`] is faster, because it starts an interpreter only once per
+    /// thread.
     pub fn run(&self, program: &Program) -> Report {
         self.run_by(&mut None, program)
     }
-    /// Runs programs on as many threads as the machine has cores; reports come in the order of the programs.
+    /// Runs programs on as many threads as the machine has cores. The reports are in the order of the programs.
     pub fn run_all(&self, programs: &[Program]) -> Vec<Report> {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(programs.len());
         let next = AtomicUsize::new(0);
@@ -142,7 +143,7 @@ impl Sandbox {
         done.into_iter().map(|r| r.unwrap_or_else(|| Report::lost("the thread that ran it ended".into()))).collect()
     }
 
-    /// Runs one program by a worker, which is started where there is none, and ended after a program that it could not judge.
+    /// Runs one program with a worker. The worker is started if there is none, and ended after a program that it could not judge.
     fn run_by(&self, worker: &mut Option<Worker>, program: &Program) -> Report {
         let start = Instant::now();
         let ready = match worker.take() {
@@ -166,11 +167,11 @@ impl Sandbox {
 
     fn attempt(&self, worker: &Worker, program: &Program) -> std::io::Result<Report> {
         let secret = secret()?;
-        // Calls go from the judge to the program, answers back, and the verdict to us.
+        // Calls go from the judge to the program, answers go back, and the verdict comes to this process.
         let (calls_in, mut calls_out) = pipe()?;
         let (answers_in, mut answers_out) = pipe()?;
         let (verdict_in, verdict_out) = pipe()?;
-        // Each descriptor that a child gets is closed here at once: the end of a process must be the end of its pipe.
+        // Each descriptor that a child gets is closed here at once, so that the pipe ends when the child does.
         let judge = worker.fork(b'J', &[answers_in.into(), calls_out.try_clone()?.into(), verdict_out.into()])?;
         for text in [secret.as_str(), &program.entry_point, &program.test] {
             send(&mut answers_out, text)?;
@@ -181,7 +182,7 @@ impl Sandbox {
         self.watch(judge, child, verdict_in, &secret)
     }
 
-    /// Waits for the verdict or a limit, ends both processes, and says what became of the program.
+    /// Waits for the verdict or a limit, ends both processes, and returns the report.
     fn watch(
         &self,
         judge: Process<'_>,
@@ -206,7 +207,7 @@ impl Sandbox {
                 ended = Some(Verdict::Cpu);
                 break;
             }
-            // A machine that was stopped, or this program with all that it started, is no program that sleeps.
+            // The time in which the machine, or this program with its children, was suspended must not count as sleep of the program.
             waited += last.elapsed().as_secs_f64().min(LONGEST_WAIT);
             last = Instant::now();
             if waited > self.limits.wall_seconds {
@@ -216,7 +217,7 @@ impl Sandbox {
         }
         let judge = judge.end(Duration::ZERO)?;
         let said = String::from_utf8_lossy(&said).into_owned();
-        // A program that closed its pipe may be about to end by itself, and then its signal is known.
+        // A program that closed its pipe may be about to end by itself, and its signal is known only then.
         let gone = said.strip_prefix(secret).is_some_and(|s| s.starts_with('G'));
         let child = child.end(Duration::from_millis(if gone { 20 } else { 0 }))?;
         let mut message = String::new();
@@ -261,7 +262,7 @@ fn send(to: &mut PipeWriter, text: &str) -> std::io::Result<()> {
     to.write_all(text.as_bytes())
 }
 
-/// 32 letters from the system's generator.
+/// A secret of 32 letters from the system's random generator.
 fn secret() -> std::io::Result<String> {
     let mut bytes = [0u8; 16];
     std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
@@ -279,7 +280,7 @@ fn readable(from: &PipeReader, wait: Duration) -> std::io::Result<bool> {
     }
 }
 
-/// The interpreter itself, its version, and what it reads. `python3` may be a script that starts another file.
+/// The path of the interpreter itself, its version, and the files that it reads. `python3` may be a script that starts another file.
 fn interpreter(python: &Path) -> Result<(PathBuf, String, Vec<PathBuf>)> {
     let code = "import sys\nprint(sys.executable)\nprint('.'.join(map(str, sys.version_info[:3])))\n\
                 print(sys.base_prefix)\nprint(*[p for p in sys.path if p], sep='\\n')";

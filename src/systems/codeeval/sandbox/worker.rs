@@ -1,5 +1,5 @@
-//! Workers: interpreters that were started and confined once, and fork a fresh interpreter for each judge and each program. An
-//! interpreter that starts takes ten times the CPU seconds of one that is forked.
+//! Workers: interpreters that are started and confined once, and fork a new interpreter for each judge and each program. To start an
+//! interpreter takes ten times the CPU seconds of forking one.
 
 use super::Limits;
 use super::layers::{confine, ruleset};
@@ -19,13 +19,13 @@ const DRIVER: &str = concat!(
     "\n\n",
     include_str!("worker.py")
 );
-/// The most descriptors that are handed over at once.
+/// The most descriptors that are passed at once.
 const MOST: usize = 3;
 
-/// A confined interpreter that forks others. It runs its own text alone, and reads nothing that a program or a judge wrote.
+/// A confined interpreter that forks others. It runs only its own code, and reads nothing that a program or a judge wrote.
 pub(super) struct Worker {
     child: Child,
-    /// Requests and answers, each a message.
+    /// Carries requests and answers, each as one message.
     control: OwnedFd,
 }
 
@@ -34,10 +34,11 @@ fn failed() -> std::io::Error {
 }
 
 impl Worker {
-    /// Starts an interpreter that has given up every right that forked ones do not need, except to fork.
+    /// Starts an interpreter without any right that forked ones do not need, except the right to fork.
     pub(super) fn start(inner: &Arc<Inner>, limits: &Limits) -> std::io::Result<Worker> {
         let rules = ruleset(&inner.readable).map_err(std::io::Error::other)?;
-        // A forked interpreter gets the same rules once more, as a domain of its own: it has no rights over its siblings then.
+        // A forked interpreter gets the same rules a second time as a domain of its own, so that it has no rights over the other
+        // interpreters.
         let again: Option<OwnedFd> = rules.try_clone().map_err(std::io::Error::other)?.into();
         let again = again.ok_or_else(|| std::io::Error::other("Landlock made no rules"))?;
         let (control, theirs) = channel()?;
@@ -46,7 +47,7 @@ impl Worker {
         let parent = unsafe { libc::getpid() };
         let mut command = Command::new(&inner.python);
         command.args(["-S", "-s", "-B", "-X", "utf8", "-c", DRIVER]).env_clear();
-        // The order of a set of strings is part of what a program does.
+        // The order of a set of strings affects what a program does, so the hash seed is fixed.
         command.env("PYTHONHASHSEED", "0").current_dir("/");
         command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         // SAFETY: between fork and exec only system calls are made; nothing is allocated, and no lock is taken.
@@ -54,7 +55,7 @@ impl Worker {
             command.pre_exec(move || confine(namespaces, memory, parent, rules.take()));
         }
         let child = command.spawn()?;
-        // The command holds the other end of the channel; without it, the end of the worker is seen here.
+        // The command holds the other end of the channel. After it is dropped, this end is notified when the worker ends.
         drop(command);
         let worker = Worker { child, control };
         let seconds = limits.cpu_seconds.ceil() as u32 + 1;
@@ -70,12 +71,12 @@ impl Worker {
         }
     }
 
-    /// Forks an interpreter with these descriptors as its 0, 1 and 2: a judge (`J`) or a program's (`P`).
+    /// Forks an interpreter with these descriptors as its 0, 1 and 2. `which` is `J` for a judge or `P` for a program.
     pub(super) fn fork(&self, which: u8, descriptors: &[OwnedFd]) -> std::io::Result<Process<'_>> {
         let answer = self.ask(&[which], descriptors)?;
         let no = |_| std::io::Error::other(format!("no interpreter was forked: {answer}"));
         let pid: libc::pid_t = answer.parse().map_err(no)?;
-        // SAFETY: the number is that of a process that the worker has not waited for; the descriptor that comes back is ours.
+        // SAFETY: the number is that of a process that the worker has not waited for; the returned descriptor is owned here.
         let handle = unsafe {
             match libc::syscall(libc::SYS_pidfd_open, pid, 0u32) {
                 -1 => {
@@ -124,7 +125,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // What it forked goes with it.
+        // The interpreters that it forked are killed with it.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -140,10 +141,10 @@ fn again(mut call: impl FnMut() -> isize) -> isize {
     }
 }
 
-/// Two ends of a channel of messages; its end is seen at the other one.
+/// The two ends of a channel of messages. When one end is closed, the other is notified.
 fn channel() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let mut both = [0; 2];
-    // SAFETY: room for two descriptors, which are ours afterwards.
+    // SAFETY: there is room for two descriptors, which are owned here afterwards.
     unsafe {
         match libc::socketpair(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0, both.as_mut_ptr()) {
             0 => Ok((OwnedFd::from_raw_fd(both[0]), OwnedFd::from_raw_fd(both[1]))),
@@ -152,7 +153,7 @@ fn channel() -> std::io::Result<(OwnedFd, OwnedFd)> {
     }
 }
 
-/// An interpreter that a worker forked, killed and waited for at the latest when this is dropped.
+/// An interpreter that a worker forked. It is killed and waited for when this is dropped, at the latest.
 pub(super) struct Process<'a> {
     worker: &'a Worker,
     pid: libc::pid_t,
@@ -166,7 +167,7 @@ pub(super) struct End {
     pub(super) cpu_seconds: f64,
     pub(super) signal: Option<i32>,
     code: i32,
-    /// Whether the signal was ours.
+    /// Whether this program sent the signal.
     pub(super) killed: bool,
 }
 
@@ -181,7 +182,7 @@ impl End {
 }
 
 impl Process<'_> {
-    /// CPU seconds so far.
+    /// CPU seconds used so far.
     pub(super) fn cpu(&self) -> f64 {
         // SAFETY: plain data, written by the call. The process is not waited for yet, so the number is its own.
         unsafe {
@@ -192,7 +193,7 @@ impl Process<'_> {
             }
         }
     }
-    /// Ends the process and its group after a while in which it may end by itself.
+    /// Ends the process and its group. For the time `patience` the process may still end by itself.
     pub(super) fn end(mut self, patience: Duration) -> std::io::Result<End> {
         let mut poll = libc::pollfd { fd: self.handle.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one entry, which outlives the call.
@@ -210,7 +211,7 @@ impl Process<'_> {
             libc::kill(self.pid, libc::SIGKILL);
         }
     }
-    /// Lets the worker wait for the process, whose number may be another's afterwards.
+    /// Makes the worker wait for the process. Afterwards its number may belong to another process.
     fn reap(&mut self) -> std::io::Result<End> {
         self.reaped = true;
         let answer = self.worker.ask(format!("W{}", self.pid).as_bytes(), &[])?;
