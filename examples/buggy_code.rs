@@ -19,7 +19,7 @@ use prismgrad::systems::codeeval::buggy::{Generated, Parts, generate, read_probl
 use prismgrad::systems::codeeval::locate::{Doubt, Searched, choose_threshold, first_above, score};
 use prismgrad::systems::codeeval::mini::{Coder, Corpus, Interpreter, Training, renamed, same_meaning};
 use prismgrad::systems::codeeval::mitigate::{self, Prefix};
-use prismgrad::systems::codeeval::passk::{Count, bootstrap, macro_average, per_problem};
+use prismgrad::systems::codeeval::passk::{Count, bootstrap, per_problem};
 use prismgrad::systems::codeeval::{
     CodeModel, Draw, FlipMap, Judge, Limits, Mode, Problem, Program, Row, Sandbox, Verdict,
 };

@@ -114,6 +114,8 @@ pub(super) struct Core {
     pub phases: Phases,
     /// Bytes in use when the step began.
     before: usize,
+    /// On a GPU, memory for the report of the step that has begun.
+    room: Option<Array>,
 }
 
 impl Core {
@@ -136,7 +138,21 @@ impl Core {
         let counters = device.gpu().map(Counters::new).transpose()?;
         let plan = plan(&flat, state.len())?;
         let (ranks, shard, phases) = (None, None, Phases::default());
-        Ok(Core { flat, grads, state, counters, optimizer, schedule, steps: 0, ranks, shard, plan, phases, before: 0 })
+        Ok(Core {
+            flat,
+            grads,
+            state,
+            counters,
+            optimizer,
+            schedule,
+            steps: 0,
+            ranks,
+            shard,
+            plan,
+            phases,
+            before: 0,
+            room: None,
+        })
     }
     /// Makes this rank one of several, which share the state that the stage selects.
     pub fn with_zero(&mut self, ranks: Box<dyn Communicator>, stage: Stage) -> Result<()> {
@@ -197,10 +213,13 @@ impl Core {
             Err(worse) => worse,
         }
     }
-    /// Starts the measurement of a step.
-    pub fn begin(&mut self) {
+    /// Starts the measurement of a step, and allocates the memory in which its report will be: once the parameters have changed, nothing of
+    /// a step may fail any more.
+    pub fn begin(&mut self) -> Result<()> {
+        self.room = self.counters.as_ref().map(Counters::room).transpose()?;
         self.phases = Phases::default();
         self.before = self.flat.device().watermark().0;
+        Ok(())
     }
     /// Collects, weighs, contracts and accumulates over the microbatches, then reduces over the ranks. With `scalars`, the numbers that
     /// change from step to step are read from memory.
@@ -332,7 +351,10 @@ impl Core {
         let working_bytes = self.flat.device().watermark().1.saturating_sub(self.before);
         self.plan.measured = Some(Measurement { working_bytes, phases: self.phases });
         let found = match &self.counters {
-            Some(counters) => Found::OnGpu(counters.snapshot()?),
+            Some(counters) => {
+                let room = self.room.take().map_or_else(|| counters.room(), Ok)?;
+                Found::OnGpu(counters.snapshot(room)?)
+            }
             None => here,
         };
         Ok((lr, found))

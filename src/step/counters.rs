@@ -63,10 +63,13 @@ impl Counters {
         };
         cuda::losses(gpu, &losses.contiguous(), before, &self.0, (step, number), guard)
     }
-    /// A copy of the counters as they will be when all work queued so far has run.
-    pub fn snapshot(&self) -> Result<Snapshot> {
+    /// Memory for a copy of the counters.
+    pub fn room(&self) -> Result<Array> {
+        Array::uninit_on(self.0.block("step")?.0.gpu(), &[WORDS], DType::I64)
+    }
+    /// A copy of the counters, in memory from [`Counters::room`], as they will be when all work queued so far has run.
+    pub fn snapshot(&self, copy: Array) -> Result<Snapshot> {
         let (from, at) = self.0.block("step")?;
-        let copy = Array::uninit_on(from.gpu(), &[WORDS], DType::I64)?;
         let (to, to_at) = copy.block("step")?;
         from.gpu().copy(to, to_at, from, at, 8 * WORDS)?;
         Ok(Snapshot { copy, words: OnceLock::new() })

@@ -91,7 +91,7 @@ impl PlainStep {
         microbatches: impl IntoIterator<Item = B>,
         mut forward: impl FnMut(B) -> Result<Tensor>,
     ) -> Result<Report> {
-        self.core.begin();
+        self.core.begin()?;
         let losses = |b| Ok(Microbatch { losses: forward(b)?, public: None });
         let counts = self.core.accumulate(&Plain, microbatches, losses, None).map_err(|e| self.core.failed(e))?;
         if counts.samples == 0 {
@@ -132,7 +132,7 @@ impl PlainStep {
     /// Performs a captured step with one launch. It reads its data from the same arrays as the captured forward pass: write the next batch
     /// into them with [`Array::refill`] first. The schedule continues; captured and ordinary steps may be mixed.
     pub fn replay(&mut self, captured: &mut CapturedStep) -> Result<Report> {
-        self.core.begin();
+        self.core.begin()?;
         captured.0.launch(&mut self.core)?;
         self.report(captured.0.samples, Found::Here(0.0, Default::default()))
     }

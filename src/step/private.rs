@@ -168,7 +168,7 @@ impl PrivateStep {
         mut forward: impl FnMut(&[usize], &[Q]) -> Result<Tensor>,
     ) -> Result<PrivateReport> {
         let op = "run";
-        self.core.begin();
+        self.core.begin()?;
         let (Public(mut public), share) = (public, weight.of_private());
         if physical_batch == 0 {
             return Err(Error::invalid(op, "a physical batch of 0 samples"));
@@ -198,7 +198,7 @@ impl PrivateStep {
         let first = &records[..records.len().min(physical_batch)];
         self.expect_independence(first, shown.len(), |records| forward(records, shown))?;
         // The memory used by the check does not count towards the step.
-        self.core.begin();
+        self.core.begin()?;
         let secret = self.privacy.mask_secret(self.core.steps);
         // Public gradients are scaled such that the final scaling of the private sum gives the weighted mean of both.
         let expected = self.privacy.expected_batch();
@@ -292,7 +292,7 @@ impl PrivateStep {
         captured: &mut CapturedPrivateStep,
         fill: impl FnOnce(&[usize]) -> Result<()>,
     ) -> Result<PrivateReport> {
-        self.core.begin();
+        self.core.begin()?;
         let (records, capacity) = (self.next_batch(), captured.mask.numel());
         if records.len() > capacity {
             return Err(Error::invalid(

@@ -43,7 +43,7 @@ impl Merge {
         let bad = |what: String| Err(Error::invalid("merge", what));
         let weights = |w: &[f64]| match w.len() == n && w.iter().all(|w| w.is_finite()) {
             true => Ok(()),
-            false => bad(format!("weights {w:?} for {n} sources: one finite number for each")),
+            false => bad(format!("weights {w:?} for {n} sources; there must be one finite number for each")),
         };
         let share = |density: f64, lambda: f64| match density > 0.0 && density <= 1.0 && lambda.is_finite() {
             true => Ok(()),

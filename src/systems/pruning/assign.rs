@@ -25,7 +25,10 @@ pub fn assign(costs: &[f64], n: usize) -> Result<Assignment> {
     }
     if let Some(at) = costs.iter().position(|c| !c.is_finite()) {
         let (row, column) = (at / n, at % n);
-        return Err(Error::invalid("assign", format!("the cost of row {row} and column {column} is {}", costs[at])));
+        return Err(Error::invalid(
+            "assign",
+            format!("the cost of row {row} and column {column} is {}; it must be finite", costs[at]),
+        ));
     }
     const FREE: usize = usize::MAX;
     let (mut u, mut v) = (vec![0f64; n], vec![0f64; n]);

@@ -311,7 +311,7 @@ impl<'a> Attack<'a> {
         }
         if self.budget == 0 || !(self.max_changed > 0.0 && self.max_changed <= 1.0) {
             let message = format!(
-                "a budget of {} queries and a share of {} changed words; give at least one query and a share in (0, 1]",
+                "a budget of {} queries and a share of {} changed words; there must be at least one query, and the share must lie in (0, 1]",
                 self.budget, self.max_changed
             );
             return Err(Error::invalid("attack", message));
