@@ -312,6 +312,26 @@ fn steps_without_memory() {
 }
 
 #[test]
+fn a_model_moves_to_a_device_whole_or_not_at_all() {
+    let (gpu, _held) = gpu();
+    if !gpu.is_emulated() {
+        return;
+    }
+    let (params, device) = (Params::new(0, DType::F32), Device::cuda(0).unwrap());
+    for (i, size) in [1000, 3000, 9000].into_iter().enumerate() {
+        params.param(&format!("w{i}"), &[size], Init::Ones).unwrap();
+    }
+    gpu.empty_cache().unwrap();
+    prismgrad::device::emulator::config("allocations_left", 2);
+    let result = params.to(&device);
+    prismgrad::device::emulator::config("allocations_left", -1);
+    assert!(result.unwrap_err().to_string().contains("out of memory"));
+    assert!(params.all().iter().all(|p| p.device() == Device::cpu()));
+    params.to(&device).unwrap();
+    assert!(params.all().iter().all(|p| p.device() == device));
+}
+
+#[test]
 fn threads_share_the_device() {
     let (gpu, _held) = gpu();
     let sums: Vec<f32> = std::thread::scope(|s| {

@@ -30,7 +30,7 @@ for t in "$here"/test_cuda*; do suite "$(basename "$t")" "$t"; done
 suite "test_devices" "$here/test_engine" devices::
 # A fault is reported by the launch that caused it, and guarded memory detects accesses outside a block.
 for mode in guard poison; do
-  suite "test_cuda_ops_$mode" env PRISMGRAD_CUDA_POOL=$mode PRISMGRAD_CUDA_SYNC=1 "$here/test_cuda" ops::
+  suite "test_cuda_ops_$mode" env PRISMGRAD_CUDA_POOL=$mode PRISMGRAD_CUDA_SYNC=1 "$here/test_cuda" registry::
 done
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -342,9 +342,11 @@ impl Params {
     fn relative<'a>(&self, name: &'a str) -> &'a str {
         name.strip_prefix(&self.prefix).map_or(name, |n| n.strip_prefix('.').unwrap_or(n))
     }
-    /// Moves everything below this scope to a device.
+    /// Moves everything below this scope to a device. If it has no room for all parameters, an error is returned and none has moved.
     pub fn to(&self, device: &Device) -> Result<()> {
-        self.all().iter().try_for_each(|p| p.to(device))
+        let all = self.all();
+        let moved = all.iter().map(|p| p.value().to(device)).collect::<Result<Vec<_>>>()?;
+        all.iter().zip(moved).try_for_each(|(p, value)| p.set(value))
     }
     /// A number for a layer without parameters, derived from its full name. It selects the stream of its dropout masks.
     pub fn id(&self, name: &str) -> u64 {

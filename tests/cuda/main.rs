@@ -14,5 +14,5 @@ mod common {
 }
 
 mod hardware;
-mod ops;
-mod training;
+mod registry;
+mod steps;

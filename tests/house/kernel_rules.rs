@@ -107,8 +107,8 @@ fn kernel_names_are_unique() {
     }
 }
 
-/// Every kernel is launched through an op, an optimizer or a step: `tests/cuda/ops.rs` runs every case of the registry and
-/// `tests/cuda/training.rs` whole steps, and neither launches a kernel itself. `.ci/run` has these two write the names of what they
+/// Every kernel is launched through an op, an optimizer or a step: `tests/cuda/registry.rs` runs every case of the registry and
+/// `tests/cuda/steps.rs` whole steps, and neither launches a kernel itself. `.ci/run` has these two write the names of what they
 /// launch to the file that `PRISMGRAD_EMU_LAUNCHED` names, and runs this test after them. `device_check.cu` is left out: its kernels
 /// check a card, and no op needs them.
 #[test]

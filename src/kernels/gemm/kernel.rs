@@ -1,7 +1,7 @@
 //! Micro-kernels: an MR × NR tile of the product, from packed panels.
 
 use crate::base::Float;
-use crate::device::cpu::simd::{Level, level, simd};
+use crate::device::cpu::simd::{Level, level};
 
 /// c[i·ldc + j] = Σₖ a[k·MR + i]·b[k·NR + j] for a whole MR × NR tile; with `add`, the sum is added to c.
 pub type Into<T> = unsafe fn(kc: usize, a: *const T, b: *const T, c: *mut T, ldc: usize, add: bool);
@@ -54,7 +54,7 @@ impl Kernels for f32 {
     fn kernel() -> Kernel<f32> {
         match level() {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512_f32, from_rows: Some(avx512_f32_rows) },
+            Level::Avx512 => Kernel { mr: 12, nr: 32, into: avx512::f32::packed, from_rows: Some(avx512::f32::rows) },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Kernel { mr: 6, nr: 16, into: avx2::f32::packed, from_rows: Some(avx2::f32::rows) },
             _ => Kernel { mr: 4, nr: 8, into: generic::<f32, 4, 8>, from_rows: None },
@@ -67,7 +67,8 @@ impl Kernels for f64 {
     const LEAST: f64 = f64::from_bits(1);
     fn kernel() -> Kernel<f64> {
         match level() {
-            Level::Avx512 => Kernel { mr: 8, nr: 16, into: fused::<f64, 8, 16>, from_rows: None },
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => Kernel { mr: 12, nr: 16, into: avx512::f64::packed, from_rows: Some(avx512::f64::rows) },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Kernel { mr: 6, nr: 8, into: avx2::f64::packed, from_rows: Some(avx2::f64::rows) },
             _ => Kernel { mr: 4, nr: 4, into: generic::<f64, 4, 4>, from_rows: None },
@@ -84,46 +85,18 @@ unsafe fn generic<T: Float, const MR: usize, const NR: usize>(
     ldc: usize,
     add: bool,
 ) {
-    // SAFETY: the caller gives panels of kc·MR and kc·NR elements and a tile of MR rows of NR, ldc apart.
-    unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| s + x * y) }
-}
-
-/// Vectorised by the compiler, with fused multiply-add.
-unsafe fn fused<T: Float, const MR: usize, const NR: usize>(
-    kc: usize,
-    a: *const T,
-    b: *const T,
-    c: *mut T,
-    ldc: usize,
-    add: bool,
-) {
-    simd(
-        #[inline(always)]
-        // SAFETY: as above.
-        || unsafe { body::<T, MR, NR>(kc, a, b, (c, ldc, add), |x, y, s| x.mul_add(y, s)) },
-    )
-}
-
-#[inline(always)]
-unsafe fn body<T: Float, const MR: usize, const NR: usize>(
-    kc: usize,
-    a: *const T,
-    b: *const T,
-    (c, ldc, add): (*mut T, usize, bool),
-    fma: impl Fn(T, T, T) -> T,
-) {
     let mut acc = [[T::ZERO; NR]; MR];
     for k in 0..kc {
-        // SAFETY: panels hold kc·MR and kc·NR elements.
+        // SAFETY: the caller gives panels of kc·MR and kc·NR elements.
         let (x, y) = unsafe { (&*(a.add(k * MR) as *const [T; MR]), &*(b.add(k * NR) as *const [T; NR])) };
         for i in 0..MR {
             for j in 0..NR {
-                acc[i][j] = fma(x[i], y[j], acc[i][j]);
+                acc[i][j] += x[i] * y[j];
             }
         }
     }
     for (i, row) in acc.iter().enumerate() {
-        // SAFETY: the tile has MR rows of NR elements.
+        // SAFETY: the tile has MR rows of NR elements, ldc apart.
         let c = unsafe { &mut *(c.add(i * ldc) as *mut [T; NR]) };
         for (c, &v) in c.iter_mut().zip(row) {
             *c = if add { *c + v } else { v };
@@ -131,164 +104,113 @@ unsafe fn body<T: Float, const MR: usize, const NR: usize>(
     }
 }
 
-/// 12 × 32 in 24 accumulators: 24 fused multiply-adds for 2 loads and 12 broadcasts.
+/// Kernels for x86-64: MR rows of two registers, so 2·MR accumulators, and for each step of K 2·MR fused multiply-adds for 2 loads and MR
+/// broadcasts. They are written with intrinsics, because at optimisation level 2 the compiler keeps the sums of a loop in memory.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn avx512_f32(kc: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, add: bool) {
-    // SAFETY: panels hold kc·12 and kc·32 elements, the tile 12 rows of 32.
-    unsafe { avx512_f32_body([a, a.add(3), a.add(6), a.add(9)], (1, 12), kc, b, c, ldc, add) }
-}
+macro_rules! kernels {
+    (
+        $t:ident, $features:literal, $rows:literal, $lanes:literal, $zero:ident, $load:ident, $broadcast:ident, $fma:ident, $plus:ident,
+        $store:ident
+    ) => {
+        pub mod $t {
+            use std::arch::x86_64::*;
 
-/// The same from unpacked rows: one cache line of each row serves 16 steps of K.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn avx512_f32_rows(kc: usize, (a, lda): (*const f32, usize), b: *const f32, c: *mut f32, ldc: usize, add: bool) {
-    // SAFETY: 12 rows of kc elements, lda apart; else as above.
-    unsafe { avx512_f32_body([a, a.add(3 * lda), a.add(6 * lda), a.add(9 * lda)], (lda, 1), kc, b, c, ldc, add) }
-}
+            /// Groups of three rows.
+            const GROUPS: usize = $rows / 3;
 
-/// Row i of the left operand starts at `a[i / 3] + (i % 3)·row`, so that four pointers and one distance address all rows; its columns are
-/// `step` apart. The tile's cache lines are prefetched, so that they have arrived when the sums are complete.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-#[inline]
-unsafe fn avx512_f32_body(
-    mut a: [*const f32; 4],
-    (row, step): (usize, usize),
-    kc: usize,
-    mut b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    add: bool,
-) {
-    use std::arch::x86_64::*;
-    const MR: usize = 12;
-    let mut acc = [[_mm512_setzero_ps(); 2]; MR];
-    for i in 0..MR {
-        // A prefetch may name any address.
-        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
-        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 31).cast());
-    }
-    for _ in 0..kc {
-        // SAFETY: the callers' promise.
-        unsafe {
-            let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*a[i / 3].add(i % 3 * row));
-                acc[0] = _mm512_fmadd_ps(x, b0, acc[0]);
-                acc[1] = _mm512_fmadd_ps(x, b1, acc[1]);
+            /// [`Into`](super::super::Into) for panels of the tile's rows and columns.
+            #[target_feature(enable = $features)]
+            pub unsafe fn packed(kc: usize, a: *const $t, b: *const $t, c: *mut $t, ldc: usize, add: bool) {
+                // SAFETY: the caller gives panels of kc·MR and kc·2·lanes elements and a tile of MR rows, ldc apart.
+                unsafe { tile(a, (1, $rows), kc, b, c, ldc, add) }
             }
-            for a in &mut a {
-                *a = a.wrapping_add(step);
+
+            /// [`FromRows`](super::super::FromRows): one cache line of each row serves several steps of K.
+            #[target_feature(enable = $features)]
+            pub unsafe fn rows(
+                kc: usize,
+                (a, lda): (*const $t, usize),
+                b: *const $t,
+                c: *mut $t,
+                ldc: usize,
+                add: bool,
+            ) {
+                // SAFETY: MR rows of kc elements, lda apart; else as above.
+                unsafe { tile(a, (lda, 1), kc, b, c, ldc, add) }
             }
-            b = b.add(32);
+
+            /// Rows of the left operand are `row` apart, its columns `step` apart. One pointer for each group of three rows and one distance
+            /// address all rows. The tile's cache lines are prefetched, so that they have arrived when the sums are complete.
+            #[target_feature(enable = $features)]
+            #[inline]
+            unsafe fn tile(
+                a: *const $t,
+                (row, step): (usize, usize),
+                kc: usize,
+                mut b: *const $t,
+                c: *mut $t,
+                ldc: usize,
+                add: bool,
+            ) {
+                let mut a: [*const $t; GROUPS] = std::array::from_fn(|g| a.wrapping_add(3 * g * row));
+                let mut acc = [[$zero(); 2]; $rows];
+                for i in 0..$rows {
+                    // A prefetch may name any address.
+                    _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 2 * $lanes - 1).cast());
+                }
+                for _ in 0..kc {
+                    // SAFETY: the callers' promise.
+                    unsafe {
+                        let y = [$load(b), $load(b.add($lanes))];
+                        for (i, acc) in acc.iter_mut().enumerate() {
+                            let x = $broadcast(*a[i / 3].add(i % 3 * row));
+                            acc[0] = $fma(x, y[0], acc[0]);
+                            acc[1] = $fma(x, y[1], acc[1]);
+                        }
+                        b = b.add(2 * $lanes);
+                    }
+                    for a in &mut a {
+                        *a = a.wrapping_add(step);
+                    }
+                }
+                for (i, acc) in acc.iter().enumerate() {
+                    for (j, &v) in acc.iter().enumerate() {
+                        // SAFETY: the tile has MR rows of 2·lanes elements.
+                        unsafe {
+                            let c = c.add(i * ldc + j * $lanes);
+                            let v = if add { $plus($load(c), v) } else { v };
+                            $store(c, v);
+                        }
+                    }
+                }
+            }
         }
-    }
-    for (i, acc) in acc.iter().enumerate() {
-        for (j, &v) in acc.iter().enumerate() {
-            // SAFETY: the tile has 12 rows of 32 elements.
-            unsafe {
-                let c = c.add(i * ldc + j * 16);
-                let v = if add { _mm512_add_ps(_mm512_loadu_ps(c), v) } else { v };
-                _mm512_storeu_ps(c, v);
-            }
-        }
-    }
+    };
 }
 
-/// 6 rows of two 256-bit registers, 12 accumulators in all: 12 fused multiply-adds for 2 loads and 6 broadcasts. Written out by hand,
-/// because the compiler keeps the sums of [`fused`] in memory at optimisation level 2.
+/// 12 rows of two 512-bit registers.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    #[rustfmt::skip]
+    kernels!(
+        f32, "avx512f", 12, 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps, _mm512_storeu_ps
+    );
+    #[rustfmt::skip]
+    kernels!(
+        f64, "avx512f", 12, 8, _mm512_setzero_pd, _mm512_loadu_pd, _mm512_set1_pd, _mm512_fmadd_pd, _mm512_add_pd, _mm512_storeu_pd
+    );
+}
+
+/// 6 rows of two 256-bit registers.
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    macro_rules! kernels {
-        ($t:ident, $lanes:literal, $zero:ident, $load:ident, $broadcast:ident, $fma:ident, $plus:ident, $store:ident) => {
-            pub mod $t {
-                use std::arch::x86_64::*;
-
-                /// [`Into`](super::super::Into) for panels of 6 rows and of two registers' columns.
-                #[target_feature(enable = "avx2,fma")]
-                pub unsafe fn packed(kc: usize, a: *const $t, b: *const $t, c: *mut $t, ldc: usize, add: bool) {
-                    // SAFETY: the caller gives panels of kc·6 and kc·2·lanes elements and a tile of 6 rows, ldc apart.
-                    unsafe { tile(a, (1, 6), kc, b, c, ldc, add) }
-                }
-
-                /// [`FromRows`](super::super::FromRows) for 6 rows.
-                #[target_feature(enable = "avx2,fma")]
-                pub unsafe fn rows(
-                    kc: usize,
-                    (a, lda): (*const $t, usize),
-                    b: *const $t,
-                    c: *mut $t,
-                    ldc: usize,
-                    add: bool,
-                ) {
-                    // SAFETY: 6 rows of kc elements, lda apart; else as above.
-                    unsafe { tile(a, (lda, 1), kc, b, c, ldc, add) }
-                }
-
-                /// Rows of the left operand are `row` apart, its columns `step` apart.
-                #[target_feature(enable = "avx2,fma")]
-                #[inline]
-                unsafe fn tile(
-                    mut a: *const $t,
-                    (row, step): (usize, usize),
-                    kc: usize,
-                    mut b: *const $t,
-                    c: *mut $t,
-                    ldc: usize,
-                    add: bool,
-                ) {
-                    let mut acc = [[$zero(); 2]; 6];
-                    for i in 0..6 {
-                        // A prefetch may name any address.
-                        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * ldc + 2 * $lanes - 1).cast());
-                    }
-                    for _ in 0..kc {
-                        // SAFETY: the callers' promise.
-                        unsafe {
-                            let y = [$load(b), $load(b.add($lanes))];
-                            for (i, acc) in acc.iter_mut().enumerate() {
-                                let x = $broadcast(&*a.add(i * row));
-                                acc[0] = $fma(x, y[0], acc[0]);
-                                acc[1] = $fma(x, y[1], acc[1]);
-                            }
-                            b = b.add(2 * $lanes);
-                        }
-                        a = a.wrapping_add(step);
-                    }
-                    for (i, acc) in acc.iter().enumerate() {
-                        for (j, &v) in acc.iter().enumerate() {
-                            // SAFETY: the tile has 6 rows of 2·lanes elements.
-                            unsafe {
-                                let c = c.add(i * ldc + j * $lanes);
-                                let v = if add { $plus($load(c), v) } else { v };
-                                $store(c, v);
-                            }
-                        }
-                    }
-                }
-            }
-        };
-    }
+    #[rustfmt::skip]
     kernels!(
-        f32,
-        8,
-        _mm256_setzero_ps,
-        _mm256_loadu_ps,
-        _mm256_broadcast_ss,
-        _mm256_fmadd_ps,
-        _mm256_add_ps,
-        _mm256_storeu_ps
+        f32, "avx2,fma", 6, 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps, _mm256_storeu_ps
     );
+    #[rustfmt::skip]
     kernels!(
-        f64,
-        4,
-        _mm256_setzero_pd,
-        _mm256_loadu_pd,
-        _mm256_broadcast_sd,
-        _mm256_fmadd_pd,
-        _mm256_add_pd,
-        _mm256_storeu_pd
+        f64, "avx2,fma", 6, 4, _mm256_setzero_pd, _mm256_loadu_pd, _mm256_set1_pd, _mm256_fmadd_pd, _mm256_add_pd, _mm256_storeu_pd
     );
 }

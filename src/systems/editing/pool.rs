@@ -242,11 +242,9 @@ impl VectorPool {
         merge.check(self.len())?;
         let all = params.all();
         self.expect_alike("to be set", &all.iter().map(|p| (p.name().to_string(), p.value())).collect::<Vec<_>>())?;
-        let merged = (0..self.base.len()).map(|t| self.merged(merge, t)).collect::<Result<Vec<_>>>()?;
-        for (p, value) in all.iter().zip(merged) {
-            p.set(value.to(&p.device())?)?;
-        }
-        Ok(())
+        let moved = |(t, p): (usize, &Param)| self.merged(merge, t)?.to(&p.device());
+        let merged = all.iter().enumerate().map(moved).collect::<Result<Vec<_>>>()?;
+        all.iter().zip(merged).try_for_each(|(p, value)| p.set(value))
     }
     /// Tensor `t` of the merged model, in the base's dtype.
     fn merged(&self, merge: &Merge, t: usize) -> Result<Array> {
