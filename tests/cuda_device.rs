@@ -223,8 +223,11 @@ fn out_of_memory_is_an_error_with_a_report() {
     gpu.alloc(1 << 20).expect("the device goes on");
 }
 
+/// Takes a step.
+type Run = Box<dyn FnMut() -> Result<()>>;
+
 /// A small model on the device and a step over it, plain or private, which has taken one step.
-fn small_step(device: &Device, private: bool) -> Result<(Params, Box<dyn FnMut() -> Result<()>>)> {
+fn small_step(device: &Device, private: bool) -> Result<(Params, Run)> {
     let params = Params::new(3, DType::F32);
     let model = Sequential::new()
         .then(Linear::new(&params.at("hidden"), 6, 5)?)
@@ -239,7 +242,7 @@ fn small_step(device: &Device, private: bool) -> Result<(Params, Box<dyn FnMut()
         model.forward(&rows, &Ctx::eval())?.square()?.sum(&[1], false)
     };
     let schedule = Schedule::constant(0.1);
-    let mut run: Box<dyn FnMut() -> Result<()>> = match private {
+    let mut run: Run = match private {
         false => {
             let mut step = PlainStep::new(&params.all(), AdamW::default(), schedule)?;
             Box::new(move || step.run_one(|| losses(&[0, 1, 2, 3, 4, 5, 6, 7])).map(drop))

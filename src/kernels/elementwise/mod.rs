@@ -108,12 +108,15 @@ fn map_blocks<S: Element, D: Element>(a: &Array, each: &(dyn Fn(&mut [D], &[S]) 
     Ok(out)
 }
 
+/// A loop over results and two contiguous operands.
+type Pairs<'a, A, B, D> = dyn Fn(&mut [D], &[A], &[B]) + Sync + 'a;
+
 /// What surrounds the loop of [`zip`].
 fn zip_blocks<A: Element, B: Element, D: Element>(
     op: &'static str,
     a: &Array,
     b: &Array,
-    each: &(dyn Fn(&mut [D], &[A], &[B]) + Sync),
+    each: &Pairs<'_, A, B, D>,
 ) -> Result<Array> {
     let shape = broadcast(op, a.shape(), b.shape())?;
     let sa = broadcast_strides(op, a.shape(), a.strides(), &shape)?;
