@@ -179,8 +179,8 @@ pub struct Recipe {
     pub seed: u64,
 }
 
-/// Trains `params` by the recipe. `losses` gets the records of a step, which are drawn epoch by epoch in an order that depends on `salt`, and
-/// the number of the step. Returns ten losses, one for each tenth of the steps, and the seconds.
+/// Trains `params` by the recipe. `losses` gets the records of a step, which are drawn epoch by epoch in an order that depends on `salt`,
+/// and the number of the step. Returns ten losses, one for each tenth of the steps, and the seconds.
 pub fn descend(
     params: &[Param],
     recipe: &Recipe,
