@@ -18,7 +18,7 @@ mod study;
 #[path = "common/tables.rs"]
 mod tables;
 
-use bags::{Bag, Linear, Words, bag, f1, sums};
+use bags::{Bag, Linear, Words, bag, f1, sums, words};
 use prismgrad::data::shuffled;
 use prismgrad::nn::{Ctx, EmbeddingBag, LayerNorm, Params};
 use prismgrad::ops::loss::{CrossEntropy, cross_entropy};
@@ -52,35 +52,6 @@ struct Row {
     /// The types that were predicted with the first seed.
     found: Vec<u32>,
     note: Value,
-}
-
-/// The words of a text: once whole, and once with all digits replaced by one character and with letters separated from other characters.
-fn words(text: &str) -> Vec<String> {
-    let text = text.to_lowercase();
-    let mut all: Vec<String> = text.split_whitespace().map(|w| format!("={w}")).collect();
-    let class = |c: char| {
-        if c.is_ascii_digit() {
-            0
-        } else if c.is_alphabetic() {
-            1
-        } else {
-            2
-        }
-    };
-    let (mut word, mut last) = (String::new(), 3);
-    for c in text.chars().chain([' ']) {
-        let kind = if c.is_whitespace() { 3 } else { class(c) };
-        if kind != last || kind == 2 {
-            if !word.is_empty() {
-                all.push(std::mem::take(&mut word));
-            }
-            last = kind;
-        }
-        if kind < 3 {
-            word.push(if kind == 0 { '0' } else { c });
-        }
-    }
-    all
 }
 
 /// The counted words of every column, every table and every title. Words that occur in no training table are left out.
@@ -337,7 +308,7 @@ fn run() -> Result<()> {
         }
     );
     let start = Instant::now();
-    let data = Data::load(most, often, if quick { 1024 } else { 4096 })?;
+    let data = Data::load(most, often, if quick { 1024 } else { 4096 }, false)?;
     let (train, test) = (data.columns(&data.train), data.columns(&data.test));
     println!(
         "{} types; {} columns of {} tables to train on, {} of {} to test; {} tokens; cut: {:?}",

@@ -20,16 +20,16 @@ use prismgrad::data::shuffled;
 use prismgrad::nn::{Ctx, Params};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::random::NoiseKey;
-use prismgrad::step::{PlainStep, Privacy, PrivacyConfig, PrivateStep};
-use prismgrad::systems::hytrel::{Corrupted, Corruption, Detector, Encoded, HyTrel, HyTrelConfig, Sets, TableBatch};
+use prismgrad::step::{Privacy, PrivacyConfig, PrivateStep};
+use prismgrad::systems::hytrel::{Corrupted, Encoded, Sets};
 use prismgrad::train::Progress;
 use prismgrad::train::plot::{LineChart, Series};
-use prismgrad::{DType, Result, Tensor, no_grad};
+use prismgrad::{Result, Tensor, no_grad};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::Instant;
 use study::interval;
-use tables::{Data, Recipe, Typed};
+use tables::{Data, Pretraining, Recipe, Typed};
 
 const OPTIONS: &[args::Opt] = &[
     ("seeds", "1", "1", "runs of each setting, paired by seed; 3 with --full"),
@@ -118,35 +118,19 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
     if objective == Objective::Scratch {
         return Ok(done);
     }
-    let params = Params::new(recipe.seed, DType::F32);
-    let config = HyTrelConfig { d: recipe.d, layers: recipe.layers, ..HyTrelConfig::small(data.tokenizer.vocab()) };
-    let model = HyTrel::new(&params.at("hytrel"), &config)?;
-    let detector = Detector::new(&params.at("detector"), recipe.d)?;
-    let tables = seen(data, objective);
-    let corruption = Corruption::new(tables.iter(), 0.15)?;
-    // Each time a table is used, other texts of it are replaced.
-    let broken = |records: &[usize], round: u64| -> Vec<Corrupted> {
-        records.iter().map(|&r| corruption.apply(&tables[r], 1000 * recipe.seed + round, r as u64)).collect()
-    };
-    let batch = |all: &[&Encoded]| TableBatch::new(all, &data.tokenizer, Sets::default());
-    let detected = |c: &[Corrupted], ctx: &Ctx| -> Result<Tensor> {
-        detector.losses(&model, &batch(&c.iter().map(|c| &c.table).collect::<Vec<_>>())?, c, ctx)
-    };
+    let pretraining = Pretraining::new(data, seen(data, objective), recipe)?;
+    let Pretraining { params, model, detector, corruption, tables, .. } = &pretraining;
     let losses = |records: &[usize], t: u64| -> Result<Tensor> {
         match objective {
             Objective::Contrastive => {
                 let all: Vec<&Encoded> = records.iter().map(|&r| &tables[r]).collect();
-                model.contrastive_losses(&batch(&all)?, &Ctx::train(t))
+                model.contrastive_losses(&pretraining.batch(&all)?, &Ctx::train(t))
             }
-            _ => detected(&broken(records, t), &Ctx::train(t)),
+            _ => pretraining.losses(records, t),
         }
     };
     let steps = recipe.steps as u64;
-    let schedule = Schedule::cosine(recipe.lr, (steps / 20).max(1), steps.max(2));
-    let adam = AdamW { weight_decay: 0.02, ..AdamW::default() };
-    let mut progress =
-        Progress::new(format!("pre-training: {}, seed {}", objective.name(), recipe.seed), Some(steps), 0);
-    let every = (steps / 10).max(1);
+    let what = format!("pre-training: {}, seed {}", objective.name(), recipe.seed);
     // The contrastive objective does not use the detector.
     let trained: Vec<_> = match objective {
         Objective::Contrastive => params.all().into_iter().filter(|p| p.name().starts_with("hytrel")).collect(),
@@ -155,41 +139,27 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
     if objective == Objective::Private {
         let config = PrivacyConfig::target(epsilon, DELTA).records(tables.len()).expected_batch(4.0 * BATCH as f64);
         let privacy = Privacy::new(config.steps(steps / 4), NoiseKey::from_seed_for_tests(recipe.seed))?;
+        let adam = AdamW { weight_decay: 0.02, ..AdamW::default() };
+        let mut progress = Progress::new(what, Some(steps), 0);
         let mut step = PrivateStep::new(&trained, privacy, adam, Schedule::cosine(recipe.lr, 1, (steps / 4).max(2)))?;
         for t in 0..steps / 4 {
             let clock = Instant::now();
             let report = step.run(64, |records| losses(records, t))?;
             done.seconds += clock.elapsed().as_secs_f64();
             done.epsilon = Some(report.epsilon);
-            if (t + 1) % every == 0 {
+            if (t + 1) % (steps / 10).max(1) == 0 {
                 progress.set(4 * (t + 1), &[("ε", report.epsilon)]);
             }
         }
+        progress.finish();
     } else {
-        let mut step = PlainStep::new(&trained, adam, schedule)?;
-        let (mut order, mut at, mut epoch) = (Vec::new(), 0, 0);
-        for t in 0..steps {
-            if at + BATCH > order.len() {
-                (order, at, epoch) = (shuffled(tables.len(), 77 * recipe.seed + epoch), 0, epoch + 1);
-            }
-            let records = &order[at..(at + BATCH).min(order.len())];
-            at += BATCH;
-            let clock = Instant::now();
-            let report = step.run_one(|| losses(records, t))?;
-            done.seconds += clock.elapsed().as_secs_f64();
-            if (t + 1) % every == 0 {
-                let loss = report.loss()?;
-                done.curve.push(((t + 1) as f64, loss));
-                progress.set(t + 1, &[("loss", loss)]);
-            }
-        }
+        (done.curve, done.seconds) = pretraining.train(&trained, &what, losses)?;
     }
-    progress.finish();
     if objective == Objective::Corruption {
         // The number of times that each text was a replacement, counted over training tables.
         let mut counts: HashMap<&Vec<u32>, [f64; 2]> = HashMap::new();
         let sample: Vec<usize> = (0..tables.len()).take(3000).collect();
-        let train = broken(&sample, 1 << 40);
+        let train = pretraining.broken(&sample, 1 << 40);
         for c in &train {
             let texts = c.table.headers.iter().chain(&c.table.cells);
             for (text, replaced) in texts.zip(&c.replaced) {
@@ -214,8 +184,8 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
         let unigram = detection(texts.filter_map(|(text, r)| Some((known(text), (*r)?))));
         let mut said = Vec::new();
         for part in test.chunks(64) {
-            let b = batch(&part.iter().map(|c| &c.table).collect::<Vec<_>>())?;
-            let logits = no_grad(|| detector.logits(&model, &b, &Ctx::eval()))?.array().to_f64();
+            let b = pretraining.batch(&part.iter().map(|c| &c.table).collect::<Vec<_>>())?;
+            let logits = no_grad(|| detector.logits(model, &b, &Ctx::eval()))?.array().to_f64();
             // The columns of all tables come first, then the cells.
             let columns: usize = part.iter().map(|c| c.table.columns).sum();
             let (mut c, mut v) = (0, columns);
@@ -229,7 +199,7 @@ fn pretrain(data: &Data, objective: Objective, recipe: &Recipe, epsilon: f64) ->
         }
         done.detection = Some((detection(said.into_iter()), unigram));
     }
-    done.params = Some(params);
+    done.params = Some(pretraining.params);
     Ok(done)
 }
 
@@ -304,7 +274,7 @@ fn run() -> Result<()> {
         }
     );
     let start = Instant::now();
-    let data = Data::load(most, often, if quick { 1024 } else { 4096 })?;
+    let data = Data::load(most, often, if quick { 1024 } else { 4096 }, false)?;
     println!(
         "{} types; {} tables to pre-train on, {} with typed columns; {} to test",
         data.types.len(),

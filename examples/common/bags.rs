@@ -6,6 +6,35 @@ use std::collections::HashMap;
 /// The features of a row: their numbers and values.
 pub type Bag = Vec<(u32, f32)>;
 
+/// The words of a text: once whole, and once with all digits replaced by one character and with letters separated from other characters.
+pub fn words(text: &str) -> Vec<String> {
+    let text = text.to_lowercase();
+    let mut all: Vec<String> = text.split_whitespace().map(|w| format!("={w}")).collect();
+    let class = |c: char| {
+        if c.is_ascii_digit() {
+            0
+        } else if c.is_alphabetic() {
+            1
+        } else {
+            2
+        }
+    };
+    let (mut word, mut last) = (String::new(), 3);
+    for c in text.chars().chain([' ']) {
+        let kind = if c.is_whitespace() { 3 } else { class(c) };
+        if kind != last || kind == 2 {
+            if !word.is_empty() {
+                all.push(std::mem::take(&mut word));
+            }
+            last = kind;
+        }
+        if kind < 3 {
+            word.push(if kind == 0 { '0' } else { c });
+        }
+    }
+    all
+}
+
 /// Numbers of words. Words that are new after [`Words::freeze`] have none.
 #[derive(Default)]
 pub struct Words {

@@ -8,10 +8,11 @@ use prismgrad::ops::loss::{CrossEntropy, Reduce, cross_entropy};
 use prismgrad::optim::{AdamW, Schedule};
 use prismgrad::step::PlainStep;
 use prismgrad::systems::hytrel::{
-    Cuts, Encoded, Head, HyTrel, HyTrelConfig, Sets, TableBatch, TableLimits, TableTokenizer, wide_pieces,
+    Corrupted, Corruption, Cuts, Detector, Encoded, Head, HyTrel, HyTrelConfig, Sets, TableBatch, TableLimits,
+    TableTokenizer, wide_pieces,
 };
 use prismgrad::train::Progress;
-use prismgrad::{Array, DType, Result, Tensor, no_grad};
+use prismgrad::{Array, DType, Param, Result, Tensor, no_grad};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
@@ -31,18 +32,20 @@ pub struct Data {
     pub test: Vec<usize>,
     /// All tables that are neither in validation nor in the test, with or without typed columns.
     pub pretrain: Vec<usize>,
+    /// The part of each table, from 0 to 9: 0 is the test, 1 the validation.
+    pub parts: Vec<u64>,
     /// Whether these are Wikipedia's tables and not the substitute.
     pub real: bool,
     pub cuts: Cuts,
 }
 
 /// The template of a title, in which all digits are equal, so that "1982 season" and "1983 season" have the same template.
-fn template(title: &str) -> String {
+pub fn template(title: &str) -> String {
     title.chars().map(|c| if c.is_ascii_digit() { '#' } else { c }).collect()
 }
 
 /// The FNV-1a hash.
-fn hash(text: &str) -> u64 {
+pub fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
 }
 
@@ -79,7 +82,8 @@ fn of_sources() -> Result<Vec<Table>> {
 impl Data {
     /// Loads at most `most` tables. A header is a type if at least `often` training tables have it. The tables of one page, and of pages
     /// whose titles differ only by digits, are in one part; a tenth of the templates is for validation, and a tenth for the test.
-    pub fn load(most: usize, often: usize, vocab: usize) -> Result<Data> {
+    /// Tables of more than 20 columns are cut into pieces, each of which begins with the first column if `subject` is true.
+    pub fn load(most: usize, often: usize, vocab: usize, subject: bool) -> Result<Data> {
         let (mut tables, real) = match TabFact::load() {
             Ok(set) => {
                 let c = set.counts;
@@ -99,7 +103,7 @@ impl Data {
             tables = kept.map(|i| tables[i].clone()).collect();
         }
         let tables: Vec<Table> =
-            tables.iter().flat_map(|t| wide_pieces(t, TableLimits::default().columns, false)).collect();
+            tables.iter().flat_map(|t| wide_pieces(t, TableLimits::default().columns, subject)).collect();
         let part = |t: &Table| match t.caption.is_empty() {
             true => hash(&t.name) % 10,
             false => hash(&template(&t.caption)) % 10,
@@ -133,7 +137,8 @@ impl Data {
                 _ => train.push(i),
             }
         }
-        let pretrain = (0..tables.len()).filter(|&i| part(&tables[i]) > 1).collect();
+        let parts: Vec<u64> = tables.iter().map(part).collect();
+        let pretrain = (0..tables.len()).filter(|&i| parts[i] > 1).collect();
         Ok(Data {
             tables,
             tokenizer,
@@ -145,6 +150,7 @@ impl Data {
             validation,
             test,
             pretrain,
+            parts,
             real,
             cuts,
         })
@@ -173,6 +179,100 @@ pub struct Recipe {
     pub seed: u64,
 }
 
+/// Trains `params` by the recipe. `losses` gets the records of a step, which are drawn epoch by epoch in an order that depends on `salt`,
+/// and the number of the step. Returns ten losses, one for each tenth of the steps, and the seconds.
+pub fn descend(
+    params: &[Param],
+    recipe: &Recipe,
+    (records, salt): (usize, u64),
+    what: &str,
+    mut losses: impl FnMut(&[usize], u64) -> Result<Tensor>,
+) -> Result<(Vec<(f64, f64)>, f64)> {
+    let Recipe { steps, batch, lr, .. } = *recipe;
+    let schedule = Schedule::cosine(lr, (steps as u64 / 20).max(1), (steps as u64).max(2));
+    let mut step = PlainStep::new(params, AdamW { weight_decay: 0.02, ..AdamW::default() }, schedule)?;
+    let mut progress = Progress::new(what, Some(steps as u64), 0);
+    let (mut order, mut at, mut epoch, mut curve, mut seconds) = (Vec::new(), 0, 0, Vec::new(), 0.0);
+    for t in 0..steps as u64 {
+        if at + batch > order.len() {
+            (order, at, epoch) = (shuffled(records, salt + epoch), 0, epoch + 1);
+        }
+        let some = &order[at..(at + batch).min(order.len())];
+        at += batch;
+        let clock = Instant::now();
+        let report = step.run_one(|| losses(some, t))?;
+        seconds += clock.elapsed().as_secs_f64();
+        if (t + 1) % (steps as u64 / 10).max(1) == 0 {
+            let loss = report.loss()?;
+            curve.push(((t + 1) as f64, loss));
+            progress.set(t + 1, &[("loss", loss)]);
+        }
+    }
+    progress.finish();
+    Ok((curve, seconds))
+}
+
+/// An encoder and a detector of replaced texts, with the tables without labels on which they train.
+pub struct Pretraining<'a> {
+    pub params: Params,
+    pub model: HyTrel,
+    pub detector: Detector,
+    pub corruption: Corruption,
+    pub tables: Vec<Encoded>,
+    data: &'a Data,
+    recipe: Recipe,
+}
+
+impl Pretraining<'_> {
+    /// An encoder and a detector with new values. 15 % of the texts will be replaced.
+    pub fn new<'a>(data: &'a Data, tables: Vec<Encoded>, recipe: &Recipe) -> Result<Pretraining<'a>> {
+        let params = Params::new(recipe.seed, DType::F32);
+        let config = HyTrelConfig { d: recipe.d, layers: recipe.layers, ..HyTrelConfig::small(data.tokenizer.vocab()) };
+        Ok(Pretraining {
+            model: HyTrel::new(&params.at("hytrel"), &config)?,
+            detector: Detector::new(&params.at("detector"), recipe.d)?,
+            corruption: Corruption::new(tables.iter(), 0.15)?,
+            params,
+            tables,
+            data,
+            recipe: recipe.clone(),
+        })
+    }
+    pub fn batch(&self, all: &[&Encoded]) -> Result<TableBatch> {
+        TableBatch::new(all, &self.data.tokenizer, Sets::default())
+    }
+    /// The records with replaced texts. In each round, other texts are replaced.
+    pub fn broken(&self, records: &[usize], round: u64) -> Vec<Corrupted> {
+        let seed = 1000 * self.recipe.seed + round;
+        records.iter().map(|&r| self.corruption.apply(&self.tables[r], seed, r as u64)).collect()
+    }
+    /// One loss of the detection per record.
+    pub fn losses(&self, records: &[usize], t: u64) -> Result<Tensor> {
+        let broken = self.broken(records, t);
+        let batch = self.batch(&broken.iter().map(|c| &c.table).collect::<Vec<_>>())?;
+        self.detector.losses(&self.model, &batch, &broken, &Ctx::train(t))
+    }
+    /// Trains `params` on the tables with these losses; see [`descend`].
+    pub fn train(
+        &self,
+        params: &[Param],
+        what: &str,
+        losses: impl FnMut(&[usize], u64) -> Result<Tensor>,
+    ) -> Result<(Vec<(f64, f64)>, f64)> {
+        descend(params, &self.recipe, (self.tables.len(), 77 * self.recipe.seed), what, losses)
+    }
+}
+
+/// Gives parameters the values of those with the same names in `start`.
+pub fn start_from(params: &Params, start: Option<&Params>) -> Result<()> {
+    for p in params.all() {
+        if let Some(old) = start.and_then(|s| s.get(p.name())) {
+            p.set(old.value().copy())?;
+        }
+    }
+    Ok(())
+}
+
 /// A model with a head for column types.
 pub struct Typed {
     pub params: Params,
@@ -189,11 +289,7 @@ impl Typed {
         let config = HyTrelConfig { d: recipe.d, layers: recipe.layers, ..HyTrelConfig::small(data.tokenizer.vocab()) };
         let model = HyTrel::new(&params.at("hytrel"), &config)?;
         let head = Head::new(&params.at("head"), (recipe.d, 2 * recipe.d, data.types.len()), 0.1)?;
-        for p in params.all() {
-            if let Some(old) = start.and_then(|s| s.get(p.name())) {
-                p.set(old.value().copy())?;
-            }
-        }
+        start_from(&params, start)?;
         Ok(Typed { params, model, head, recipe: recipe.clone(), seconds: 0.0 })
     }
     fn batch(&self, data: &Data, tables: &[usize]) -> Result<TableBatch> {
