@@ -122,7 +122,7 @@ macro_rules! kernels {
             #[target_feature(enable = $features)]
             pub unsafe fn packed(kc: usize, a: *const $t, b: *const $t, c: *mut $t, ldc: usize, add: bool) {
                 // SAFETY: the caller gives panels of kc·MR and kc·2·lanes elements and a tile of MR rows, ldc apart.
-                unsafe { tile(a, (1, $rows), kc, b, c, ldc, add) }
+                unsafe { tile(groups(a, 1), (1, $rows), kc, b, c, ldc, add) }
             }
 
             /// [`FromRows`](super::super::FromRows): one cache line of each row serves several steps of K.
@@ -136,15 +136,22 @@ macro_rules! kernels {
                 add: bool,
             ) {
                 // SAFETY: MR rows of kc elements, lda apart; else as above.
-                unsafe { tile(a, (lda, 1), kc, b, c, ldc, add) }
+                unsafe { tile(groups(a, lda), (lda, 1), kc, b, c, ldc, add) }
+            }
+
+            /// The first of each group of three rows, which are `row` apart.
+            #[inline(always)]
+            fn groups(a: *const $t, row: usize) -> [*const $t; GROUPS] {
+                std::array::from_fn(|g| a.wrapping_add(3 * g * row))
             }
 
             /// Rows of the left operand are `row` apart, its columns `step` apart. One pointer for each group of three rows and one distance
-            /// address all rows. The tile's cache lines are prefetched, so that they have arrived when the sums are complete.
+            /// address all rows; the pointers come from outside, because the compiler would compute all addresses from one pointer in every
+            /// step otherwise. The tile's cache lines are prefetched, so that they have arrived when the sums are complete.
             #[target_feature(enable = $features)]
-            #[inline]
+            #[inline(never)]
             unsafe fn tile(
-                a: *const $t,
+                mut a: [*const $t; GROUPS],
                 (row, step): (usize, usize),
                 kc: usize,
                 mut b: *const $t,
@@ -152,7 +159,6 @@ macro_rules! kernels {
                 ldc: usize,
                 add: bool,
             ) {
-                let mut a: [*const $t; GROUPS] = std::array::from_fn(|g| a.wrapping_add(3 * g * row));
                 let mut acc = [[$zero(); 2]; $rows];
                 for i in 0..$rows {
                     // A prefetch may name any address.
